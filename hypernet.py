@@ -1,0 +1,722 @@
+"""Gradient generators for binary networks: FSG (fast and slow gradients, AAAI 2025) and the baselines of its paper.
+
+Copy this file alone: it needs nothing but torch. Three lines turn a training loop into FSG's:
+
+    fsg = FSG(layers)                       # layers: modules with a `.weight` and a `.quantizer` (models.binary_layers)
+    for images, labels in batches:
+        F.cross_entropy(model(images), labels).backward()      # w.grad = ĝ, the gradient at the binary weight
+        fsg.generate()                                         # w.grad = G, what the optimizer should use
+        optimizer.step(), optimizer.zero_grad()                # any torch.optim optimizer
+
+The problem. A binary weight Ŵ = sign(W̃), W̃ = A(W), has no useful derivative: the step function's is 0. The
+straight-through estimator (STE) pretends that it is 1 and updates the latent weight W with D ⊙ ĝ, where
+ĝ_t = ∂L/∂Ŵ is the gradient at the binary weight at step t and D = ∂A/∂W is the *calibration*. MetaQuant (NeurIPS 2019)
+and FSG (AAAI 2025) learn the missing factor: small *hypernetworks* with parameters φ turn ĝ into G,
+
+    fast_t = ĝ_t ⊙ MLP(W̃_t)                                  the fast-net sees the present
+    slow_t = SlowNet(LRE(layer), ĝ_{t−l+1}, …, ĝ_t)           the slow-net sees each weight's own past
+    G_t    = D_t ⊙ ((1 − β)·fast_t + β·slow_t)                what the optimizer gets
+
+The last l gradients of every weight are the *historical gradient storage* (HGS). The *layer recognition embedding*
+(LRE) is one learned number a layer, put in front of the history as its first token, that tells layers apart.
+
+How φ learns. G_{t−1} moved the weights to where ĝ_t is measured, by −lr·G_{t−1} to first order, which changed the loss
+by −lr·⟨D_t ⊙ ĝ_t, G_{t−1}⟩. So one step later the loss's gradient with respect to G_{t−1} is known, up to a factor:
+v = −D_t ⊙ ĝ_t. It is sent back through the graph that made G_{t−1}, into φ alone. Nothing touches the main network's
+graph: no second derivative, no functional copy of the model.
+
+Everything per weight lives in flat tensors of length N, the number of binary weights, layer after layer.
+"""
+
+import itertools
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory. N is 270,000 for a ResNet-20 and 11 million for a ResNet-18, and a slow-net of the paper's size makes 1,600
+# numbers a token. So the nets below run chunk by chunk, keep none of a chunk's intermediate tensors, and compute them
+# again in the backward pass.
+
+
+def in_chunks(function, size: int, *inputs: Tensor) -> Tensor:
+    """torch.cat([function(*chunk) for each chunk of `size` rows]), each chunk recomputed in the backward pass."""
+    chunks = list(zip(*(x.split(max(1, size)) for x in inputs), strict=True))
+    if torch.is_grad_enabled():
+        return torch.cat([checkpoint(function, *c, use_reentrant=False, preserve_rng_state=False) for c in chunks])
+    return torch.cat([function(*c) for c in chunks])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The fast-net.
+
+
+class FastNet(nn.Module):
+    """The fast-net: a small MLP applied to every weight alone, 1 → hidden → … → 1.  forward(w [M]) -> [M].
+
+    hidden: width. depth: number of linear layers (3 in FSG and MultiFC, 2 in FCGrad).
+    act: 'none' (the released default), 'relu' or 'tanh', between the linear layers. bias: whether they have biases.
+
+    Without biases and non-linearity the net is one number, c = W_3 W_2 W_1, times its input. With ReLU it is two, for
+    its input's two signs, because relu(s·x) = s·relu(x) for s > 0. Both are computed that way, for the price of a
+    multiplication per weight, with the gradients of the full net. Raises ValueError for an unknown `act`.
+    """
+
+    def __init__(self, hidden: int = 100, act: str = "none", bias: bool = False, depth: int = 3):
+        super().__init__()
+        if act not in ("none", "relu", "tanh"):
+            raise ValueError(f"no fast-net non-linearity is called {act!r}: use none, relu or tanh")
+        self.act = {"none": nn.Identity(), "relu": nn.ReLU(), "tanh": nn.Tanh()}[act]
+        self.collapses = act != "tanh" and not bias
+        widths = [1] + [hidden] * (depth - 1) + [1]
+        self.linears = nn.ModuleList(nn.Linear(i, o, bias) for i, o in itertools.pairwise(widths))
+
+    def features(self, x: Tensor) -> Tensor:
+        """x [M, 1] -> the last hidden layer's activations [M, hidden]."""
+        for linear in self.linears[:-1]:
+            x = self.act(linear(x))
+        return x
+
+    def mlp(self, w: Tensor) -> Tensor:
+        """The net as it is written down: w [M] -> [M]."""
+        return self.linears[-1](self.features(w.unsqueeze(1))).squeeze(1)
+
+    def forward(self, w: Tensor) -> Tensor:
+        if not self.collapses:
+            return in_chunks(self.mlp, 2**20 // self.linears[0].out_features, w)
+        # f(w) = w · f(1) for w > 0 and w · (−f(−1)) for w < 0; without the ReLU both factors are the same.
+        at_ends = self.mlp(w.new_tensor([1.0, -1.0]))
+        if isinstance(self.act, nn.Identity):
+            return at_ends[0] * w
+        return torch.where(w > 0, at_ends[0], -at_ends[1]) * w
+
+    @torch.no_grad()
+    def start_at(self, points: dict[float, float]) -> None:
+        """Choose the last layer so that the net maps each key to its value (the smallest such weights)."""
+        last = self.linears[-1]
+        x = last.weight.new_tensor(list(points))
+        y = last.weight.new_tensor(list(points.values())).unsqueeze(1)
+        if last.bias is not None:
+            y = y - last.bias
+        last.weight.copy_((torch.linalg.pinv(self.features(x.unsqueeze(1))) @ y).T)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The slow-nets. A sequence is a weight's history: u [B, L, 1], B weights, L tokens, one number a token.
+
+
+class SlowLSTM(nn.Module):
+    """The slow-net as an LSTM: nn.LSTM(1, hidden), then a linear layer hidden → 1."""
+
+    def __init__(self, hidden: int = 100):
+        super().__init__()
+        self.lstm = nn.LSTM(1, hidden, batch_first=True)
+        self.out = nn.Linear(hidden, 1)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """u [B, L, 1] -> [B, L, 1], one output a token."""
+        return self.out(self.lstm(u)[0])
+
+    def last(self, u: Tensor) -> Tensor:
+        """u [B, L, 1] -> [B]: `forward(u)[:, -1, 0]`, chunk by chunk."""
+        return in_chunks(self._last, 2**22 // (4 * self.lstm.hidden_size * u.shape[1]), u)
+
+    def _last(self, u: Tensor) -> Tensor:
+        _, (h, _) = self.lstm(u)  # h [1, B, hidden], the hidden state after the last token
+        return self.out(h[0]).squeeze(1)
+
+
+def mamba_ssm_scan():
+    """The mamba-ssm package's CUDA selective scan, or None where the package (or its CUDA extension) is missing."""
+    try:
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    except ImportError:
+        return None
+    return selective_scan_fn
+
+
+class SlowMamba(nn.Module):
+    """The slow-net as one Mamba block (Gu & Dao, 2023) on scalar tokens: d_model 1, d_inner = expand, dt_rank 1.
+
+    d_state: numbers of state a channel (n below); d_conv: taps of the causal convolution; expand: channels (d below).
+    Names, shapes and initialisation of the parameters are those of `mamba_ssm.Mamba`; state dicts interchange.
+    scan: 'reference' is plain PyTorch; 'mamba-ssm' calls that package's CUDA kernel; 'auto' takes mamba-ssm on a GPU
+    where it is installed, else the reference. Raises ValueError for another name, and RuntimeError, when called, where
+    mamba-ssm was asked for and cannot run.
+
+    The block, token by token (t), with u_t its scalar input; ⊙ is per channel:
+        x_t, z_t    = in_proj u_t                                       [d], [d]
+        x_t         ← silu(Σ_k conv_k ⊙ x_{t−k} + conv_bias)            causal, depthwise
+        dt, B_t, C_t = x_proj x_t                                       [1], [n], [n]
+        Δ_t         = softplus(dt_proj dt + dt_bias)                    [d], the step size: what to remember
+        h_t         = exp(Δ_t A) ⊙ h_{t−1} + Δ_t x_t B_tᵀ               [d, n], the state; A = −exp(A_log)
+        y_t         = (h_t C_t + D ⊙ x_t) ⊙ silu(z_t)                   [d]
+        output      = out_proj y_t                                      scalar
+    """
+
+    SEGMENT = 2**21  # numbers of state [tokens, d, n] held at once by the reference scan: 8 MB in float32
+
+    def __init__(self, d_state: int = 16, d_conv: int = 8, expand: int = 100, scan: str = "auto"):
+        super().__init__()
+        if scan not in ("auto", "mamba-ssm", "reference"):
+            raise ValueError(f"no scan is called {scan!r}: use auto, mamba-ssm or reference")
+        self.scan, self.d_state, self.d_conv, self.d_inner = scan, d_state, d_conv, expand
+        self.in_proj = nn.Linear(1, 2 * expand, bias=False)
+        self.conv1d = nn.Conv1d(expand, expand, d_conv, groups=expand, padding=d_conv - 1)
+        self.x_proj = nn.Linear(expand, 1 + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(1, expand)
+        self.A_log = nn.Parameter(torch.log(torch.arange(1.0, d_state + 1)).repeat(expand, 1))  # A = −1 … −n
+        self.D = nn.Parameter(torch.ones(expand))
+        self.out_proj = nn.Linear(expand, 1, bias=False)
+        # Mamba's initial step sizes: softplus(dt_bias) log-uniform in [1e-3, 1e-1], through softplus's inverse.
+        nn.init.uniform_(self.dt_proj.weight, -1.0, 1.0)
+        with torch.no_grad():
+            dt = torch.exp(torch.rand(expand) * math.log(0.1 / 1e-3) + math.log(1e-3)).clamp_min(1e-4)
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+    def backend(self, device: torch.device | str) -> str:
+        """The scan that runs for tensors on that device: 'mamba-ssm' or 'reference'."""
+        on_gpu = torch.device(device).type == "cuda"
+        if self.scan == "mamba-ssm":
+            if mamba_ssm_scan() is None:
+                raise RuntimeError(
+                    "--scan mamba-ssm needs the mamba-ssm package with its CUDA extension: install it on a CUDA "
+                    "machine with `pip install -r requirements-cuda.txt`, or use --scan auto"
+                )
+            if not on_gpu:
+                raise RuntimeError("--scan mamba-ssm runs on CUDA devices only: use --device cuda, or --scan auto")
+        return "mamba-ssm" if self.scan != "reference" and on_gpu and mamba_ssm_scan() else "reference"
+
+    def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All that the recurrence needs: u [B, L, 1] -> x [B, L, d], Δ [B, L, d], B [B, L, n], C [B, L, n]."""
+        length = u.shape[1]
+        x = F.linear(u, self.in_proj.weight[: self.d_inner])  # [B, L, d]
+        x = F.silu(self.conv1d(x.transpose(1, 2))[..., :length]).transpose(1, 2)  # cut what looks ahead
+        dt, B, C = self.x_proj(x).split([1, self.d_state, self.d_state], dim=-1)
+        return x, F.softplus(self.dt_proj(dt)), B, C
+
+    def gate(self, y: Tensor, x: Tensor, u: Tensor) -> Tensor:
+        """(h C + D x) silu(z), then out_proj: y = h C [..., d], x [..., d], u [..., 1] -> [..., 1]."""
+        z = F.linear(u, self.in_proj.weight[self.d_inner :])
+        return self.out_proj((y + self.D * x) * F.silu(z))
+
+    # -- the last output of many short sequences: FSG's per-weight layout ---------------------------------------------
+
+    def last(self, u: Tensor) -> Tensor:
+        """u [B, L, 1] -> [B]: `forward(u)[:, -1, 0]`, chunk by chunk, computing that output alone."""
+        per_sequence = u.shape[1] * self.d_inner * self.d_state
+        if self.backend(u.device) == "mamba-ssm":
+            return in_chunks(lambda u: self._forward(u)[:, -1, 0], 2**26 // per_sequence, u)
+        return in_chunks(self._last, self.SEGMENT // per_sequence, u)
+
+    def _last(self, u: Tensor) -> Tensor:
+        # Here the sequences run along the last axis, c, so that every operation is one long vector loop.
+        d, u = self.d_inner, u.squeeze(-1).T.contiguous()  # u [L, c]
+        # in_proj and the convolution are one matrix on the d_conv latest tokens, because a token is one number.
+        lags = F.pad(u, (0, 0, self.d_conv - 1, 0)).unfold(0, self.d_conv, 1).transpose(1, 2)  # [L, d_conv, c]
+        x = F.silu(self.conv1d.weight[:, 0] * self.in_proj.weight[:d] @ lags + self.conv1d.bias[:, None])  # [L, d, c]
+        dt, B, C = (self.x_proj.weight @ x).split([1, self.d_state, self.d_state], dim=1)  # [L, 1 | n | n, c]
+        delta = F.softplus(self.dt_proj.weight * dt + self.dt_proj.bias[:, None])  # [L, d, c]
+        A = -torch.exp(self.A_log).unsqueeze(-1)  # [d, n, 1]
+        # Unrolled, the last output needs no recurrence. Token t's contribution to h_L decays by Δ_{t+1} + … + Δ_L:
+        #     h_L C_L = Σ_t Δ_t x_t Σ_n exp(A_n S_t) B_tn C_Ln   with   S_t = Σ_{s>t} Δ_s
+        drive, BC = delta * x, B * C[-1]
+        y = drive[-1] * BC[-1].sum(0)  # [d, c]; S_L = 0: no decay
+        S = torch.zeros_like(y)
+        for t in range(len(u) - 2, -1, -1):
+            S = S + delta[t + 1]
+            y = y + drive[t] * (torch.exp(A * S.unsqueeze(1)) * BC[t]).sum(1)  # Σ over n of [d, n, c]
+        z = F.silu(self.in_proj.weight[d:] * u[-1])  # [d, c]
+        return (self.out_proj.weight @ ((y + self.D[:, None] * x[-1]) * z)).squeeze(0)
+
+    # -- all outputs, and the last ones of one long sequence: FSG's flat layout ---------------------------------------
+
+    def forward(self, u: Tensor) -> Tensor:
+        """u [B, L, 1] -> [B, L, 1]."""
+        rows = self.SEGMENT // (min(u.shape[1], 64) * self.d_inner * self.d_state)
+        return in_chunks(self._forward, rows, u) if u.shape[0] > max(1, rows) else self._forward(u)
+
+    def tail(self, u: Tensor, count: int) -> Tensor:
+        """The last `count` outputs of one sequence: u [1, L, 1] -> [count], `forward(u)[0, -count:, 0]`.
+
+        Tokens whose influence has decayed below the floating-point resolution when the first of these outputs is due
+        are not scanned.
+        """
+        start = self.first_needed(u, u.shape[1] - count)
+        return self._forward(u[:, start:])[0, -count:, 0]
+
+    @torch.no_grad()
+    def first_needed(self, u: Tensor, position: int) -> int:
+        """The first token of u [1, L, 1] that the outputs from `position` on can feel, for the actual Δ and A.
+
+        Between tokens s and t the state decays by exp(A Σ Δ). Walks back from `position`, block by block, until every
+        state has decayed below the resolution of the data type (with a margin of e⁵).
+        """
+        slowest = torch.exp(self.A_log).amin(dim=1)  # [d]
+        enough = 5 - math.log(torch.finfo(u.dtype).eps)
+        gone = torch.zeros_like(slowest)
+        while position > 0:
+            block = max(0, position - 4096)
+            context = max(0, block - self.d_conv + 1)  # what the convolution looks back to
+            delta = self.project(u[:, context:position])[1][0, block - context :]  # [block, d]
+            decayed = (gone + delta.flip(0).cumsum(0)) * slowest  # [block, d], latest token first
+            enough_at = (decayed.amin(dim=1) > enough).nonzero()
+            if len(enough_at):
+                # The tokens before this one are not felt; the convolution's context goes with it.
+                return max(0, position - 1 - int(enough_at[0]) - self.d_conv + 1)
+            gone, position = gone + delta.sum(0), block
+        return 0
+
+    def _forward(self, u: Tensor) -> Tensor:
+        x, delta, B, C = self.project(u)
+        A = -torch.exp(self.A_log)
+        if self.backend(u.device) == "mamba-ssm":
+            # The kernel wants the time axis last: [B, d, L] and [B, n, L].
+            x_, delta_, B_, C_ = (v.transpose(1, 2).contiguous() for v in (x, delta, B, C))
+            y = mamba_ssm_scan()(x_, delta_, A, B_, C_, delta_softplus=False).transpose(1, 2)
+        else:
+            # Segment by segment, handing on the state h, so that memory does not grow with the length.
+            tokens = min(max(1, self.SEGMENT // (u.shape[0] * self.d_inner * self.d_state)), 256)
+            h = u.new_zeros(u.shape[0], self.d_inner, self.d_state)
+            y = []
+            for segment in zip(*(v.split(tokens, dim=1) for v in (x, delta, B, C)), strict=True):
+                if torch.is_grad_enabled():
+                    y_, h = checkpoint(self._segment, A, h, *segment, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    y_, h = self._segment(A, h, *segment)
+                y.append(y_)
+            y = torch.cat(y, dim=1)
+        return self.gate(y, x, u)
+
+    @staticmethod
+    def _segment(A: Tensor, h: Tensor, x: Tensor, delta: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+        """h_t = a_t h_{t−1} + b_t for T tokens at once: h [B, d, n] before them -> h C [B, T, d], h after them.
+
+        Two steps make one: h_t = (a_t a_{t−1}) h_{t−2} + (a_t b_{t−1} + b_t). Doubling the stride log2(T) times
+        reaches every earlier token (a parallel prefix scan).
+        """
+        a = torch.exp(delta.unsqueeze(-1) * A)  # [B, T, d, n]
+        b = (delta * x).unsqueeze(-1) * B.unsqueeze(2)  # [B, T, d, n]
+        b = torch.cat([b[:, :1] + a[:, :1] * h.unsqueeze(1), b[:, 1:]], dim=1)
+        stride = 1
+        while stride < x.shape[1]:
+            b = torch.cat([b[:, :stride], torch.addcmul(b[:, stride:], a[:, stride:], b[:, :-stride])], dim=1)
+            a = torch.cat([a[:, :stride], a[:, stride:] * a[:, :-stride]], dim=1)
+            stride *= 2
+        return torch.einsum("btdn,btn->btd", b, C), b[:, -1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradient generators. All have generate(), which turns every `w.grad` from ĝ into G, and state_dict / load_state_dict,
+# which hold all that the next generate() depends on.
+
+
+class Generator(nn.Module):
+    """What the generators share: flat copies of W and ĝ, the calibration D, and handing G back.
+
+    layers: modules with a `.weight` (the latent weight, on its final device) and a `.quantizer` ('dorefa', 'bwn' or
+    'bwn-f'; one kind for all). Raises ValueError when there is none, or for another kind.
+    """
+
+    learned = False  # has hypernetworks to train
+
+    def __init__(self, layers: list[nn.Module]):
+        super().__init__()
+        kinds = sorted({layer.quantizer for layer in layers})
+        if not layers:
+            raise ValueError("there is no binary layer to generate gradients for: binarize_() the model first")
+        if len(kinds) > 1 or kinds[0] not in ("dorefa", "bwn", "bwn-f"):
+            raise ValueError(f"all layers must share one quantizer, dorefa, bwn or bwn-f; they have {', '.join(kinds)}")
+        self.kind = kinds[0]
+        self.weights = [layer.weight for layer in layers]  # a plain list: they are the model's parameters, not ours
+        self.sizes = [w.numel() for w in self.weights]
+        like = self.weights[0].detach()
+        n, count = sum(self.sizes), torch.tensor(self.sizes, device=like.device)
+        self.register_buffer("layer_of", torch.arange(len(layers), device=like.device).repeat_interleave(count), False)
+        self.register_buffer("layer_size", count, False)
+        self.register_buffer("ghat", like.new_zeros(n), False)
+        self.register_buffer("G", like.new_zeros(n), False)
+        self.register_buffer("latent", like.new_zeros(n), self.learned)
+        self._make_views()
+
+    def _make_views(self) -> None:
+        """Windows into the flat buffers with each weight's shape: copying in and out is one call for all layers."""
+        self._ghat_views, self._G_views, self._latent_views = (
+            [part.as_strided(w.shape, w.stride()) for part, w in zip(flat.split(self.sizes), self.weights, strict=True)]
+            for flat in (self.ghat, self.G, self.latent)
+        )
+
+    def _apply(self, fn, recurse=True):  # .to(), .double(): the buffers are new ones, so are their windows
+        super()._apply(fn, recurse)
+        self._make_views()
+        return self
+
+    def calibrate(self) -> tuple[Tensor, Tensor]:
+        """D and W̃ of the flat latent weights, [N] each: quantizers.calibration and pre_quantize, all layers at once."""
+        if self.kind != "dorefa":
+            return torch.ones_like(self.latent), self.latent.clone()
+        # tanh is monotonic: max|tanh W| = tanh(max|W|), and the largest |W| of each layer is its ∞-norm.
+        top = torch.stack(torch._foreach_norm(self._latent_views, math.inf)).tanh()
+        top = top.clamp_min(torch.finfo(top.dtype).tiny)[self.layer_of]  # [N]
+        t = torch.tanh(self.latent)
+        return (1 - t.square()) / top, t / (2 * top) + 0.5
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Copy every layer's gradient ĝ and latent weight W into the flat buffers."""
+        grads = [w.grad for w in self.weights]
+        if any(g is None for g in grads):
+            missing = next(i for i, g in enumerate(grads) if g is None)
+            raise RuntimeError(f"binary layer {missing} has no gradient: call loss.backward() before generate()")
+        torch._foreach_copy_(self._ghat_views, grads)
+        torch._foreach_copy_(self._latent_views, self.weights)
+
+    def hand_back(self) -> None:
+        """Let every `w.grad` be its window of the flat buffer G."""
+        for w, view in zip(self.weights, self._G_views, strict=True):
+            w.grad = view
+
+    def generate(self) -> None:
+        """Turn every layer's `weight.grad` from ĝ (as backward() left it) into G, and train φ. In place."""
+        raise NotImplementedError
+
+
+class STE(Generator):
+    """The straight-through estimator: G = D ⊙ ĝ. Nothing is learned."""
+
+    def generate(self) -> None:
+        """`weight.grad` ← D ⊙ ĝ for every layer."""
+        self.collect()
+        torch.mul(self.calibrate()[0], self.ghat, out=self.G)
+        self.hand_back()
+
+
+class Learned(Generator):
+    """A generator with hypernetworks φ: the ring buffer of past gradients (HGS) and the training of φ.
+
+    A subclass gives `parameter_groups()` (φ, for Adam) and `transform(D, W̃)` -> G with its graph, a function of the
+    buffers alone, so that after loading a checkpoint the graph of the step before it can be built again.
+    """
+
+    learned = True
+
+    def __init__(self, layers: list[nn.Module], length: int = 1):
+        super().__init__(layers)
+        self.length, self.t = length, 0  # t counts generate() calls
+        self.register_buffer("history", self.latent.new_zeros(length, len(self.latent)))  # slot t % length: ĝ_t
+        self._graph = None  # G_{t−1} with the graph that made it
+        self._make_views()
+        self.register_load_state_dict_post_hook(lambda self, _: self._rebuild())
+
+    def start(self) -> None:
+        """The subclass has made its nets: move them to the weights' device and make φ's optimizer."""
+        self.to(device=self.latent.device, dtype=self.latent.dtype)
+        self.optimizer = torch.optim.Adam(self.parameter_groups())
+
+    @property
+    def newest(self) -> Tensor:
+        """ĝ_t, the gradient stored last: [N]."""
+        return self.history[(self.t - 1) % self.length]
+
+    def train_phi(self, D: Tensor) -> None:
+        """One Adam step on φ for G_{t−1}, from the cotangent v = −D_t ⊙ ĝ_t (module docstring, "How φ learns").
+
+        Adam does not care for the scale of v, but its eps does, so v is normalised.
+        """
+        v = -D * self.ghat
+        v /= v.norm().clamp_min(torch.finfo(v.dtype).tiny)
+        self.optimizer.zero_grad()
+        self._graph.backward(v)
+        self.optimizer.step()
+        self._graph = None
+
+    def store(self) -> None:
+        """Push ĝ_t into the history, over the oldest gradient."""
+        self.history[self.t % self.length].copy_(self.ghat)
+        self.t += 1
+
+    @torch.no_grad()
+    def generate(self) -> None:
+        """Train φ on the last step's G, store ĝ, and set every `weight.grad` to the new G."""
+        self.collect()
+        D, pre = self.calibrate()
+        if self._graph is not None:
+            self.train_phi(D)
+        self.store()
+        if self.t == 1:  # the very first step is plain STE
+            torch.mul(D, self.ghat, out=self.G)
+        else:
+            self._graph = self.build(D, pre)
+            self.G.copy_(self._graph)
+        self.hand_back()
+
+    def build(self, D: Tensor, pre: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return self.transform(D, pre)
+
+    def _rebuild(self) -> None:
+        self._graph = self.build(*self.calibrate()) if self.t > 1 else None
+
+    def get_extra_state(self) -> dict:
+        return {"t": self.t, "optimizer": self.optimizer.state_dict()}
+
+    def set_extra_state(self, state: dict) -> None:
+        self.t = state["t"]
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+# Where the MLP of W̃ starts: at 1 for the mean of W̃, so that training begins as STE does. The linear and the ReLU net
+# are c·W̃; under dorefa W̃ averages ½, hence c = 2.
+def start_as_ste(net: FastNet, kind: str) -> None:
+    net.start_at({0.5: 1.0} if kind == "dorefa" else {-0.1: 1.0, 0.0: 1.0, 0.1: 1.0})
+
+
+def fast_net(kind: str, hidden: int, act: str | None) -> FastNet:
+    """The MLP of W̃ for a quantizer. Under bwn W̃ = W is signed and centred at 0, where a net without biases would
+    vanish, with the wrong sign on one side; so there the default has biases and a tanh."""
+    if kind == "dorefa":
+        return FastNet(hidden, act or "none")
+    return FastNet(hidden, act or "tanh", bias=True)
+
+
+class MultiFC(Learned):
+    """MetaQuant's MultiFC (NeurIPS 2019): G = D ⊙ ĝ ⊙ MLP(W̃), the MLP 1 → hidden → hidden → 1.
+
+    hidden, act: see FastNet (act None: none under dorefa, tanh under bwn). lr: Adam's learning rate for φ.
+    """
+
+    def __init__(self, layers: list[nn.Module], hidden: int = 100, act: str | None = None, lr: float = 1e-3):
+        super().__init__(layers)
+        self.lr = lr
+        self.fast = fast_net(self.kind, hidden, act)
+        start_as_ste(self.fast, self.kind)
+        self.start()
+
+    def parameter_groups(self) -> list[dict]:
+        return [{"params": list(self.fast.parameters()), "lr": self.lr}]
+
+    def transform(self, D: Tensor, pre: Tensor) -> Tensor:
+        return D * self.newest * self.fast(pre)
+
+
+class FCGrad(Learned):
+    """MetaQuant's FCGrad: G = D ⊙ FC(ĝ), the net 1 → hidden → 1. Arguments as MultiFC's."""
+
+    def __init__(self, layers: list[nn.Module], hidden: int = 100, act: str | None = None, lr: float = 1e-3):
+        super().__init__(layers)
+        self.lr = lr
+        self.fast = FastNet(hidden, act or "none", depth=2)
+        self.fast.start_at({1e-3: 1e-3, -1e-3: -1e-3})  # the identity: STE
+        self.start()
+
+    def parameter_groups(self) -> list[dict]:
+        return [{"params": list(self.fast.parameters()), "lr": self.lr}]
+
+    def transform(self, D: Tensor, pre: Tensor) -> Tensor:
+        return D * self.fast(self.newest)
+
+
+class LSTMFC(Learned):
+    """MetaQuant's LSTMFC: G = D ⊙ ĝ ⊙ FC(LSTM(W̃)); every weight carries its own LSTM state from step to step.
+
+    hidden: size of the state, which is 2·hidden numbers a weight. lr: Adam's learning rate for φ.
+    """
+
+    def __init__(self, layers: list[nn.Module], hidden: int = 100, lr: float = 1e-3):
+        super().__init__(layers)
+        self.lr, self.hidden = lr, hidden
+        self.cell = nn.LSTMCell(1, hidden)
+        self.out = nn.Linear(hidden, 1)
+        nn.init.ones_(self.out.bias)  # starts about as STE
+        # The state that went into the last step; what came out of it is `self._next`, and can be recomputed from it.
+        self.register_buffer("state", self.latent.new_zeros(2, len(self.latent), hidden))
+        self._next = self.state
+        self.start()
+
+    def parameter_groups(self) -> list[dict]:
+        return [{"params": [*self.cell.parameters(), *self.out.parameters()], "lr": self.lr}]
+
+    def step(self, pre: Tensor, h: Tensor, c: Tensor) -> Tensor:
+        """W̃ [M], h and c [M, hidden] -> [M, 1 + 2·hidden]: the net's output, and the new state."""
+        h, c = self.cell(pre.unsqueeze(1), (h, c))
+        return torch.cat([self.out(h), h.detach(), c.detach()], dim=1)
+
+    def store(self) -> None:
+        super().store()
+        if self._next is not self.state:
+            self.state.copy_(self._next)
+
+    def transform(self, D: Tensor, pre: Tensor) -> Tensor:
+        out = in_chunks(self.step, 2**21 // self.hidden, pre, *self.state)
+        self._next = out[:, 1:].detach().unflatten(1, (2, self.hidden)).transpose(0, 1)
+        return D * self.newest * out[:, 0]
+
+
+RELEASED_OPTIONS = {"history": "flat", "normalize": "none", "fast_act": "none", "beta": 0.9, "length": 5}
+
+
+class FSG(Learned):
+    """Fast and Slow Gradient generation (AAAI 2025): G = D ⊙ ((1 − β)·fast + β·slow). See the module docstring.
+
+    layers: modules with `.weight` and `.quantizer`, e.g. models.binary_layers(model), on their final device.
+    hgs: the slow-net, 'mamba' or 'lstm'. length: l, gradients of history a weight. beta: β in [0, 1].
+    history: 'per-weight' (every weight is a sequence [LRE, ĝ_{t−l+1}, …, ĝ_t]; the slow gradient is the net's last
+        output) or 'flat' (the released code: every *layer* is one sequence, [LRE, all n gradients of the oldest step,
+        …, all n of the newest]; the slow gradient is the last n outputs).
+    normalize: 'layer-rms' divides the history by its RMS over the layer and multiplies the slow-net's output by it, so
+        that slow scales as the gradient does (an SSM is polynomial in its input, and gradients are 1e-3 to 1e-6);
+        'none' does not.
+    lre: whether there is a layer recognition embedding; `self.lre` is the nn.Embedding(layers, 1), or None.
+    hidden: width of the fast-net and of the LSTM. fast_act: see FastNet (None: none under dorefa, tanh under bwn).
+    d_state, d_conv, expand, scan: see SlowMamba. lr_fast, lr_slow: Adam's learning rates for φ.
+    preset: 'released' does what the authors' code does and the paper's text does not say. The network runs forward and
+        backward at the look-ahead point W − lr·((1 − β)·D·fast + β·slow), made of the gradient of the step before
+        (call `look_ahead(lr)` before the forward pass); the persistent update uses D·fast alone, of that same older
+        gradient, so the slow gradient never enters it; and the fast-net starts where nn.Linear does. Give it
+        RELEASED_OPTIONS too for the whole of it.
+
+    Attributes: fast (FastNet), slow (SlowMamba or SlowLSTM), lre, history [length, N].
+    Raises ValueError for an impossible argument. Memory: about (length + 8) N numbers and one chunk of the slow-net.
+    """
+
+    def __init__(
+        self,
+        layers: list[nn.Module],
+        hgs: str = "mamba",
+        length: int = 5,
+        beta: float = 0.9,
+        history: str = "per-weight",
+        normalize: str = "layer-rms",
+        lre: bool = True,
+        hidden: int = 100,
+        fast_act: str | None = None,
+        d_state: int = 16,
+        d_conv: int = 8,
+        expand: int = 100,
+        scan: str = "auto",
+        lr_fast: float = 1e-2,
+        lr_slow: float = 1e-3,
+        preset: str = "none",
+    ):
+        for name, value, known in (
+            ("slow-net (hgs)", hgs, ("mamba", "lstm")),
+            ("history layout", history, ("per-weight", "flat")),
+            ("normalisation", normalize, ("layer-rms", "none")),
+            ("preset", preset, ("none", "released")),
+        ):
+            if value not in known:
+                raise ValueError(f"no {name} is called {value!r}: use {' or '.join(known)}")
+        if not 0 <= beta <= 1:
+            raise ValueError(f"beta is the share of the slow gradient and must lie in [0, 1]; it is {beta}")
+        if length < 1:
+            raise ValueError(f"length, the number of gradients in the history, must be at least 1; it is {length}")
+        if hgs == "lstm" and history == "flat":
+            raise ValueError(
+                "an LSTM cannot run over the flat history (one sequence of up to hundreds of thousands of steps): "
+                "use --history per-weight, or --hgs mamba"
+            )
+        super().__init__(layers, length)
+        self.beta, self.layout, self.normalize, self.released = beta, history, normalize, preset == "released"
+        self.lr_fast, self.lr_slow = lr_fast, lr_slow
+        self.fast = FastNet(hidden, fast_act or "none") if self.released else fast_net(self.kind, hidden, fast_act)
+        if not self.released:
+            start_as_ste(self.fast, self.kind)
+        self.slow = SlowMamba(d_state, d_conv, expand, scan) if hgs == "mamba" else SlowLSTM(hidden)
+        self.lre = nn.Embedding(len(layers), 1) if lre else None
+        self._displaced = None  # the persistent weights [N], while the model stands at the look-ahead point
+        self.start()
+
+    def parameter_groups(self) -> list[dict]:
+        slow = [*self.slow.parameters(), *(self.lre.parameters() if self.lre else ())]
+        return [{"params": list(self.fast.parameters()), "lr": self.lr_fast}, {"params": slow, "lr": self.lr_slow}]
+
+    def _make_views(self) -> None:
+        super()._make_views()
+        if "history" in self._buffers:
+            self._history_views = [part for row in self.history for part in row.split(self.sizes)]
+
+    def layer_rms(self) -> Tensor:
+        """Root mean square of the stored window of each layer, unfilled slots counting as 0: [layers]."""
+        norms = torch.stack(torch._foreach_norm(self._history_views)).view(self.length, -1)
+        rms = (norms.square().sum(0) / (self.length * self.layer_size)).sqrt()
+        return rms.clamp_min(torch.finfo(rms.dtype).tiny)
+
+    def slow_gradient(self) -> Tensor:
+        """SlowNet(LRE, history): [N], with the graph to φ."""
+        oldest = self.t % self.length
+        past = torch.cat([self.history[oldest:], self.history[:oldest]])  # [l, N], oldest first
+        rms = None
+        if self.normalize == "layer-rms":
+            rms = self.layer_rms()[self.layer_of]  # [N]
+            past = past / rms
+        if self.layout == "per-weight":
+            tokens = past.T  # [N, l]
+            if self.lre is not None:
+                tokens = torch.cat([self.lre(self.layer_of), tokens], dim=1)  # [N, 1 + l]
+            slow = self.slow.last(tokens.unsqueeze(-1))
+        else:
+            slow = []
+            for i, part in enumerate(past.split(self.sizes, dim=1)):  # one sequence a layer: part [l, n]
+                u = part.reshape(1, -1, 1)
+                if self.lre is not None:
+                    u = torch.cat([self.lre.weight[i].view(1, 1, 1), u], dim=1)
+                slow.append(self.slow.tail(u, part.shape[1]))
+            slow = torch.cat(slow)
+        return slow if rms is None else slow * rms
+
+    def transform(self, D: Tensor, pre: Tensor) -> Tensor:
+        fast = self.newest * self.fast(pre)
+        slow = self.slow_gradient()
+        if self.released:
+            self._terms = fast, slow  # look_ahead() mixes them, with the calibration of the weights it finds
+            return fast
+        return D * ((1 - self.beta) * fast + self.beta * slow)
+
+    # -- the released code's look-ahead -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def look_ahead(self, lr: float) -> None:
+        """Before the forward pass, with preset 'released' only: move the weights to the look-ahead point.
+
+        generate() moves them back. Does nothing before the first generate().
+        """
+        if not self.released or self._graph is None:
+            return
+        torch._foreach_copy_(self._latent_views, self.weights)
+        D, _ = self.calibrate()
+        fast, slow = self._terms
+        with torch.enable_grad():
+            self._graph = (1 - self.beta) * D * fast + self.beta * slow  # what φ is trained on at the next step
+        self._persistent_G = D * fast.detach()
+        self._displaced = self.latent.clone()
+        self.latent.sub_(lr * self._graph.detach())
+        torch._foreach_copy_([w.detach() for w in self.weights], self._latent_views)
+
+    @torch.no_grad()
+    def generate(self) -> None:
+        """Train φ on the last step's G, store ĝ, and set every `weight.grad` to the new G."""
+        if not self.released:
+            return super().generate()
+        self.collect()
+        D, pre = self.calibrate()  # at the look-ahead point, where ĝ was measured
+        if self._displaced is None:
+            torch.mul(D, self.ghat, out=self.G)  # the first step: plain STE
+        else:
+            self.train_phi(D)
+            self.G.copy_(self._persistent_G)
+            parts = zip(self._displaced.split(self.sizes), self.weights, strict=True)
+            for part, w in parts:
+                w.detach().copy_(part.as_strided(w.shape, w.stride()))
+            self._displaced = None
+        self.store()
+        self._graph = self.build(D, pre)
+        self.hand_back()
+
+    def _rebuild(self) -> None:
+        if self.released and self.t == 1:
+            self._graph = self.build(*self.calibrate())
+        else:
+            super()._rebuild()
