@@ -237,8 +237,8 @@ def downloaded(name: str, data_dir: Path) -> tuple[tuple[Tensor, Tensor], tuple[
         except (OSError, RuntimeError) as e:  # no network, no space, not writable, a damaged archive
             reason = " ".join(str(e).split())
             raise DataError(
-                f"{name} is not in {data_dir} and could not be downloaded there ({reason}): put "
-                "torchvision's copy of it there, or use --dataset digits, which needs no download, or --dataset folder for your own pictures"
+                f"{name} is not in {data_dir} and could not be downloaded there ({reason}): put torchvision's copy "
+                "there, or use --dataset digits, which needs no download, or --dataset folder for your own pictures"
             ) from None
         images = torch.as_tensor(split.data)
         images = images.unsqueeze(1) if images.dim() == 3 else rearrange(images, "n h w c -> n c h w").contiguous()

@@ -34,20 +34,66 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory. N is 270,000 for a ResNet-20 and 11 million for a ResNet-18, and a slow-net of the paper's size makes 1,600
 # numbers a token. So the nets below run chunk by chunk, keep none of a chunk's intermediate tensors, and compute them
-# again in the backward pass.
+# again in the backward pass. (torch.utils.checkpoint, called in a loop, does the same, but what it keeps for each call
+# lies scattered between the large freed blocks, and glibc's allocator then cannot reuse them: gigabytes of holes.)
 
 
-def in_chunks(function, size: int, *inputs: Tensor) -> Tensor:
-    """torch.cat([function(*chunk) for each chunk of `size` rows]), each chunk recomputed in the backward pass."""
-    chunks = list(zip(*(x.split(max(1, size)) for x in inputs), strict=True))
-    if torch.is_grad_enabled():
-        return torch.cat([checkpoint(function, *c, use_reentrant=False, preserve_rng_state=False) for c in chunks])
-    return torch.cat([function(*c) for c in chunks])
+class _Chunked(torch.autograd.Function):
+    """carry, out_k = function(carry, *chunk_k) for k = 0, 1, …; see `in_chunks`."""
+
+    @staticmethod
+    def forward(ctx, function, size, dim, count, carry, *tensors):
+        # tensors: `count` inputs to be cut along `dim`, then the parameters that `function` uses.
+        inputs, length = tensors[:count], tensors[0].shape[dim]
+        starts, out = range(0, length, size), None
+        carries = carry.new_empty(len(starts), *carry.shape)  # before each chunk
+        for k, i in enumerate(starts):
+            carries[k] = carry
+            carry, part = function(carry, *(x.narrow(dim, i, min(size, length - i)) for x in inputs))
+            if out is None:
+                out = part.new_empty(*part.shape[:dim], length, *part.shape[dim + 1 :])
+            out.narrow(dim, i, part.shape[dim]).copy_(part)
+        ctx.save_for_backward(carries, *tensors)
+        ctx.function, ctx.size, ctx.dim, ctx.count = function, size, dim, count
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        carries, *tensors = ctx.saved_tensors
+        inputs, parameters = tensors[: ctx.count], tensors[ctx.count :]
+        wanted = ctx.needs_input_grad[5:]
+        length, grad_carry = inputs[0].shape[ctx.dim], torch.zeros_like(carries[0])
+        grads = [torch.zeros_like(t) if w else None for t, w in zip(tensors, wanted, strict=True)]
+        for k in reversed(range(len(carries))):
+            at = ctx.dim, k * ctx.size, min(ctx.size, length - k * ctx.size)
+            chunk = [x.narrow(*at).detach().requires_grad_(w) for x, w in zip(inputs, wanted, strict=False)]
+            carry = carries[k].detach().requires_grad_()
+            with torch.enable_grad():
+                outputs = ctx.function(carry, *chunk)
+            sources = [t for t, w in zip([*chunk, *parameters], wanted, strict=True) if w]
+            found = torch.autograd.grad(
+                outputs, [carry, *sources], (grad_carry, grad.narrow(*at)), allow_unused=True, materialize_grads=True
+            )
+            grad_carry, found = found[0], iter(found[1:])
+            for j, g in enumerate(grads):
+                if g is not None:
+                    (g.narrow(*at) if j < ctx.count else g).add_(next(found))
+        return None, None, None, None, None, *grads
+
+
+def in_chunks(function, size: int, parameters, *inputs: Tensor) -> Tensor:
+    """torch.cat([function(*chunk) for each chunk of `size` rows of the inputs]), in the memory of one chunk.
+
+    parameters: the tensors that `function` uses besides its arguments and that may want a gradient.
+    """
+    none = inputs[0].new_empty(0)
+    step = lambda carry, *chunk: (carry, function(*chunk))
+    return _Chunked.apply(step, max(1, size), 0, len(inputs), none, *inputs, *parameters)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,7 +132,7 @@ class FastNet(nn.Module):
 
     def forward(self, w: Tensor) -> Tensor:
         if not self.collapses:
-            return in_chunks(self.mlp, 2**20 // self.linears[0].out_features, w)
+            return in_chunks(self.mlp, 2**20 // self.linears[0].out_features, self.parameters(), w)
         # f(w) = w · f(1) for w > 0 and w · (−f(−1)) for w < 0; without the ReLU both factors are the same.
         at_ends = self.mlp(w.new_tensor([1.0, -1.0]))
         if isinstance(self.act, nn.Identity):
@@ -122,7 +168,7 @@ class SlowLSTM(nn.Module):
 
     def last(self, u: Tensor) -> Tensor:
         """u [B, L, 1] -> [B]: `forward(u)[:, -1, 0]`, chunk by chunk."""
-        return in_chunks(self._last, 2**22 // (4 * self.lstm.hidden_size * u.shape[1]), u)
+        return in_chunks(self._last, 2**22 // (4 * self.lstm.hidden_size * u.shape[1]), self.parameters(), u)
 
     def _last(self, u: Tensor) -> Tensor:
         _, (h, _) = self.lstm(u)  # h [1, B, hidden], the hidden state after the last token
@@ -209,8 +255,8 @@ class SlowMamba(nn.Module):
         """u [B, L, 1] -> [B]: `forward(u)[:, -1, 0]`, chunk by chunk, computing that output alone."""
         per_sequence = u.shape[1] * self.d_inner * self.d_state
         if self.backend(u.device) == "mamba-ssm":
-            return in_chunks(lambda u: self._forward(u)[:, -1, 0], 2**26 // per_sequence, u)
-        return in_chunks(self._last, self.SEGMENT // per_sequence, u)
+            return in_chunks(lambda u: self._forward(u)[:, -1, 0], 2**26 // per_sequence, self.parameters(), u)
+        return in_chunks(self._last, self.SEGMENT // per_sequence, self.parameters(), u)
 
     def _last(self, u: Tensor) -> Tensor:
         # Here the sequences run along the last axis, c, so that every operation is one long vector loop.
@@ -237,7 +283,7 @@ class SlowMamba(nn.Module):
     def forward(self, u: Tensor) -> Tensor:
         """u [B, L, 1] -> [B, L, 1]."""
         rows = self.SEGMENT // (min(u.shape[1], 64) * self.d_inner * self.d_state)
-        return in_chunks(self._forward, rows, u) if u.shape[0] > max(1, rows) else self._forward(u)
+        return in_chunks(self._forward, rows, self.parameters(), u) if u.shape[0] > max(1, rows) else self._forward(u)
 
     def tail(self, u: Tensor, count: int) -> Tensor:
         """The last `count` outputs of one sequence: u [1, L, 1] -> [count], `forward(u)[0, -count:, 0]`.
@@ -272,33 +318,24 @@ class SlowMamba(nn.Module):
 
     def _forward(self, u: Tensor) -> Tensor:
         x, delta, B, C = self.project(u)
-        A = -torch.exp(self.A_log)
         if self.backend(u.device) == "mamba-ssm":
             # The kernel wants the time axis last: [B, d, L] and [B, n, L].
             x_, delta_, B_, C_ = (v.transpose(1, 2).contiguous() for v in (x, delta, B, C))
-            y = mamba_ssm_scan()(x_, delta_, A, B_, C_, delta_softplus=False).transpose(1, 2)
+            y = mamba_ssm_scan()(x_, delta_, -torch.exp(self.A_log), B_, C_, delta_softplus=False).transpose(1, 2)
         else:
             # Segment by segment, handing on the state h, so that memory does not grow with the length.
             tokens = min(max(1, self.SEGMENT // (u.shape[0] * self.d_inner * self.d_state)), 256)
             h = u.new_zeros(u.shape[0], self.d_inner, self.d_state)
-            y = []
-            for segment in zip(*(v.split(tokens, dim=1) for v in (x, delta, B, C)), strict=True):
-                if torch.is_grad_enabled():
-                    y_, h = checkpoint(self._segment, A, h, *segment, use_reentrant=False, preserve_rng_state=False)
-                else:
-                    y_, h = self._segment(A, h, *segment)
-                y.append(y_)
-            y = torch.cat(y, dim=1)
+            y = _Chunked.apply(self._segment, tokens, 1, 4, h, x, delta, B, C, self.A_log)
         return self.gate(y, x, u)
 
-    @staticmethod
-    def _segment(A: Tensor, h: Tensor, x: Tensor, delta: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-        """h_t = a_t h_{t−1} + b_t for T tokens at once: h [B, d, n] before them -> h C [B, T, d], h after them.
+    def _segment(self, h: Tensor, x: Tensor, delta: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+        """h_t = a_t h_{t−1} + b_t for T tokens at once: h [B, d, n] before them -> h after them, h C [B, T, d].
 
         Two steps make one: h_t = (a_t a_{t−1}) h_{t−2} + (a_t b_{t−1} + b_t). Doubling the stride log2(T) times
         reaches every earlier token (a parallel prefix scan).
         """
-        a = torch.exp(delta.unsqueeze(-1) * A)  # [B, T, d, n]
+        a = torch.exp(delta.unsqueeze(-1) * -torch.exp(self.A_log))  # [B, T, d, n]
         b = (delta * x).unsqueeze(-1) * B.unsqueeze(2)  # [B, T, d, n]
         b = torch.cat([b[:, :1] + a[:, :1] * h.unsqueeze(1), b[:, 1:]], dim=1)
         stride = 1
@@ -306,7 +343,7 @@ class SlowMamba(nn.Module):
             b = torch.cat([b[:, :stride], torch.addcmul(b[:, stride:], a[:, stride:], b[:, :-stride])], dim=1)
             a = torch.cat([a[:, :stride], a[:, stride:] * a[:, :-stride]], dim=1)
             stride *= 2
-        return torch.einsum("btdn,btn->btd", b, C), b[:, -1]
+        return b[:, -1], torch.einsum("btdn,btn->btd", b, C)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -550,7 +587,8 @@ class LSTMFC(Learned):
             self.state.copy_(self._next)
 
     def transform(self, D: Tensor, pre: Tensor) -> Tensor:
-        out = in_chunks(self.step, 2**21 // self.hidden, pre, *self.state)
+        phi = [*self.cell.parameters(), *self.out.parameters()]
+        out = in_chunks(self.step, 2**21 // self.hidden, phi, pre, *self.state)
         self._next = out[:, 1:].detach().unflatten(1, (2, self.hidden)).transpose(0, 1)
         return D * self.newest * out[:, 0]
 

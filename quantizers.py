@@ -28,6 +28,18 @@ class _Sign(torch.autograd.Function):
         return grad
 
 
+class _ScaledSign(torch.autograd.Function):
+    """Forward: scale · sign(x). Backward: the identity in x."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor) -> Tensor:
+        return torch.where(x >= 0, scale, -scale)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
 class _SignWithCut(torch.autograd.Function):
     """Forward: +1 where x ≥ 0, else −1. Backward: the gradient passes where |x| ≤ 1 and is 0 elsewhere."""
 
@@ -66,21 +78,9 @@ def bwn_f(w: Tensor) -> Tensor:
 
     Binary-Weight-Network (Rastegari et al., XNOR-Net, ECCV 2016), eq. 6; ∂L/∂W := ∂L/∂Ŵ.
     """
-    scale = w.detach().abs().mean(dim=tuple(range(1, w.dim())), keepdim=True)
+    scale = w.detach().abs().reshape(len(w), -1).mean(dim=1).view(-1, *[1] * (w.dim() - 1))
     # The scale multiplies the *value* only: the product rule would also multiply the gradient by it.
     return _ScaledSign.apply(w, scale)
-
-
-class _ScaledSign(torch.autograd.Function):
-    """Forward: scale · sign(x). Backward: the identity in x."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor) -> Tensor:
-        return torch.where(x >= 0, scale, -scale)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
 
 
 WEIGHT_QUANTIZERS = {"dorefa": dorefa, "bwn": sign, "bwn-f": bwn_f}

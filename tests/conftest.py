@@ -1,0 +1,22 @@
+"""Puts the repository on the import path, and says where the optional reference material lies."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)  # small tensors: threads only get in each other's way
+
+
+@pytest.fixture
+def golden():
+    """Outputs and gradients of the public Mamba block, ../shared/golden/mamba.npz."""
+    file = ROOT.parent / "shared" / "golden" / "mamba.npz"
+    if not file.exists():
+        pytest.skip("the golden vectors ../shared/golden/mamba.npz are not here")
+    import numpy as np
+
+    return np.load(file)

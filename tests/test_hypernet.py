@@ -1,0 +1,651 @@
+"""The hypernetworks and the gradient generators against the golden vectors, a by-the-book recurrence in float64, the
+equations recomputed layer by layer, and finite differences."""
+
+import copy
+import math
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import hypernet
+import models
+import quantizers
+from hypernet import FSG, LSTMFC, STE, FastNet, FCGrad, MultiFC, SlowLSTM, SlowMamba
+
+
+def relative(a, b):
+    a, b = torch.as_tensor(a).detach().double(), torch.as_tensor(b).detach().double()
+    return ((a - b).abs().max() / b.abs().max().clamp_min(1e-300)).item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SlowMamba.
+
+
+@pytest.mark.parametrize("case", ["per_weight", "per_weight_odd", "per_weight_short", "flat", "flat_odd"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("path", ["forward", "specialised"])
+def test_mamba_equals_the_golden_vectors(golden, case, dtype, tolerance, path):
+    prefix = f"{case}/param/"
+    params = {k[len(prefix) :]: torch.tensor(golden[k]) for k in golden if k.startswith(prefix)}
+    d_inner, d_state = params["A_log"].shape
+    net = SlowMamba(d_state, params["conv1d.weight"].shape[-1], d_inner, "reference").to(dtype)
+    net.load_state_dict(params)  # the package's names and shapes, unchanged
+    u = torch.tensor(golden[f"{case}/u"], dtype=dtype).requires_grad_()
+    y, cotangent = golden[f"{case}/y"], torch.tensor(golden[f"{case}/cotangent"], dtype=dtype)
+    if path == "forward":
+        out = net(u)
+        assert relative(out, y) < tolerance
+        out.backward(cotangent)
+    elif case.startswith("per_weight"):
+        out = net.last(u)
+        assert relative(out, y[:, -1, 0]) < tolerance
+        out.backward(cotangent[:, -1, 0])
+    else:
+        count = {"flat": 90, "flat_odd": 33}[case]
+        out = net.tail(u, count)
+        assert relative(out, y[0, -count:, 0]) < tolerance
+        out.backward(cotangent[0, -count:, 0])
+    for name, p in net.named_parameters():
+        assert relative(p.grad, golden[f"{case}/grad/{name}"]) < tolerance, name
+    assert relative(u.grad, golden[f"{case}/grad_u"]) < tolerance
+
+
+def mamba_by_the_book(net, u):
+    """The block of SlowMamba's docstring, token by token, in plain loops over [B, d] and [B, d, n]."""
+    p = dict(net.named_parameters())
+    A, h, xs, ys = -torch.exp(p["A_log"]), 0, [], []
+    for t in range(u.shape[1]):
+        x, z = (u[:, t] @ p["in_proj.weight"].T).chunk(2, dim=1)
+        xs.append(x)
+        x = p["conv1d.bias"].expand_as(x)
+        for k in range(net.d_conv):
+            if t - k >= 0:
+                x = x + p["conv1d.weight"][:, 0, net.d_conv - 1 - k] * xs[t - k]
+        x = x * torch.sigmoid(x)
+        dt, B, C = (x @ p["x_proj.weight"].T).split([1, net.d_state, net.d_state], dim=1)
+        delta = torch.log1p(torch.exp(dt @ p["dt_proj.weight"].T + p["dt_proj.bias"]))
+        h = torch.exp(delta[:, :, None] * A) * h + (delta * x)[:, :, None] * B[:, None, :]
+        y = (h * C[:, None, :]).sum(-1) + p["D"] * x
+        ys.append((y * z * torch.sigmoid(z)) @ p["out_proj.weight"].T)
+    return torch.stack(ys, dim=1)
+
+
+sizes = st.tuples(*(st.integers(1, n) for n in (12, 9, 5, 8, 20)))  # d_inner, L, d_state, d_conv, B
+
+
+@given(sizes, st.sampled_from([1e-4, 1.0, 20.0]), st.sampled_from([-3.0, 0.0, 3.0]), st.integers(0, 2**31))
+@settings(max_examples=40, deadline=None)
+def test_mamba_equals_the_recurrence_for_any_shape(size, scale, dt_shift, seed):
+    d_inner, length, d_state, d_conv, rows = size
+    torch.manual_seed(seed)
+    net = SlowMamba(d_state, d_conv, d_inner, "reference").double()
+    net.SEGMENT = 3 * d_inner * d_state  # forces several segments and chunks
+    net.dt_proj.bias.data += dt_shift
+    u = (torch.randn(rows, length, 1, dtype=torch.float64) * scale).requires_grad_()
+    expected = mamba_by_the_book(net, u)
+    cotangent, half = torch.randn_like(expected), (length + 1) // 2
+    inputs = [u, *net.parameters()]
+    for out, book, v in (
+        (net(u), expected, cotangent),
+        (net.last(u), expected[:, -1, 0], cotangent[:, -1, 0]),
+        (net.tail(u[:1], half), expected[0, -half:, 0], cotangent[0, :half, 0]),
+    ):
+        assert relative(out, book) < 1e-9
+        ours = torch.autograd.grad(out, inputs, v, retain_graph=True, allow_unused=True)
+        theirs = torch.autograd.grad(book, inputs, v, retain_graph=True, allow_unused=True)
+        for a, b in zip(ours, theirs, strict=True):
+            a, b = (torch.zeros(1) if g is None else g for g in (a, b))
+            assert torch.allclose(a.double(), b.double(), rtol=1e-7, atol=1e-9 * float(b.abs().max() + 1e-12))
+
+
+def test_tail_leaves_out_forgotten_tokens_and_nothing_else():
+    torch.manual_seed(0)
+    net = SlowMamba(d_state=3, d_conv=4, expand=5)
+    net.dt_proj.bias.data += 3  # large steps: short memory
+    u = torch.randn(1, 3001, 1, requires_grad=True)
+    start = net.first_needed(u, 2900)
+    assert 0 < start < 2890, "with this memory most of the sequence is forgotten, but not all before the tail"
+    cut, whole = net.tail(u, 101), net(u)[0, -101:, 0]
+    assert relative(cut, whole) < 1e-6
+    v = torch.randn(101)
+    a, b = (torch.autograd.grad(y, u, v)[0][0, :, 0] for y in (cut, whole))
+    assert (a - b).abs().max() < 1e-6 * b.abs().max()
+    assert torch.all(a[:start] == 0) and b[:start].abs().max() < 1e-6 * b.abs().max()
+    # Another Δ, another cut: the decision comes from the actual values.
+    net.dt_proj.bias.data -= 2
+    assert net.first_needed(u, 2900) < start
+
+
+def test_the_flat_layout_forgets():
+    """l windows of n unit-variance gradients and the LRE before them; how strongly the slow gradient (the
+    last n outputs, randomly projected) depends on each window, relative to the newest. Medians over initialisations,
+    within an order of magnitude of the documented figures."""
+    for n, documented in ((432, (4e-2, 3e-5, 7e-8)), (2304, (2e-2, 3e-7, 6e-12))):
+        found = []
+        for seed in range(5 if n == 432 else 3):
+            torch.manual_seed(seed)
+            net, length = SlowMamba(scan="reference").double(), 5
+            u = torch.randn(1, 1 + length * n, 1, dtype=torch.float64, requires_grad=True)
+            net(u)[0, -n:, 0].backward(torch.randn(n, dtype=torch.float64))
+            grad = u.grad[0, :, 0]
+            windows = grad[1:].view(length, n).norm(dim=1)
+            assert torch.all(windows.diff() > 0), "the older, the weaker"
+            found.append(torch.stack([windows[-2], windows[-3], grad[0].abs()]) / windows[-1])
+        for name, value, figure in zip(
+            ("window before last", "older", "LRE"),
+            torch.stack(found).median(0).values.tolist(),
+            documented,
+            strict=True,
+        ):
+            assert figure / 12 < value < figure * 12, (n, name, value)
+
+
+def test_memory_stays_bounded_for_resnet110():
+    """1.7 million weights, 6 tokens each, forward and backward, in a process of its own."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("reads the peak memory of a process from /proc")
+    code = """
+import torch, hypernet
+net, u = hypernet.SlowMamba(d_state=4, expand=8, scan="reference"), torch.randn(1_730_000, 6, 1)
+y = net.last(u); y.backward(torch.ones_like(y))
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert int(out) / 2**20 < 1.0, "GB; a single [tokens, d_inner, d_state] tensor would take 1.3"
+
+
+def test_initialisation_is_mambas():
+    torch.manual_seed(0)
+    net = SlowMamba()
+    assert torch.allclose(torch.exp(net.A_log), torch.arange(1.0, 17).repeat(100, 1), rtol=1e-6)
+    assert torch.all(net.D == 1)
+    dt = F.softplus(net.dt_proj.bias)
+    assert dt.min() >= 0.99e-3 and dt.max() <= 0.101 and dt.log().std() > 1  # log-uniform over two decades
+    assert net.dt_proj.weight.abs().max() <= 1 and net.dt_proj.weight.std() > 0.4
+    shapes = {k: tuple(v.shape) for k, v in net.state_dict().items()}
+    assert shapes == {
+        **{"A_log": (100, 16), "D": (100,), "in_proj.weight": (200, 1), "conv1d.weight": (100, 1, 8)},
+        **{"conv1d.bias": (100,), "x_proj.weight": (33, 100), "dt_proj.weight": (100, 1), "dt_proj.bias": (100,)},
+        **{"out_proj.weight": (1, 100)},
+    }
+
+
+def test_mamba_ssm_backend(monkeypatch):
+    """Through a stand-in with the documented behaviour of mamba_ssm's selective_scan_fn: the call is laid out right."""
+    calls = []
+
+    def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, **kwargs):
+        assert not kwargs and D is None and z is None and delta_bias is None and not delta_softplus
+        assert all(v.stride(-1) == 1 for v in (u, delta, B, C)), "the kernel wants the time axis contiguous"
+        calls.append(u.shape)
+        h, ys = 0, []
+        for t in range(u.shape[-1]):
+            h = torch.exp(delta[..., t, None] * A) * h + (delta * u)[..., t, None] * B[:, None, :, t]
+            ys.append((h * C[:, None, :, t]).sum(-1))
+        return torch.stack(ys, dim=-1)
+
+    torch.manual_seed(0)
+    net = SlowMamba(3, 4, 5, "mamba-ssm")
+    u = torch.randn(11, 6, 1)
+    with pytest.raises(RuntimeError, match=r"requirements-cuda\.txt"):
+        net.last(u)
+    fake = types.ModuleType("mamba_ssm.ops.selective_scan_interface")
+    fake.selective_scan_fn = selective_scan_fn
+    for name in ("mamba_ssm", "mamba_ssm.ops"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, fake.__name__, fake)
+    with pytest.raises(RuntimeError, match="CUDA devices only"):
+        net.last(u)
+    assert SlowMamba(3, 4, 5, "auto").backend("cpu") == "reference"
+    assert SlowMamba(3, 4, 5, "auto").backend("cuda") == "mamba-ssm"
+    assert SlowMamba(3, 4, 5, "reference").backend("cuda") == "reference"
+    monkeypatch.setattr(SlowMamba, "backend", lambda self, device: self.scan)
+    reference = SlowMamba(3, 4, 5, "reference")
+    reference.load_state_dict(net.state_dict())
+    for method in (lambda n: n.last(u), lambda n: n(u)[:, :, 0], lambda n: n.tail(u[:1], 4)):
+        ours, theirs = method(net), method(reference)
+        assert relative(ours, theirs) < 1e-5
+        v = torch.randn_like(ours)
+        for a, b in zip(
+            torch.autograd.grad(ours, net.parameters(), v),
+            torch.autograd.grad(theirs, reference.parameters(), v),
+            strict=True,
+        ):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert calls
+    with pytest.raises(ValueError, match="use auto, mamba-ssm or reference"):
+        SlowMamba(scan="cuda")
+
+
+def test_lstm_last_is_its_last_output():
+    torch.manual_seed(0)
+    net = SlowLSTM(7).double()
+    u = torch.randn(50, 6, 1, dtype=torch.float64)
+    v = torch.randn(50, dtype=torch.float64)
+    whole = torch.autograd.grad(net(u)[:, -1, 0], net.parameters(), v)
+    for a, b in zip(torch.autograd.grad(net.last(u), net.parameters(), v), whole, strict=True):
+        assert torch.allclose(a, b)
+    assert torch.allclose(net.last(u), net(u)[:, -1, 0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FastNet.
+
+
+@pytest.mark.parametrize("act", ["none", "relu", "tanh"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("depth", [2, 3])
+def test_fast_net_equals_the_network_it_collapses(act, bias, depth):
+    torch.manual_seed(0)
+    net = FastNet(20, act, bias, depth).double()
+    assert len(net.linears) == depth and net.linears[0].in_features == net.linears[-1].out_features == 1
+    w = torch.cat([torch.randn(99, dtype=torch.float64), torch.zeros(1)]).requires_grad_()
+    x = w.unsqueeze(1)
+    for i, linear in enumerate(net.linears):
+        x = F.linear(x, linear.weight, linear.bias)
+        if i < depth - 1:
+            x = {"none": lambda x: x, "relu": torch.relu, "tanh": torch.tanh}[act](x)
+    out = net(w)
+    assert torch.allclose(out, x.squeeze(1), rtol=1e-10, atol=1e-12)
+    v = torch.randn_like(out)
+    ours = torch.autograd.grad(out, net.parameters(), v)
+    theirs = torch.autograd.grad(x.squeeze(1), net.parameters(), v)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_fast_net_starts_as_ste():
+    torch.manual_seed(0)
+    layers = models.binary_layers(models.build("resnet8", 10))
+    fast = FSG(layers, expand=2, d_state=1).fast
+    w = torch.linspace(0, 1, 11)
+    assert torch.allclose(fast(w), 2 * w, atol=1e-5), "c = 2"
+    assert not torch.allclose(FSG(layers, expand=2, d_state=1, preset="released").fast(w), 2 * w, atol=1e-2)
+    assert torch.allclose(MultiFC(layers).fast(w), 2 * w, atol=1e-5)
+    g = torch.randn(20) * 1e-4
+    for act in ("none", "relu", "tanh"):
+        assert torch.allclose(FCGrad(layers, act=act).fast(g), g, rtol=1e-2, atol=1e-9)
+    bwn = models.binary_layers(models.build("resnet8", 10, "bwn"))
+    near = FSG(bwn, expand=2, d_state=1).fast(torch.linspace(-0.1, 0.1, 5))
+    assert torch.allclose(near, torch.ones(5), atol=0.05), "positive on both sides of 0, and not vanishing there"
+    with pytest.raises(ValueError, match="tanh"):
+        FastNet(act="gelu")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generators, on a small network with convolutions and a linear layer.
+
+
+def network(quantizer="dorefa", dtype=torch.float64):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 3, padding=1), nn.ReLU(), nn.Conv2d(5, 3, 1)),
+        *(nn.Flatten(), nn.Linear(27, 6, bias=False), nn.ReLU(), nn.Linear(6, 4)),
+    )
+    return models.binarize_(net, quantizer).to(dtype)
+
+
+def backward(net, seed):
+    g = torch.Generator().manual_seed(seed)
+    p = next(net.parameters())
+    x = torch.randn(8, 3, 5, 5, generator=g, dtype=torch.float64).to(p.dtype)
+    y = torch.randint(4, (8,), generator=g)
+    for parameter in net.parameters():
+        parameter.grad = None
+    loss = F.cross_entropy(net(x), y)
+    loss.backward()
+    return loss
+
+
+def small_fsg(layers, **kwargs):
+    options = {"d_state": 2, "d_conv": 3, "expand": 4, "hidden": 6, "length": 3, **kwargs}
+    return FSG(layers, **options)
+
+
+def nudge(module, seed=1):
+    """Move φ off its special starting point, so that no term of the formula is trivially 0 or 1."""
+    g = torch.Generator().manual_seed(seed)
+    for p in module.parameters():
+        p.data += 0.1 * torch.randn(p.shape, generator=g, dtype=torch.float64).to(p.dtype)
+
+
+MAKERS = {
+    "fsg-mamba": lambda layers: small_fsg(layers),
+    "fsg-lstm": lambda layers: small_fsg(layers, hgs="lstm"),
+    "fsg-flat": lambda layers: small_fsg(layers, history="flat"),
+    "fsg-raw-no-lre": lambda layers: small_fsg(layers, normalize="none", lre=False, fast_act="relu", beta=0.4),
+    "fsg-tanh": lambda layers: small_fsg(layers, fast_act="tanh", length=1),
+    "fcgrad": lambda layers: FCGrad(layers, 6, "tanh"),
+    "multifc": lambda layers: MultiFC(layers, 6),
+    "lstmfc": lambda layers: LSTMFC(layers, 6),
+}
+
+
+def formula(name, gen, layers, latents, grads, states=None):
+    """The equations in hypernet.py's docstrings, restated layer by layer.
+
+    latents [steps][layer], grads [steps][layer] -> [G of each layer].
+    The newest step is the last one; states: LSTMFC's (h, c) before it, [layer] each.
+    """
+    out = []
+    for i, layer in enumerate(layers):
+        W, g = latents[-1][i], grads[-1][i]
+        D = quantizers.calibration(W, layer.quantizer)
+        pre = quantizers.pre_quantize(W, layer.quantizer)
+        if name == "fcgrad":
+            out.append(D * gen.fast.mlp(g.flatten()).view_as(W))
+            continue
+        if name == "lstmfc":
+            h, _ = gen.cell(pre.reshape(-1, 1), states[i])
+            out.append(D * g * gen.out(h).view_as(W))
+            continue
+        fast = g * gen.fast.mlp(pre.flatten()).view_as(W)
+        if name == "multifc":
+            out.append(D * fast)
+            continue
+        past = [step[i] for step in grads[-gen.length :]]
+        past = [torch.zeros_like(g)] * (gen.length - len(past)) + past  # unfilled slots are zero
+        past = torch.stack([p.flatten() for p in past])  # [l, n]
+        rms = past.square().mean().sqrt() if gen.normalize == "layer-rms" else torch.ones(())
+        past = past / rms
+        token = gen.lre.weight[i].view(1, 1) if gen.lre is not None else None
+        if gen.layout == "per-weight":
+            u = past.T if token is None else torch.cat([token.expand(past.shape[1], 1), past.T], dim=1)
+            slow = gen.slow(u.unsqueeze(-1))[:, -1, 0]
+        else:
+            u = past.reshape(-1, 1) if token is None else torch.cat([token, past.reshape(-1, 1)])
+            slow = gen.slow(u.unsqueeze(0))[0, -past.shape[1] :, 0]
+        slow = (slow * rms).view_as(W)
+        out.append(D * ((1 - gen.beta) * fast + gen.beta * slow))
+    return out
+
+
+def record(net, gen, layers, seed, latents, grads):
+    """One backward and generate(); what went in is appended, what came out is in weight.grad."""
+    backward(net, seed)
+    latents.append([layer.weight.detach().clone() for layer in layers])
+    grads.append([layer.weight.grad.clone() for layer in layers])
+    gen.generate()
+    return [layer.weight.grad.clone() for layer in layers]
+
+
+def lstm_states(gen, layers):
+    """LSTMFC's state before its newest step, [layer] of (h, c)."""
+    return [tuple(part.clone()) for part in gen.state.split([layer.weight.numel() for layer in layers], dim=1)]
+
+
+@pytest.mark.parametrize("quantizer", ["dorefa", "bwn", "bwn-f"])
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_second_step_equals_the_formula(name, quantizer):
+    net = network(quantizer)
+    layers = models.binary_layers(net)
+    gen = MAKERS[name](layers)
+    nudge(gen)
+    latents, grads = [], []
+    first = record(net, gen, layers, 0, latents, grads)
+    for G, W, g, layer in zip(first, latents[0], grads[0], layers, strict=True):
+        assert torch.allclose(G, quantizers.calibration(W, layer.quantizer) * g, rtol=1e-12), "the first step is STE"
+    for layer, G in zip(layers, first, strict=True):
+        layer.weight.data -= 0.1 * G
+    second = record(net, gen, layers, 1, latents, grads)
+    states = lstm_states(gen, layers) if name == "lstmfc" else None
+    for G, expected in zip(second, formula(name, gen, layers, latents, grads, states), strict=True):
+        assert relative(G, expected) < 1e-10
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_later_steps_train_phi_with_the_gradient_of_v_times_the_previous_G(name):
+    """φ's gradient at step t is that of ⟨v, G_{t−1}⟩, v = −D_t ⊙ ĝ_t / ‖…‖: finite differences, every tensor of φ."""
+    net = network()
+    layers = models.binary_layers(net)
+    gen = MAKERS[name](layers)
+    nudge(gen)
+    latents, grads = [], []
+    for t in range(5):  # the ring of length 3 has gone round
+        if t == 4:
+            before = copy.deepcopy(dict(gen.named_parameters()))
+            states = lstm_states(gen, layers) if name == "lstmfc" else None
+        for layer, G in zip(layers, record(net, gen, layers, t, latents, grads), strict=True):
+            layer.weight.data -= 0.05 * G
+    found = {k: p.grad.clone() for k, p in gen.named_parameters()}
+    after = {k: p.detach().clone() for k, p in gen.named_parameters()}
+
+    v = [-quantizers.calibration(W, "dorefa") * g for W, g in zip(latents[4], grads[4], strict=True)]
+    norm = torch.stack([x.norm() for x in v]).norm()
+
+    def objective():
+        G = formula(name, gen, layers, latents[:4], grads[:4], states)
+        return sum((a * b).sum() for a, b in zip(v, G, strict=True)).item() / norm.item()
+
+    with torch.no_grad():
+        for k, p in gen.named_parameters():
+            p.copy_(before[k])
+        for k, p in gen.named_parameters():
+            flat, g = p.view(-1), found[k].view(-1)
+            for i in range(0, len(flat), max(1, len(flat) // 4)):
+                h, keep = 1e-5, flat[i].item()
+                flat[i] = keep + h
+                up = objective()
+                flat[i] = keep - h
+                down = objective()
+                flat[i] = keep
+                assert math.isclose((up - down) / (2 * h), g[i].item(), rel_tol=2e-4, abs_tol=1e-8), (k, i)
+    moved = [k for k in found if not torch.equal(after[k], before[k])]
+    assert len(moved) == len(found), "Adam has moved every tensor of φ"
+
+
+def test_phi_moves_at_its_learning_rates():
+    net = network()
+    layers = models.binary_layers(net)
+    gen = small_fsg(layers, lr_fast=3e-2, lr_slow=2e-3)
+    for t in range(2):
+        backward(net, t)
+        gen.generate()
+    before = copy.deepcopy(dict(gen.named_parameters()))
+    backward(net, 2)
+    gen.generate()
+    for k, p in gen.named_parameters():  # Adam's first step is ±lr wherever there is a gradient
+        used = p.grad.abs() > 1e-5  # far above eps
+        step = (p.detach() - before[k])[used]
+        lr = 3e-2 if k.startswith("fast") else 2e-3
+        assert torch.allclose(step, -lr * p.grad[used].sign(), rtol=2e-3), k
+
+
+def test_history_is_a_ring():
+    net = network()
+    layers = models.binary_layers(net)
+    gen = small_fsg(layers)
+    assert torch.all(gen.history == 0)
+    seen = []
+    for t in range(7):
+        backward(net, t)
+        seen.append(torch.cat([layer.weight.grad.flatten() for layer in layers]))
+        gen.generate()
+        for age in range(3):
+            slot = gen.history[(t - age) % 3]
+            assert torch.equal(slot, seen[t - age] if t >= age else torch.zeros_like(slot))
+        assert torch.equal(gen.newest, seen[-1])
+
+
+def test_ste():
+    net = network()
+    layers = models.binary_layers(net)
+    gen = STE(layers)
+    for t in range(3):
+        backward(net, t)
+        expected = [quantizers.calibration(x.weight.detach(), "dorefa") * x.weight.grad for x in layers]
+        others = [p.grad.clone() for p in net.parameters() if all(p is not x.weight for x in layers)]
+        gen.generate()
+        assert all(relative(x.weight.grad, e) < 1e-12 for x, e in zip(layers, expected, strict=True))
+        rest = [p.grad for p in net.parameters() if all(p is not x.weight for x in layers)]
+        assert all(torch.equal(a, b) for a, b in zip(others, rest, strict=True)), "only binary weights are touched"
+
+
+@pytest.mark.parametrize("name", ["fsg-mamba", "multifc"])
+def test_how_gradients_are_kept_does_not_matter(name):
+    """zero_grad to None or to zeros, channels_last weights, gradients accumulated over two backward passes."""
+    results = []
+    for variant in ("none", "zeros", "channels_last"):
+        net = network()
+        if variant == "channels_last":
+            net = net.to(memory_format=torch.channels_last)
+        layers = models.binary_layers(net)
+        torch.manual_seed(1)
+        gen = MAKERS[name](layers)
+        optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+        for t in range(4):
+            optimizer.zero_grad(set_to_none=variant != "zeros")
+            for half in range(2):
+                g = torch.Generator().manual_seed(10 * t + half)
+                x = torch.randn(8, 3, 5, 5, generator=g, dtype=torch.float64)
+                F.cross_entropy(net(x), torch.randint(4, (8,), generator=g)).backward()
+            gen.generate()
+            optimizer.step()
+        results.append([x.weight.grad.clone() for x in layers])
+    for other in results[1:]:
+        assert all(relative(a, b) < 1e-10 for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("name", [*MAKERS, "released", "ste"])
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_state_dict_holds_all_that_matters(name, steps):
+    """Saved, loaded into fresh objects, and continued: the same bits as without the interruption."""
+
+    def fresh():
+        net = network(dtype=torch.float32)
+        layers = models.binary_layers(net)
+        if name == "ste":
+            return net, STE(layers)
+        if name == "released":
+            return net, small_fsg(layers, **{**hypernet.RELEASED_OPTIONS, "length": 3}, preset="released")
+        return net, MAKERS[name](layers)
+
+    def train(net, gen, first, last):
+        for t in range(first, last):
+            if name == "released":
+                gen.look_ahead(0.01)
+            backward(net, t)
+            gen.generate()
+            for layer in models.binary_layers(net):
+                layer.weight.data -= 0.01 * layer.weight.grad
+
+    net, gen = fresh()
+    train(net, gen, 0, steps)
+    saved = copy.deepcopy((net.state_dict(), gen.state_dict()))
+    train(net, gen, steps, steps + 4)
+    net2, gen2 = fresh()
+    nudge(gen2)
+    net2.load_state_dict(saved[0])
+    gen2.load_state_dict(saved[1])
+    train(net2, gen2, steps, steps + 4)
+    for a, b in zip([*net.parameters(), *gen.parameters()], [*net2.parameters(), *gen2.parameters()], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_released_preset_looks_ahead_and_never_applies_the_slow_gradient():
+    net = network()
+    layers = models.binary_layers(net)
+    gen = small_fsg(layers, **{**hypernet.RELEASED_OPTIONS, "length": 3}, preset="released")
+    nudge(gen)
+    lr, latents, grads, stood = 0.05, [], [], []
+    for t in range(4):
+        persistent = [x.weight.detach().clone() for x in layers]
+        phi = copy.deepcopy(dict(gen.named_parameters()))
+        gen.look_ahead(lr)
+        stood.append([x.weight.detach().clone() for x in layers])
+        if t > 0:
+            # fast and slow come from the gradient of the step before, W̃ from where that one was measured; the
+            # calibration that applies them is the persistent weights'.
+            for i, layer in enumerate(layers):
+                D = quantizers.calibration(persistent[i], "dorefa")
+                g, pre = grads[-1][i], quantizers.pre_quantize(stood[-2][i], "dorefa")
+                fast = g * gen.fast.mlp(pre.flatten()).view_as(g)
+                past = [step[i].flatten() for step in grads[-3:]]
+                past = [torch.zeros_like(past[0])] * (3 - len(past)) + past
+                u = torch.cat([gen.lre.weight[i], *past]).view(1, -1, 1)
+                slow = gen.slow(u)[0, -g.numel() :, 0].view_as(g)
+                mix = (1 - 0.9) * D * fast + 0.9 * slow
+                assert relative(layer.weight, persistent[i] - lr * mix) < 1e-10
+                layer.expected = (D * fast).detach()
+        backward(net, t)
+        latents.append(stood[-1])
+        grads.append([x.weight.grad.clone() for x in layers])
+        gen.generate()
+        assert all(torch.equal(x.weight, w) for x, w in zip(layers, persistent, strict=True)), "back where it was"
+        if t == 0:
+            assert all(
+                relative(x.weight.grad, quantizers.calibration(w, "dorefa") * g) < 1e-12
+                for x, w, g in zip(layers, persistent, grads[0], strict=True)
+            )
+        else:
+            assert all(relative(x.weight.grad, x.expected) < 1e-10 for x in layers)
+            assert all(not torch.equal(p, phi[k]) for k, p in gen.named_parameters()), "φ, slow-net included, learns"
+        for x in layers:
+            x.weight.data -= lr * x.weight.grad
+
+
+def test_the_generator_moves_with_its_module():
+    net = network()
+    layers = models.binary_layers(net)
+    gen = small_fsg(layers)
+    for t in range(2):
+        backward(net, t)
+        gen.generate()
+    net.float()
+    gen.float()
+    gen._graph = None  # made of the old tensors
+    for t in range(2, 5):
+        backward(net, t)
+        gen.generate()
+    assert all(x.weight.grad.dtype == torch.float32 and x.weight.grad.abs().max() > 0 for x in layers)
+
+
+def test_zero_gradients_are_harmless():
+    net = network()
+    layers = models.binary_layers(net)
+    gen = small_fsg(layers)
+    for _ in range(4):
+        for x in layers:
+            x.weight.grad = torch.zeros_like(x.weight)
+        gen.generate()
+        assert all(torch.isfinite(x.weight.grad).all() for x in layers)
+        assert all(torch.isfinite(p).all() for p in gen.parameters())
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"beta": 1.5}, r"beta .* \[0, 1\]"),
+        ({"beta": -0.1}, r"beta .* \[0, 1\]"),
+        ({"hgs": "lstm", "history": "flat"}, "per-weight"),
+        ({"hgs": "gru"}, "mamba or lstm"),
+        ({"length": 0}, "at least 1"),
+        ({"normalize": "batch"}, "layer-rms"),
+        ({"preset": "paper"}, "released"),
+    ],
+)
+def test_impossible_arguments(kwargs, message):
+    layers = models.binary_layers(network())
+    with pytest.raises(ValueError, match=message):
+        small_fsg(layers, **kwargs)
+
+
+def test_impossible_layers():
+    with pytest.raises(ValueError, match="no binary layer"):
+        STE([])
+    a, b = models.binary_layers(network("dorefa")), models.binary_layers(network("bwn"))
+    with pytest.raises(ValueError, match="share one quantizer"):
+        STE([*a, *b])
+    with pytest.raises(RuntimeError, match="backward"):
+        STE(a).generate()
