@@ -11,6 +11,7 @@ are decoded by DataLoader workers.
 Reproducible: epoch e of seed s has the same order, crops and flips on every machine, and can be entered at any batch.
 """
 
+import contextlib
 import hashlib
 import importlib
 import os
@@ -109,7 +110,8 @@ class StreamedBatches:
         """(epoch, picture) -> its transformed picture and label; what the DataLoader's workers run."""
         number, i = index
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((self.seed * 1_000_003 + number) * 2_147_483_647 + i)
+            key = hashlib.sha256(f"{self.seed} {number} {i}".encode()).digest()[:8]
+            torch.random.default_generator.manual_seed(int.from_bytes(key))
             return self.transform(decode(self.files[i])), self.labels[i]
 
     def epoch(self, number: int = 0, skip: int = 0):
@@ -121,6 +123,7 @@ class StreamedBatches:
             self,
             batch_sampler=[[(number, i) for i in batch] for batch in batches],
             num_workers=self.workers,
+            generator=rng,  # else it would draw its workers' seed from the global generator
             pin_memory=self.device.type == "cuda",
         )
         try:
@@ -128,6 +131,7 @@ class StreamedBatches:
                 images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
                 yield images, labels.to(self.device, non_blocking=True)
         except DataError as e:  # from a worker it comes with the worker's traceback; its last line is ours
+            e.__traceback__ = None  # it holds the loader, whose workers otherwise live on until it is collected
             raise DataError(str(e).strip().splitlines()[-1].split("DataError: ")[-1]) from None
 
 
@@ -153,7 +157,7 @@ def load(
         (8×8 handwriting, comes with scikit-learn, always works offline), 'imagenet' and 'folder' (pictures in
         data_dir/train/CLASS/ and data_dir/test/CLASS/ or data_dir/val/CLASS/).
     crop, flip: augmentation of the training pictures: pad by H/8 pixels (4 for CIFAR) and crop at random; mirror
-        every other one (never digits).
+        every other one (never digits). Large pictures are always cropped, by RandomResizedCrop.
     image_size: for 'folder', pixels a side; default: that of the first picture, if it is square and at most 96, else
         224. 'imagenet' is 224 unless told otherwise.
     Raises DataError, whose message is one sentence for the user; ValueError for an unknown name.
@@ -252,7 +256,7 @@ def downloaded(name: str, data_dir: Path) -> tuple[tuple[Tensor, Tensor], tuple[
 
 def scan_folder(root: Path) -> tuple[list[str], dict[str, tuple[list[Path], list[int]]]]:
     """The classes, and for 'train' and 'test' the files and their labels, of root/train/CLASS/*, root/test/CLASS/*."""
-    held_out = next((d for d in ("test", "val") if (root / d).is_dir()), None)
+    held_out = next((d for d in ("test", "val") if any(e.is_dir() for e in (root / d).glob("*"))), None)
     if not (root / "train").is_dir() or held_out is None:
         raise DataError(
             f"no pictures in {root}: it must hold train/CLASS/*.png (or .jpg) and test/CLASS/* (or val/CLASS/*); "
@@ -288,6 +292,8 @@ def decode(file: Path):
 
     try:
         with Image.open(file) as picture:
+            if picture.mode.startswith("I;16"):  # convert() would make every value above 255 white
+                picture = picture.convert("I").point(lambda v: v / 256).convert("L")
             return picture.convert("RGB")
     except Exception as e:  # PIL raises many kinds for damaged files: OSError, SyntaxError, ValueError, struct.error
         raise DataError(f"the picture {file} cannot be read ({e}): replace it or take it away") from None
@@ -307,8 +313,11 @@ def decode_all(root: Path, split: str, files: list[Path], labels: list[int], siz
     """
     fingerprint = hashlib.sha256()
     for file in files:
-        stat = file.stat()
-        fingerprint.update(f"{file.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        try:
+            stat = file.stat()
+        except OSError as e:
+            raise DataError(f"the picture {file} cannot be read ({e}): replace it or take it away") from None
+        fingerprint.update(os.fsencode(f"{file.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}\n"))
     fingerprint, cache = fingerprint.hexdigest(), root / f".{split}-{size}.pt"
     try:
         kept = torch.load(cache, weights_only=True)
@@ -334,5 +343,6 @@ def decode_all(root: Path, split: str, files: list[Path], labels: list[int], siz
         temporary.replace(cache)
     except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError where the disk is full
         log(f"could not keep the decoded pictures in {cache} ({e}): they will be decoded again next time")
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     return images, labels

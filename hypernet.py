@@ -155,12 +155,18 @@ class FastNet(nn.Module):
 
 
 class SlowLSTM(nn.Module):
-    """The slow-net as an LSTM: nn.LSTM(1, hidden), then a linear layer hidden → 1."""
+    """The slow-net as an LSTM: nn.LSTM(1, hidden), then a linear layer hidden → 1, which starts at 0.
+
+    (A random one would add a constant of the gradient's own size and of random sign to every weight's update. Mamba's
+    first outputs are a few percent of its input's size.)
+    """
 
     def __init__(self, hidden: int = 100):
         super().__init__()
         self.lstm = nn.LSTM(1, hidden, batch_first=True)
         self.out = nn.Linear(hidden, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
 
     def forward(self, u: Tensor) -> Tensor:
         """u [B, L, 1] -> [B, L, 1], one output a token."""
@@ -203,7 +209,7 @@ class SlowMamba(nn.Module):
         output      = out_proj y_t                                      scalar
     """
 
-    SEGMENT = 2**21  # numbers of state [tokens, d, n] held at once by the reference scan: 8 MB in float32
+    SEGMENT = 2**21  # numbers of state [d, n] · tokens that the reference scan holds at once: 8 MB in float32
 
     def __init__(self, d_state: int = 16, d_conv: int = 8, expand: int = 100, scan: str = "auto"):
         super().__init__()
@@ -230,7 +236,7 @@ class SlowMamba(nn.Module):
             if mamba_ssm_scan() is None:
                 raise RuntimeError(
                     "--scan mamba-ssm needs the mamba-ssm package with its CUDA extension: install it on a CUDA "
-                    "machine with `pip install -r requirements-cuda.txt`, or use --scan auto"
+                    "machine with `pip install --no-build-isolation -r requirements-cuda.txt`, or use --scan auto"
                 )
             if not on_gpu:
                 raise RuntimeError("--scan mamba-ssm runs on CUDA devices only: use --device cuda, or --scan auto")
@@ -323,8 +329,8 @@ class SlowMamba(nn.Module):
             x_, delta_, B_, C_ = (v.transpose(1, 2).contiguous() for v in (x, delta, B, C))
             y = mamba_ssm_scan()(x_, delta_, -torch.exp(self.A_log), B_, C_, delta_softplus=False).transpose(1, 2)
         else:
-            # Segment by segment, handing on the state h, so that memory does not grow with the length.
-            tokens = min(max(1, self.SEGMENT // (u.shape[0] * self.d_inner * self.d_state)), 256)
+            # Segment by segment, handing on the state h: small enough for the cache, long enough for vector loops.
+            tokens = min(max(64, self.SEGMENT // (16 * u.shape[0] * self.d_inner * self.d_state)), 4096)
             h = u.new_zeros(u.shape[0], self.d_inner, self.d_state)
             y = _Chunked.apply(self._segment, tokens, 1, 4, h, x, delta, B, C, self.A_log)
         return self.gate(y, x, u)

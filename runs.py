@@ -142,12 +142,17 @@ def learning_rate(args, epoch: int, step: int, total_steps: int) -> float:
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM ask the loop to stop after the step in hand: `if interrupt: …`. A second one stops at once."""
+    """Within `with Interrupt() as interrupt`, Ctrl-C and SIGTERM ask the loop to stop after the step in hand
+    (`if interrupt: …`). A second one stops at once."""
 
-    def __init__(self):
+    def __enter__(self):
         self.signal = None
-        for which in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(which, self._ask)
+        self.before = {which: signal.signal(which, self._ask) for which in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for which, handler in self.before.items():
+            signal.signal(which, handler)
 
     def _ask(self, which, frame):
         if self.signal is not None:

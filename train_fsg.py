@@ -33,8 +33,11 @@ import hypernet
 import models
 import runs
 
-# Learning rates for the latent weights that worked for every --grad, measured on ResNet-20 (README, "Learning rates").
-DEFAULT_LR = {"adam": 1e-3, "sgd": 0.1, "sgdm": 0.1}
+# Learning rates that work, measured (README, "Learning rates"): for the latent weights, by optimizer, …
+DEFAULT_LR = {"adam": 1e-3, "sgd": 1.0, "sgdm": 0.1}
+# … and for φ: fast-net, slow-net. Nothing bounds the scale of the gradients that φ learns to make. Adam does not care
+# for scale, but under SGD it multiplies the learning rate, so there φ must learn slowly.
+DEFAULT_LR_PHI = {"fsg": (1e-2, 1e-3), "metaquant": (1e-3, None), "sgd": (1e-5, 1e-5)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,8 +64,8 @@ def flags():
     fsg.add_argument("--d-conv", type=int, default=8, help="Mamba: taps of the convolution (default: 8)")
     fsg.add_argument("--expand", type=int, default=100, help="Mamba: channels (default: 100)")
     fsg.add_argument("--scan", default="auto", choices=["auto", "mamba-ssm", "reference"], help="Mamba's backend")
-    fsg.add_argument("--lr-fast", type=float, help="Adam's rate for the fast-net (default: 1e-2; 1e-3 for MetaQuant's)")
-    fsg.add_argument("--lr-slow", type=float, default=1e-3, help="Adam's rate for slow-net and LRE (default: 1e-3)")
+    fsg.add_argument("--lr-fast", type=float, help="Adam's rate for the fast-net (default: DEFAULT_LR_PHI)")
+    fsg.add_argument("--lr-slow", type=float, help="Adam's rate for slow-net and LRE (default: DEFAULT_LR_PHI)")
     fsg.add_argument(
         "--preset",
         default="none",
@@ -80,8 +83,9 @@ def complete(args) -> None:
         if args.grad != "fsg" or args.hgs != "mamba":
             raise runs.RunError("--preset released is FSG with Mamba: leave out --grad and --hgs, or the preset")
         vars(args).update(hypernet.RELEASED_OPTIONS, binarize_all=True)
-    if args.lr_fast is None:
-        args.lr_fast = 1e-2 if args.grad == "fsg" else 1e-3
+    lr_phi = DEFAULT_LR_PHI["sgd" if args.opt != "adam" else "fsg" if args.grad == "fsg" else "metaquant"]
+    args.lr_fast = lr_phi[0] if args.lr_fast is None else args.lr_fast
+    args.lr_slow = lr_phi[1] if args.lr_slow is None else args.lr_slow
     if args.arch not in models.ARCHS:
         raise runs.RunError(f"--arch {args.arch} is not known: use one of {', '.join(models.ARCHS)}")
     if args.quantizer == "none" and (args.act != "none" or args.binarize_all):
@@ -104,7 +108,7 @@ def make_generator(args, layers):
             return hypernet.MultiFC(layers, args.hidden, args.fast_act, args.lr_fast)
         if args.grad == "lstmfc":
             return hypernet.LSTMFC(layers, args.hidden, args.lr_fast)
-        return hypernet.FSG(
+        generator = hypernet.FSG(
             layers,
             hgs=args.hgs,
             length=args.length,
@@ -122,6 +126,9 @@ def make_generator(args, layers):
             lr_slow=args.lr_slow,
             preset=args.preset,
         )
+        if args.hgs == "mamba":  # say now, not at the first step, what is missing
+            runs.console.print(f"selective scan: {generator.slow.backend(layers[0].weight.device)}")
+        return generator
     except (ValueError, RuntimeError) as e:  # beta outside [0, 1], an LSTM over the flat history, mamba-ssm missing, …
         raise runs.RunError(str(e)) from None
 
@@ -201,6 +208,10 @@ def main(argv=None) -> int:
         totals.copy_(resumed["totals"])
         bits.copy_(resumed["bits"])
         torch.set_rng_state(resumed["rng"])
+        if step >= total_steps:
+            raise runs.RunError(
+                f"{args.resume} has done its {step:,} steps: to go on, give more --epochs, --limit-steps"
+            )
     slow = f"-{args.hgs}" if args.grad == "fsg" else ""
     kind = "fp32" if generator is None else f"{args.grad}{slow}"
     run = runs.Run(args, f"{kind}-{args.arch}-{args.dataset}-{args.opt}-seed{args.seed}", resumed)
@@ -221,17 +232,15 @@ def main(argv=None) -> int:
             raise runs.RunError(f"the loss became {value} in epoch {epoch}, by step {step}: {kept}; try a smaller --lr")
 
     hyper = sum(p.numel() for p in generator.parameters()) if generator else 0
-    scan = f", scan: {generator.slow.backend(device)}" if kind == "fsg-mamba" else ""
     runs.console.print(
         f"{run.folder}: {args.arch} on {args.dataset} ({train.size:,} + {test.size:,} pictures), {device}, "
         f"{sum(p.numel() for p in net.parameters()):,} parameters, {len(bits):,} of them binary; "
-        f"gradients: {kind}" + (f", {hyper:,} hyper-parameters φ" if hyper else "") + scan
+        f"gradients: {kind}" + (f", {hyper:,} hyper-parameters φ" if hyper else "")
     )
 
     # The training loop.
-    interrupt = runs.Interrupt()
     net.train()
-    with runs.Bar(total_steps, step) as bar:
+    with runs.Interrupt() as interrupt, runs.Bar(total_steps, step) as bar:
         while step < total_steps:
             started = time.perf_counter() - seconds
             for batch, (images, labels) in enumerate(train.epoch(epoch, first_batch), first_batch + 1):

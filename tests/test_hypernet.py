@@ -89,7 +89,7 @@ def test_mamba_equals_the_recurrence_for_any_shape(size, scale, dt_shift, seed):
     d_inner, length, d_state, d_conv, rows = size
     torch.manual_seed(seed)
     net = SlowMamba(d_state, d_conv, d_inner, "reference").double()
-    net.SEGMENT = 3 * d_inner * d_state  # forces several segments and chunks
+    net.SEGMENT = 3 * d_inner * d_state  # forces several chunks
     net.dt_proj.bias.data += dt_shift
     u = (torch.randn(rows, length, 1, dtype=torch.float64) * scale).requires_grad_()
     expected = mamba_by_the_book(net, u)

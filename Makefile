@@ -1,0 +1,39 @@
+# make demo   set up everything in .venv, train FSG on handwritten digits, draw the curves (a few minutes)
+# make test   set up everything in .venv, run the tests
+# make lint   ruff
+# make gpu-check   the tests and benchmarks that need a CUDA GPU
+
+PYTHON ?= python3
+PY := .venv/bin/python
+# What the tests are run with. For another build: make test TORCH="torch==2.11.0 torchvision==0.26.0"
+TORCH ?= torch==2.13.0 torchvision==0.28.0
+
+.PHONY: demo test lint gpu-check clean
+
+demo: .venv/ready
+	rm -rf runs/demo
+	$(PY) train_fsg.py --dataset digits --arch resnet8 --epochs 12 --batch-size 64 --schedule cosine \
+		--expand 8 --d-state 4 --name demo
+	$(PY) plot.py runs/demo
+
+test: .venv/ready
+	$(PY) -m pytest -q tests
+
+lint: .venv/ready
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+gpu-check: .venv/ready
+	$(PY) -m pytest -q -rs tests/test_gpu.py
+	$(PY) bench.py step --device cuda
+	$(PY) bench.py step --device cuda --arch resnet32
+
+.venv/ready: requirements.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.12')"
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch .venv/ready
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__

@@ -1,0 +1,267 @@
+"""Compare runs: one picture of training loss, test accuracy and sign flips, by epoch and by training time.
+
+    python plot.py runs/A runs/B                              # writes runs/curves.png
+    python plot.py runs/*/ --out compare.png --title "CIFAR-10, ResNet-20, Adam"
+
+Two columns, because a method that learns its gradients costs more per step: it may win by epoch and lose by time.
+Training time is the sum of the epochs' training seconds; the tests after each epoch are not in it.
+Flips are the binary weights whose sign differs between the beginning and the end of an epoch. Where they die out, the
+binary network stands still, whatever its latent weights do. A full-precision run has none, and no curve there.
+
+Needs matplotlib. It reads metrics.csv and nothing else, so this file works alone, and while the runs still go on.
+"""
+
+import argparse
+import csv
+import io
+import os
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+
+COLUMNS = ("epoch", "seconds", "train_loss", "test_acc", "flip_ratio")  # what we need of metrics.csv
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart (without its yellow: too pale on white). When the
+# colours are used up they start again with another dash and marker.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
+FEW = 25  # a curve of at most so many points shows them: a run of one epoch is nothing but a point
+
+WIDTH, HEIGHT = 11.0, 8.5  # inches; the legend's height comes on top
+DPI = 150
+
+
+class PlotError(Exception):
+    """No picture can be drawn; the message is one sentence that says why and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading.
+
+
+def read_run(folder: Path | str) -> dict[str, np.ndarray]:
+    """The curves of one run, float64 [epochs] each.
+
+    epoch       1, 2, …
+    time        seconds of training up to the end of that epoch
+    train_loss  mean cross-entropy over the epoch
+    test_acc    0 to 1
+    flip_ratio  share of binary weights that changed sign in the epoch, 0 to 1; nan for a full-precision run
+
+    Raises PlotError where there is no such run, no epoch in it yet, or metrics.csv is damaged.
+    """
+    folder = Path(folder)
+    path = folder / "metrics.csv"
+    if not folder.is_dir():
+        raise PlotError(f"there is no run folder {folder}: give the folder of a run, such as runs/NAME")
+    if not path.is_file():
+        raise PlotError(f"{folder} has no metrics.csv, so it is not a run: give the folder of a run, such as runs/NAME")
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            reader = csv.DictReader(f)
+            missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+            if missing:
+                raise ValueError(f"without the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
+            rows = [numbers(row, reader.line_num) for row in reader]
+        if not rows:
+            raise PlotError(f"{path} has no epoch yet: try again when the run's first epoch is over, or leave it out")
+        run = dict(zip(COLUMNS, np.array(rows).T, strict=True))
+        if not np.all(np.diff(run["epoch"], prepend=0) > 0):
+            raise ValueError("its epochs are not in order")
+        if not np.all(np.isfinite(run["seconds"]) & (run["seconds"] >= 0)):
+            raise ValueError("an epoch's seconds are not a time")
+    except OSError as e:
+        raise PlotError(f"{path} cannot be read ({e.strerror or e}): make it readable, or leave this run out") from None
+    except (ValueError, csv.Error) as e:  # UnicodeDecodeError, from a binary file, is a ValueError
+        reason = "not a text file" if isinstance(e, UnicodeError) else e
+        raise PlotError(
+            f"{path} is damaged ({reason}): leave this run out, or go on with it (--resume), which writes the file anew"
+        ) from None
+    run["time"] = np.cumsum(run.pop("seconds"))
+    return run
+
+
+def numbers(row: dict, line: int) -> list[float]:
+    """One row's COLUMNS as floats. Raises ValueError for a field too many, too few, or not a number."""
+    if None in row or None in row.values():  # how csv.DictReader reports surplus and lacking fields
+        raise ValueError(f"line {line} has not as many fields as the first")
+    try:
+        return [float(row[name]) for name in COLUMNS]
+    except ValueError:
+        raise ValueError(f"line {line} has a field that is not a number") from None
+
+
+def label_runs(folders: list[Path]) -> list[str]:
+    """A name for each of these different folders: its own, with as many parents as it takes to be the only one.
+
+    a/ste, b/ste, b/fsg  →  'a/ste', 'b/ste', 'fsg'
+    """
+    paths = [Path(os.path.abspath(folder)).parts for folder in folders]
+    labels = []
+    for path in paths:
+        n = 1
+        while n < len(path) and sum(other[-n:] == path[-n:] for other in paths) > 1:
+            n += 1
+        labels.append(str(Path(*path[-n:])))
+    return labels
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing.
+
+
+def time_unit(seconds: float) -> tuple[str, float]:
+    """The unit in which an axis that ends at this many seconds reads well, and its length in seconds."""
+    if seconds < 120:
+        return "seconds", 1.0
+    if seconds < 2 * 3600:
+        return "minutes", 60.0
+    return "hours", 3600.0
+
+
+def draw(runs: dict[str, dict], title: str = ""):
+    """A matplotlib Figure of the runs {label: read_run(folder)}: axes [3, 2], the rows loss, accuracy and flips, the
+    columns by epoch and by time. Raises PlotError without matplotlib, or for more runs than can be told apart.
+    """
+    if len(runs) > len(COLORS) * len(STYLES):
+        most = len(COLORS) * len(STYLES)
+        raise PlotError(f"{len(runs)} runs cannot be told apart in one picture: give at most {most}")
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws into memory: no screen needed
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError as e:
+        raise PlotError(f"plot.py needs matplotlib ({e}): pip install matplotlib") from None
+
+    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # inches
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(3, 2, sharex="col", sharey="row")
+    unit, unit_seconds = time_unit(max(run["time"][-1] for run in runs.values()))
+    for i, run in enumerate(runs.values()):
+        loss = np.where(np.isfinite(run["train_loss"]) & (run["train_loss"] > 0), run["train_loss"], np.nan)
+        for row, y in enumerate((loss, 100 * run["test_acc"], 100 * run["flip_ratio"])):
+            for column, x in enumerate((run["epoch"], run["time"] / unit_seconds)):
+                draw_curve(axes[row, column], x, y, i)
+
+    set_log_scale(axes[0, 0])
+    if not any(np.isfinite(run["flip_ratio"]).any() for run in runs.values()):
+        axes[2, 0].set_yticks([])
+        for ax in axes[2]:
+            ax.text(0.5, 0.5, "full precision: no binary weights", transform=ax.transAxes, ha="center", color="0.4")
+    else:
+        axes[2, 0].set_ylim(bottom=0)
+    axes[0, 0].set_ylabel("training loss (log scale)")
+    axes[1, 0].set_ylabel("test accuracy (%)")
+    axes[2, 0].set_ylabel("weights flipped (% per epoch)")
+    axes[2, 0].set_xlabel("epoch")
+    axes[2, 1].set_xlabel(f"training time ({unit})")
+    axes[2, 0].xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
+    for ax in axes.flat:
+        ax.set_xlim(left=0)
+        ax.grid(color="0.9", linewidth=0.8)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelleft=True)  # on both columns: the right one is far from the left one's numbers
+    figure.align_ylabels(axes[:, 0])
+    add_legend(figure, axes[0, 0].get_lines(), list(runs), title)
+    return figure
+
+
+def draw_curve(ax, x: np.ndarray, y: np.ndarray, i: int) -> None:
+    """Run number i's curve; nan is a gap."""
+    color = COLORS[i % len(COLORS)]
+    linestyle, marker = STYLES[i // len(COLORS)]
+    if np.isfinite(y).sum() > FEW:
+        marker = ""
+    ax.plot(x, y, color=color, linestyle=linestyle, linewidth=1.6, marker=marker, markersize=4)
+
+
+def set_log_scale(ax) -> None:
+    """Log scale with plain numbers at the ticks: 1, 2, 5, 10, or evenly spaced ones where that would leave too few."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    values = np.concatenate([line.get_ydata() for line in ax.get_lines()])
+    if not np.isfinite(values).any():
+        return  # every loss was infinite or 0: there is nothing to scale
+    low, high = np.nanmin(values), np.nanmax(values)
+    ax.set_yscale("log")
+    if low == high:
+        ax.set_ylim(low / 1.5, high * 1.5)
+    if high / low < 8:
+        locator = MaxNLocator(6)
+    else:
+        locator = LogLocator(subs=(1, 2, 5) if high / low < 1000 else (1,))
+    ax.yaxis.set_major_locator(locator)
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+
+
+def add_legend(figure, lines: list, labels: list[str], title: str) -> None:
+    """The title and one legend above all panels, in as many columns as fit; the figure grows by the legend's height."""
+    labels = ["\n".join(label[i : i + 70] for i in range(0, len(label), 70)) for label in labels]
+    title = "\n".join(textwrap.wrap(title, 70))
+    for columns in range(min(4, len(labels)), 0, -1):
+        legend = figure.legend(lines, labels, loc="outside upper center", ncols=columns, frameon=False, title=title)
+        for text in (*legend.get_texts(), legend.get_title()):
+            text.set_parse_math(False)  # a $ in a name is a $
+        legend.get_title().set(fontsize="large", multialignment="center")
+        box = legend.get_window_extent(figure.canvas.get_renderer())  # pixels
+        if box.width < 0.95 * WIDTH * DPI or columns == 1:
+            break
+        legend.remove()
+    figure.set_size_inches(WIDTH, HEIGHT + box.height / DPI)
+
+
+def save(figure, path: Path) -> None:
+    """Write the figure in the format that the path's ending names. Raises PlotError where that cannot be done."""
+    picture = io.BytesIO()  # first into memory, so that a failure leaves an older picture as it was
+    try:
+        figure.savefig(picture, format=path.suffix[1:])
+    except ValueError:
+        raise PlotError(f"--out {path} is of no known kind: let it end in .png (or .pdf, .svg)") from None
+    try:
+        path.write_bytes(picture.getvalue())
+    except OSError as e:
+        raise PlotError(f"{path} cannot be written ({e.strerror or e}): choose an --out that can") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command.
+
+
+def flags():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, such as runs/NAME")
+    parser.add_argument("--out", metavar="FILE.png", help="(default: curves.png beside the first run)")
+    parser.add_argument("--title", metavar="TEXT", default="", help="line above the picture")
+    return parser
+
+
+def main(argv=None) -> int:
+    """The exit code: 0, or 1 after one sentence on standard error."""
+    args = flags().parse_args(argv)
+    try:
+        # `runs/*` matches our own picture of last time too, which is no run. And each folder is drawn once.
+        names = [name for name in args.runs if not (name.endswith(".png") and os.path.isfile(name))]
+        folders = list({os.path.abspath(name): Path(name) for name in names}.values())
+        if not folders:
+            raise PlotError("there is no run to draw: give the folder of a run, such as runs/NAME")
+        out = Path(args.out or os.path.normpath(folders[0] / ".."))  # `..` rather than .parent: RUN may be "."
+        if out.is_dir():
+            out = out / "curves.png"
+        runs = dict(zip(label_runs(folders), [read_run(folder) for folder in folders], strict=True))
+        save(draw(runs, args.title), out)
+    except PlotError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    print(out)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

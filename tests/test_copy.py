@@ -1,0 +1,89 @@
+"""The promise of copying: each file works in an empty folder with the files it names, and nothing else of this repo."""
+
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from conftest import ROOT
+
+# Someone else's training loop, with FSG in it.
+THEIR_LOOP = """
+    import torch
+    from torch import nn
+    from hypernet import FSG
+    from models import binarize_, binary_layers
+
+    torch.manual_seed(0)
+    x = torch.randn(512, 16)
+    y = (x[:, :4].sum(1) * x[:, 4:8].sum(1) > 0).long()
+    block = lambda i, o: [nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU()]
+    net = binarize_(nn.Sequential(*block(16, 64), *block(64, 64), nn.Linear(64, 2)), "dorefa")
+    fsg = FSG(binary_layers(net), HGS)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    for step in range(150):
+        loss = nn.functional.cross_entropy(net(x), y)
+        loss.backward()
+        fsg.generate()
+        optimizer.step(), optimizer.zero_grad()
+        if step == 0: print("first", loss.item())
+    print("last", loss.item())
+"""
+
+COPIES = {
+    "quantizers.py": ([], "import torch, quantizers; print(quantizers.dorefa(torch.randn(3, 3)))"),
+    "models.py": (["quantizers.py"], "import models; print(models.build('resnet20', 10))"),
+    "data.py": ([], "import data; train, test = data.load('digits'); print(next(iter(train.epoch()))[0].shape)"),
+    "runs.py": ([], "import runs; print(runs.common_flags('').parse_args([]))"),
+    "plot.py": ([], "import plot; print(plot)"),
+    "train_fsg.py": (
+        ["models.py", "quantizers.py", "hypernet.py", "data.py", "runs.py"],
+        "import train_fsg; train_fsg.main('--dataset digits --arch resnet8 --limit-steps 3 --expand 2'.split())",
+    ),
+}
+
+
+def run_alone(folder, files, code):
+    for file in files:
+        shutil.copy(ROOT / file, folder)
+    env = {"PATH": "/usr/bin:/bin", "HOME": str(folder)}
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=folder, env=env, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize("file", COPIES)
+def test_a_file_works_with_the_files_it_names_alone(tmp_path, file):
+    others, code = COPIES[file]
+    result = run_alone(tmp_path, [file, *others], code)
+    assert result.returncode == 0, result.stderr
+    opening = (ROOT / file).read_text().split('"""')[1]
+    for other in others:
+        assert other in opening, f"{file} must name {other} in its docstring"
+
+
+@pytest.mark.parametrize("hgs", ["mamba", "lstm"])
+def test_fsg_in_someone_elses_loop(tmp_path, hgs):
+    code = THEIR_LOOP.replace("HGS", f"hgs='{hgs}', expand=8, d_state=4, hidden=16")
+    result = run_alone(tmp_path, ["hypernet.py", "models.py", "quantizers.py"], code)
+    assert result.returncode == 0, result.stderr
+    first, last = (float(line.split()[1]) for line in result.stdout.splitlines())
+    assert first > 0.6 and last < 0.25 * first
+
+
+def test_hypernet_needs_torch_alone(tmp_path):
+    """No file of this repo beside it: layers are whatever has a weight and the name of a quantizer."""
+    code = """
+        import sys, torch, hypernet
+        layer = torch.nn.Linear(5, 3)
+        layer.quantizer = "bwn"
+        fsg = hypernet.FSG([layer], expand=4, d_state=2)
+        for _ in range(4):
+            layer.weight.grad = torch.randn(3, 5)
+            fsg.generate()
+        print(layer.weight.grad.shape)
+        assert not {"torchvision", "einops", "rich", "mamba_ssm"} & set(sys.modules)
+    """
+    result = run_alone(tmp_path, ["hypernet.py"], code)
+    assert result.returncode == 0, result.stderr

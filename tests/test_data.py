@@ -1,0 +1,975 @@
+"""data.py: what comes out of load() and of the two kinds of batches, from real files in temporary folders.
+
+    pytest tests/test_data.py
+
+Nothing is downloaded. The pictures are noise, or of one colour where they have to be recognised after cropping.
+"""
+
+import errno
+import io
+import multiprocessing
+import os
+import pickle
+import socket
+import struct
+import sys
+import tarfile
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import data
+
+REAL_PICTURES = Path(__file__).parents[1] / "../shared/data/cifar10-jpeg.tar.xz"
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def save(path: Path, pixels: np.ndarray, **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def make_folder(root: Path, classes=("ant", "bee"), train=3, test=2, side=16, held_out="test") -> Path:
+    """Noise pictures root/train/CLASS/0.png …, root/test/CLASS/0.png …: `train` and `test` of them a class."""
+    for split, each in (("train", train), (held_out, test)):
+        for c, name in enumerate(classes):
+            for i in range(each):
+                seed = 1000 * c + 10 * i + (split == "train")
+                save(root / split / name / f"{i}.png", noise(side, side, 3, seed=seed))
+    return root
+
+
+def pixels_of(file: Path) -> torch.Tensor:
+    """[3, H, W] uint8, as PIL decodes it."""
+    with Image.open(file) as picture:
+        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+
+
+def quiet(message: str):
+    pass
+
+
+def resident(size=10, side=4, mean=0.0, std=1.0, **options) -> data.ResidentBatches:
+    """Noise pictures whose label is their number; not normalised unless asked."""
+    images = torch.from_numpy(noise(size, 3, side, side))
+    options = dict(batch_size=4, train=True) | options
+    return data.ResidentBatches(
+        images, torch.arange(size), torch.full((3,), mean), torch.full((3,), std), num_classes=size, **options
+    )
+
+
+def labels_of(batches, *epoch) -> list[int]:
+    return torch.cat([labels for _, labels in batches.epoch(*epoch)]).tolist()
+
+
+def same(a, b) -> bool:
+    """Whether two sequences of batches are equal bit for bit."""
+    a, b = list(a), list(b)
+    return len(a) == len(b) and all(
+        torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in zip(a, b, strict=True)
+    )
+
+
+def pixels_in(batches: data.ResidentBatches, images: torch.Tensor) -> torch.Tensor:
+    """Normalised pictures as uint8 again, by the mean and deviation of the pictures that `batches` holds."""
+    x = batches.images.double()
+    mean, std = (v.view(-1, 1, 1) for v in (x.mean(dim=(0, 2, 3)), x.std(dim=(0, 2, 3), correction=0)))
+    pixels = images * std + mean
+    assert (pixels - pixels.round()).abs().max() < 0.01
+    return pixels.round().to(torch.uint8)
+
+
+def windows_of(images: torch.Tensor, pad: int) -> dict[bytes, tuple[int, int, int, bool]]:
+    """Every crop of every zero-padded picture, plain and mirrored -> its picture, row, column, whether mirrored."""
+    h, w = images.shape[-2:]
+    padded = np.pad(images.numpy(), ((0, 0), (0, 0), (pad, pad), (pad, pad)))
+    found = {}
+    for i, picture in enumerate(padded):
+        for y in range(2 * pad + 1):
+            for x in range(2 * pad + 1):
+                window = picture[:, y : y + h, x : x + w]
+                found[window.tobytes()] = i, y, x, False
+                found[window[..., ::-1].tobytes()] = i, y, x, True
+    assert len(found) == 2 * len(images) * (2 * pad + 1) ** 2
+    return found
+
+
+def found_in(windows, images: torch.Tensor) -> list[tuple[int, int, int, bool]]:
+    return [windows[image.numpy().tobytes()] for image in images.to(torch.uint8).contiguous()]
+
+
+def error_of(use, *mentions: str) -> str:
+    """The message of the DataError that use() raises: one line, which has every one of `mentions` in it."""
+    with pytest.raises(data.DataError) as caught:
+        use()
+    message = str(caught.value)
+    assert message and len(message.splitlines()) == 1, message
+    for words in mentions:
+        assert str(words) in message
+    return message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# random_crop.
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_random_crop_is_pad_and_slice(draw):
+    b, c, h, w = (draw.draw(st.integers(1, n), label) for n, label in ((4, "b"), (3, "c"), (9, "h"), (9, "w")))
+    pad = draw.draw(st.integers(0, 5), "pad")
+    dy, dx = (draw.draw(st.lists(st.integers(0, 2 * pad), min_size=b, max_size=b), label) for label in ("dy", "dx"))
+    images = noise(b, c, h, w, seed=b + h + w)
+    padded = np.pad(images, ((0, 0), (0, 0), (pad, pad), (pad, pad)))
+    expected = np.stack([padded[i, :, dy[i] : dy[i] + h, dx[i] : dx[i] + w] for i in range(b)])
+    got = data.random_crop(torch.from_numpy(images), pad, torch.tensor(dy), torch.tensor(dx))
+    assert got.dtype == torch.uint8
+    assert np.array_equal(got.numpy(), expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ResidentBatches.
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=st.integers(1, 40), batch_size=st.integers(1, 50), number=st.integers(0, 300), seed=st.integers(0, 2**31))
+def test_training_epoch_is_a_permutation_without_the_incomplete_batch(size, batch_size, number, seed):
+    batches = resident(size, side=2, batch_size=batch_size, seed=seed)
+    sizes = [len(labels) for _, labels in batches.epoch(number)]
+    full = min(batch_size, size)
+    assert sizes == [full] * (size // full)
+    assert len(batches) == len(sizes) >= 1
+    seen = labels_of(batches, number)
+    assert len(set(seen)) == len(seen)
+    assert set(seen) <= set(range(size))
+
+
+@settings(max_examples=40, deadline=None)
+@given(size=st.integers(1, 40), batch_size=st.integers(1, 50), number=st.integers(0, 9))
+def test_test_batches_are_complete_and_in_order(size, batch_size, number):
+    batches = resident(size, side=2, batch_size=batch_size, train=False, crop=1, flip=True)
+    got = list(batches.epoch(number))
+    assert len(got) == len(batches)
+    assert all(len(labels) == min(batch_size, size) for _, labels in got[:-1])
+    assert torch.equal(torch.cat([labels for _, labels in got]), torch.arange(size))
+    # neither cropped nor mirrored
+    assert torch.equal(torch.cat([images for images, _ in got]), batches.images.float())
+
+
+def test_training_shuffles():
+    batches = resident(100, side=2, batch_size=100)
+    assert labels_of(batches, 0) != list(range(100))
+    assert sorted(labels_of(batches, 0)) == list(range(100))
+
+
+def test_pictures_keep_their_labels():
+    batches = resident(23, batch_size=5)
+    for images, labels in batches.epoch(3):
+        assert torch.equal(images, batches.images[labels].float())
+
+
+def test_dtypes_shapes_and_memory_format():
+    for train in (True, False):
+        batches = resident(10, side=6, train=train, crop=1, flip=True)
+        assert (batches.shape, batches.size, batches.num_classes) == ((3, 6, 6), 10, 10)
+        for images, labels in batches.epoch(0):
+            assert images.shape == (len(labels), 3, 6, 6)
+            assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
+            assert images.is_contiguous(memory_format=torch.channels_last)
+            assert not images.is_contiguous()
+
+
+def test_same_seed_and_epoch_same_batches():
+    first, second = (resident(50, side=8, crop=2, flip=True, seed=5) for _ in range(2))
+    list(second.epoch(0))  # whatever was drawn before does not matter
+    torch.manual_seed(123)
+    assert same(first.epoch(7), second.epoch(7))
+    assert same(first.epoch(7), first.epoch(7))
+
+
+@pytest.mark.parametrize(("seed", "number"), [(5, 8), (6, 7), (0, 0), (7, 5)])
+def test_other_seed_or_epoch_other_order_crops_and_flips(seed, number):
+    options = dict(side=8, crop=2, flip=True, batch_size=50)
+    [(images, labels)] = resident(50, seed=5, **options).epoch(7)
+    [(others, other_labels)] = resident(50, seed=seed, **options).epoch(number)
+    assert not torch.equal(labels, other_labels)
+    # put both in the pictures' order: what still differs are crops and flips
+    a, b = images[labels.argsort()], others[other_labels.argsort()]
+    assert (a != b).flatten(1).any(1).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_an_epoch_can_be_entered_at_any_batch(train):
+    batches = resident(30, side=8, mean=100.0, std=50.0, crop=2, flip=True, train=train, seed=3)
+    whole = list(batches.epoch(2))
+    for skip in range(len(batches) + 1):
+        assert same(batches.epoch(2, skip=skip), whole[skip:])
+    assert list(batches.epoch(2, skip=len(batches))) == []
+
+
+def test_flip_mirrors_half_of_the_pictures_and_does_nothing_else():
+    batches = resident(1000, flip=True, batch_size=100)
+    windows = windows_of(batches.images, 0)
+    mirrored, patterns = [], set()
+    for number in range(2):
+        mirrored.append(set())
+        for images, labels in batches.epoch(number):
+            found = found_in(windows, images)
+            assert [i for i, *_ in found] == labels.tolist()
+            mirrored[number] |= {i for i, _, _, is_mirrored in found if is_mirrored}
+            patterns.add(tuple(is_mirrored for *_, is_mirrored in found))
+        assert 420 < len(mirrored[number]) < 580  # 500 ± 5 standard deviations
+    assert 180 < len(mirrored[0] & mirrored[1]) < 320  # drawn anew every epoch: a quarter is mirrored in both
+    assert len(patterns) == 20  # and for every batch
+
+
+def test_crop_cuts_every_window_of_the_padded_picture_and_does_nothing_else():
+    batches = resident(200, crop=1, batch_size=50)
+    windows = windows_of(batches.images, 1)
+    seen, patterns = torch.zeros(3, 3, dtype=torch.int64), set()
+    for images, labels in batches.epoch(0):
+        found = found_in(windows, images)
+        assert [i for i, *_ in found] == labels.tolist()
+        assert not any(is_mirrored for *_, is_mirrored in found)
+        for _, y, x, _ in found:
+            seen[y, x] += 1
+        patterns.add(tuple((y, x) for _, y, x, _ in found))
+    assert seen.sum() == 200
+    assert seen.min() >= 5  # 22 each are expected
+    assert len(patterns) == 4  # drawn anew for every batch
+
+
+def test_normalisation():
+    batches = resident(40, mean=120.0, std=30.0, batch_size=8)
+    for images, labels in batches.epoch(0):
+        torch.testing.assert_close(images, (batches.images[labels].float() - 120) / 30, rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# digits.
+
+
+def test_digits_are_all_of_scikit_learns():
+    from sklearn.datasets import load_digits
+
+    pictures, labels = load_digits(return_X_y=True)
+    label_of = {
+        (p * 255 / 16).round().astype(np.uint8).tobytes(): int(y) for p, y in zip(pictures, labels, strict=True)
+    }
+    assert len(label_of) == 1797  # no picture is there twice
+    train, test = data.load("digits", log=quiet)
+    assert (train.size, test.size) == (1438, 359)
+    assert train.shape == test.shape == (1, 8, 8)
+    assert train.num_classes == test.num_classes == 10
+    keys = []
+    for batches in (train, test):
+        assert (batches.images.dtype, batches.labels.dtype) == (torch.uint8, torch.int64)
+        assert set(batches.labels.tolist()) == set(range(10))
+        for image, label in zip(batches.images, batches.labels.tolist(), strict=True):
+            keys.append(image.numpy().tobytes())
+            assert label_of[keys[-1]] == label
+    assert len(set(keys)) == 1797  # so no test picture is trained on
+    assert test.labels.tolist() == labels[4::5].tolist()  # every fifth
+
+
+def test_digits_are_normalised_and_never_mirrored():
+    train, _ = data.load("digits", batch_size=1438, crop=False, flip=True, log=quiet)
+    [(images, labels)] = train.epoch(0)
+    assert images.shape == (1438, 1, 8, 8)
+    assert abs(images.mean()) < 1e-4
+    assert abs(images.std(correction=0) - 1) < 1e-4
+    label_of = {x.numpy().tobytes(): y for x, y in zip(train.images, train.labels.tolist(), strict=True)}
+    assert [label_of[x.numpy().tobytes()] for x in pixels_in(train, images).contiguous()] == labels.tolist()
+
+
+def test_digits_are_cropped_by_one_pixel():
+    images = {crop: next(data.load("digits", crop=crop, log=quiet)[0].epoch(0))[0] for crop in (True, False)}
+    changed = (images[True] != images[False]).flatten(1).any(1).float().mean()
+    assert changed > 0.7  # 8 of the 9 windows move the picture
+
+
+def test_digits_without_scikit_learn(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    error_of(lambda: data.load("digits"), "pip install scikit-learn")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders of small pictures.
+
+
+def test_folder_classes_are_sorted_and_pixels_exact(tmp_path):
+    make_folder(tmp_path, classes=("wasp", "ant", "Bee"), train=3, test=2)
+    (tmp_path / "train" / "README.txt").write_text("not a class")
+    train, test = data.load("folder", tmp_path, log=quiet)
+    assert train.num_classes == test.num_classes == 3
+    assert train.shape == test.shape == (3, 16, 16)
+    for batches, split, each in ((train, "train", 3), (test, "test", 2)):
+        files = [tmp_path / split / name / f"{i}.png" for name in ("Bee", "ant", "wasp") for i in range(each)]
+        assert torch.equal(batches.images, torch.stack([pixels_of(file) for file in files]))
+        assert batches.labels.tolist() == [label for label in range(3) for _ in range(each)]
+        assert batches.labels.dtype == torch.int64
+    assert labels_of(test) == test.labels.tolist()
+
+
+def test_folder_is_normalised_by_its_training_pictures(tmp_path):
+    make_folder(tmp_path, train=4)
+    for file in (tmp_path / "train").rglob("*.png"):  # channels that differ much, and one that is constant
+        pixels = np.array(Image.open(file))
+        save(file, np.stack([pixels[..., 0] // 4, 200 + pixels[..., 1] // 8, np.full((16, 16), 77, np.uint8)], axis=-1))
+    train, test = data.load("folder", tmp_path, batch_size=4, crop=False, flip=False, log=quiet)
+    got = torch.cat([images for images, _ in train.epoch(0)])
+    assert len(got) == 8
+    torch.testing.assert_close(got[:, :2].mean(dim=(0, 2, 3)), torch.zeros(2), rtol=0, atol=1e-4)
+    torch.testing.assert_close(got[:, :2].std(dim=(0, 2, 3), correction=0), torch.ones(2), rtol=0, atol=1e-4)
+    assert got[:, 2].abs().max() < 0.2  # constant: nothing is divided by zero
+    [(images, _)] = test.epoch(0)
+    x = train.images[:, :2].float()
+    mean, std = (v.view(2, 1, 1) for v in (x.mean(dim=(0, 2, 3)), x.std(dim=(0, 2, 3), correction=0)))
+    torch.testing.assert_close(images[:, :2], (test.images[:, :2].float() - mean) / std, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize("crop", [True, False])
+def test_crop_and_flip_can_be_turned_off(tmp_path, crop, flip):
+    make_folder(tmp_path, train=20, side=28)
+    train, _ = data.load("folder", tmp_path, batch_size=40, crop=crop, flip=flip, log=quiet)
+    [(images, labels)] = train.epoch(0)
+    found = found_in(windows_of(train.images, 3), pixels_in(train, images))  # 28 // 8 pixels of padding
+    assert [train.labels[i] for i, *_ in found] == labels.tolist()
+    assert len({i for i, *_ in found}) == 40
+    assert len({(y, x) for _, y, x, _ in found}) > 10 if crop else {(y, x) for _, y, x, _ in found} == {(3, 3)}
+    assert {is_mirrored for *_, is_mirrored in found} == ({True, False} if flip else {False})
+
+
+def test_jpeg_and_upper_case_suffixes(tmp_path):
+    make_folder(tmp_path, train=1)
+    names = ("1.jpg", "2.JPG", "3.JPEG", "4.PNG", "5.Bmp", "6.webp")
+    for i, name in enumerate(names):
+        save(tmp_path / "train/ant" / name, noise(16, 16, 3, seed=i))
+    (tmp_path / "train/ant/notes.txt").write_text("not a picture")
+    train, _ = data.load("folder", tmp_path, log=quiet)
+    files = [tmp_path / "train/ant" / name for name in ("0.png", *names)] + [tmp_path / "train/bee/0.png"]
+    assert torch.equal(train.images, torch.stack([pixels_of(file) for file in files]))
+    assert train.labels.tolist() == [0] * 7 + [1]
+
+
+def test_every_kind_of_picture_becomes_rgb(tmp_path):
+    make_folder(tmp_path, train=1)
+    grey, rgba = noise(16, 16, seed=1), noise(16, 16, 4, seed=2)
+    grey_alpha, bits = noise(16, 16, 2, seed=3), noise(16, 16, seed=4) > 127
+    save(tmp_path / "train/ant/1.png", grey)
+    save(tmp_path / "train/ant/2.png", rgba)
+    Image.fromarray(grey_alpha).save(tmp_path / "train/ant/3.png")
+    save(tmp_path / "train/ant/4.png", bits)
+    Image.fromarray(noise(16, 16, 3, seed=5)).quantize(16).save(tmp_path / "train/ant/5.png")
+    modes = [Image.open(tmp_path / f"train/ant/{i}.png").mode for i in range(1, 6)]
+    assert modes == ["L", "RGBA", "LA", "1", "P"]
+    train, _ = data.load("folder", tmp_path, log=quiet)
+    expected = [
+        np.stack([grey] * 3),
+        rgba[..., :3].transpose(2, 0, 1),
+        np.stack([grey_alpha[..., 0]] * 3),
+        np.stack([bits.astype(np.uint8) * 255] * 3),
+        pixels_of(tmp_path / "train/ant/5.png").numpy(),
+    ]
+    assert np.array_equal(train.images[1:6].numpy(), np.stack(expected))
+
+
+def test_sixteen_bit_greyscale_keeps_its_contrast(tmp_path):
+    make_folder(tmp_path, train=1)
+    deep = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    save(tmp_path / "train/ant/0.png", deep)
+    train, _ = data.load("folder", tmp_path, log=quiet)
+    off = (train.images[0].int() - torch.from_numpy((deep // 257).astype(np.int32))).abs()
+    assert off.max() <= 1
+
+
+def test_pictures_of_other_sizes_are_resized(tmp_path):
+    make_folder(tmp_path, train=1)
+    colours = {(40, 12): (250, 3, 90), (7, 7): (1, 128, 255), (16, 30): (64, 65, 66)}
+    for i, ((w, h), colour) in enumerate(colours.items(), start=1):
+        save(tmp_path / f"train/bee/{i}.png", np.full((h, w, 3), colour, np.uint8))
+    for size in (16, 24):
+        train, test = data.load("folder", tmp_path, image_size=size, log=quiet)
+        assert train.shape == test.shape == (3, size, size)
+        for image, colour in zip(train.images[-3:], colours.values(), strict=True):
+            assert torch.equal(image, torch.tensor(colour, dtype=torch.uint8).view(3, 1, 1).expand(3, size, size))
+    checks = np.indices((32, 32)).sum(axis=0) % 2 * np.uint8(255)
+    save(tmp_path / "test/ant/0.png", checks.astype(np.uint8))
+    ramp = np.repeat(np.arange(0, 256, 4, dtype=np.uint8)[None], 64, axis=0)  # dark on the left, light on the right
+    save(tmp_path / "train/ant/0.png", ramp)
+    train, test = data.load("folder", tmp_path, image_size=16, log=quiet)
+    image = train.images[0, 0].int()
+    assert (image[:, 1:] > image[:, :-1]).all()
+    assert (image[0] == image[-1]).all()
+    assert (test.images[0, :, 1:-1, 1:-1].int() - 127).abs().max() <= 8  # averaged, not picked
+
+
+def test_val_works_in_place_of_test(tmp_path):
+    make_folder(tmp_path, held_out="val")
+    _, test = data.load("folder", tmp_path, log=quiet)
+    files = [tmp_path / "val" / name / f"{i}.png" for name in ("ant", "bee") for i in range(2)]
+    assert torch.equal(test.images, torch.stack([pixels_of(file) for file in files]))
+
+
+def test_val_is_used_when_test_has_no_classes(tmp_path):
+    # ImageNet's own layout: test/ holds pictures whose classes were never published
+    make_folder(tmp_path, held_out="val")
+    save(tmp_path / "test/0.png", noise(16, 16, 3))
+    _, test = data.load("folder", tmp_path, log=quiet)
+    assert test.size == 4
+
+
+def test_a_folder_smaller_than_a_batch_is_one_batch(tmp_path):
+    train, test = data.load("folder", make_folder(tmp_path), batch_size=128, log=quiet)
+    assert [len(labels) for _, labels in train.epoch(0)] == [6]
+    assert [len(labels) for _, labels in test.epoch(0)] == [4]
+
+
+def test_default_image_size(tmp_path):
+    def shape(name, *side, **options):
+        save(tmp_path / "train/ant/0.png", noise(*side, 3))
+        batches = data.load(name, tmp_path, log=quiet, **options)
+        assert batches[0].shape == batches[1].shape
+        return batches[0].shape, type(batches[0])
+
+    make_folder(tmp_path, train=1, test=1)
+    assert shape("folder", 96, 96) == ((3, 96, 96), data.ResidentBatches)
+    assert shape("folder", 97, 97) == ((3, 224, 224), data.StreamedBatches)
+    assert shape("folder", 20, 16) == ((3, 224, 224), data.StreamedBatches)
+    assert shape("folder", 20, 16, image_size=20) == ((3, 20, 20), data.ResidentBatches)
+    assert shape("folder", 20, 20, image_size=128) == ((3, 128, 128), data.StreamedBatches)
+    assert shape("imagenet", 20, 20) == ((3, 224, 224), data.StreamedBatches)
+    assert shape("imagenet", 20, 20, image_size=64) == ((3, 64, 64), data.ResidentBatches)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The decoded pictures are kept.
+
+
+def load_logged(root: Path, **options):
+    log = []
+    return *data.load("folder", root, log=log.append, **options), log
+
+
+def test_pictures_are_decoded_once(tmp_path):
+    make_folder(tmp_path)
+    train, test, log = load_logged(tmp_path)
+    assert len(log) == 2
+    assert "6 train" in log[0] and "4 test" in log[1]
+    again, test_again, log = load_logged(tmp_path)
+    assert log == []
+    assert same(train.epoch(1), again.epoch(1))
+    assert same(test.epoch(0), test_again.epoch(0))
+    _, _, log = load_logged(tmp_path, image_size=12)
+    assert len(log) == 2  # another size is another cache…
+    _, _, log = load_logged(tmp_path)
+    assert log == []  # …beside the first
+
+
+def test_what_was_kept_moves_with_the_folder(tmp_path):
+    make_folder(tmp_path / "here")
+    before, _, _ = load_logged(tmp_path / "here")
+    (tmp_path / "here").rename(tmp_path / "there")
+    after, _, log = load_logged(tmp_path / "there")
+    assert log == []
+    assert same(before.epoch(0), after.epoch(0))
+
+
+def edit(root):
+    file = root / "train/ant/0.png"
+    later = file.stat().st_mtime_ns + 10**9
+    save(file, noise(16, 16, 3, seed=99))
+    os.utime(file, ns=(later, later))
+
+
+def edit_to_same_size_and_name(root):
+    file = root / "train/ant/0.bmp"
+    later = file.stat().st_mtime_ns + 10**9
+    before = file.stat().st_size
+    save(file, noise(16, 16, 3, seed=99))
+    assert file.stat().st_size == before
+    os.utime(file, ns=(later, later))
+
+
+def edit_at_the_same_time(root):
+    file = root / "train/ant/0.png"
+    before = file.stat()
+    save(file, np.zeros((16, 16, 3), np.uint8))
+    os.utime(file, ns=(before.st_mtime_ns, before.st_mtime_ns))
+    assert file.stat().st_size != before.st_size
+
+
+def add(root):
+    save(root / "train/bee/9.png", noise(16, 16, 3, seed=99))
+
+
+def remove(root):
+    (root / "train/ant/1.png").unlink()
+
+
+def rename_picture(root):
+    (root / "train/ant/0.png").rename(root / "train/ant/7.png")
+
+
+def move_to_other_class(root):
+    (root / "train/ant/2.png").rename(root / "train/bee/!.png")  # the order of all pictures stays
+
+
+CHANGES = (edit, edit_to_same_size_and_name, edit_at_the_same_time, add, remove, rename_picture, move_to_other_class)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_the_pictures_is_seen(tmp_path, change):
+    make_folder(tmp_path)
+    save(tmp_path / "train/ant/0.bmp", noise(16, 16, 3, seed=98))
+    load_logged(tmp_path)
+    change(tmp_path)
+    train, _, log = load_logged(tmp_path)
+    assert len(log) == 1 and "train" in log[0]  # the test pictures are as they were
+    files = [p for name in ("ant", "bee") for p in sorted((tmp_path / "train" / name).iterdir())]
+    assert torch.equal(train.images, torch.stack([pixels_of(file) for file in files]))
+    assert train.labels.tolist() == [int(file.parent.name == "bee") for file in files]
+    assert load_logged(tmp_path)[2] == []
+
+
+def test_renamed_classes_are_seen(tmp_path):
+    make_folder(tmp_path)
+    before, _, _ = load_logged(tmp_path)
+    for split in ("train", "test"):
+        (tmp_path / split / "ant").rename(tmp_path / split / "cat")  # now after bee
+    after, _, log = load_logged(tmp_path)
+    assert len(log) == 2
+    assert torch.equal(after.images, before.images[[3, 4, 5, 0, 1, 2]])
+
+
+def test_a_folder_that_cannot_be_written_still_loads(tmp_path):
+    make_folder(tmp_path)
+    (tmp_path / ".train-16.pt").mkdir()  # nothing can be put in its place
+    expected = torch.stack([pixels_of(tmp_path / "train" / n / f"{i}.png") for n in ("ant", "bee") for i in range(3)])
+    for _ in range(2):
+        train, _, log = load_logged(tmp_path)
+        assert torch.equal(train.images, expected)
+        assert [m for m in log if "could not keep" in m and ".train-16.pt" in m]
+    assert {p.name for p in tmp_path.iterdir()} == {"train", "test", ".train-16.pt", ".test-16.pt"}
+
+
+def test_a_read_only_file_system_still_loads(tmp_path, monkeypatch):
+    def refuse(*args, **options):  # there even the removal of a file that does not exist is an error
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    make_folder(tmp_path)
+    monkeypatch.setattr(torch, "save", refuse)
+    for call in ("unlink", "remove", "replace", "rename"):
+        monkeypatch.setattr(os, call, refuse)
+    train, test, log = load_logged(tmp_path)
+    assert (train.size, test.size) == (6, 4)
+    assert sum("could not keep" in m for m in log) == 2
+
+
+def of_something_else() -> bytes:
+    kept = io.BytesIO()
+    torch.save([1, 2, 3], kept)
+    return kept.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["empty", "garbage", "truncated", "something else"])
+def test_a_damaged_cache_is_ignored(tmp_path, kind):
+    make_folder(tmp_path)
+    before, _, _ = load_logged(tmp_path)
+    cache = tmp_path / ".train-16.pt"
+    whole = cache.read_bytes()
+    damaged = {"empty": b"", "garbage": noise(5000).tobytes(), "truncated": whole[: len(whole) // 2]}
+    cache.write_bytes(damaged[kind] if kind in damaged else of_something_else())
+    after, _, log = load_logged(tmp_path)
+    assert len(log) == 1
+    assert torch.equal(after.images, before.images)
+    assert load_logged(tmp_path)[2] == []  # and was replaced
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Large pictures, streamed.
+
+
+def colour(i: int) -> tuple[int, int, int]:
+    return 20 * i, 255 - 20 * i, 128
+
+
+@pytest.fixture
+def colours(tmp_path):
+    """11 training pictures (5 of ant, 6 of bee) and 5 test ones (2, 3), each of one colour of its own."""
+    for split, sizes in (("train", {"ant": 5, "bee": 6}), ("test", {"ant": 2, "bee": 3})):
+        i = 0
+        for name, size in sizes.items():
+            for k in range(size):
+                save(tmp_path / split / name / f"{k}.png", np.full((140, 150 + i, 3), colour(i), np.uint8))
+                i += 1
+    return tmp_path
+
+
+def large(root: Path, **options):
+    return data.load("folder", root, **dict(image_size=128, batch_size=4, workers=0, log=quiet) | options)
+
+
+def unnormalised(images):
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
+    return (images * std + mean) * 255
+
+
+def numbers_of(images: torch.Tensor) -> list[int]:
+    """Which of the one-coloured pictures these are."""
+    pixels = unnormalised(images)
+    numbers = [round(picture[0].mean().item() / 20) for picture in pixels]
+    expected = torch.tensor([colour(i) for i in numbers]).float()[..., None, None].expand_as(pixels)
+    torch.testing.assert_close(pixels, expected, rtol=0, atol=0.6)
+    return numbers
+
+
+def test_streamed_shapes_and_labels(colours):
+    train, test = large(colours)
+    assert (train.size, test.size, len(train), len(test)) == (11, 5, 2, 2)
+    assert train.num_classes == test.num_classes == 2
+    assert train.shape == test.shape == (3, 128, 128)
+    for batches, first_bee, sizes in ((train, 5, [4, 4]), (test, 2, [4, 1])):
+        seen = []
+        for images, labels in batches.epoch(0):
+            assert images.shape == (len(labels), 3, 128, 128)
+            assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
+            assert images.is_contiguous(memory_format=torch.channels_last)
+            numbers = numbers_of(images)
+            assert labels.tolist() == [int(i >= first_bee) for i in numbers]
+            seen.append(numbers)
+        assert [len(numbers) for numbers in seen] == sizes  # training leaves the incomplete batch out
+        seen = [i for numbers in seen for i in numbers]
+        assert len(set(seen)) == sum(sizes)
+        assert (seen == sorted(seen)) == (batches is test)
+
+
+def test_streamed_smaller_than_a_batch_is_one_batch(colours):
+    train, test = large(colours, batch_size=64)
+    assert sorted(labels_of(train)) == [0] * 5 + [1] * 6
+    assert labels_of(test) == [0, 0, 1, 1, 1]
+
+
+def test_streamed_batches_do_not_depend_on_the_workers(tmp_path):
+    make_folder(tmp_path, train=5, test=3, side=130)
+    (train, test), (train_2, test_2) = (large(tmp_path, workers=workers, seed=3) for workers in (0, 2))
+    torch.manual_seed(0)
+    whole = list(train.epoch(4))
+    drawn_next = torch.rand(3)
+    torch.manual_seed(1)  # nor on what was drawn before
+    assert same(train_2.epoch(4), whole)
+    torch.manual_seed(0)
+    list(train_2.epoch(4))
+    assert torch.equal(torch.rand(3), drawn_next)  # and neither does what is drawn after
+    assert same(test_2.epoch(0), test.epoch(0))
+    for skip in range(3):
+        assert same(train.epoch(4, skip=skip), whole[skip:])
+    assert same(train_2.epoch(4, skip=1), whole[1:])
+
+
+def test_streamed_other_seed_or_epoch_other_crops(tmp_path):
+    make_folder(tmp_path, train=4, test=1, side=130)
+
+    def pictures(seed, number):
+        [(images, _)] = large(tmp_path, batch_size=8, seed=seed)[0].epoch(number)
+        return {image.numpy().tobytes() for image in images.contiguous()}
+
+    first = pictures(0, 0)
+    assert len(first) == 8
+    assert pictures(0, 0) == first
+    assert not first & pictures(0, 1)
+    assert not first & pictures(1, 0)
+
+
+def test_streamed_other_seed_or_epoch_other_order(colours):
+    def order(seed, number):
+        batches = large(colours, batch_size=11, seed=seed)[0]
+        return [i for images, _ in batches.epoch(number) for i in numbers_of(images)]
+
+    assert sorted(order(0, 0)) == list(range(11))
+    assert order(0, 0) == order(0, 0)
+    assert len({tuple(order(seed, number)) for seed, number in ((0, 0), (0, 1), (1, 0))}) == 3
+
+
+@pytest.mark.parametrize("seed", [0, 12_345, 20_260_101, 2**32 - 1])
+def test_streamed_takes_any_usual_seed(tmp_path, seed):
+    make_folder(tmp_path, train=2, test=1, side=130)
+    assert len(labels_of(large(tmp_path, seed=seed)[0], 200)) == 4
+
+
+def test_streamed_test_pictures_are_resized_and_cut_from_the_centre(tmp_path):
+    make_folder(tmp_path, train=1, test=2, side=160)
+    _, test = large(tmp_path)
+    [(images, _)] = test.epoch(0)
+    assert same(test.epoch(0), test.epoch(5))
+    for k, name in enumerate(("ant", "bee")):
+        with Image.open(tmp_path / "test" / name / "1.png") as picture:
+            centre = np.array(picture.resize((146, 146), Image.Resampling.BILINEAR))[9:137, 9:137]
+        expected = torch.from_numpy(centre).permute(2, 0, 1).float()
+        torch.testing.assert_close(unnormalised(images[2 * k + 1]), expected, rtol=0, atol=0.01)
+
+
+def test_streamed_flips_only_where_asked(tmp_path):
+    make_folder(tmp_path, train=8, test=1)
+    ramp = np.repeat(np.linspace(0, 255, 160).astype(np.uint8)[None], 160, axis=0)  # dark on the left
+    for file in tmp_path.rglob("*.png"):
+        save(file, ramp)
+    mirrored = {}
+    for flip in (True, False):
+        batches = large(tmp_path, flip=flip, batch_size=16)
+        [(images, _)] = batches[0].epoch(0)
+        mirrored[flip] = (images[:, 0, :, 0] > images[:, 0, :, -1]).all(1).sum().item()
+        [(images, _)] = batches[1].epoch(0)
+        assert (images[:, 0, :, 0] < images[:, 0, :, -1]).all()
+    assert 3 <= mirrored[True] <= 13
+    assert mirrored[False] == 0
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streamed_unreadable_picture(colours, split, workers):
+    file = colours / split / "bee" / "1.png"
+    file.write_bytes(file.read_bytes()[:60])
+    batches = large(colours, workers=workers)[split == "test"]
+    if split == "train":
+        batches.batch_size = 11  # all pictures, so that the damaged one is among them
+    message = error_of(lambda: list(batches.epoch(0)), file, "cannot be read")
+    assert message.startswith("the picture ")  # nothing of the worker's traceback
+    assert multiprocessing.active_children() == []  # the workers ended with the epoch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad inputs.
+
+
+@pytest.mark.parametrize("name", ["cifar11", "CIFAR10", "", "svhn"])
+def test_unknown_name(name, tmp_path):
+    with pytest.raises(ValueError, match="digits") as caught:
+        data.load(name, tmp_path)
+    assert repr(name) in str(caught.value)
+    assert all(known in str(caught.value) for known in data.DATASETS)
+
+
+@pytest.mark.parametrize("name", ["folder", "imagenet"])
+def test_no_folder(name, tmp_path):
+    missing = tmp_path / "nowhere"
+    error_of(lambda: data.load(name, missing), missing, "train/CLASS", "--data-dir")
+    assert not missing.exists()
+    (tmp_path / "file").write_text("")
+    error_of(lambda: data.load(name, tmp_path / "file"), tmp_path / "file")
+    error_of(lambda: data.load(name, str(tmp_path)), tmp_path)
+
+
+@pytest.mark.parametrize("lacking", ["train", "test"])
+def test_one_split_is_missing(tmp_path, lacking):
+    make_folder(tmp_path)
+    (tmp_path / lacking).rename(tmp_path / "elsewhere")
+    error_of(lambda: data.load("folder", tmp_path), tmp_path, f"{lacking}/CLASS")
+
+
+def test_no_class_folders(tmp_path):
+    (make_folder(tmp_path) / "train").rename(tmp_path / "elsewhere")
+    save(tmp_path / "train/0.png", noise(16, 16, 3))
+    error_of(lambda: data.load("folder", tmp_path), tmp_path / "train", "class")
+
+
+@pytest.mark.parametrize("held_out", ["test", "val"])
+@pytest.mark.parametrize("lacking", ["train", "held out"])
+def test_a_class_in_one_split_only_is_named(tmp_path, held_out, lacking):
+    make_folder(tmp_path, classes=("ant", "bee", "cat"), held_out=held_out)
+    has, lacks = ("train", held_out) if lacking == "held out" else (held_out, "train")
+    for file in (tmp_path / lacks / "bee").iterdir():
+        file.unlink()
+    (tmp_path / lacks / "bee").rmdir()
+    message = error_of(lambda: data.load("folder", tmp_path), "'bee'", tmp_path / has, tmp_path / lacks)
+    assert message.index(str(tmp_path / has)) < message.index(str(tmp_path / lacks))
+    assert "ant" not in message.replace(str(tmp_path), "")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("rest", [None, "notes.txt"])
+def test_empty_class_folder_is_named(tmp_path, split, rest):
+    make_folder(tmp_path)
+    for file in (tmp_path / split / "bee").iterdir():
+        file.unlink()
+    if rest:
+        (tmp_path / split / "bee" / rest).write_text("")
+    error_of(lambda: data.load("folder", tmp_path), tmp_path / split / "bee", "no pictures", ".png")
+
+
+@pytest.mark.parametrize("picture", ["train/ant/0.png", "train/bee/2.png", "test/ant/1.png"])
+@pytest.mark.parametrize("damage", ["empty", "text", "truncated", "folder", "broken link"])
+def test_unreadable_picture_is_named(tmp_path, picture, damage):
+    make_folder(tmp_path)
+    file = tmp_path / picture
+    whole = file.read_bytes()
+    file.unlink()
+    if damage == "folder":
+        file.mkdir()
+    elif damage == "broken link":
+        file.symlink_to(tmp_path / "nowhere.png")
+    else:
+        file.write_bytes({"empty": b"", "text": b"<html>not found</html>", "truncated": whole[:300]}[damage])
+    error_of(lambda: data.load("folder", tmp_path, log=quiet), file, "cannot be read")
+    # once it is taken away the rest can be used: nothing half-done was kept
+    file.rmdir() if damage == "folder" else file.unlink()
+    train, test = data.load("folder", tmp_path, log=quiet)
+    assert train.size + test.size == 9
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    make_folder(tmp_path)
+    try:
+        save(tmp_path / "train/ant" / os.fsdecode(b"\xe9t\xe9.png"), noise(16, 16, 3))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    assert data.load("folder", tmp_path, log=quiet)[0].size == 7
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CIFAR and MNIST, read by torchvision from files in its own formats.
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def unreachable(*args, **options):
+        raise urllib.error.URLError(OSError(errno.ENETUNREACH, "Network is\nunreachable"))
+
+    def refuse(*args, **options):
+        raise OSError(errno.ENETUNREACH, "Network is unreachable")
+
+    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
+    monkeypatch.setattr(urllib.request, "urlretrieve", unreachable)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "mnist"])
+def test_no_data_and_no_network(name, tmp_path, no_network):
+    where = tmp_path / "downloads"
+    error_of(lambda: data.load(name, where), name, where, "--dataset digits", "--dataset folder")
+
+
+def test_without_torchvision(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    error_of(lambda: data.load("cifar10", tmp_path), "pip install torchvision")
+
+
+def write_cifar(root: Path, name: str, monkeypatch) -> dict[str, tuple[np.ndarray, list[int]]]:
+    """torchvision's unpacked archive with few pictures: what must be read of it for 'train' and 'test'."""
+    # the only thing these files cannot have is the checksum of the real ones
+    cifar = data.torchvision_module("datasets").cifar
+    monkeypatch.setattr(cifar, "check_integrity", lambda path, md5=None: Path(path).is_file())
+    classes = int(name.removeprefix("cifar"))
+    key = "labels" if classes == 10 else "fine_labels"
+    folder = root / ("cifar-10-batches-py" if classes == 10 else "cifar-100-python")
+    files = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
+    if classes == 100:
+        files = {"train": ["train"], "test": ["test"]}
+    folder.mkdir()
+    meta = {"label_names" if classes == 10 else "fine_label_names": [f"class {i}" for i in range(classes)]}
+    (folder / ("batches.meta" if classes == 10 else "meta")).write_bytes(pickle.dumps(meta))
+    expected = {}
+    for split, names in files.items():
+        pictures, labels = noise(4 * len(names), 3, 32, 32, seed=len(split)), []
+        for k, file in enumerate(names):
+            part = [(7 * k + 3 * i + len(split)) % classes for i in range(4)]
+            entry = {"data": pictures[4 * k : 4 * k + 4].reshape(4, 3072), key: part, "coarse_labels": [0] * 4}
+            (folder / file).write_bytes(pickle.dumps(entry))
+            labels += part
+        expected[split] = pictures, labels
+    return expected
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_from_local_files(name, tmp_path, monkeypatch, no_network):
+    expected = write_cifar(tmp_path, name, monkeypatch)
+    batches = dict(zip(("train", "test"), data.load(name, tmp_path, batch_size=4, log=quiet), strict=True))
+    for split, (pictures, labels) in expected.items():
+        got = batches[split]
+        assert (got.shape, got.size, got.num_classes) == ((3, 32, 32), len(labels), int(name[5:]))
+        assert (got.images.dtype, got.labels.dtype) == (torch.uint8, torch.int64)
+        assert np.array_equal(got.images.numpy(), pictures)
+        assert got.labels.tolist() == labels
+        images, _ = next(iter(got.epoch(0)))
+        assert (images.shape, images.dtype) == ((4, 3, 32, 32), torch.float32)
+        assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_cifar_is_padded_by_four_pixels_and_mirrored(tmp_path, monkeypatch, no_network):
+    write_cifar(tmp_path, "cifar10", monkeypatch)
+    train, _ = data.load("cifar10", tmp_path, batch_size=20, log=quiet)
+    windows = windows_of(train.images, 4)
+    found = [f for e in range(5) for images, _ in train.epoch(e) for f in found_in(windows, pixels_in(train, images))]
+    assert {y for _, y, _, _ in found} == {x for _, _, x, _ in found} == set(range(9))
+    assert {is_mirrored for *_, is_mirrored in found} == {True, False}
+
+
+def test_mnist_from_local_files(tmp_path, no_network):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    expected = {}
+    for split, prefix, size in (("train", "train", 12), ("test", "t10k", 5)):
+        pictures, labels = noise(size, 28, 28, seed=size), noise(size, seed=size) % 10
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, size, 28, 28) + pictures.tobytes())
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, size) + labels.tobytes())
+        expected[split] = pictures, labels
+    batches = dict(zip(("train", "test"), data.load("mnist", tmp_path, crop=False, flip=True, log=quiet), strict=True))
+    for split, (pictures, labels) in expected.items():
+        got = batches[split]
+        assert (got.shape, got.size, got.num_classes) == ((1, 28, 28), len(labels), 10)
+        assert (got.images.dtype, got.labels.dtype) == (torch.uint8, torch.int64)
+        assert np.array_equal(got.images[:, 0].numpy(), pictures)
+        assert got.labels.tolist() == labels.tolist()
+    train = batches["train"]  # its digits are never mirrored
+    [(images, _)] = train.epoch(0)
+    found = found_in(windows_of(train.images, 0), pixels_in(train, images))
+    assert sorted(found) == [(i, 0, 0, False) for i in range(12)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real pictures.
+
+
+@pytest.mark.skipif(not REAL_PICTURES.is_file(), reason="../shared/data/cifar10-jpeg.tar.xz is not there")
+def test_real_pictures(tmp_path):
+    wanted = {f"{s}/{c}/{i:04}.jpg" for s in ("train", "test") for c in ("airplane", "automobile") for i in range(3)}
+    found = set()
+    with tarfile.open(REAL_PICTURES, "r|xz") as archive:  # as a stream, and no further than needed
+        for member in archive:
+            if member.name in wanted:
+                file = tmp_path / member.name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(archive.extractfile(member).read())
+                found.add(member.name)
+                if found == wanted:
+                    break
+    assert found == wanted
+    train, test = data.load("folder", tmp_path, batch_size=3, log=quiet)
+    for batches, split in ((train, "train"), (test, "test")):
+        assert (batches.shape, batches.size, batches.num_classes) == ((3, 32, 32), 6, 2)
+        assert batches.labels.tolist() == [0, 0, 0, 1, 1, 1]
+        files = [tmp_path / split / name / f"{i:04}.jpg" for name in ("airplane", "automobile") for i in range(3)]
+        assert torch.equal(batches.images, torch.stack([pixels_of(file) for file in files]))
+        assert len({image.numpy().tobytes() for image in batches.images}) == 6
+        for images, labels in batches.epoch(0):
+            assert images.shape == (len(labels), 3, 32, 32)
+            assert images.isfinite().all()
+            assert 0.3 < images.std() < 3
+    streamed, _ = large(tmp_path, batch_size=3)
+    for images, _ in streamed.epoch(0):
+        assert images.shape == (3, 3, 128, 128)
+        assert -0.01 < unnormalised(images).min() < unnormalised(images).max() < 255.01

@@ -1,0 +1,313 @@
+"""plot.py from the outside: run folders in, one picture or one sentence out."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import plot
+
+pytest.importorskip("matplotlib")
+ROOT = Path(__file__).resolve().parent.parent
+HEADER = "epoch,step,train_loss,train_acc,test_loss,test_acc,lr,seconds,images_per_s,flip_ratio,plus_ratio\n"
+
+
+def row(epoch, loss=1.5, acc=0.5, seconds=2.0, flips="0.02"):
+    return f"{epoch},{10 * epoch},{loss:.6g},0.4,1.6,{acc:.6g},0.001,{seconds},500,{flips},0.5\n"
+
+
+def make_run(folder: Path, epochs=3, seconds=2.0, flips="0.02", text=None) -> str:
+    """A run folder as the trainers write it, or with any other text as its metrics.csv."""
+    folder.mkdir(parents=True)
+    rows = (row(e, 2 * 0.8**e, 1 - 0.9**e, seconds, flips) for e in range(1, epochs + 1))
+    (folder / "metrics.csv").write_text(HEADER + "".join(rows) if text is None else text)
+    return str(folder)
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    """Width and height in pixels."""
+    head = path.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
+
+
+def check_png(path: Path):
+    import matplotlib.image
+
+    width, height = png_size(path)
+    assert 1000 <= width <= 4000 and 1000 <= height <= 4000
+    picture = matplotlib.image.imread(path)[..., :3]
+    assert 0.01 < (picture.min(axis=-1) < 0.9).mean() < 0.5  # something is drawn, on white
+
+
+def check_error(capsys, argv, *words):
+    """main fails with exit code 1 and one sentence on standard error that holds all the words."""
+    assert plot.main([str(a) for a in argv]) == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("error: ") and output.err.count("\n") == 1 and output.err.endswith("\n")
+    for word in words:
+        assert str(word) in output.err
+    return output.err
+
+
+def command(*argv, cwd=ROOT, script=ROOT / "plot.py", **env):
+    return subprocess.run(
+        [sys.executable, str(script), *argv], cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True
+    )
+
+
+def legend_texts(figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures.
+
+
+@pytest.mark.parametrize("epochs", [[1], [3, 2], [40, 1, 3, 30, 100]])
+def test_writes_a_picture_beside_the_first_run_and_says_where(tmp_path, capsys, epochs):
+    folders = [make_run(tmp_path / "runs" / f"run{i}", n) for i, n in enumerate(epochs)]
+    assert plot.main(folders) == 0
+    output = capsys.readouterr()
+    assert output.out.strip() == str(tmp_path / "runs" / "curves.png") and output.err == ""
+    check_png(tmp_path / "runs" / "curves.png")
+
+
+def test_paths_relative_to_the_current_folder(tmp_path, capsys, monkeypatch):
+    make_run(tmp_path / "runs" / "A")
+    monkeypatch.chdir(tmp_path)
+    assert plot.main(["runs/A/"]) == 0
+    monkeypatch.chdir(tmp_path / "runs" / "A")
+    assert plot.main(["."]) == 0
+    assert capsys.readouterr().out.split() == [os.path.join("runs", "curves.png"), os.path.join("..", "curves.png")]
+    assert plot.label_runs([Path(".")]) == ["A"]
+
+
+def test_out_names_the_file_or_its_folder(tmp_path, capsys):
+    run = make_run(tmp_path / "runs" / "A")
+    (tmp_path / "figures").mkdir()
+    assert plot.main([run, "--out", str(tmp_path / "figures" / "a.png"), "--title", "Digits, 5 $ a run_$"]) == 0
+    assert plot.main([run, "--out", str(tmp_path / "figures")]) == 0
+    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == ["a.png", "curves.png"]
+    assert not (tmp_path / "runs" / "curves.png").exists()
+    check_png(tmp_path / "figures" / "a.png")
+
+
+def test_a_star_may_match_the_picture_of_last_time(tmp_path, capsys):
+    make_run(tmp_path / "runs" / "A")
+    for _ in range(2):
+        assert plot.main(sorted(str(p) for p in (tmp_path / "runs").glob("*"))) == 0
+    capsys.readouterr()
+    check_error(capsys, [tmp_path / "runs" / "curves.png"], "no run to draw")
+
+
+def test_full_precision_runs_have_no_flips(tmp_path):
+    fp32, ste = make_run(tmp_path / "fp32", 4, flips="nan"), make_run(tmp_path / "ste", 4)
+    for folders in ([fp32], [fp32, ste]):
+        assert plot.main(folders) == 0
+        check_png(tmp_path / "curves.png")
+    figure = plot.draw({"fp32": plot.read_run(fp32), "ste": plot.read_run(ste)})
+    flips = [line.get_ydata() for line in figure.axes[4].get_lines()]
+    assert np.isnan(flips[0]).all()
+    np.testing.assert_allclose(flips[1], 2.0)  # per cent
+
+
+def test_losses_that_a_log_scale_cannot_show(tmp_path):
+    zero = make_run(tmp_path / "zero", text=HEADER + row(1, loss=0) + row(2, loss=0))
+    some = make_run(tmp_path / "some", text=HEADER + row(1, loss=0.5) + row(2, loss=0) + row(3, loss=float("inf")))
+    for folders in ([zero], [some], [zero, some]):
+        assert plot.main(folders) == 0
+
+
+def test_axes_show_the_metrics_by_epoch_and_by_time(tmp_path):
+    a, b = plot.read_run(make_run(tmp_path / "a", 5, seconds=60)), plot.read_run(make_run(tmp_path / "b", 3, seconds=1))
+    figure = plot.draw({"a": a, "b": b})
+    axes = np.array(figure.axes).reshape(3, 2)
+    assert axes[2, 0].get_xlabel() == "epoch" and axes[2, 1].get_xlabel() == "training time (minutes)"
+    assert axes[0, 0].get_yscale() == axes[0, 1].get_yscale() == "log"
+    for i, run in enumerate((a, b)):
+        for ax, key, factor in zip(axes[:, 0], ("train_loss", "test_acc", "flip_ratio"), (1, 100, 100), strict=True):
+            np.testing.assert_allclose(ax.get_lines()[i].get_xdata(), run["epoch"])
+            np.testing.assert_allclose(ax.get_lines()[i].get_ydata(), factor * run[key])
+        for ax in axes[:, 1]:
+            np.testing.assert_allclose(ax.get_lines()[i].get_xdata(), run["time"] / 60)
+    for left, right in axes:
+        assert left.get_ylim() == right.get_ylim()
+        assert [line.get_color() for line in left.get_lines()] == [line.get_color() for line in right.get_lines()]
+        assert left.get_lines()[0].get_color() != left.get_lines()[1].get_color()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "unit"), [(0.0, "seconds"), (100, "seconds"), (600, "minutes"), (3600 * 5, "hours")]
+)
+def test_the_unit_of_time_fits(tmp_path, seconds, unit):
+    run = plot.read_run(make_run(tmp_path / "a", text=HEADER + row(1, seconds=seconds)))
+    assert plot.draw({"a": run}).axes[5].get_xlabel() == f"training time ({unit})"
+
+
+def test_few_points_have_markers_and_many_have_none(tmp_path):
+    one, many = plot.read_run(make_run(tmp_path / "one", 1)), plot.read_run(make_run(tmp_path / "many", 90))
+    for ax in plot.draw({"one": one, "many": many}).axes:
+        assert ax.get_lines()[0].get_marker() == "o" and not ax.get_lines()[1].get_marker()
+
+
+@pytest.mark.parametrize(("runs", "length"), [(1, 250), (5, 20), (5, 60), (28, 4), (28, 250)])
+def test_the_legend_is_inside_the_picture_and_above_the_curves(tmp_path, runs, length):
+    run = plot.read_run(make_run(tmp_path / "a"))
+    names = [f"{i:02d}" + "m" * (length - 2) for i in range(runs)]
+    figure = plot.draw(dict.fromkeys(names, run), title="What was compared, and with which learning rate. " * 5)
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    box, page = legend.get_window_extent(), figure.bbox
+    assert box.x0 >= 0 and box.x1 <= page.x1 and box.y1 <= page.y1
+    assert all(ax.get_tightbbox().y1 <= box.y0 and ax.get_window_extent().height > 300 for ax in figure.axes)
+    assert [text.replace("\n", "") for text in legend_texts(figure)] == names
+    looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in figure.axes[0].get_lines()}
+    assert len(looks) == runs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading and naming.
+
+
+def test_time_is_the_sum_of_the_epochs_seconds(tmp_path):
+    folder = make_run(tmp_path / "a", text=HEADER + row(1, seconds=3) + row(2, seconds=0.5) + row(3, seconds=10))
+    run = plot.read_run(folder)
+    np.testing.assert_allclose(run["time"], [3, 3.5, 13.5])
+    np.testing.assert_array_equal(run["epoch"], [1, 2, 3])
+    assert all(curve.shape == (3,) and curve.dtype == np.float64 for curve in run.values())
+
+
+def test_columns_go_by_name(tmp_path):
+    text = "note,seconds,flip_ratio,test_acc,train_loss,epoch\nwarm,4,nan,0.25,2.5,1\n"
+    run = plot.read_run(make_run(tmp_path / "a", text=text))
+    assert (run["train_loss"][0], run["test_acc"][0], run["time"][0]) == (2.5, 0.25, 4)
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path):
+    folders = [Path(make_run(tmp_path / name)) for name in ("a/ste", "b/ste", "b/fsg", "a/x/ste", "b/x/ste")]
+    labels = plot.label_runs(folders)
+    assert labels[1:3] == [os.path.join("b", "ste"), "fsg"]
+    assert labels[3:] == [os.path.join(*name) for name in (("a", "x", "ste"), ("b", "x", "ste"))]
+    assert len(set(labels)) == 5
+    figure = plot.draw({label: plot.read_run(folder) for label, folder in zip(labels, folders, strict=True)})
+    assert legend_texts(figure) == labels
+
+
+def test_names_that_mean_something_to_matplotlib_are_shown_as_they_are(tmp_path):
+    names = ["_hidden", "$a$", r"$\frac$", "x_{1}"]
+    folders = [Path(make_run(tmp_path / name.replace("\\", ""))) for name in names]
+    assert plot.main([str(folder) for folder in folders]) == 0
+    runs = {name: plot.read_run(folder) for name, folder in zip(names, folders, strict=True)}
+    figure = plot.draw(runs, title="$")
+    figure.canvas.draw()
+    assert legend_texts(figure) == names
+
+
+def test_a_run_given_twice_is_drawn_once(tmp_path, capsys):
+    run = make_run(tmp_path / "a")
+    assert plot.main([run, "--out", str(tmp_path / "once.png")]) == 0
+    assert plot.main([run, run + os.sep, str(tmp_path / "." / "a"), "--out", str(tmp_path / "thrice.png")]) == 0
+    assert (tmp_path / "once.png").read_bytes() == (tmp_path / "thrice.png").read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: one sentence, exit code 1, no traceback.
+
+
+def test_no_such_run(tmp_path, capsys):
+    good = make_run(tmp_path / "good")
+    check_error(capsys, [good, tmp_path / "nope"], tmp_path / "nope", "runs/NAME")
+    check_error(capsys, [Path(good) / "metrics.csv"], "no run folder")
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_no_metrics(tmp_path, capsys):
+    make_run(tmp_path / "runs" / "A")
+    check_error(capsys, [tmp_path / "runs"], "no metrics.csv", "runs/NAME")
+
+
+def test_no_epoch_yet(tmp_path, capsys):
+    check_error(capsys, [make_run(tmp_path / "a", 0)], "no epoch yet", "leave it out")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "without the columns epoch"),
+        ("\n\n", "without the columns"),
+        ("epoch,train_loss,test_acc,flip_ratio\n1,2,0.5,0.1\n", "without the column seconds"),
+        (HEADER + row(1) + "2,20,1.4,0.4", "line 3 has not as many fields"),
+        (HEADER + row(1).strip() + ",7\n", "line 2 has not as many fields"),
+        (HEADER + row(1) + row(2).replace("0.02", "0.0x"), "line 3 has a field that is not a number"),
+        (HEADER + row(1) + HEADER + row(2), "line 3"),
+        (HEADER + row(1) + row(2) + row(1), "order"),
+        (HEADER + row(1) + row(2, seconds=-3), "seconds"),
+        (HEADER + row(1) + row(2, seconds="nan"), "seconds"),
+        (HEADER + "\0" * 500, "line 2"),
+        (HEADER + '"' + "x" * 200_000, "field"),
+    ],
+)
+def test_damaged_metrics(tmp_path, capsys, text, reason):
+    check_error(capsys, [make_run(tmp_path / "a", text=text)], tmp_path / "a", "is damaged", reason, "--resume")
+
+
+def test_metrics_that_are_no_text(tmp_path, capsys):
+    run = make_run(tmp_path / "a")
+    (tmp_path / "a" / "metrics.csv").write_bytes(bytes(range(256)) * 20)
+    check_error(capsys, [run], "is damaged", "not a text file")
+
+
+def test_output_that_cannot_be_written(tmp_path, capsys):
+    run = make_run(tmp_path / "a")
+    check_error(capsys, [run, "--out", tmp_path / "nope" / "c.png"], "cannot be written", "--out")
+    check_error(capsys, [run, "--out", tmp_path / "a" / "metrics.csv" / "c.png"], "cannot be written", "--out")
+    check_error(capsys, [run, "--out", tmp_path / "a" / "metrics.csv"], "no known kind", ".png")
+    check_error(capsys, [run, "--out", tmp_path / "c"], "no known kind", ".png")
+    assert plot.main([run]) == 0  # and the run is as it was
+
+
+def test_more_runs_than_can_be_told_apart(tmp_path, capsys):
+    check_error(capsys, [make_run(tmp_path / f"r{i}", 1) for i in range(29)], "29 runs", "at most 28")
+
+
+def test_as_a_command(tmp_path):
+    """Alone in a folder, without the rest of the repository: a picture, and a sentence for what goes wrong."""
+    shutil.copy(ROOT / "plot.py", tmp_path)
+    make_run(tmp_path / "runs" / "A")
+    make_run(tmp_path / "runs" / "B", text=HEADER + "1,2\n")
+    here = dict(cwd=tmp_path, script=tmp_path / "plot.py")
+    good = command("runs/A", **here, PYTHONPATH="")
+    assert (good.returncode, good.stdout.strip(), good.stderr) == (0, os.path.join("runs", "curves.png"), "")
+    check_png(tmp_path / "runs" / "curves.png")
+    for argv in (["runs/nope"], ["runs/A", "runs/B"], ["runs/A", "--out", "nope/c.png"]):
+        bad = command(*argv, **here)
+        assert bad.returncode == 1 and bad.stdout == ""
+        assert bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1
+    assert command(**here).returncode == 2  # no run at all: argparse's usage
+
+
+def test_without_matplotlib(tmp_path):
+    run = make_run(tmp_path / "runs" / "A")
+    (tmp_path / "path" / "matplotlib").mkdir(parents=True)  # comes before the real one, and cannot be imported
+    (tmp_path / "path" / "matplotlib" / "__init__.py").write_text("raise ImportError('not installed')\n")
+    bad = command(run, PYTHONPATH=str(tmp_path / "path"))
+    assert bad.returncode == 1 and bad.stdout == ""
+    assert bad.stderr.startswith("error: ") and "pip install matplotlib" in bad.stderr and bad.stderr.count("\n") == 1
+
+
+def test_starts_fast(tmp_path):
+    """Neither torch nor any other file of the repository is loaded, and matplotlib only to draw."""
+    code = (
+        "import sys, plot; assert plot.main(['nope']) == 1; assert 'matplotlib' not in sys.modules\n"
+        f"assert plot.main([{make_run(tmp_path / 'A')!r}]) == 0\n"
+        "names = ('torch', 'matplotlib.pyplot', 'runs', 'models', 'data', 'quantizers', 'hypernet')\n"
+        "assert not [name for name in names if name in sys.modules]\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,346 @@
+"""The trainers as users meet them: runs, resuming, interruption, bad input. Small networks on real digits."""
+
+import csv
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import data
+import models
+import runs
+import train_fsg
+
+SMALL = ["--dataset", "digits", "--arch", "resnet8", "--batch-size", "64", "--device", "cpu"]
+TINY_NETS = ["--expand", "2", "--d-state", "2", "--hidden", "3"]
+GRADS = {
+    "ste": ["--grad", "ste"],
+    "fcgrad": ["--grad", "fcgrad"],
+    "multifc": ["--grad", "multifc"],
+    "lstmfc": ["--grad", "lstmfc"],
+    "fsg-mamba": ["--grad", "fsg"],
+    "fsg-lstm": ["--grad", "fsg", "--hgs", "lstm"],
+}
+
+
+def train(out, name, *extra):
+    """One run in this process; its metrics, a dictionary an epoch."""
+    code = train_fsg.main([*SMALL, *TINY_NETS, "--out", str(out), "--name", name, *extra])
+    assert code == 0
+    return metrics(out / name)
+
+
+def metrics(folder):
+    with open(folder / "metrics.csv") as f:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training.
+
+
+def test_fsg_learns_digits_and_leaves_a_whole_run_folder(tmp_path, capsys):
+    rows = train(tmp_path, "run", "--epochs", "6", "--schedule", "cosine")
+    assert rows[-1]["test_acc"] > 0.85 and rows[-1]["train_loss"] < 0.5 * rows[0]["train_loss"]
+    assert tuple(rows[0]) == runs.METRICS
+    assert [r["epoch"] for r in rows] == [1, 2, 3, 4, 5, 6] and rows[-1]["step"] == 6 * 22
+    for r in rows:
+        assert 0 < r["flip_ratio"] < 0.5 and 0.3 < r["plus_ratio"] < 0.7 and r["seconds"] > 0
+        assert math.isclose(r["images_per_s"], 22 * 64 / r["seconds"], rel_tol=1e-3)
+    assert rows[0]["lr"] > rows[-1]["lr"] > 0
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["schedule"] == "cosine"
+    out = capsys.readouterr().out
+    assert "selective scan: reference" in out and "best" in out and "--eval-only" in out
+
+    best = max(r["test_acc"] for r in rows)
+    argv = [*SMALL, "--eval-only", "--pretrained", str(tmp_path / "run" / "best.pt")]
+    assert train_fsg.main(argv) == 0
+    shown = float(re.search(r"test accuracy ([\d.]+) %", capsys.readouterr().out)[1])
+    assert math.isclose(shown, 100 * best, abs_tol=0.01)
+    assert train_fsg.main(["--eval-only", "--resume", str(tmp_path / "run" / "best.pt")]) == 0
+    assert f"{shown:.2f} %" in capsys.readouterr().out, "with --resume the run's own flags are used"
+
+
+def test_flip_and_plus_ratio_are_those_of_the_weights(tmp_path):
+    train(tmp_path, "a", "--epochs", "1", "--seed", "3")
+    train(tmp_path, "b", "--epochs", "2", "--seed", "3")
+
+    def bits(name):
+        state = torch.load(tmp_path / name / "last.pt", weights_only=True)
+        net = models.build("resnet8", 10, in_channels=1)
+        net.load_state_dict(state["model"])
+        return models.sign_bits(models.binary_layers(net))
+
+    row = metrics(tmp_path / "b")[1]
+    assert math.isclose(row["flip_ratio"], (bits("a") != bits("b")).double().mean().item(), rel_tol=1e-4)
+    assert math.isclose(row["plus_ratio"], bits("b").double().mean().item(), rel_tol=1e-4)
+
+
+@pytest.mark.parametrize("grad", GRADS)
+def test_sgd_trains_with_every_generator(tmp_path, grad):
+    steps = 150 if grad.startswith("fsg") else 400
+    rows = train(tmp_path, "run", *GRADS[grad], "--opt", "sgd", "--limit-steps", str(steps), "--epochs", "99")
+    assert rows[-1]["step"] == steps
+    assert all(math.isfinite(v) for r in rows for v in r.values())
+    assert rows[-1]["train_loss"] < 0.5 * rows[0]["train_loss"]
+    assert rows[-1]["train_loss"] < 1.3 * min(r["train_loss"] for r in rows), "no late divergence"
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--quantizer", "bwn", "--opt", "sgdm"],
+        ["--quantizer", "bwn-f", "--history", "flat", "--normalize", "none", "--no-lre"],
+        ["--act", "sign", "--fast-act", "relu", "--length", "3", "--beta", "0.2"],
+        ["--binarize-all", "--fast-act", "tanh", "--no-crop", "--amp"],
+        ["--preset", "released"],
+        ["--quantizer", "none", "--opt", "sgdm", "--schedule", "none"],
+    ],
+)
+def test_flags_in_combination(tmp_path, extra):
+    rows = train(tmp_path, "run", "--epochs", "2", "--batch-size", "128", *extra)
+    assert rows[-1]["step"] == 22 and math.isfinite(rows[-1]["test_loss"])
+    if extra[0] != "--preset":
+        assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+    if "none" in extra[:2]:
+        assert math.isnan(rows[-1]["flip_ratio"])
+
+
+def test_the_preset_sets_what_it_says():
+    args = train_fsg.flags().parse_args(["--preset", "released"])
+    train_fsg.complete(args)
+    assert (args.history, args.normalize, args.fast_act, args.beta, args.length) == ("flat", "none", "none", 0.9, 5)
+    assert args.binarize_all
+
+
+def test_same_seed_same_run_and_other_seed_another(tmp_path):
+    a, b, c = (train(tmp_path, n, "--limit-steps", "10", "--seed", s) for n, s in (("a", "1"), ("b", "1"), ("c", "2")))
+    assert a[0]["train_loss"] == b[0]["train_loss"] != c[0]["train_loss"]
+
+
+def test_pretrained_starts_from_full_precision(tmp_path):
+    fp = train(tmp_path, "fp", "--quantizer", "none", "--epochs", "6")
+    best = str(tmp_path / "fp" / "best.pt")
+    start = train(tmp_path, "from-fp", "--pretrained", best, "--limit-steps", "22")
+    scratch = train(tmp_path, "scratch", "--limit-steps", "22")
+    assert fp[-1]["test_acc"] > 0.85
+    assert start[0]["train_loss"] < 0.8 * scratch[0]["train_loss"]
+
+
+def test_names_are_made_and_never_reused(tmp_path, capsys):
+    argv = [*SMALL, *TINY_NETS, "--out", str(tmp_path), "--limit-steps", "2"]
+    for _ in range(2):
+        train_fsg.main(argv)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "fsg-mamba-resnet8-digits-adam-seed0",
+        "fsg-mamba-resnet8-digits-adam-seed0-2",
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopping and going on.
+
+
+def same_bits(a, b, where=""):
+    """Two checkpoints are the same to the bit, times aside."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for k in a:
+            if k not in ("seconds", "images_per_s", "args"):
+                same_bits(a[k], b[k], f"{where}.{k}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            same_bits(x, y, f"{where}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b or (a != a and b != b), where
+
+
+@pytest.mark.parametrize("extra", [*GRADS.values(), ["--preset", "released"], ["--quantizer", "none"]], ids=str)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, extra):
+    common = [*extra, "--epochs", "3", "--batch-size", "250", "--schedule", "step", "--milestones", "1"]
+    train(tmp_path, "whole", *common, "--limit-steps", "12")
+    rows = train(tmp_path, "parts", *common, "--limit-steps", "7")  # stops within the second epoch
+    assert [r["step"] for r in rows] == [5, 7]
+    folder = tmp_path / "parts"
+    assert train_fsg.main(["--resume", str(folder), "--limit-steps", "8"]) == 0
+    assert train_fsg.main(["--resume", str(folder / "last.pt"), "--limit-steps", "12"]) == 0
+    assert [r["step"] for r in metrics(folder)] == [5, 10, 12]
+    same_bits(*(torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("whole", "parts")))
+    same_bits(*(torch.load(tmp_path / n / "best.pt", weights_only=True) for n in ("whole", "parts")))
+    for a, b in zip(metrics(tmp_path / "whole"), metrics(folder), strict=True):
+        same_bits(a, b)
+
+
+def start_process(out, name, *extra):
+    argv = [sys.executable, "train_fsg.py", *SMALL, *TINY_NETS, "--out", str(out), "--name", name, *extra]
+    env = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path, which):
+    process = start_process(tmp_path, "cut", "--epochs", "40")
+    while not (tmp_path / "cut" / "best.pt").exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(which)
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + which and "Traceback" not in out
+    stopped = int(re.search(r"stopped after step ([\d,]+)", out)[1].replace(",", ""))
+    assert f"--resume {tmp_path / 'cut'}" in out
+    state = torch.load(tmp_path / "cut" / "last.pt", weights_only=True)
+    assert state["step"] == stopped
+    more = str(stopped + 30)
+    assert train_fsg.main(["--resume", str(tmp_path / "cut"), "--limit-steps", more]) == 0
+    train(tmp_path, "whole", "--epochs", "40", "--limit-steps", more)
+    same_bits(*(torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("whole", "cut")))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: one sentence, a non-zero exit, nothing lost.
+
+
+@pytest.fixture(scope="module")
+def a_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    train(folder, "run", "--limit-steps", "24", "--epochs", "2")
+    return folder / "run"
+
+
+def sentence(argv):
+    """The sentence that a command ends with."""
+    with pytest.raises((runs.RunError, data.DataError)) as e:
+        train_fsg.main(argv)
+    text = str(e.value)
+    assert text and "\n" not in text and len(text) < 400
+    return text
+
+
+def test_the_command_line_ends_with_one_sentence(tmp_path):
+    process = start_process(tmp_path, "x", "--beta", "1.5")
+    out = process.communicate(timeout=60)[0].strip().splitlines()
+    assert process.returncode == 1
+    assert out == ["error: beta is the share of the slow gradient and must lie in [0, 1]; it is 1.5"]
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "extra, says",
+    [
+        (["--hgs", "lstm", "--history", "flat"], "--history per-weight"),
+        (["--beta", "-0.5"], r"\[0, 1\]"),
+        (["--length", "0"], "at least 1"),
+        (["--expand", "0"], "--expand must be at least 1"),
+        (["--arch", "resnet21"], "resnet20"),
+        (["--device", "cuda:99"], "--device cpu"),
+        (["--device", "abacus"], "--device cpu"),
+        (["--scan", "mamba-ssm"], "requirements-cuda.txt|CUDA devices only"),
+        (["--preset", "released", "--grad", "ste"], "leave out"),
+        (["--quantizer", "none", "--act", "sign"], "full precision"),
+        (["--epochs", "0"], "--epochs must be at least 1"),
+        (["--lr", "nan"], "finite"),
+        (["--eval-only"], "--pretrained"),
+        (["--pretrained", "nowhere.pt"], "no checkpoint at nowhere.pt"),
+        (["--resume", "nowhere"], "no checkpoint at nowhere"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_wrong_flags(tmp_path, extra, says):
+    assert re.search(says, sentence([*SMALL, *TINY_NETS, "--out", str(tmp_path), *extra]))
+    assert not list(tmp_path.iterdir()), "nothing was begun"
+
+
+def test_wrong_data(tmp_path, monkeypatch):
+    argv = ["--arch", "resnet8", "--out", str(tmp_path / "runs")]
+    assert "train/CLASS" in sentence([*argv, "--dataset", "folder", "--data-dir", str(tmp_path / "none")])
+    root = tmp_path / "pictures"
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(root / split / name / "0.png")
+    broken = root / "train" / "dog" / "0.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:40])
+    assert str(broken) in sentence([*argv, "--dataset", "folder", "--data-dir", str(root)])
+    broken.write_bytes(whole)
+    (root / "test" / "dog" / "0.png").unlink()
+    (root / "test" / "dog").rmdir()
+    assert "'dog'" in sentence([*argv, "--dataset", "folder", "--data-dir", str(root)])
+
+    def no_network(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("socket.socket.connect", no_network)
+    monkeypatch.setattr("socket.getaddrinfo", no_network)
+    assert "--dataset digits" in sentence([*argv, "--dataset", "cifar10", "--data-dir", str(tmp_path / "empty")])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_wrong_checkpoints(tmp_path, a_run):
+    argv = [*SMALL, *TINY_NETS, "--out", str(tmp_path)]
+    best = str(a_run / "best.pt")
+    assert "--arch resnet8" in sentence([*argv, "--arch", "resnet20", "--pretrained", best])
+    root = tmp_path / "pictures"
+    for split in ("train", "test"):
+        for name in "abc":
+            (root / split / name).mkdir(parents=True)
+            Image.new("L", (8, 8), 100).save(root / split / name / "0.png")
+    other = ["--dataset", "folder", "--data-dir", str(root), "--arch", "resnet8", "--out", str(tmp_path)]
+    assert "number of classes" in sentence([*other, "--pretrained", best])
+    for size in (0, 100, 20_000):
+        cut = tmp_path / "cut.pt"
+        cut.write_bytes((a_run / "last.pt").read_bytes()[:size])
+        assert "damaged" in sentence([*argv, "--resume", str(cut)])
+        assert "damaged" in sentence([*argv, "--pretrained", str(cut)])
+    torch.save([1, 2], cut)
+    assert "not a checkpoint" in sentence([*argv, "--pretrained", str(cut)])
+    assert "resume last.pt" in sentence(["--resume", best])
+    assert "does not go with" in sentence(["--resume", str(a_run), "--grad", "multifc", "--limit-steps", "40"])
+    assert "to go on, give more" in sentence(["--resume", str(a_run)])
+    assert "already" in sentence([*argv, "--out", str(a_run.parent), "--name", a_run.name])
+    assert [r["step"] for r in metrics(a_run)] == [22, 24], "and the run is as it was"
+
+
+def test_an_unwritable_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "choose another --out" in sentence([*SMALL, *TINY_NETS, "--out", str(tmp_path / "file")])
+
+
+def test_a_failed_save_keeps_the_checkpoint_before_it(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    runs.save(path, {"step": 1})
+
+    def full_disk(state, f):
+        f.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(runs.RunError, match=r"No space left on device.*untouched"):
+        runs.save(path, {"step": 2})
+    monkeypatch.undo()
+    assert runs.load(path) == {"step": 1} and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_loss_that_becomes_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    train(tmp_path, "run", "--grad", "ste", "--epochs", "1")
+    last = tmp_path / "run" / "last.pt"
+    good = last.read_bytes()
+    text = sentence(["--resume", str(last), "--epochs", "3", "--opt", "adam", "--lr", "1e30"])
+    assert re.search("loss became (nan|inf)", text) and str(last) in text
+    assert last.read_bytes() == good
+    text = sentence([*SMALL, "--grad", "ste", "--out", str(tmp_path), "--name", "new", "--lr", "1e30"])
+    assert "no checkpoint yet" in text and not (tmp_path / "new" / "last.pt").exists()
