@@ -162,9 +162,10 @@ class Interrupt:
     def __bool__(self) -> bool:
         return self.signal is not None
 
-    @property
-    def exit_code(self) -> int:
-        return 128 + self.signal  # what shells expect of a program that a signal ended
+    def leave(self, folder: Path, step: int, script: str) -> int:
+        """Say how to go on; the exit code that shells expect of a program that this signal ended."""
+        console.print(f"stopped after step {step:,}; to go on: python {script} --resume {folder}")
+        return 128 + self.signal
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -342,6 +343,12 @@ class Bar:
         self.progress.stop()
 
 
-def exit_with(error: Exception) -> None:
-    """One sentence on standard error, exit code 1."""
-    sys.exit(f"error: {error}")
+def command(main, *errors: type[Exception]) -> None:
+    """Run `main()` and exit with its code; RunError and `errors` end as one sentence on standard error, code 1."""
+    try:
+        code = main()
+    except (RunError, *errors) as e:
+        code = f"error: {e}"
+    except KeyboardInterrupt:  # before training has begun, or the second one: last.pt is as it was saved last
+        code = 128 + signal.SIGINT
+    sys.exit(code)

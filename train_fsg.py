@@ -1,6 +1,7 @@
 """FSG: Fast and Slow Gradient Approximation for Binary Neural Network Optimization (AAAI 2025), in one file.
 
-    python train_fsg.py --dataset digits --arch resnet8                  # a minute on a laptop, no download
+    # A minute on a laptop, nothing to download; leave the sizes out where there is a GPU:
+    python train_fsg.py --dataset digits --arch resnet8 --expand 8 --d-state 4 --epochs 12 --batch-size 64
     python train_fsg.py --arch resnet32 --hgs mamba --opt adam           # CIFAR-10
     python train_fsg.py --grad ste --arch resnet32                       # the baseline to beat
     python train_fsg.py --dataset folder --data-dir my/pictures          # my/pictures/{train,test}/CLASS/*.png
@@ -141,15 +142,15 @@ def make_generator(args, layers):
 def evaluate(model, batches, device, amp) -> tuple[float, float]:
     """Mean cross-entropy and accuracy over the test set."""
     model.eval()
-    totals = torch.zeros(3, dtype=torch.float64, device=device)  # Σ loss, correct, seen
+    totals = torch.zeros(2, dtype=torch.float64, device=device)  # Σ loss, correct
     for images, labels in batches.epoch():
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             logits = model(images)
         loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-        totals += torch.stack([loss, (logits.argmax(1) == labels).sum(), torch.tensor(len(labels), device=device)])
+        totals += torch.stack([loss, (logits.argmax(1) == labels).sum()])
     model.train()
-    loss, correct, seen = totals.tolist()
-    return loss / seen, correct / seen
+    loss, correct = (totals / batches.size).tolist()
+    return loss, correct
 
 
 def main(argv=None) -> int:
@@ -180,15 +181,16 @@ def main(argv=None) -> int:
     model = torch.compile(net) if args.compile else net
     layers = models.binary_layers(net)
 
-    # Gradient generator: turns ĝ, the gradient at the binary weights, into G, the one for the latent weights.
-    generator = make_generator(args, layers)
-    optimizer = runs.make_optimizer(net.parameters(), args)
     if resumed:
         runs.load_model(net, resumed["model"], args.resume)
     if args.eval_only:
         loss, accuracy = evaluate(model, test, device, args.amp)
         runs.console.print(f"test loss {loss:.4f}, test accuracy {100 * accuracy:.2f} % over {test.size:,} pictures")
         return 0
+
+    # Gradient generator: turns ĝ, the gradient at the binary weights, into G, the one for the latent weights.
+    generator = make_generator(args, layers)
+    optimizer = runs.make_optimizer(net.parameters(), args)
 
     # Where we are: at the start, or exactly where the resumed run stopped.
     total_steps = min(args.epochs * len(train), args.limit_steps or math.inf)
@@ -269,17 +271,15 @@ def main(argv=None) -> int:
                     check_finite(loss_sum)
                     speed = seen / seconds
                     bar.show(f"epoch {epoch + 1}/{args.epochs}", step, loss_sum / seen, correct / seen, speed)
-                if interrupt:
+                if interrupt and batch < len(train):
                     runs.save(run.folder / "last.pt", checkpoint(epoch, batch))
-                    runs.console.print(
-                        f"stopped after step {step:,}; to go on: python train_fsg.py --resume {run.folder}"
-                    )
-                    return interrupt.exit_code
+                    return interrupt.leave(run.folder, step, "train_fsg.py")
                 if step == total_steps:
                     break
 
             # The end of an epoch: test, one row of metrics, checkpoints.
             loss_sum, correct, seen = totals.tolist()
+            seconds = time.perf_counter() - started  # now that the device has caught up
             check_finite(loss_sum)
             test_loss, test_acc = evaluate(model, test, device, args.amp)
             now = models.sign_bits(layers)
@@ -307,12 +307,11 @@ def main(argv=None) -> int:
                 epoch, first_batch, seconds, bits = epoch + 1, 0, 0.0, now
                 totals.zero_()
                 runs.save(run.folder / "last.pt", checkpoint(epoch, 0))
+            if interrupt and step < total_steps:
+                return interrupt.leave(run.folder, step, "train_fsg.py")
     run.summary("train_fsg.py")
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(main())
-    except (data.DataError, runs.RunError) as e:
-        runs.exit_with(e)
+    runs.command(main, data.DataError)

@@ -210,6 +210,25 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path, which):
     same_bits(*(torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("whole", "cut")))
 
 
+def test_an_interruption_while_testing_waits_for_the_end_of_the_epoch(tmp_path, monkeypatch):
+    whole = train(tmp_path, "whole", "--grad", "ste", "--epochs", "2")
+    real = train_fsg.evaluate
+
+    def evaluate(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+
+    monkeypatch.setattr(train_fsg, "evaluate", evaluate)
+    argv = [*SMALL, "--grad", "ste", "--epochs", "2", "--out", str(tmp_path), "--name", "cut"]
+    assert train_fsg.main(argv) == 128 + signal.SIGINT
+    assert [r["step"] for r in metrics(tmp_path / "cut")] == [22]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "outside of training Ctrl-C is Ctrl-C"
+    monkeypatch.undo()
+    assert train_fsg.main(["--resume", str(tmp_path / "cut")]) == 0
+    for a, b in zip(whole, metrics(tmp_path / "cut"), strict=True):
+        same_bits(a, b)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input: one sentence, a non-zero exit, nothing lost.
 
