@@ -10,6 +10,7 @@ ordinary nn.Conv2d layers; `ste` − `plain` is therefore what binary weights co
 """
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -26,7 +27,7 @@ import hypernet
 import models
 
 GRADS = ("plain", "ste", "fcgrad", "multifc", "lstmfc", "fsg-lstm", "fsg-mamba")
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)
 
 
 def synchronize(device: torch.device) -> None:
@@ -96,7 +97,8 @@ def bench_step(args) -> dict:
     mean = std = torch.full((3,), 128.0, device=device)
     batches = data.ResidentBatches(pictures, labels, mean, std, 10, args.batch_size, True, 0, crop=4, flip=True)
     steps = {grad: make_step(grad, args, device) for grad in args.grads}
-    stream, rounds, began = iter(batches.epoch()), [], time.perf_counter()
+    stream = (batch for number in itertools.count() for batch in batches.epoch(number))
+    rounds, began = [], time.perf_counter()
     warm_up = 3  # a generator's third step is the first that does everything
     while len(rounds) < warm_up + args.rounds and (
         len(rounds) <= warm_up or time.perf_counter() - began < args.seconds

@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import importlib
 import os
+import signal
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -123,6 +124,7 @@ class StreamedBatches:
             self,
             batch_sampler=[[(number, i) for i in batch] for batch in batches],
             num_workers=self.workers,
+            worker_init_fn=ignore_ctrl_c,
             generator=rng,  # else it would draw its workers' seed from the global generator
             pin_memory=self.device.type == "cuda",
         )
@@ -133,6 +135,11 @@ class StreamedBatches:
         except DataError as e:  # from a worker it comes with the worker's traceback; its last line is ours
             e.__traceback__ = None  # it holds the loader, whose workers otherwise live on until it is collected
             raise DataError(str(e).strip().splitlines()[-1].split("DataError: ")[-1]) from None
+
+
+def ignore_ctrl_c(worker: int) -> None:
+    """Ctrl-C is for the training process, which finishes its step and saves; it needs its workers for that."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -334,7 +341,7 @@ def decode_all(root: Path, split: str, files: list[Path], labels: list[int], siz
         return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
 
     with ThreadPoolExecutor() as threads:  # PIL lets go of the interpreter lock while it decodes
-        images = torch.stack(list(threads.map(pixels, files, chunksize=256)))
+        images = torch.stack(list(threads.map(pixels, files)))
     images = rearrange(images, "n (h w c) -> n c h w", h=size, w=size).contiguous()
     labels = torch.tensor(labels)
     temporary = cache.with_suffix(f".{os.getpid()}")

@@ -10,7 +10,8 @@ Copy this file alone: it needs nothing but torch. Three lines turn a training lo
 
 The problem. A binary weight Ŵ = sign(W̃), W̃ = A(W), has no useful derivative: the step function's is 0. The
 straight-through estimator (STE) pretends that it is 1 and updates the latent weight W with D ⊙ ĝ, where
-ĝ_t = ∂L/∂Ŵ is the gradient at the binary weight at step t and D = ∂A/∂W is the *calibration*. MetaQuant (NeurIPS 2019)
+ĝ_t = ∂L/∂Ŵ is the gradient at the binary weight at step t and D = ∂Ŵ/∂W, as if there were no step, the
+*calibration*. MetaQuant (NeurIPS 2019)
 and FSG (AAAI 2025) learn the missing factor: small *hypernetworks* with parameters φ turn ĝ into G,
 
     fast_t = ĝ_t ⊙ MLP(W̃_t)                                  the fast-net sees the present
@@ -38,8 +39,14 @@ from torch.nn import functional as F
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory. N is 270,000 for a ResNet-20 and 11 million for a ResNet-18, and a slow-net of the paper's size makes 1,600
 # numbers a token. So the nets below run chunk by chunk, keep none of a chunk's intermediate tensors, and compute them
-# again in the backward pass. (torch.utils.checkpoint, called in a loop, does the same, but what it keeps for each call
-# lies scattered between the large freed blocks, and glibc's allocator then cannot reuse them: gigabytes of holes.)
+# again in the backward pass: what fits the caches of a CPU at a time, or what keeps a GPU busy.
+# (torch.utils.checkpoint, called in a loop, does the same, but what it keeps for each call lies scattered between the
+# large freed blocks, and glibc's allocator then cannot reuse them: gigabytes of holes.)
+
+
+def numbers_at_once(device: torch.device) -> int:
+    """About how many numbers the largest tensors of a chunk may hold."""
+    return 2**21 if device.type == "cpu" else 2**27
 
 
 class _Chunked(torch.autograd.Function):
@@ -118,6 +125,7 @@ class FastNet(nn.Module):
         self.act = {"none": nn.Identity(), "relu": nn.ReLU(), "tanh": nn.Tanh()}[act]
         self.collapses = act != "tanh" and not bias
         widths = [1] + [hidden] * (depth - 1) + [1]
+        self.register_buffer("ends", torch.tensor([1.0, -1.0]), persistent=False)
         self.linears = nn.ModuleList(nn.Linear(i, o, bias) for i, o in itertools.pairwise(widths))
 
     def features(self, x: Tensor) -> Tensor:
@@ -132,22 +140,31 @@ class FastNet(nn.Module):
 
     def forward(self, w: Tensor) -> Tensor:
         if not self.collapses:
-            return in_chunks(self.mlp, 2**20 // self.linears[0].out_features, self.parameters(), w)
+            return in_chunks(self.mlp, numbers_at_once(w.device) // self.linears[0].out_features, self.parameters(), w)
         # f(w) = w · f(1) for w > 0 and w · (−f(−1)) for w < 0; without the ReLU both factors are the same.
-        at_ends = self.mlp(w.new_tensor([1.0, -1.0]))
+        at_ends = self.mlp(self.ends)
         if isinstance(self.act, nn.Identity):
             return at_ends[0] * w
         return torch.where(w > 0, at_ends[0], -at_ends[1]) * w
 
     @torch.no_grad()
     def start_at(self, points: dict[float, float]) -> None:
-        """Choose the last layer so that the net maps each key to its value (the smallest such weights)."""
+        """Choose the last layer so that the net maps each key to its value (the smallest such weights).
+
+        Where the hidden layers do not allow it (few ReLUs can all be off), they are drawn again. Raises ValueError when
+        that does not help.
+        """
         last = self.linears[-1]
-        x = last.weight.new_tensor(list(points))
+        x = last.weight.new_tensor(list(points)).unsqueeze(1)
         y = last.weight.new_tensor(list(points.values())).unsqueeze(1)
-        if last.bias is not None:
-            y = y - last.bias
-        last.weight.copy_((torch.linalg.pinv(self.features(x.unsqueeze(1))) @ y).T)
+        target = y if last.bias is None else y - last.bias
+        for _ in range(100):
+            last.weight.copy_((torch.linalg.pinv(self.features(x)) @ target).T)
+            if torch.allclose(self.mlp(x.squeeze(1)), y.squeeze(1), rtol=0.2, atol=0):
+                return
+            for linear in self.linears[:-1]:
+                linear.reset_parameters()
+        raise ValueError(f"a fast-net of width {last.in_features} cannot start as STE: make it wider (--hidden)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,7 +191,9 @@ class SlowLSTM(nn.Module):
 
     def last(self, u: Tensor) -> Tensor:
         """u [B, L, 1] -> [B]: `forward(u)[:, -1, 0]`, chunk by chunk."""
-        return in_chunks(self._last, 2**22 // (4 * self.lstm.hidden_size * u.shape[1]), self.parameters(), u)
+        return in_chunks(
+            self._last, numbers_at_once(u.device) // (2 * self.lstm.hidden_size * u.shape[1]), self.parameters(), u
+        )
 
     def _last(self, u: Tensor) -> Tensor:
         _, (h, _) = self.lstm(u)  # h [1, B, hidden], the hidden state after the last token
@@ -209,8 +228,6 @@ class SlowMamba(nn.Module):
         output      = out_proj y_t                                      scalar
     """
 
-    SEGMENT = 2**21  # numbers of state [d, n] · tokens that the reference scan holds at once: 8 MB in float32
-
     def __init__(self, d_state: int = 16, d_conv: int = 8, expand: int = 100, scan: str = "auto"):
         super().__init__()
         if scan not in ("auto", "mamba-ssm", "reference"):
@@ -239,7 +256,9 @@ class SlowMamba(nn.Module):
                     "machine with `pip install --no-build-isolation -r requirements-cuda.txt`, or use --scan auto"
                 )
             if not on_gpu:
-                raise RuntimeError("--scan mamba-ssm runs on CUDA devices only: use --device cuda, or --scan auto")
+                raise RuntimeError(
+                    "--scan mamba-ssm runs on CUDA devices only: use one (--device cuda), or --scan auto"
+                )
         return "mamba-ssm" if self.scan != "reference" and on_gpu and mamba_ssm_scan() else "reference"
 
     def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -261,8 +280,9 @@ class SlowMamba(nn.Module):
         """u [B, L, 1] -> [B]: `forward(u)[:, -1, 0]`, chunk by chunk, computing that output alone."""
         per_sequence = u.shape[1] * self.d_inner * self.d_state
         if self.backend(u.device) == "mamba-ssm":
-            return in_chunks(lambda u: self._forward(u)[:, -1, 0], 2**26 // per_sequence, self.parameters(), u)
-        return in_chunks(self._last, self.SEGMENT // per_sequence, self.parameters(), u)
+            function = lambda u: self._forward(u)[:, -1, 0]
+            return in_chunks(function, numbers_at_once(u.device) // per_sequence, self.parameters(), u)
+        return in_chunks(self._last, numbers_at_once(u.device) // per_sequence, self.parameters(), u)
 
     def _last(self, u: Tensor) -> Tensor:
         # Here the sequences run along the last axis, c, so that every operation is one long vector loop.
@@ -288,7 +308,7 @@ class SlowMamba(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """u [B, L, 1] -> [B, L, 1]."""
-        rows = self.SEGMENT // (min(u.shape[1], 64) * self.d_inner * self.d_state)
+        rows = numbers_at_once(u.device) // (min(u.shape[1], 64) * self.d_inner * self.d_state)
         return in_chunks(self._forward, rows, self.parameters(), u) if u.shape[0] > max(1, rows) else self._forward(u)
 
     def tail(self, u: Tensor, count: int) -> Tensor:
@@ -298,7 +318,8 @@ class SlowMamba(nn.Module):
         are not scanned.
         """
         start = self.first_needed(u, u.shape[1] - count)
-        return self._forward(u[:, start:])[0, -count:, 0]
+        # One chunk, so that no tensor [L, d] is kept for the backward pass.
+        return in_chunks(lambda u: self._forward(u)[:, -count:, 0], 1, self.parameters(), u[:, start:])[0]
 
     @torch.no_grad()
     def first_needed(self, u: Tensor, position: int) -> int:
@@ -330,7 +351,8 @@ class SlowMamba(nn.Module):
             y = mamba_ssm_scan()(x_, delta_, -torch.exp(self.A_log), B_, C_, delta_softplus=False).transpose(1, 2)
         else:
             # Segment by segment, handing on the state h: small enough for the cache, long enough for vector loops.
-            tokens = min(max(64, self.SEGMENT // (16 * u.shape[0] * self.d_inner * self.d_state)), 4096)
+            tokens = numbers_at_once(u.device) // (16 * u.shape[0] * self.d_inner * self.d_state)
+            tokens = min(max(64, tokens), 4096)
             h = u.new_zeros(u.shape[0], self.d_inner, self.d_state)
             y = _Chunked.apply(self._segment, tokens, 1, 4, h, x, delta, B, C, self.A_log)
         return self.gate(y, x, u)
@@ -454,6 +476,13 @@ class Learned(Generator):
         self._make_views()
         self.register_load_state_dict_post_hook(lambda self, _: self._rebuild())
 
+    def _apply(self, fn, recurse=True):
+        if self.t:
+            raise RuntimeError(
+                "move a gradient generator before its first generate(), or load its state into a new one"
+            )
+        return super()._apply(fn, recurse)
+
     def start(self) -> None:
         """The subclass has made its nets: move them to the weights' device and make φ's optimizer."""
         self.to(device=self.latent.device, dtype=self.latent.dtype)
@@ -565,7 +594,7 @@ class FCGrad(Learned):
 class LSTMFC(Learned):
     """MetaQuant's LSTMFC: G = D ⊙ ĝ ⊙ FC(LSTM(W̃)); every weight carries its own LSTM state from step to step.
 
-    hidden: size of the state, which is 2·hidden numbers a weight. lr: Adam's learning rate for φ.
+    hidden: size of the state, 2·hidden numbers a weight, in up to three copies. lr: Adam's learning rate for φ.
     """
 
     def __init__(self, layers: list[nn.Module], hidden: int = 100, lr: float = 1e-3):
@@ -594,7 +623,7 @@ class LSTMFC(Learned):
 
     def transform(self, D: Tensor, pre: Tensor) -> Tensor:
         phi = [*self.cell.parameters(), *self.out.parameters()]
-        out = in_chunks(self.step, 2**21 // self.hidden, phi, pre, *self.state)
+        out = in_chunks(self.step, numbers_at_once(pre.device) // self.hidden, phi, pre, *self.state)
         self._next = out[:, 1:].detach().unflatten(1, (2, self.hidden)).transpose(0, 1)
         return D * self.newest * out[:, 0]
 
@@ -623,7 +652,7 @@ class FSG(Learned):
         RELEASED_OPTIONS too for the whole of it.
 
     Attributes: fast (FastNet), slow (SlowMamba or SlowLSTM), lre, history [length, N].
-    Raises ValueError for an impossible argument. Memory: about (length + 8) N numbers and one chunk of the slow-net.
+    Raises ValueError for an impossible argument. Memory: about (2·length + 16) N numbers and one chunk of the slow-net.
     """
 
     def __init__(
@@ -670,7 +699,7 @@ class FSG(Learned):
             start_as_ste(self.fast, self.kind)
         self.slow = SlowMamba(d_state, d_conv, expand, scan) if hgs == "mamba" else SlowLSTM(hidden)
         self.lre = nn.Embedding(len(layers), 1) if lre else None
-        self._displaced = None  # the persistent weights [N], while the model stands at the look-ahead point
+        self._displaced = None  # the persistent weights, while the model stands at the look-ahead point
         self.start()
 
     def parameter_groups(self) -> list[dict]:
@@ -727,6 +756,8 @@ class FSG(Learned):
 
         generate() moves them back. Does nothing before the first generate().
         """
+        if self._displaced is not None:
+            raise RuntimeError("look_ahead() was called twice: call it once before each forward pass")
         if not self.released or self._graph is None:
             return
         torch._foreach_copy_(self._latent_views, self.weights)
@@ -735,7 +766,7 @@ class FSG(Learned):
         with torch.enable_grad():
             self._graph = (1 - self.beta) * D * fast + self.beta * slow  # what φ is trained on at the next step
         self._persistent_G = D * fast.detach()
-        self._displaced = self.latent.clone()
+        self._displaced = [w.detach().clone() for w in self.weights]
         self.latent.sub_(lr * self._graph.detach())
         torch._foreach_copy_([w.detach() for w in self.weights], self._latent_views)
 
@@ -744,6 +775,8 @@ class FSG(Learned):
         """Train φ on the last step's G, store ĝ, and set every `weight.grad` to the new G."""
         if not self.released:
             return super().generate()
+        if self.t and self._displaced is None:
+            raise RuntimeError("preset 'released' wants look_ahead(lr) before every forward pass")
         self.collect()
         D, pre = self.calibrate()  # at the look-ahead point, where ĝ was measured
         if self._displaced is None:
@@ -751,9 +784,7 @@ class FSG(Learned):
         else:
             self.train_phi(D)
             self.G.copy_(self._persistent_G)
-            parts = zip(self._displaced.split(self.sizes), self.weights, strict=True)
-            for part, w in parts:
-                w.detach().copy_(part.as_strided(w.shape, w.stride()))
+            torch._foreach_copy_([w.detach() for w in self.weights], self._displaced)
             self._displaced = None
         self.store()
         self._graph = self.build(D, pre)

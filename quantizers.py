@@ -68,7 +68,7 @@ def dorefa(w: Tensor) -> Tensor:
 
     DoReFa-Net (Zhou et al., 2016), eq. 9 with k = 1. A maps the layer onto [0, 1] and keeps every sign, so rounding it
     is nothing but the sign of W, and that is what is computed. What DoReFa adds to `sign` is in the gradient: its
-    W̃ = A(W) and D = ∂A/∂W (see `pre_quantize` and `calibration`), which a gradient generator uses.
+    W̃ = A(W) and D = 2 ∂A/∂W (see `pre_quantize` and `calibration`), which a gradient generator uses.
     """
     return _Sign.apply(w)
 

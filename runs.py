@@ -10,6 +10,7 @@ Copy this file with any train_*.py. A run writes a folder runs/NAME/:
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import os
@@ -27,7 +28,13 @@ METRICS = (
     *("epoch", "step", "train_loss", "train_acc", "test_loss", "test_acc", "lr", "seconds", "images_per_s"),
     *("flip_ratio", "plus_ratio"),  # share of binary weights that changed sign in the epoch; share that are +1
 )
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)  # names may hold [ ] and : :
+
+# What may be given anew with --resume; everything else would make it another run.
+MAY_CHANGE = {
+    *("epochs", "limit_steps", "lr", "schedule", "milestones", "data_dir", "workers", "device", "compile"),
+    *("out", "name", "resume", "eval_only", "pretrained"),
+}
 
 
 class RunError(Exception):
@@ -57,19 +64,26 @@ def common_flags(description: str, **defaults) -> argparse.ArgumentParser:
     )
     data.add_argument("--data-dir", default="data", help="where the pictures are or are downloaded to (default: data)")
     data.add_argument("--image-size", type=int, help="pixels a side, for --dataset folder and imagenet")
-    data.add_argument("--no-crop", action="store_true", help="no random crops of the training pictures")
+    data.add_argument(
+        "--no-crop", action="store_true", help="no random crops of the training pictures (up to 96 pixels)"
+    )
     data.add_argument("--no-flip", action="store_true", help="no mirroring of the training pictures")
     data.add_argument("--workers", type=int, default=8, help="processes that decode large pictures (default: 8)")
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=int, default=100)
+    training.add_argument("--epochs", type=int, default=100, help="passes over the training pictures (default: 100)")
     training.add_argument("--limit-steps", type=int, help="stop after so many steps")
-    training.add_argument("--batch-size", type=int, default=128)
+    training.add_argument("--batch-size", type=int, default=128, help="pictures a step (default: 128)")
     training.add_argument("--opt", default="adam", choices=["adam", "sgd", "sgdm"], help="sgdm: momentum 0.9")
     training.add_argument("--lr", type=float, help="learning rate (default: by --opt, see the top of the trainer)")
-    training.add_argument("--weight-decay", type=float, default=0.0)
-    training.add_argument("--schedule", default="step", choices=["step", "cosine", "none"])
+    training.add_argument("--weight-decay", type=float, default=0.0, help="L2 on all parameters (default: 0)")
+    training.add_argument(
+        "--schedule",
+        default="step",
+        choices=["step", "cosine", "none"],
+        help="of --lr (default: step, by --milestones)",
+    )
     training.add_argument("--milestones", type=int, nargs="*", default=[30, 60, 90], help="epochs at which lr /= 10")
-    training.add_argument("--seed", type=int, default=0)
+    training.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default: 0)")
     training.add_argument("--pretrained", metavar="FILE", help="start from this checkpoint's weights")
     machine = parser.add_argument_group("machine and run")
     machine.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
@@ -86,26 +100,32 @@ def common_flags(description: str, **defaults) -> argparse.ArgumentParser:
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
     """The flags, and the checkpoint to resume from (or None).
 
-    With --resume the run's own flags are the defaults, so that only what is given anew changes (--epochs 200, say).
+    With --resume the run's own flags are the defaults, of which MAY_CHANGE may be given anew (--epochs 200).
     """
     args = parser.parse_args(argv)
     checkpoint = None
     if args.resume:
-        path = Path(args.resume)
+        path = Path(args.resume).resolve()
         path = path / "last.pt" if path.is_dir() else path
         checkpoint = load(path)
-        parser.set_defaults(**checkpoint["args"])
+        if "args" not in checkpoint or ("optimizer" not in checkpoint and not args.eval_only):
+            raise RunError(f"{path} is no whole run, which could go on: resume last.pt, or use --pretrained {path}")
+        before = checkpoint["args"]
+        parser.set_defaults(**before)
         args = parser.parse_args(argv)
         args.name, args.out = path.parent.name, str(path.parent.parent)
-        if "optimizer" not in checkpoint and not args.eval_only:
-            raise RunError(
-                f"{path} holds a model alone, which cannot go on: resume last.pt, or use --pretrained {path}"
-            )
-    for name in ("epochs", "batch_size"):
-        if getattr(args, name) < 1:
-            raise RunError(f"--{name.replace('_', '-')} must be at least 1; it is {getattr(args, name)}")
-    if args.lr is not None and not 0 <= args.lr < math.inf:
-        raise RunError(f"--lr must be a finite number, 0 or more; it is {args.lr}")
+        for name, value in vars(args).items():
+            if name not in MAY_CHANGE and value != before.get(name, value):
+                raise RunError(
+                    f"--{name.replace('_', '-')} cannot change within a run (it was {before[name]}): leave it out, or "
+                    f"start another run from these weights with --pretrained {path.parent / 'best.pt'}"
+                )
+    least = {"epochs": 1, "batch_size": 2, "limit_steps": 1, "image_size": 8}
+    for name in (*least, "workers", "seed", "weight_decay", "lr", "lr_fast", "lr_slow"):
+        value = getattr(args, name, None)
+        most = 1e30 if isinstance(value, float) else 2**63 - 1
+        if value is not None and not least.get(name, 0) <= value <= most:
+            raise RunError(f"--{name.replace('_', '-')} must be a number from {least.get(name, 0)} on; it is {value}")
     if args.eval_only and not (args.resume or args.pretrained):
         raise RunError("--eval-only needs a model to test: give --resume runs/NAME or --pretrained runs/NAME/best.pt")
     return args, checkpoint
@@ -120,6 +140,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.empty(1, device=device)
+        torch.backends.cudnn.deterministic = True  # so that a resumed run is the same run
     except (RuntimeError, AssertionError) as e:
         raise RunError(f"--device {name} cannot be used here ({str(e).splitlines()[0]}): try --device cpu") from None
     return device
@@ -201,12 +222,22 @@ def load(path: Path | str) -> dict:
     return state
 
 
-def load_pretrained(model: torch.nn.Module, path: str, arch: str) -> None:
+def load_pretrained(model: torch.nn.Module, path: str, args) -> None:
     """Start from the weights in a checkpoint of ours or in a plain state dict."""
     checkpoint = load(path)
-    theirs = checkpoint.get("args", {}).get("arch", arch)
-    if theirs != arch:
-        raise RunError(f"--pretrained {path} holds a {theirs}, not a {arch}: use --arch {theirs} or another checkpoint")
+    theirs = checkpoint.get("args", {})
+    if theirs.get("arch", args.arch) != args.arch:
+        raise RunError(
+            f"--pretrained {path} holds a {theirs['arch']}, not a {args.arch}: use --arch {theirs['arch']} or another "
+            "checkpoint"
+        )
+    if args.eval_only:  # training may start from other weights, but a test must be of the network that was trained
+        for name in ("quantizer", "act", "binarize_all"):
+            if theirs.get(name, getattr(args, name, None)) != getattr(args, name, None):
+                raise RunError(
+                    f"{path} was trained with {name} {theirs[name]}: test it with --eval-only --resume {path}, which "
+                    "takes its flags too"
+                )
     load_model(model, checkpoint.get("model", checkpoint), path)
 
 
@@ -239,23 +270,34 @@ class Run:
 
     def __init__(self, args, name: str, resumed: dict | None = None):
         self.folder = Path(args.out) / (args.name or name)
-        if not args.name:
-            n = 1
-            while self.folder.exists():
-                n += 1
-                self.folder = Path(args.out) / f"{name}-{n}"
-        elif not resumed and (self.folder / "metrics.csv").exists():
-            raise RunError(
-                f"{self.folder} holds a run already: go on with it (--resume {self.folder}), or choose another --name"
-            )
-        args.name = self.folder.name
         self.rows: list[dict] = resumed["rows"] if resumed else []
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if args.name:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            else:
+                self.folder = self._free_folder(Path(args.out), name)
+            if not resumed and any((self.folder / file).exists() for file in ("last.pt", "best.pt")):
+                raise RunError(
+                    f"{self.folder} holds a run already: go on with it (--resume {self.folder}), or choose another "
+                    "--name"
+                )
+            args.name = self.folder.name
             (self.folder / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
             self._write_rows()
         except OSError as e:
             raise RunError(f"the run folder {self.folder} cannot be written ({e}): choose another --out") from None
+
+    @staticmethod
+    def _free_folder(out: Path, name: str) -> Path:
+        """Make OUT/name, or OUT/name-2, … where that is taken."""
+        out.mkdir(parents=True, exist_ok=True)
+        for n in itertools.count(1):
+            folder = out / (name if n == 1 else f"{name}-{n}")
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                continue
+            return folder
 
     @property
     def best(self) -> float:
@@ -275,12 +317,16 @@ class Run:
         )
 
     def _write_rows(self) -> None:
-        temporary = self.folder / "metrics.tmp"
-        with open(temporary, "w", newline="") as f:
-            writer = csv.DictWriter(f, METRICS)
-            writer.writeheader()
-            writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in r.items()} for r in self.rows)
-        temporary.replace(self.folder / "metrics.csv")
+        temporary, path = self.folder / "metrics.tmp", self.folder / "metrics.csv"
+        try:
+            with open(temporary, "w", newline="") as f:
+                writer = csv.DictWriter(f, METRICS)
+                writer.writeheader()
+                for row in self.rows:
+                    writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+            temporary.replace(path)
+        except OSError as e:
+            raise RunError(f"{path} cannot be written ({e}): make room, then --resume {self.folder}") from None
 
     def summary(self, script: str) -> None:
         """The table at the end: what was reached, in which time, and where it is."""

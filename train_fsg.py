@@ -52,7 +52,12 @@ def flags():
     bnn.add_argument("--act", default="none", choices=["none", "sign"], help="sign: binary activations too (W1A1)")
     bnn.add_argument("--binarize-all", action="store_true", help="the first convolution and the classifier too")
     fsg = parser.add_argument_group("gradient generator (hypernet.py)")
-    fsg.add_argument("--grad", default="fsg", choices=["fsg", "fcgrad", "multifc", "lstmfc", "ste"])
+    fsg.add_argument(
+        "--grad",
+        default="fsg",
+        choices=["fsg", "fcgrad", "multifc", "lstmfc", "ste"],
+        help="what latent weights are updated with: FSG, one of MetaQuant's three, or straight-through (default: fsg)",
+    )
     fsg.add_argument("--hgs", default="mamba", choices=["mamba", "lstm"], help="slow-net over the gradient history")
     fsg.add_argument("--history", default="per-weight", choices=["per-weight", "flat"], help="layout of the history")
     fsg.add_argument("--length", type=int, default=5, help="l, past gradients a weight (default: 5)")
@@ -65,13 +70,16 @@ def flags():
     fsg.add_argument("--d-conv", type=int, default=8, help="Mamba: taps of the convolution (default: 8)")
     fsg.add_argument("--expand", type=int, default=100, help="Mamba: channels (default: 100)")
     fsg.add_argument("--scan", default="auto", choices=["auto", "mamba-ssm", "reference"], help="Mamba's backend")
-    fsg.add_argument("--lr-fast", type=float, help="Adam's rate for the fast-net (default: DEFAULT_LR_PHI)")
-    fsg.add_argument("--lr-slow", type=float, help="Adam's rate for slow-net and LRE (default: DEFAULT_LR_PHI)")
+    fsg.add_argument(
+        "--lr-fast", type=float, help="Adam's rate for the fast-net (default: 1e-2; MetaQuant 1e-3; SGD 1e-5)"
+    )
+    fsg.add_argument("--lr-slow", type=float, help="Adam's rate for slow-net and LRE (default: 1e-3; under SGD 1e-5)")
     fsg.add_argument(
         "--preset",
         default="none",
         choices=["none", "released"],
-        help="released: what the authors' code does (README): flat history, no normalisation, look-ahead, all layers",
+        help="released: what the authors' code does (README); sets history, normalize, fast-act, beta, length and "
+        "binarize-all",
     )
     return parser
 
@@ -80,6 +88,8 @@ def complete(args) -> None:
     """Defaults that depend on other flags, and combinations that make no sense."""
     if args.lr is None:
         args.lr = DEFAULT_LR[args.opt]
+    if args.quantizer == "none" and (args.act != "none" or args.binarize_all or args.preset != "none"):
+        raise runs.RunError("--quantizer none is full precision: leave out --act, --binarize-all and --preset")
     if args.preset == "released":
         if args.grad != "fsg" or args.hgs != "mamba":
             raise runs.RunError("--preset released is FSG with Mamba: leave out --grad and --hgs, or the preset")
@@ -89,8 +99,6 @@ def complete(args) -> None:
     args.lr_slow = lr_phi[1] if args.lr_slow is None else args.lr_slow
     if args.arch not in models.ARCHS:
         raise runs.RunError(f"--arch {args.arch} is not known: use one of {', '.join(models.ARCHS)}")
-    if args.quantizer == "none" and (args.act != "none" or args.binarize_all):
-        raise runs.RunError("--quantizer none is full precision: leave out --act and --binarize-all")
     for name in ("hidden", "d_state", "d_conv", "expand"):
         if getattr(args, name) < 1:
             raise runs.RunError(f"--{name.replace('_', '-')} must be at least 1; it is {getattr(args, name)}")
@@ -177,7 +185,7 @@ def main(argv=None) -> int:
     net = models.build(args.arch, train.num_classes, args.quantizer, args.act, args.binarize_all, train.shape[0])
     net.to(device)
     if args.pretrained and not resumed:
-        runs.load_pretrained(net, args.pretrained, args.arch)
+        runs.load_pretrained(net, args.pretrained, args)
     model = torch.compile(net) if args.compile else net
     layers = models.binary_layers(net)
 
@@ -203,13 +211,15 @@ def main(argv=None) -> int:
             optimizer.load_state_dict(resumed["optimizer"])
             if generator:
                 generator.load_state_dict(resumed["generator"])
+            epoch, first_batch, step, seconds = (resumed[k] for k in ("epoch", "batch", "step", "seconds"))
+            totals.copy_(resumed["totals"])
+            bits.copy_(resumed["bits"])
+            torch.set_rng_state(resumed["rng"])
         except (RuntimeError, ValueError, KeyError, TypeError) as e:
-            reason = str(e).strip().splitlines()[0]
-            raise runs.RunError(f"--resume {args.resume} does not go with the flags given anew ({reason})") from None
-        epoch, first_batch, step, seconds = (resumed[k] for k in ("epoch", "batch", "step", "seconds"))
-        totals.copy_(resumed["totals"])
-        bits.copy_(resumed["bits"])
-        torch.set_rng_state(resumed["rng"])
+            reason = " ".join(str(e).split())[:200]
+            raise runs.RunError(f"{args.resume} is not a run of this trainer and these flags ({reason})") from None
+        if first_batch >= len(train):
+            raise runs.RunError(f"{args.resume} was trained on more pictures than {args.data_dir} has: use its data")
         if step >= total_steps:
             raise runs.RunError(
                 f"{args.resume} has done its {step:,} steps: to go on, give more --epochs, --limit-steps"
@@ -227,11 +237,17 @@ def main(argv=None) -> int:
             **{"totals": totals, "bits": bits, "rng": torch.get_rng_state()},
         }
 
-    def check_finite(value):
-        if not math.isfinite(value):
-            last = run.folder / "last.pt"
-            kept = f"the last good checkpoint is {last}" if last.exists() else "there was no checkpoint yet"
-            raise runs.RunError(f"the loss became {value} in epoch {epoch}, by step {step}: {kept}; try a smaller --lr")
+    def check_finite(loss):
+        # sign(NaN) is −1: a binary network of NaN weights still has a finite loss, so look at the weights too.
+        if not math.isfinite(loss):
+            problem = f"the loss became {loss}"
+        elif not torch.stack(torch._foreach_norm([p.detach() for p in net.parameters()])).isfinite().all():
+            problem = "the weights became NaN or infinite"
+        else:
+            return
+        last = run.folder / "last.pt"
+        kept = f"the last good checkpoint is {last}" if last.exists() else "there was no checkpoint yet"
+        raise runs.RunError(f"{problem} in epoch {epoch + 1}, by step {step}: {kept}; try a smaller --lr or --lr-fast")
 
     hyper = sum(p.numel() for p in generator.parameters()) if generator else 0
     runs.console.print(
@@ -271,7 +287,7 @@ def main(argv=None) -> int:
                     check_finite(loss_sum)
                     speed = seen / seconds
                     bar.show(f"epoch {epoch + 1}/{args.epochs}", step, loss_sum / seen, correct / seen, speed)
-                if interrupt and batch < len(train):
+                if interrupt and batch < len(train) and step < total_steps:
                     runs.save(run.folder / "last.pt", checkpoint(epoch, batch))
                     return interrupt.leave(run.folder, step, "train_fsg.py")
                 if step == total_steps:
@@ -282,6 +298,7 @@ def main(argv=None) -> int:
             seconds = time.perf_counter() - started  # now that the device has caught up
             check_finite(loss_sum)
             test_loss, test_acc = evaluate(model, test, device, args.amp)
+            check_finite(test_loss)
             now = models.sign_bits(layers)
             row = dict(
                 epoch=epoch + 1,
@@ -296,10 +313,12 @@ def main(argv=None) -> int:
                 flip_ratio=(now != bits).float().mean().item(),
                 plus_ratio=now.float().mean().item(),
             )
-            if test_acc > run.best:
-                small = {"args": vars(args), "num_classes": train.num_classes, "model": net.state_dict()}
-                runs.save(run.folder / "best.pt", small)
-            if batch < len(train):  # --limit-steps, within an epoch: resumed with a higher limit, the run goes on there
+            # --limit-steps may end within an epoch. Resumed with a higher limit, the run goes on there as if it had
+            # never stopped, and then this test has not been.
+            whole_epoch, best = batch == len(train), run.folder / "best.pt"
+            if test_acc > run.best and (whole_epoch or not best.exists()):
+                runs.save(best, {"args": vars(args), "num_classes": train.num_classes, "model": net.state_dict()})
+            if not whole_epoch:
                 runs.save(run.folder / "last.pt", checkpoint(epoch, batch))
                 run.add(**row)
             else:

@@ -1,5 +1,6 @@
 """The promise of copying: each file works in an empty folder with the files it names, and nothing else of this repo."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -42,6 +43,15 @@ COPIES = {
         "import train_fsg; train_fsg.main('--dataset digits --arch resnet8 --limit-steps 3 --expand 2'.split())",
     ),
 }
+
+
+def test_bench_measures_and_writes_json(tmp_path):
+    code = "import bench; bench.main('step --arch resnet8 --batch-size 16 --rounds 2 --expand 2 --hidden 4'.split())"
+    result = run_alone(tmp_path, ["bench.py", "data.py", "hypernet.py", "models.py", "quantizers.py"], code)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "runs" / "bench.json").read_text())["variants"]
+    assert set(found) == {"plain", "ste", "fcgrad", "multifc", "lstmfc", "fsg-lstm", "fsg-mamba"}
+    assert found["ste"]["ratio"] == 1 and found["fsg-mamba"]["generator_ms"] > found["ste"]["generator_ms"] > 0
 
 
 def run_alone(folder, files, code):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -84,15 +84,15 @@ sizes = st.tuples(*(st.integers(1, n) for n in (12, 9, 5, 8, 20)))  # d_inner, L
 
 
 @given(sizes, st.sampled_from([1e-4, 1.0, 20.0]), st.sampled_from([-3.0, 0.0, 3.0]), st.integers(0, 2**31))
-@settings(max_examples=40, deadline=None)
-def test_mamba_equals_the_recurrence_for_any_shape(size, scale, dt_shift, seed):
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_mamba_equals_the_recurrence_for_any_shape(monkeypatch, size, scale, dt_shift, seed):
     d_inner, length, d_state, d_conv, rows = size
     torch.manual_seed(seed)
     net = SlowMamba(d_state, d_conv, d_inner, "reference").double()
-    net.SEGMENT = 3 * d_inner * d_state  # forces several chunks
     net.dt_proj.bias.data += dt_shift
     u = (torch.randn(rows, length, 1, dtype=torch.float64) * scale).requires_grad_()
     expected = mamba_by_the_book(net, u)
+    monkeypatch.setattr(hypernet, "numbers_at_once", lambda device: 3 * d_inner * d_state)  # forces several chunks
     cotangent, half = torch.randn_like(expected), (length + 1) // 2
     inputs = [u, *net.parameters()]
     for out, book, v in (
@@ -599,15 +599,13 @@ def test_the_generator_moves_with_its_module():
     net = network()
     layers = models.binary_layers(net)
     gen = small_fsg(layers)
-    for t in range(2):
-        backward(net, t)
-        gen.generate()
     net.float()
     gen.float()
-    gen._graph = None  # made of the old tensors
-    for t in range(2, 5):
+    for t in range(3):
         backward(net, t)
         gen.generate()
+    with pytest.raises(RuntimeError, match="before its first generate"):
+        gen.double()
     assert all(x.weight.grad.dtype == torch.float32 and x.weight.grad.abs().max() > 0 for x in layers)
 
 

@@ -270,11 +270,11 @@ def test_the_command_line_ends_with_one_sentence(tmp_path):
         (["--scan", "mamba-ssm"], "requirements-cuda.txt|CUDA devices only"),
         (["--preset", "released", "--grad", "ste"], "leave out"),
         (["--quantizer", "none", "--act", "sign"], "full precision"),
-        (["--epochs", "0"], "--epochs must be at least 1"),
-        (["--lr", "nan"], "finite"),
+        (["--epochs", "0"], "--epochs must be a number from 1 on"),
+        (["--lr", "nan"], "--lr must be a number"),
         (["--eval-only"], "--pretrained"),
         (["--pretrained", "nowhere.pt"], "no checkpoint at nowhere.pt"),
-        (["--resume", "nowhere"], "no checkpoint at nowhere"),
+        (["--resume", "nowhere"], "no checkpoint at .*nowhere"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
@@ -328,7 +328,6 @@ def test_wrong_checkpoints(tmp_path, a_run):
     torch.save([1, 2], cut)
     assert "not a checkpoint" in sentence([*argv, "--pretrained", str(cut)])
     assert "resume last.pt" in sentence(["--resume", best])
-    assert "does not go with" in sentence(["--resume", str(a_run), "--grad", "multifc", "--limit-steps", "40"])
     assert "to go on, give more" in sentence(["--resume", str(a_run)])
     assert "already" in sentence([*argv, "--out", str(a_run.parent), "--name", a_run.name])
     assert [r["step"] for r in metrics(a_run)] == [22, 24], "and the run is as it was"
@@ -358,8 +357,91 @@ def test_a_loss_that_becomes_nan_stops_the_run_and_keeps_the_last_good_checkpoin
     train(tmp_path, "run", "--grad", "ste", "--epochs", "1")
     last = tmp_path / "run" / "last.pt"
     good = last.read_bytes()
-    text = sentence(["--resume", str(last), "--epochs", "3", "--opt", "adam", "--lr", "1e30"])
-    assert re.search("loss became (nan|inf)", text) and str(last) in text
+    text = sentence(["--resume", str(last), "--epochs", "3", "--lr", "1e30"])
+    assert re.search("became (nan|inf|NaN)", text) and "in epoch 2" in text and str(last) in text
     assert last.read_bytes() == good
     text = sentence([*SMALL, "--grad", "ste", "--out", str(tmp_path), "--name", "new", "--lr", "1e30"])
     assert "no checkpoint yet" in text and not (tmp_path / "new" / "last.pt").exists()
+
+
+def test_latent_weights_that_become_nan_are_noticed_though_their_signs_are_not(tmp_path):
+    """sign(NaN) is −1, so the loss stays finite; it is φ, without bounds, that does this first."""
+    argv = [*SMALL, *TINY_NETS, "--out", str(tmp_path), "--name", "run", "--opt", "sgd", "--lr-fast", "1e30"]
+    assert "weights became NaN" in sentence([*argv, "--epochs", "3"])
+    assert not (tmp_path / "run" / "last.pt").exists()
+    assert "weights became NaN" in sentence([*argv, "--epochs", "3"]), "the name of a run that left nothing is free"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--batch-size", "32"], ["--opt", "sgd"], ["--quantizer", "none"], ["--weight-decay", "0.5"], ["--lr-fast", "1"]],
+    ids=" ".join,
+)
+def test_a_run_stays_the_same_run(a_run, flags):
+    text = sentence(["--resume", str(a_run), "--limit-steps", "40", *flags])
+    assert f"{flags[0]} cannot change" in text and "--pretrained" in text
+
+
+def test_resuming_from_within_the_run_folder(tmp_path, monkeypatch):
+    train(tmp_path, "run", "--grad", "ste", "--limit-steps", "3")
+    monkeypatch.chdir(tmp_path / "run")
+    assert train_fsg.main(["--resume", ".", "--limit-steps", "5"]) == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["run"] and metrics(tmp_path / "run")[-1]["step"] == 5
+
+
+def test_a_test_is_of_the_network_that_was_trained(tmp_path):
+    train(tmp_path, "run", "--grad", "ste", "--quantizer", "bwn-f", "--act", "sign", "--limit-steps", "3")
+    best = str(tmp_path / "run" / "best.pt")
+    assert f"--resume {best}" in sentence([*SMALL, "--eval-only", "--pretrained", best])
+    assert train_fsg.main(["--eval-only", "--resume", best]) == 0
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *(["--limit-steps", "-5"], ["--limit-steps", "0"], ["--weight-decay", "-1"], ["--image-size", "0"]),
+        *(
+            ["--workers", "-1"],
+            ["--seed", str(2**70)],
+            ["--batch-size", "1"],
+            ["--lr-fast", "nan"],
+            ["--lr-slow", "-1"],
+        ),
+    ],
+    ids=" ".join,
+)
+def test_numbers_out_of_range(tmp_path, flags):
+    assert flags[0] in sentence([*SMALL, *TINY_NETS, "--out", str(tmp_path), *flags])
+
+
+def test_names_with_brackets_and_colons(tmp_path, capsys):
+    train(tmp_path, "a[b]:x:[-c]", "--grad", "ste", "--limit-steps", "2")
+    assert "a[b]:x:[-c]" in capsys.readouterr().out
+
+
+def test_large_pictures_are_streamed_resumed_and_bit_for_bit_the_same(tmp_path):
+    """The path of ImageNet: DataLoader workers, RandomResizedCrop, ResNet-18; stopped and resumed within an epoch."""
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 6), ("val", 2)):
+        for name in ("a", "b"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(256, (110, 130, 3), generator=generator, dtype=torch.uint8).numpy()
+                Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{i}.jpg")
+    common = [
+        "--dataset",
+        "imagenet",
+        "--data-dir",
+        str(tmp_path / "data"),
+        "--image-size",
+        "112",
+        "--arch",
+        "resnet18",
+    ]
+    common += ["--grad", "ste", "--batch-size", "4", "--epochs", "2", "--workers", "2", "--out", str(tmp_path)]
+    common += ["--device", "cpu"]
+    assert train_fsg.main([*common, "--name", "whole"]) == 0
+    assert train_fsg.main([*common, "--name", "parts", "--limit-steps", "4"]) == 0
+    assert train_fsg.main(["--resume", str(tmp_path / "parts"), "--limit-steps", "99"]) == 0
+    for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True):
+        same_bits(a, b)
