@@ -150,7 +150,7 @@ def main(argv=None) -> int:
     parser.add_argument("--d-conv", type=int, default=8)
     parser.add_argument("--expand", type=int, default=100)
     parser.add_argument("--history", default="per-weight", choices=["per-weight", "flat"])
-    parser.add_argument("--scan", default="auto", choices=["auto", "mamba-ssm", "reference"])
+    parser.add_argument("--scan", default="auto", choices=["auto", "fused", "mamba-ssm", "reference"])
     parser.add_argument("--json", default="runs/bench.json", help="where the figures go (default: runs/bench.json)")
     args = parser.parse_args(argv)
     result = {"torch": torch.__version__, "machine": describe(torch.device(args.device)), **vars(args)}

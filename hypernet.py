@@ -1,6 +1,7 @@
 """Gradient generators for binary networks: FSG (fast and slow gradients, AAAI 2025) and the baselines of its paper.
 
-Copy this file alone: it needs nothing but torch. Three lines turn a training loop into FSG's:
+Copy this file alone: it needs nothing but torch (with selective_scan.py and selective_scan_cpu.cpp beside it, Mamba is
+many times faster on a CPU). Three lines turn a training loop into FSG's:
 
     fsg = FSG(layers)                       # layers: modules with a `.weight` and a `.quantizer` (models.binary_layers)
     for images, labels in batches:
@@ -35,6 +36,11 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+try:
+    import selective_scan  # the fused scan
+except ImportError:
+    selective_scan = None
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory. N is 270,000 for a ResNet-20 and 11 million for a ResNet-18, and a slow-net of the paper's size makes 1,600
@@ -214,9 +220,9 @@ class SlowMamba(nn.Module):
 
     d_state: numbers of state a channel (n below); d_conv: taps of the causal convolution; expand: channels (d below).
     Names, shapes and initialisation of the parameters are those of `mamba_ssm.Mamba`; state dicts interchange.
-    scan: 'reference' is plain PyTorch; 'mamba-ssm' calls that package's CUDA kernel; 'auto' takes mamba-ssm on a GPU
-    where it is installed, else the reference. Raises ValueError for another name, and RuntimeError, when called, where
-    mamba-ssm was asked for and cannot run.
+    scan: 'reference' is plain PyTorch; 'fused' is selective_scan.py's kernel (per-weight histories on a CPU);
+    'mamba-ssm' calls that package's CUDA kernel; 'auto' takes the first of fused, mamba-ssm, reference that runs.
+    Raises ValueError for another name, and RuntimeError, when called, where the one that was asked for cannot run.
 
     The block, token by token (t), with u_t its scalar input; ⊙ is per channel:
         x_t, z_t    = in_proj u_t                                       [d], [d]
@@ -230,8 +236,8 @@ class SlowMamba(nn.Module):
 
     def __init__(self, d_state: int = 16, d_conv: int = 8, expand: int = 100, scan: str = "auto"):
         super().__init__()
-        if scan not in ("auto", "mamba-ssm", "reference"):
-            raise ValueError(f"no scan is called {scan!r}: use auto, mamba-ssm or reference")
+        if scan not in ("auto", "fused", "mamba-ssm", "reference"):
+            raise ValueError(f"no scan is called {scan!r}: use auto, fused, mamba-ssm or reference")
         self.scan, self.d_state, self.d_conv, self.d_inner = scan, d_state, d_conv, expand
         self.in_proj = nn.Linear(1, 2 * expand, bias=False)
         self.conv1d = nn.Conv1d(expand, expand, d_conv, groups=expand, padding=d_conv - 1)
@@ -246,9 +252,24 @@ class SlowMamba(nn.Module):
             dt = torch.exp(torch.rand(expand) * math.log(0.1 / 1e-3) + math.log(1e-3)).clamp_min(1e-4)
             self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
 
-    def backend(self, device: torch.device | str) -> str:
-        """The scan that runs for tensors on that device: 'mamba-ssm' or 'reference'."""
-        on_gpu = torch.device(device).type == "cuda"
+    def backend(self, device: torch.device | str, dtype: torch.dtype = torch.float32, tokens: int | None = None) -> str:
+        """The scan that runs for such tensors: 'fused', 'mamba-ssm' or 'reference'.
+
+        tokens: their number, where only the last output is wanted (a per-weight history); else None.
+        """
+        device = torch.device(device)
+        on_gpu = device.type == "cuda"
+        if self.scan in ("auto", "fused"):
+            if tokens is None:
+                problem = "--scan fused is for --history per-weight: use --scan auto"
+            elif selective_scan is None:
+                problem = "--scan fused needs selective_scan.py and selective_scan_cpu.cpp beside hypernet.py"
+            else:
+                problem = selective_scan.why_not(device, dtype, tokens)
+            if problem is None:
+                return "fused"
+            if self.scan == "fused":
+                raise RuntimeError(problem)
         if self.scan == "mamba-ssm":
             if mamba_ssm_scan() is None:
                 raise RuntimeError(
@@ -279,7 +300,12 @@ class SlowMamba(nn.Module):
     def last(self, u: Tensor) -> Tensor:
         """u [B, L, 1] -> [B]: `forward(u)[:, -1, 0]`, chunk by chunk, computing that output alone."""
         per_sequence = u.shape[1] * self.d_inner * self.d_state
-        if self.backend(u.device) == "mamba-ssm":
+        backend = self.backend(u.device, u.dtype, u.shape[1])
+        if backend == "fused":
+            conv, x_proj, dt_proj = self.conv1d, self.x_proj, self.dt_proj
+            first = (self.in_proj.weight, conv.weight, conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias)
+            return selective_scan.last(u.squeeze(-1), *first, self.A_log, self.D, self.out_proj.weight)
+        if backend == "mamba-ssm":
             function = lambda u: self._forward(u)[:, -1, 0]
             return in_chunks(function, numbers_at_once(u.device) // per_sequence, self.parameters(), u)
         return in_chunks(self._last, numbers_at_once(u.device) // per_sequence, self.parameters(), u)
@@ -710,6 +736,13 @@ class FSG(Learned):
         super()._make_views()
         if "history" in self._buffers:
             self._history_views = [part for row in self.history for part in row.split(self.sizes)]
+
+    def backend(self) -> str:
+        """The scan that the slow-net runs, see SlowMamba.backend; 'nn.LSTM' for an LSTM."""
+        if isinstance(self.slow, SlowLSTM):
+            return "nn.LSTM"
+        tokens = None if self.layout == "flat" else self.length + (self.lre is not None)
+        return self.slow.backend(self.latent.device, self.latent.dtype, tokens)
 
     def layer_rms(self) -> Tensor:
         """Root mean square of the stored window of each layer, unfilled slots counting as 0: [layers]."""

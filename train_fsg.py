@@ -20,7 +20,7 @@ The whole method is in hypernet.py; here you see where it enters training: one l
 
     flags → data → network → gradient generator → optimizer → the training loop → evaluation
 
-Copy with: models.py, quantizers.py, hypernet.py, data.py, runs.py.
+Copy with: models.py, quantizers.py, hypernet.py, data.py, runs.py; for speed selective_scan.py, selective_scan_cpu.cpp.
 """
 
 import math
@@ -69,7 +69,9 @@ def flags():
     fsg.add_argument("--d-state", type=int, default=16, help="Mamba: numbers of state a channel (default: 16)")
     fsg.add_argument("--d-conv", type=int, default=8, help="Mamba: taps of the convolution (default: 8)")
     fsg.add_argument("--expand", type=int, default=100, help="Mamba: channels (default: 100)")
-    fsg.add_argument("--scan", default="auto", choices=["auto", "mamba-ssm", "reference"], help="Mamba's backend")
+    fsg.add_argument(
+        "--scan", default="auto", choices=["auto", "fused", "mamba-ssm", "reference"], help="Mamba's backend"
+    )
     fsg.add_argument(
         "--lr-fast", type=float, help="Adam's rate for the fast-net (default: 1e-2; MetaQuant 1e-3; SGD 1e-5)"
     )
@@ -135,8 +137,9 @@ def make_generator(args, layers):
             lr_slow=args.lr_slow,
             preset=args.preset,
         )
-        if args.hgs == "mamba":  # say now, not at the first step, what is missing
-            runs.console.print(f"selective scan: {generator.slow.backend(layers[0].weight.device)}")
+        runs.console.print(
+            f"slow-net: {args.hgs}, {generator.backend()}"
+        )  # says now, not at the first step, what is missing
         return generator
     except (ValueError, RuntimeError) as e:  # beta outside [0, 1], an LSTM over the flat history, mamba-ssm missing, …
         raise runs.RunError(str(e)) from None

@@ -38,6 +38,7 @@ COPIES = {
     "data.py": ([], "import data; train, test = data.load('digits'); print(next(iter(train.epoch()))[0].shape)"),
     "runs.py": ([], "import runs; print(runs.common_flags('').parse_args([]))"),
     "plot.py": ([], "import plot; print(plot)"),
+    "selective_scan.py": (["selective_scan_cpu.cpp"], "import selective_scan as s; print(s.library(6))"),
     "train_fsg.py": (
         ["models.py", "quantizers.py", "hypernet.py", "data.py", "runs.py"],
         "import train_fsg; train_fsg.main('--dataset digits --arch resnet8 --limit-steps 3 --expand 2'.split())",

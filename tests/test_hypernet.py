@@ -210,7 +210,7 @@ def test_mamba_ssm_backend(monkeypatch):
     assert SlowMamba(3, 4, 5, "auto").backend("cpu") == "reference"
     assert SlowMamba(3, 4, 5, "auto").backend("cuda") == "mamba-ssm"
     assert SlowMamba(3, 4, 5, "reference").backend("cuda") == "reference"
-    monkeypatch.setattr(SlowMamba, "backend", lambda self, device: self.scan)
+    monkeypatch.setattr(SlowMamba, "backend", lambda self, *_: self.scan)
     reference = SlowMamba(3, 4, 5, "reference")
     reference.load_state_dict(net.state_dict())
     for method in (lambda n: n.last(u), lambda n: n(u)[:, :, 0], lambda n: n.tail(u[:1], 4)):
@@ -224,7 +224,7 @@ def test_mamba_ssm_backend(monkeypatch):
         ):
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
     assert calls
-    with pytest.raises(ValueError, match="use auto, mamba-ssm or reference"):
+    with pytest.raises(ValueError, match="use auto, fused, mamba-ssm or reference"):
         SlowMamba(scan="cuda")
 
 

@@ -59,7 +59,7 @@ def test_fsg_learns_digits_and_leaves_a_whole_run_folder(tmp_path, capsys):
     assert rows[0]["lr"] > rows[-1]["lr"] > 0
     assert json.loads((tmp_path / "run" / "args.json").read_text())["schedule"] == "cosine"
     out = capsys.readouterr().out
-    assert "selective scan: reference" in out and "best" in out and "--eval-only" in out
+    assert "slow-net: mamba, " in out and "best" in out and "--eval-only" in out
 
     best = max(r["test_acc"] for r in rows)
     argv = [*SMALL, "--eval-only", "--pretrained", str(tmp_path / "run" / "best.pt")]
