@@ -7,7 +7,7 @@
 // stay in the L2 cache; main memory sees the L input tokens, one output, and L input gradients a sequence.
 //
 // Per sequence, with d channels, n states a channel and L tokens, forward: (L - 1) d n exponentials and multiply-adds of
-// the scan, 2 (L - 1 + 1) d (n + 1) multiply-adds of the projections, some 4 L d exponentials of silu and softplus.
+// the scan, (L (n + 1) + n) d multiply-adds of the projections, some 3 L d exponentials of silu and softplus.
 // Backward: all of it again, and about 4 more multiply-adds for each exponential.
 #include <algorithm>
 #include <cmath>
