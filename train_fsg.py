@@ -35,7 +35,7 @@ import models
 import runs
 
 # Learning rates that work, measured (README, "Learning rates"): for the latent weights, by optimizer, …
-DEFAULT_LR = {"adam": 1e-3, "sgd": 1.0, "sgdm": 0.1}
+DEFAULT_LR = {"adam": 1e-3, "sgd": 0.3, "sgdm": 0.1}
 # … and for φ: fast-net, slow-net. Nothing bounds the scale of the gradients that φ learns to make. Adam does not care
 # for scale, but under SGD it multiplies the learning rate, so there φ must learn slowly.
 DEFAULT_LR_PHI = {"fsg": (1e-2, 1e-3), "metaquant": (1e-3, None), "sgd": (1e-5, 1e-5)}
