@@ -470,10 +470,6 @@ class Generator(nn.Module):
         for w, view in zip(self.weights, self._G_views, strict=True):
             w.grad = view
 
-    def generate(self) -> None:
-        """Turn every layer's `weight.grad` from ĝ (as backward() left it) into G, and train φ. In place."""
-        raise NotImplementedError
-
 
 class STE(Generator):
     """The straight-through estimator: G = D ⊙ ĝ. Nothing is learned."""
