@@ -484,8 +484,8 @@ class STE(Generator):
 class Learned(Generator):
     """A generator with hypernetworks φ: the ring buffer of past gradients (HGS) and the training of φ.
 
-    A subclass gives `parameter_groups()` (φ, for Adam) and `transform(D, W̃)` -> G with its graph, a function of the
-    buffers alone, so that after loading a checkpoint the graph of the step before it can be built again.
+    A subclass has φ's learning rate `lr` (or `parameter_groups()` of its own) and `transform(D, W̃)` -> G with its
+    graph, a function of the buffers alone, so that after loading a checkpoint the last step's graph can be built again.
     """
 
     learned = True
@@ -509,6 +509,10 @@ class Learned(Generator):
         """The subclass has made its nets: move them to the weights' device and make φ's optimizer."""
         self.to(device=self.latent.device, dtype=self.latent.dtype)
         self.optimizer = torch.optim.Adam(self.parameter_groups())
+
+    def parameter_groups(self) -> list[dict]:
+        """φ for Adam: all of it at one rate, unless a subclass knows better."""
+        return [{"params": list(self.parameters()), "lr": self.lr}]
 
     @property
     def newest(self) -> Tensor:
@@ -589,9 +593,6 @@ class MultiFC(Learned):
         start_as_ste(self.fast, self.kind)
         self.start()
 
-    def parameter_groups(self) -> list[dict]:
-        return [{"params": list(self.fast.parameters()), "lr": self.lr}]
-
     def transform(self, D: Tensor, pre: Tensor) -> Tensor:
         return D * self.newest * self.fast(pre)
 
@@ -605,9 +606,6 @@ class FCGrad(Learned):
         self.fast = FastNet(hidden, act or "none", depth=2)
         self.fast.start_at({1e-3: 1e-3, -1e-3: -1e-3})  # the identity: STE
         self.start()
-
-    def parameter_groups(self) -> list[dict]:
-        return [{"params": list(self.fast.parameters()), "lr": self.lr}]
 
     def transform(self, D: Tensor, pre: Tensor) -> Tensor:
         return D * self.fast(self.newest)
@@ -630,9 +628,6 @@ class LSTMFC(Learned):
         self._next = self.state
         self.start()
 
-    def parameter_groups(self) -> list[dict]:
-        return [{"params": [*self.cell.parameters(), *self.out.parameters()], "lr": self.lr}]
-
     def step(self, pre: Tensor, h: Tensor, c: Tensor) -> Tensor:
         """W̃ [M], h and c [M, hidden] -> [M, 1 + 2·hidden]: the net's output, and the new state."""
         h, c = self.cell(pre.unsqueeze(1), (h, c))
@@ -644,8 +639,7 @@ class LSTMFC(Learned):
             self.state.copy_(self._next)
 
     def transform(self, D: Tensor, pre: Tensor) -> Tensor:
-        phi = [*self.cell.parameters(), *self.out.parameters()]
-        out = in_chunks(self.step, numbers_at_once(pre.device) // self.hidden, phi, pre, *self.state)
+        out = in_chunks(self.step, numbers_at_once(pre.device) // self.hidden, self.parameters(), pre, *self.state)
         self._next = out[:, 1:].detach().unflatten(1, (2, self.hidden)).transpose(0, 1)
         return D * self.newest * out[:, 0]
 
