@@ -46,7 +46,7 @@ class _Params(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in "dnk"),
-        *((name, ctypes.c_void_p) for name in ("in_x", "in_z", "conv", "conv_b", "xproj")),
+        *((name, ctypes.c_void_p) for name in ("conv", "conv_b", "in_z", "xproj")),
         *((name, ctypes.c_void_p) for name in ("dt_w", "dt_b", "A2", "D", "out")),
     )
 
@@ -119,23 +119,25 @@ class _Last(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         u, *parameters = ctx.saved_tensors
-        _, conv, _, x_proj, _, _, A_log, D, _ = parameters
+        in_proj, conv, _, x_proj, _, _, A_log, D, _ = parameters
         du, d = torch.empty_like(u), len(D)
-        sizes = [d, d, conv.numel(), d, x_proj.numel(), d, d, A_log.numel(), d, d]
+        sizes = [conv.numel(), d, d, x_proj.numel(), d, d, A_log.numel(), d, d]
         grads = u.new_empty(sum(sizes))
         _call("mamba_last_backward", parameters, u, grad.contiguous(), du, grads)
-        in_x, in_z, *rest = grads.split(sizes)
-        found = [torch.cat([in_x, in_z]), *rest]
-        found[6] = found[6].view_as(A_log) * -torch.exp(A_log)  # from A = −exp(A_log)
-        return du.T, *(g.view_as(p) for g, p in zip(found, parameters, strict=True))
+        folded, conv_b, in_z, x_proj, dt_w, dt_b, A, D, out = grads.split(sizes)
+        # The kernel knows conv · in_x and A = −exp(A_log) only.
+        in_x, folded = in_proj[:d], folded.view(d, -1)
+        in_proj = torch.cat([(folded * conv[:, 0]).sum(1), in_z])
+        A = A.view_as(A_log) * -torch.exp(A_log)
+        found = (in_proj, folded * in_x, conv_b, x_proj.view(d, -1).T, dt_w, dt_b, A, D, out)
+        return du.T, *(g.reshape(p.shape) for g, p in zip(found, parameters, strict=True))
 
 
 def _call(function: str, parameters: tuple[Tensor, ...], u: Tensor, *tensors: Tensor) -> None:
     in_proj, conv, conv_b, x_proj, dt_w, dt_b, A_log, D, out = (p.detach().contiguous() for p in parameters)
     d, n = A_log.shape
-    flat = in_proj.view(-1)
     A2 = torch.exp(A_log) * -math.log2(math.e)  # exp(A S) = 2^(A2 S)
-    arrays = (flat[:d], flat[d:], conv, conv_b, x_proj, dt_w, dt_b, A2, D, out)
+    arrays = (conv[:, 0] * in_proj[:d], conv_b, in_proj[d:], x_proj.T.contiguous(), dt_w, dt_b, A2, D, out)
     params = _Params(d, n, conv.shape[-1], *(a.data_ptr() for a in arrays))
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (u, *tensors)]
     run = getattr(library(u.shape[0]), function)
