@@ -76,7 +76,7 @@ def flags():
         "--lr-fast", type=float, help="Adam's rate for the fast-net (default: 1e-2; MetaQuant 1e-3; SGD 1e-5)"
     )
     fsg.add_argument(
-        "--hyper-sample", type=float, default=1.0, help="share of the weights φ is trained on each step (default: 1, all)"
+        "--hyper-sample", type=float, default=1.0, help="share of the weights φ is trained on each step (default: 1)"
     )
     fsg.add_argument("--lr-slow", type=float, help="Adam's rate for slow-net and LRE (default: 1e-3; under SGD 1e-5)")
     fsg.add_argument(
