@@ -197,9 +197,8 @@ class SlowLSTM(nn.Module):
 
     def last(self, u: Tensor) -> Tensor:
         """u [B, L, 1] -> [B]: `forward(u)[:, -1, 0]`, chunk by chunk."""
-        return in_chunks(
-            self._last, numbers_at_once(u.device) // (2 * self.lstm.hidden_size * u.shape[1]), self.parameters(), u
-        )
+        numbers = 16 * self.lstm.hidden_size * u.shape[1]  # a sequence's gates and states, and their gradients
+        return in_chunks(self._last, numbers_at_once(u.device) // numbers, self.parameters(), u)
 
     def _last(self, u: Tensor) -> Tensor:
         _, (h, _) = self.lstm(u)  # h [1, B, hidden], the hidden state after the last token
