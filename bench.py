@@ -1,19 +1,23 @@
-"""How long a training step takes, and what takes it.
+"""How long a training step takes, and what takes it; and how fast the selective scan is.
 
     python bench.py step                                        # ResNet-20, batch 128, every generator
-    python bench.py step --arch resnet110 --grads plain ste fsg-mamba --expand 8 --d-state 4
+    python bench.py step --arch resnet20 resnet56 resnet110 --grads ste fsg-mamba fsg-flat --rounds 7
     python bench.py step --device cuda --amp
+    python bench.py scan                                        # the slow-nets alone, on ResNet-20's weights
 
 The variants run in turn, one step each, round after round, so that a machine whose speed drifts slows all of them
-alike. Given are medians, and the median of the ratio to `ste` within a round. `plain` is the same network made of
-ordinary nn.Conv2d layers; `ste` − `plain` is therefore what binary weights cost. Results also go to a JSON file.
+alike. Given are medians, and the median of the ratio to the first row's (`ste`, `fused`) within a round. `plain` is the
+same network made of ordinary nn.Conv2d layers; `ste` − `plain` is therefore what binary weights cost. Memory is what
+one more step takes at its peak, on top of what is held between steps. Results also go to a JSON file.
 """
 
 import argparse
+import ctypes
 import itertools
 import json
 import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -25,9 +29,17 @@ from torch.nn import functional as F
 import data
 import hypernet
 import models
+import selective_scan
 
-GRADS = ("plain", "ste", "fcgrad", "multifc", "lstmfc", "fsg-lstm", "fsg-mamba")
-console = Console(highlight=False, markup=False)
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+# fsg-sampled is fsg-mamba with --hyper-sample, fsg-flat with --history flat.
+GRADS = ("plain", "ste", "fcgrad", "multifc", "lstmfc", "fsg-lstm", "fsg-mamba", "fsg-sampled", "fsg-flat")
+console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
 
 
 def synchronize(device: torch.device) -> None:
@@ -50,9 +62,44 @@ class Stopwatch:
         self.last = now
 
 
+def peak_memory(device: torch.device, function) -> float | None:
+    """Megabytes that function() takes at its peak on top of what is held before it; None where that cannot be known."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    status = Path("/proc/self/status")
+    if device.type != "cpu" or not status.exists():  # Linux only
+        return None
+    read = lambda key: int(next(line for line in status.read_text().splitlines() if line.startswith(key)).split()[1])
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back, so that taking it again is seen
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = read("VmRSS:")
+    function()
+    return (read("VmHWM:") - before) / 2**10
+
+
+def table(title: str, rows: dict[str, dict], **columns: str) -> None:
+    """rows: name -> figures; columns: heading -> format of the figure of that name (None prints as –)."""
+    out = Table(title=title)
+    out.add_column("")
+    for name in columns:
+        out.add_column(name.replace("_", " "), justify="right")
+    for name, row in rows.items():
+        cells = ("–" if row.get(key) is None else format(row[key], spec) for key, spec in columns.items())
+        out.add_row(name, *cells)
+    console.print(out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole training steps.
+
+
 def make_generator(grad: str, layers, args):
     """The gradient generator called `grad` for these layers (None for plain)."""
     size = {"d_state": args.d_state, "d_conv": args.d_conv, "expand": args.expand, "hidden": args.hidden}
+    mamba = {**size, "scan": args.scan}
     makers = {
         "plain": lambda: None,
         "ste": lambda: hypernet.STE(layers),
@@ -60,15 +107,17 @@ def make_generator(grad: str, layers, args):
         "multifc": lambda: hypernet.MultiFC(layers, args.hidden),
         "lstmfc": lambda: hypernet.LSTMFC(layers, args.hidden),
         "fsg-lstm": lambda: hypernet.FSG(layers, hgs="lstm", **size),
-        "fsg-mamba": lambda: hypernet.FSG(layers, history=args.history, scan=args.scan, **size),
+        "fsg-mamba": lambda: hypernet.FSG(layers, **mamba),
+        "fsg-sampled": lambda: hypernet.FSG(layers, hyper_sample=args.hyper_sample, **mamba),
+        "fsg-flat": lambda: hypernet.FSG(layers, history="flat", **mamba),
     }
     return makers[grad]()
 
 
-def make_step(grad: str, args, device):
+def make_step(grad: str, arch: str, args, device):
     """A function that takes one training step as the trainer does, and returns its parts' seconds."""
     torch.manual_seed(0)
-    net = models.build(args.arch, 10, "none" if grad == "plain" else "dorefa").to(device)
+    net = models.build(arch, 10, "none" if grad == "plain" else "dorefa").to(device)
     generator = make_generator(grad, models.binary_layers(net), args)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
 
@@ -89,14 +138,13 @@ def make_step(grad: str, args, device):
     return step
 
 
-def bench_step(args) -> dict:
-    """Median milliseconds a step and its parts for every variant; printed, and returned for the JSON file."""
-    device = torch.device(args.device)
+def bench_step(arch: str, args, device: torch.device) -> dict:
+    """Median milliseconds a step, their parts and peak memory for every variant; printed, and returned for the JSON."""
     pictures = torch.randint(256, (50_000, 3, 32, 32), dtype=torch.uint8, device=device)  # a CIFAR's worth
     labels = torch.randint(10, (50_000,), device=device)
     mean = std = torch.full((3,), 128.0, device=device)
     batches = data.ResidentBatches(pictures, labels, mean, std, 10, args.batch_size, True, 0, crop=4, flip=True)
-    steps = {grad: make_step(grad, args, device) for grad in args.grads}
+    steps = {grad: make_step(grad, arch, args, device) for grad in args.grads}
     stream = (batch for number in itertools.count() for batch in batches.epoch(number))
     rounds, began = [], time.perf_counter()
     warm_up = 3  # a generator's third step is the first that does everything
@@ -109,24 +157,145 @@ def bench_step(args) -> dict:
         rounds.append({"data": watch.laps["data"], **{grad: step(images, labels) for grad, step in steps.items()}})
     rounds = rounds[warm_up:]
 
-    total = {g: [sum(r[g].values()) for r in rounds] for g in args.grads}
     base = "ste" if "ste" in args.grads else args.grads[0]
     rows = {}
     for g in args.grads:
-        rows[g] = {"ms": 1e3 * statistics.median(total[g])}
-        rows[g]["ratio"] = statistics.median(a / b for a, b in zip(total[g], total[base], strict=True))
-        for part in ("network", "generator", "optimizer"):
-            rows[g][f"{part}_ms"] = 1e3 * statistics.median(r[g][part] for r in rounds)
-    data_ms = 1e3 * statistics.median(r["data"] for r in rounds)
+        total = [sum(r[g].values()) + r["data"] for r in rounds]
+        row = rows[g] = {"ms": 1e3 * statistics.median(total)}
+        row["ratio"] = statistics.median(sum(r[g].values()) / sum(r[base].values()) for r in rounds)
+        for part in ("data", "network", "generator", "optimizer"):
+            seconds = [r[part] if part == "data" else r[g][part] for r in rounds]
+            row[f"{part}_ms"] = 1e3 * statistics.median(seconds)
+            row[part] = statistics.median(s / t for s, t in zip(seconds, total, strict=True))
+        row["MB"] = peak_memory(device, lambda step=steps[g]: step(images, labels))
+    title = f"{arch}, batch {args.batch_size}, {describe(device)}: one step, median of {len(rounds)}, ratio to {base}"
+    parts = {"data": ".2%", "network": ".1%", "generator": ".1%", "optimizer": ".1%"}
+    table(title, rows, ms=".1f", ratio=".3f", generator_ms=".1f", **parts, MB=".0f")
+    return {"rounds": len(rounds), "variants": rows}
 
-    table = Table(title=f"{args.arch}, batch {args.batch_size}, {describe(device)}: one step, median of {len(rounds)}")
-    for column in ("gradient", "ms", f"÷ {base}", "network ms", "generator ms", "optimizer ms"):
-        table.add_column(column, justify="left" if column == "gradient" else "right")
-    for g, row in rows.items():
-        table.add_row(g, f"{row['ms']:.1f}", f"{row['ratio']:.3f}", *(f"{v:.1f}" for v in list(row.values())[2:]))
-    console.print(table)
-    console.print(f"data: {data_ms:.2f} ms a batch, {100 * data_ms / rows[base]['ms']:.2f} % of the {base} step")
-    return {"rounds": len(rounds), "data_ms": data_ms, "variants": rows}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The slow-nets alone.
+
+if triton:
+
+    @triton.jit
+    def _exponentials(out, COUNT: tl.constexpr):
+        lane = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+        x = lane * 1e-9
+        for _ in range(COUNT):
+            x = tl.exp2(-x)
+        tl.store(out + lane, x)
+
+
+def peak_rate(device: torch.device) -> float | None:
+    """What bounds the fused scan, measured: multiply-adds/s of a CPU's vector units, or exponentials/s of a GPU's."""
+
+    def best(function, work: float) -> float:
+        function()
+        seconds = []
+        for _ in range(5):
+            watch = Stopwatch(device)
+            function()
+            watch.lap("run")
+            seconds.append(watch.laps["run"])
+        return work / min(seconds)
+
+    if device.type == "cuda" and triton:
+        programs, count = 64 * torch.cuda.get_device_properties(device).multi_processor_count, 2000
+        out = torch.empty(programs * 1024, device=device)
+        return best(lambda: _exponentials[(programs,)](out, count), programs * 1024 * count)
+    library = selective_scan.library(6) if device.type == "cpu" else ""
+    if isinstance(library, str):
+        return None
+    threads, count = torch.get_num_threads(), 100_000_000
+    lanes = library.multiply_adds(ctypes.c_int64(1), ctypes.c_int(1))
+    return best(lambda: library.multiply_adds(ctypes.c_int64(count), ctypes.c_int(threads)), lanes * count * threads)
+
+
+def operations(layout: str, way: str, weights: int, length: int, d: int, n: int, k: int, on_cpu: bool) -> float:
+    """The least of the bounding operation that the kernel's arithmetic needs: multiplications and multiply-adds on a
+    CPU (5 an exponential, all else as selective_scan_cpu.cpp's header counts it), exponentials alone on a GPU.
+
+    For the flat layout: of the `weights` newest tokens, as if none before them had to be scanned.
+    """
+    back = way == "backward"
+    tokens = length if layout == "per-weight" else 1
+    scanned = (tokens - 1 if layout == "per-weight" else 1) * d * n  # exponentials of the scan
+    if not on_cpu:
+        return weights * (scanned + 2 * tokens * d)
+    taps = sum(min(t + 1, k) for t in range(tokens)) if layout == "per-weight" else k
+    projections = (tokens * (n + 1) + n) * d
+    if layout == "per-weight":
+        scan = scanned * (9 if back else 6)
+    else:  # forward: the state's decay, its input, and the output; backward: these again, and seven of the adjoint
+        scan = scanned * (15 if back else 8)
+    return weights * (scan + (projections + taps * d) * (3 if back else 1) + tokens * d * (26 if back else 22))
+
+
+def bench_scan(args, device: torch.device) -> dict:
+    """Forward and backward of the slow-nets for all layouts and backends that run here; printed, and returned."""
+    layers = models.binary_layers(models.build(args.arch[0], 10, "dorefa"))
+    sizes = [layer.weight.numel() for layer in layers]
+    torch.manual_seed(0)
+    past, first = torch.randn(args.length, sum(sizes), device=device), torch.randn(len(sizes), device=device)
+    layer_of = torch.arange(len(sizes), device=device).repeat_interleave(torch.tensor(sizes, device=device))
+    tokens = torch.cat([first[layer_of].unsqueeze(1), past.T], dim=1).unsqueeze(-1)  # [N, 1 + l, 1]
+    v = torch.randn(sum(sizes), device=device)
+    slow = hypernet.SlowMamba(args.d_state, args.d_conv, args.expand, "reference").to(device)
+    lstm = hypernet.SlowLSTM(args.hidden).to(device)
+    runs = {}
+    for layout in ("per-weight", "flat"):
+        for scan in args.scans:
+            net = hypernet.SlowMamba(args.d_state, args.d_conv, args.expand, scan).to(device)
+            net.load_state_dict(slow.state_dict())
+            try:
+                net.backend(device, torch.float32, tokens.shape[1] if layout == "per-weight" else None)
+            except RuntimeError as e:
+                console.print(f"{layout}, {scan}: left out, {e}")
+                continue
+            per_weight, flat = lambda net=net: net.last(tokens), lambda net=net: net.tails(past, sizes, first)
+            runs[f"{layout}, {scan}"] = per_weight if layout == "per-weight" else flat
+    if "lstm" in args.nets:
+        runs["per-weight, LSTM"] = lambda: lstm.last(tokens)
+        runs["per-weight, nn.LSTM alone"] = lambda: lstm.lstm(tokens)[0][:, -1].sum(1)
+
+    rounds = {name: [] for name in runs}
+    for i in range(args.rounds + 1):
+        for name, run in runs.items():
+            watch = Stopwatch(device)
+            y = run()
+            watch.lap("forward")
+            y.backward(v)
+            watch.lap("backward")
+            if i:  # the first round warms up
+                rounds[name].append(watch.laps)
+    rate, rows = peak_rate(device), {}
+    for name, run in runs.items():
+        layout, _, backend = name.partition(", ")
+        row = rows[name] = {k: 1e3 * statistics.median(r[k] for r in rounds[name]) for k in ("forward", "backward")}
+        base = "per-weight, nn.LSTM alone" if "LSTM" in name else f"{layout}, {args.scans[0]}"
+        if base in rounds:
+            pairs = zip(rounds[name], rounds[base], strict=True)
+            row["ratio"] = statistics.median(sum(a.values()) / sum(b.values()) for a, b in pairs)
+        row["MB"] = peak_memory(device, lambda run=run: run().backward(v))
+        if "LSTM" in name:
+            continue
+        shape = (layout, sum(sizes), tokens.shape[1], args.expand, args.d_state, args.d_conv)
+        updates = sum(sizes) * (tokens.shape[1] if layout == "per-weight" else 1) * args.expand * args.d_state
+        for way, short in (("forward", "fwd"), ("backward", "bwd")):
+            row[f"{short}_G_updates/s"] = updates / row[way] / 1e6
+            if rate and backend == "fused":
+                least = operations(shape[0], way, *shape[1:], device.type == "cpu") / rate
+                row[f"{short}_of_bound"] = 1e3 * least / row[way]
+    title = f"{args.arch[0]}'s {sum(sizes):,} weights, {describe(device)}: ms, median of {args.rounds}"
+    updates = {f"{way}_G_updates/s": ".2f" for way in ("fwd", "bwd")}
+    bound = {f"{way}_of_bound": ".0%" for way in ("fwd", "bwd")}
+    table(title, rows, forward=".1f", backward=".1f", ratio=".2f", MB=".0f", **updates, **bound)
+    what = "multiply-adds" if device.type == "cpu" else "exponentials"
+    if rate:
+        console.print(f"the machine's bound, measured: {rate / 1e9:.1f} G {what}/s")
+    return {"rounds": args.rounds, "peak_rate": rate, "variants": rows}
 
 
 def describe(device: torch.device) -> str:
@@ -137,27 +306,36 @@ def describe(device: torch.device) -> str:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["step"])
-    parser.add_argument("--arch", default="resnet20", choices=models.ARCHS)
-    parser.add_argument("--grads", nargs="+", default=list(GRADS), choices=GRADS)
+    parser.add_argument("what", choices=["step", "scan"])
+    parser.add_argument("--arch", nargs="+", default=["resnet20"], choices=models.ARCHS, help="scan takes the first")
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=20, help="rounds to measure, after three to warm up")
-    parser.add_argument("--seconds", type=float, default=300, help="begin no round after this time")
+    parser.add_argument("--rounds", type=int, help="to measure, after the warm-up (default: step 20, scan 5)")
+    parser.add_argument("--seconds", type=float, default=300, help="step: begin no round after this time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--amp", action="store_true")
     parser.add_argument("--hidden", type=int, default=100)
     parser.add_argument("--d-state", type=int, default=16)
     parser.add_argument("--d-conv", type=int, default=8)
     parser.add_argument("--expand", type=int, default=100)
-    parser.add_argument("--history", default="per-weight", choices=["per-weight", "flat"])
-    parser.add_argument("--scan", default="auto", choices=["auto", "fused", "mamba-ssm", "reference"])
-    parser.add_argument("--json", default="runs/bench.json", help="where the figures go (default: runs/bench.json)")
+    parser.add_argument("--length", type=int, default=5, help="scan: gradients of history a weight")
+    parser.add_argument("--grads", nargs="+", default=list(GRADS), choices=GRADS, help="step: the variants")
+    parser.add_argument("--hyper-sample", type=float, default=0.125, help="step: of fsg-sampled (default: 0.125)")
+    parser.add_argument("--scan", default="auto", choices=["auto", "fused", "mamba-ssm", "reference"], help="step")
+    scans = ["fused", "reference", "mamba-ssm"]
+    parser.add_argument("--scans", nargs="+", default=scans, choices=scans, help="scan: the variants")
+    parser.add_argument("--nets", nargs="+", default=["mamba", "lstm"], choices=["mamba", "lstm"], help="scan")
+    parser.add_argument("--json", help="where the figures go (default: runs/bench-step.json, runs/bench-scan.json)")
     args = parser.parse_args(argv)
-    result = {"torch": torch.__version__, "machine": describe(torch.device(args.device)), **vars(args)}
-    result.update(bench_step(args))
-    Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
-    console.print(f"written to {args.json}")
+    args.rounds = args.rounds or {"step": 20, "scan": 5}[args.what]
+    device, file = torch.device(args.device), Path(args.json or f"runs/bench-{args.what}.json")
+    result = {"torch": torch.__version__, "machine": describe(device), **vars(args)}
+    if args.what == "scan":
+        result |= bench_scan(args, device)
+    else:
+        result["archs"] = {arch: bench_step(arch, args, device) for arch in args.arch}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    console.print(f"written to {file}")
     return 0
 
 

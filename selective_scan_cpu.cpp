@@ -401,3 +401,17 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
     grads[i] = (float)sum;
   }
 }
+
+// For bench.py, the machine's bound: `count` vector multiply-adds on each thread, 12 chains at a time, as each waits
+// for itself. Returns W.
+extern "C" int multiply_adds(int64_t count, int threads) {
+  on_threads(threads, threads, [&](int, int64_t, int64_t) {
+    V sums[12], factor = splat(0.999f), term = splat(0.001f);
+    for (V &s : sums) s = term;
+    asm volatile("" : "+m"(factor), "+m"(term));
+    for (int64_t i = 0; i < count; i += 12)
+      for (V &s : sums) s = s * factor + term;
+    for (V &s : sums) asm volatile("" : : "m"(s));
+  });
+  return W;
+}

@@ -9,6 +9,8 @@ import textwrap
 import pytest
 from conftest import ROOT
 
+import bench
+
 # Someone else's training loop, with FSG in it.
 THEIR_LOOP = """
     import torch
@@ -47,12 +49,23 @@ COPIES = {
 
 
 def test_bench_measures_and_writes_json(tmp_path):
-    code = "import bench; bench.main('step --arch resnet8 --batch-size 16 --rounds 2 --expand 2 --hidden 4'.split())"
-    result = run_alone(tmp_path, ["bench.py", "data.py", "hypernet.py", "models.py", "quantizers.py"], code)
+    code = """
+        import bench
+        small = "--arch resnet8 --rounds 2 --expand 2 --hidden 4 --batch-size 16 --device cpu".split()
+        bench.main(["step", *small])
+        bench.main(["scan", *small])
+    """
+    files = ["hypernet.py", "selective_scan.py", "selective_scan_cpu.cpp", "selective_scan_cuda.py"]
+    result = run_alone(tmp_path, ["bench.py", "data.py", "models.py", "quantizers.py", *files], code)
     assert result.returncode == 0, result.stderr
-    found = json.loads((tmp_path / "runs" / "bench.json").read_text())["variants"]
-    assert set(found) == {"plain", "ste", "fcgrad", "multifc", "lstmfc", "fsg-lstm", "fsg-mamba"}
+    found = json.loads((tmp_path / "runs" / "bench-step.json").read_text())["archs"]["resnet8"]["variants"]
+    assert set(found) == set(bench.GRADS)
     assert found["ste"]["ratio"] == 1 and found["fsg-mamba"]["generator_ms"] > found["ste"]["generator_ms"] > 0
+    for row in found.values():  # medians of shares, so about 1 together
+        assert 0.8 < row["data"] + row["network"] + row["generator"] + row["optimizer"] < 1.2
+    scans = json.loads((tmp_path / "runs" / "bench-scan.json").read_text())["variants"]
+    assert {"per-weight, reference", "flat, reference", "per-weight, nn.LSTM alone"} <= set(scans)
+    assert all(row["forward"] > 0 and row["backward"] > 0 for row in scans.values())
 
 
 def run_alone(folder, files, code):
