@@ -41,6 +41,10 @@ COPIES = {
     "runs.py": ([], "import runs; print(runs.common_flags('').parse_args([]))"),
     "plot.py": ([], "import plot; print(plot)"),
     "selective_scan.py": (["selective_scan_cpu.cpp"], "import selective_scan as s; print(s.library(6))"),
+    "selective_scan_cuda.py": (
+        [],
+        "import torch, selective_scan_cuda as s; print(s.why_not(torch.device('cpu'), torch.float32, 6))",
+    ),
     "train_fsg.py": (
         ["models.py", "quantizers.py", "hypernet.py", "data.py", "runs.py"],
         "import train_fsg; train_fsg.main('--dataset digits --arch resnet8 --limit-steps 3 --expand 2'.split())",

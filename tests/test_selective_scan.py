@@ -49,13 +49,13 @@ lengths = st.sampled_from([1, 2, 4, 6, 9])  # each is compiled once
 
 
 def by_the_book(net, u, v):
-    """mamba_by_the_book in u's precision: y [rows], and the gradients of each v_i y_i for u and the parameters,
-    [rows, …] each."""
-    book = SlowMamba(net.d_state, net.d_conv, net.d_inner, "reference").to(u.dtype)
+    """mamba_by_the_book in u's precision and on its device: y [rows], and the gradients of each v_i y_i for u and the
+    parameters, [rows, …] each."""
+    book = SlowMamba(net.d_state, net.d_conv, net.d_inner, "reference").to(u)
     book.load_state_dict(net.state_dict())
     u = u.detach().requires_grad_()
     y, inputs = mamba_by_the_book(book, u)[:, -1, 0], [u, *book.parameters()]
-    each = torch.diag(v.to(u.dtype))
+    each = torch.diag(v.to(u))
     found = torch.autograd.grad(y, inputs, each, is_grads_batched=True, allow_unused=True, materialize_grads=True)
     return y.detach(), found
 
