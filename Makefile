@@ -23,9 +23,9 @@ lint: .venv/ready
 	$(PY) -m ruff format --check .
 
 gpu-check: .venv/ready
-	$(PY) -m pytest -q -rs tests/test_gpu.py
-	$(PY) bench.py step --device cuda
-	$(PY) bench.py step --device cuda --arch resnet32
+	$(PY) -m pytest -q -rs tests/test_gpu.py tests/test_triton.py
+	$(PY) bench.py scan --device cuda
+	$(PY) bench.py step --device cuda --arch resnet20 resnet32
 
 .venv/ready: requirements.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.12')"

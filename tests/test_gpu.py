@@ -1,4 +1,5 @@
-"""What needs a CUDA GPU: the same numbers as on the CPU, and mamba-ssm's kernel against the reference scan."""
+"""What needs a CUDA GPU: the same numbers as on the CPU, the fused scan at full size (small ones: test_triton.py), and
+mamba-ssm's kernel against the reference scan."""
 
 import pytest
 import torch
@@ -27,6 +28,21 @@ def test_generators_give_the_same_gradients_on_the_gpu(name):
         gpu.generate()
         for a, b in zip(models.binary_layers(on_cpu), models.binary_layers(on_gpu), strict=True):
             assert relative(b.weight.grad.cpu(), a.weight.grad) < 1e-6
+
+
+def test_the_fused_scan_at_the_papers_size_equals_float64():
+    torch.manual_seed(0)
+    net = SlowMamba(scan="fused").cuda()
+    book = SlowMamba(scan="reference").cuda().double()
+    book.load_state_dict(net.state_dict())
+    assert SlowMamba().backend("cuda", torch.float32, 6) == "fused", "what auto takes"
+    u, v = torch.randn(50_000, 6, 1, device="cuda"), torch.randn(50_000, device="cuda")
+    y, y64 = net.last(u), book.last(u.double())
+    assert relative(y, y64) < 1e-5
+    grads = torch.autograd.grad(y, net.parameters(), v)
+    exact = torch.autograd.grad(y64, book.parameters(), v.double())
+    for (name, _), a, b in zip(net.named_parameters(), grads, exact, strict=True):
+        assert relative(a, b) < 1e-4, name  # sums of 50,000 terms of either sign
 
 
 def test_mamba_ssm_equals_the_reference():
