@@ -10,11 +10,15 @@
 // the scan, (L (n + 1) + n) d multiply-adds of the projections, some 3 L d exponentials of silu and softplus.
 // Backward: all of it again, and about 4 more multiply-adds for each exponential.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <memory>
+#include <numeric>
 #include <thread>
+#include <utility>
 #include <vector>
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -25,7 +29,6 @@ constexpr int W = 8;
 constexpr int W = 4;
 #endif
 
-constexpr int L = TOKENS;
 typedef float V __attribute__((vector_size(4 * W)));
 typedef int32_t I __attribute__((vector_size(4 * W)));
 
@@ -86,6 +89,18 @@ static inline V log1pv(V e) {
   return p * s;
 }
 static inline V softplus(V x) { return vmax(x, splat(0.f)) + log1pv(expv(vmin(x, -x))); }
+
+// body(thread, first block, one past the last) on every thread, an equal share of the blocks each. Plain threads rather
+// than OpenMP: PyTorch brings an OpenMP of its own, and two pools of spinning threads fight for the cores.
+static void on_threads(int threads, int64_t blocks, const std::function<void(int, int64_t, int64_t)> &body) {
+  std::vector<std::thread> pool;
+  for (int i = 1; i < threads; i++) pool.emplace_back(body, i, blocks * i / threads, blocks * (i + 1) / threads);
+  body(0, 0, blocks / threads);
+  for (auto &thread : pool) thread.join();
+}
+
+#ifdef TOKENS  // the last output of many short sequences
+constexpr int L = TOKENS;
 
 // What one block of W sequences needs besides the parameters; all [.., W], in the L1 and L2 caches.
 struct Work {
@@ -160,15 +175,6 @@ static void load_tokens(const float *u, int64_t rows, int64_t first, V *out) {  
     std::memcpy(lane, u + t * rows + first, count * sizeof(float));
     out[t] = load(lane);
   }
-}
-
-// body(thread, first block, one past the last) on every thread, an equal share of the blocks each. Plain threads rather
-// than OpenMP: PyTorch brings an OpenMP of its own, and two pools of spinning threads fight for the cores.
-static void on_threads(int threads, int64_t blocks, const std::function<void(int, int64_t, int64_t)> &body) {
-  std::vector<std::thread> pool;
-  for (int i = 1; i < threads; i++) pool.emplace_back(body, i, blocks * i / threads, blocks * (i + 1) / threads);
-  body(0, 0, blocks / threads);
-  for (auto &thread : pool) thread.join();
 }
 
 // u [L, rows] -> y [rows].
@@ -349,3 +355,633 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
     grads[i] = (float)sum;
   }
 }
+
+#else  // the last outputs of a few long sequences
+//
+// One sequence a layer: u = [first,] past[0], …, past[l-1] of that layer; wanted are the outputs at its last n tokens.
+//
+//     a_t = conv * u + bias     x_t = silu(a_t)     dt_t, B_t, C_t = proj x_t     Δ_t = softplus(dt_w dt_t + dt_b)
+//     h_t = E_t h_{t-1} + Δ_t x_t B_t, E_t = exp(A Δ_t)       Y_t = h_t C_t + D x_t       out_t = Σ_c out_c Y_t silu(z_t)
+//
+// h [d, n] a token, summed over n in Y [d]. With gy_t = ∂/∂(h_t C_t) = g_t out silu(z_t), the adjoint runs backwards in
+// time, G_t = ∂/∂h_t:
+//
+//     G_t = gy_t C_t + E_{t+1} G_{t+1}           ∂/∂(Δ_t x_t) = Σ_n G_t B_t      ∂/∂B_t = Σ_d G_t Δ_t x_t
+//     λ_t = ∂/∂(A Δ_t) = G_t E_t h_{t-1}         ∂/∂Δ_t += Σ_n A λ_t             ∂/∂C_t = Σ_d gy_t h_t
+//                                                ∂/∂A += Δ_t λ_t
+//
+// Lanes are channels: a block is W channels, [T][W] its values over T tokens, a chunk. Tokens come one after another, and
+// a vector holds the same state of W channels; R states go together, with their h in registers for a whole chunk. All of
+// a chunk's values ([T][d] of x and its like, [rows][T] of the projections) stay in the L2 cache, those of one block in
+// or near the L1. Chunks are counted from the sequence's end: chunk j is its tokens [length - (j + 1) T, length - j T).
+// Before the sequence's start come tokens with x = 0 and Δ = 0, which leave h at 0.
+//
+// What is not computed. State (c, r) forgets: between two tokens it decays by exp(A Σ Δ). An output feels nothing from
+// before that is e^-21, float32's resolution and a margin. So each group of R states of each block of channels has a
+// chunk of its own to start from, with h = 0: `plan` walks back from the first chunk with an output, and needs only dt,
+// as softplus is convex: over a chunk Σ Δ >= T softplus(dt_w mean(dt) + dt_b). Initially A = -1, …, -n and Δ spreads
+// over 1e-3 … 1e-1, hence few states start early, and blocks are of channels sorted by their decay. Chunks before the
+// first with an output need no C, no y, and B only of the states that have started.
+//
+// Backward, chunk by chunk from the end: x, the projections and Δ again; each group's h, from the one kept at the
+// chunk's start (1/T of all h), with E and h in the L1 cache; then the adjoint, at once; at last from x down to the
+// parameters. Per token, channel and state: an exponential (6 multiply-adds and 3 to 5 other operations) and 3
+// multiply-adds forward, an exponential and 11 multiply-adds backward; per token and channel besides, 2n + 1
+// multiply-adds of the projections forward, three times as many backward, and k of the convolution (backward 2k), a
+// sigmoid for x, a softplus, a sigmoid for z. Main memory sees the token, its output, and 4 d n / T bytes of h.
+//
+// Everything is done unit by unit, a unit being up to SEGMENT outputs of a layer, whatever the number of threads, and
+// each unit has its own sums of the parameters' gradients, added in order at the end: so the bits do not depend on it.
+
+#ifndef CHUNK
+#define CHUNK 64
+#endif
+constexpr int T = CHUNK, R = 2;
+constexpr int64_t SEGMENT = 1 << 18;
+constexpr float FORGOTTEN = 21 * LOG2E;
+static_assert(T % W == 0 && T % 8 == 0, "chunks are whole vectors of tokens");
+
+struct Sequences {
+  int64_t length, weights, layers, has_first;  // past [length, weights]
+  const int64_t *sizes;                        // [layers], together `weights`
+  const float *past, *first;                   // first [layers], if has_first
+};
+
+struct Unit {
+  int64_t layer, offset, n;                // the layer's weights are past[:, offset : offset + n]
+  int64_t start, outputs, length, chunks;  // outputs [start, start + outputs) of the layer are the last of `length` tokens
+};
+
+static std::vector<Unit> units_of(const Sequences &s) {
+  std::vector<Unit> units;
+  for (int64_t i = 0, offset = 0; i < s.layers; offset += s.sizes[i++])
+    for (int64_t start = 0, n = s.sizes[i]; start < n; start += SEGMENT) {
+      const int64_t outputs = std::min(SEGMENT, n - start);
+      const int64_t length = s.has_first + (s.length - 1) * n + start + outputs;
+      units.push_back({i, offset, n, start, outputs, length, (length + T - 1) / T});
+    }
+  return units;
+}
+
+// Tokens [from, from + count) of a unit's sequence; zeros before its start.
+static void tokens_of(const Sequences &s, const Unit &q, int64_t from, int64_t count, float *u) {
+  for (int64_t i = 0, run; i < count; i += run) {
+    const int64_t t = from + i, w = t - s.has_first, row = w / q.n, column = w % q.n;
+    run = 1;
+    if (t < 0) u[i] = 0.f;
+    else if (w < 0) u[i] = s.first[q.layer];
+    else {
+      run = std::min(count - i, q.n - column);
+      std::memcpy(u + i, s.past + row * s.weights + q.offset + column, run * sizeof(float));
+    }
+  }
+}
+
+struct Array {  // zeros, aligned to a cache line
+  std::vector<float> data;
+  float *p;
+  explicit Array(int64_t size) : data(size + 16), p((float *)(((uintptr_t)data.data() + 63) & ~(uintptr_t)63)) {}
+  Array(const Array &) = delete;
+  operator float *() const { return p; }
+};
+
+// The parameters by blocks of channels, these sorted by how fast they forget. The last block's empty lanes copy a real
+// channel's Δ and A, and have x = 0 and weights 0; so do states from n on.
+struct Net {
+  const Params &P;
+  int64_t blocks, groups, n, lags, rows, lanes;  // n, lags: the states and k, rounded up to R and 4; rows: of proj
+  std::vector<int64_t> channel;               // of each lane, -1 for an empty one
+  Array conv, conv_b, in_z, dt_w, dt_b, D, out;  // conv [blocks][lags][W], in_x included; the others [lanes]
+  Array A2, least, proj;  // [blocks][groups][R][W]; the group's fastest [blocks][groups][W]; [rows][blocks][W]
+
+  explicit Net(const Params &P)
+      : P(P), blocks((P.d + W - 1) / W), groups((P.n + R - 1) / R), n(groups * R), lags((P.k + 3) / 4 * 4),
+        rows(1 + 2 * n), lanes(blocks * W), channel(lanes, -1), conv(blocks * lags * W), conv_b(lanes), in_z(lanes),
+        dt_w(lanes), dt_b(lanes), D(lanes), out(lanes), A2(n * lanes), least(groups * lanes), proj(rows * lanes) {
+    std::vector<std::pair<float, int64_t>> order;
+    for (int64_t c = 0; c < P.d; c++) {
+      const float decay = *std::max_element(P.A2 + c * P.n, P.A2 + (c + 1) * P.n) * std::log1p(std::exp(P.dt_b[c]));
+      order.push_back({decay < 0 ? decay : 0.f, c});  // NaN has no order
+    }
+    std::sort(order.begin(), order.end(), std::greater<>());
+    for (int64_t i = 0; i < lanes; i++) {
+      const int64_t c = order[std::min(i, P.d - 1)].second, b = i / W, lane = i % W;
+      dt_w[i] = P.dt_w[c], dt_b[i] = P.dt_b[c];
+      for (int64_t r = 0; r < n; r++) A2[(b * n + r) * W + lane] = P.A2[c * P.n + std::min(r, P.n - 1)];
+      for (int64_t g = 0; g < groups; g++) {
+        float &a = least[(b * groups + g) * W + lane] = 0.f;
+        for (int r = 0; r < R; r++) a = std::min(a, A2[(b * n + g * R + r) * W + lane]);
+      }
+      if (i >= P.d) continue;
+      channel[i] = c;
+      conv_b[i] = P.conv_b[c], in_z[i] = P.in_z[c], D[i] = P.D[c], out[i] = P.out[c];
+      for (int64_t k = 0; k < P.k; k++) conv[(b * lags + k) * W + lane] = P.conv[c * P.k + P.k - 1 - k] * P.in_x[c];
+      for (int64_t r = 0; r < 1 + 2 * P.n; r++) proj[row(r) * lanes + i] = P.xproj[r * P.d + c];
+    }
+  }
+  int64_t row(int64_t r) const { return r <= P.n ? r : r + n - P.n; }  // of x_proj's row r: dt, B (n), C (n)
+};
+
+template <int... M>
+static inline V pick(V a, V b) {  // lane i: lane M[i] of a and b in a row
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, M...);
+#else
+  return __builtin_shuffle(a, b, (I){M...});
+#endif
+}
+// One step of a sum over lanes for two vectors at a time: lane i is a[i] + a[i ^ S] where i has no bit S, else b's.
+template <int S, int... i>
+static inline V halve(V a, V b, std::integer_sequence<int, i...>) {
+  return pick<(i & S ? W + i : i)...>(a, b) + pick<(i & S ? W + (i ^ S) : (i ^ S))...>(a, b);
+}
+template <int S>
+static inline void sums(V *v) {
+  for (int i = 0; i < S; i++) v[i] = halve<S>(v[i], v[i + S], std::make_integer_sequence<int, W>());
+  if constexpr (S > 1) sums<S / 2>(v);
+}
+static inline V lane_sums(V *v) { sums<W / 2>(v); return v[0]; }  // v [W] -> the sum of v[i]'s lanes in lane i
+static void add_lane_sums(const float *v, float *to) {  // v [T][W], to [T]
+  for (int t0 = 0; t0 < T; t0 += W) {
+    V part[W];
+    for (int t = 0; t < W; t++) part[t] = load(v + (t0 + t) * W);
+    store(to + t0, load(to + t0) + lane_sums(part));
+  }
+}
+static inline void add(float *p, V v) { store(p, load(p) + v); }
+
+// E = 2^x for x <= 0, exactly 1 for 0. NEAR is for x in [-0.5, 0] and gives E - 1, with a relative error of 9e-7: where
+// E is close to 1 a state remembers for 1 / (1 - E) tokens, and rounding E there would be rounding how long.
+template <bool NEAR>
+static inline V decay(V x) {
+  if constexpr (NEAR) {
+    V p = splat(8.376760769e-3f);
+    p = p * x + 5.512203524e-2f;
+    p = p * x + 2.401881232e-1f;
+    p = p * x + 6.931465670e-1f;
+    return p * x;
+  }
+#ifdef __AVX512F__
+  V r = (V)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  x = vmax(x, splat(-126.f));
+  const V magic = splat(12582912.f);
+  V shifted = x + magic, r = shifted - magic;
+#endif
+  V f = x - r;
+  V p = splat(1.333353875e-3f);
+  p = p * f + 9.666245476e-3f;
+  p = p * f + 5.550500214e-2f;
+  p = p * f + 2.402235134e-1f;
+  p = p * f + 6.931471435e-1f;
+  p = p * f + 1.f;
+#ifdef __AVX512F__
+  return (V)_mm512_scalef_ps((__m512)p, (__m512)r);
+#else
+  return (V)((I)p + ((I)shifted << 23));
+#endif
+}
+template <bool NEAR>
+static inline V times(V decay, V h, V b) {  // E h + b
+  return NEAR ? decay * h + (h + b) : decay * h + b;
+}
+
+// R states of a block over a chunk: h before it -> after it; OUT: y [T][W] += h C. KEEP: decay and h before each token.
+// delta, drive = Δ, Δ x [T][W]; B, C [R][T]; A2, h [R][W].
+template <bool NEAR, bool OUT, bool KEEP>
+static void scan(const float *A2, const float *delta, const float *drive, const float *B, const float *C, float *h,
+                 float *y, float *decays, float *states) {
+  V a[R], s[R];
+  for (int r = 0; r < R; r++) a[r] = load(A2 + r * W), s[r] = load(h + r * W);
+  for (int t = 0; t < T; t++) {
+    V dt = load(delta + t * W), in = load(drive + t * W), sum = splat(0.f);
+    for (int r = 0; r < R; r++) {
+      V e = decay<NEAR>(a[r] * dt);
+      if (KEEP) store(decays + (t * R + r) * W, e), store(states + (t * R + r) * W, s[r]);
+      s[r] = times<NEAR>(e, s[r], in * B[r * T + t]);
+      if (OUT) sum += s[r] * C[r * T + t];
+    }
+    if (OUT) add(y + t * W, sum);
+  }
+  for (int r = 0; r < R; r++) store(h + r * W, s[r]);
+}
+
+// The adjoint of `scan`. h [R][W] is the state after the chunk; carry [R][W]: E G of the token after the chunk -> of its
+// first. Adds to ddrive, ddelta [T][W] (that in units of ln 2), dA [R][W], dB and dC [R][T].
+template <bool NEAR, bool OUT>
+static void scan_back(const float *A2, const float *delta, const float *drive, const float *B, const float *C,
+                      const float *h, const float *gy, const float *decays, const float *states, float *carry,
+                      float *ddrive, float *ddelta, float *dA, float *dB, float *dC) {
+  V a[R], s[R], eG[R], sumA[R];
+  for (int r = 0; r < R; r++) a[r] = load(A2 + r * W), s[r] = load(h + r * W), eG[r] = load(carry + r * W), sumA[r] = splat(0.f);
+  for (int t0 = T - W; t0 >= 0; t0 -= W) {
+    V forB[R][W], forC[R][W];
+    for (int i = W - 1; i >= 0; i--) {
+      const int t = t0 + i;
+      V dt = load(delta + t * W), in = load(drive + t * W), g = OUT ? load(gy + t * W) : splat(0.f);
+      V sum_in = load(ddrive + t * W), sum_dt = load(ddelta + t * W);
+      for (int r = 0; r < R; r++) {
+        V e = load(decays + (t * R + r) * W), before = load(states + (t * R + r) * W), G = eG[r];
+        if (OUT) G += g * C[r * T + t], forC[r][i] = g * s[r];
+        forB[r][i] = G * in;
+        sum_in += G * B[r * T + t];
+        eG[r] = NEAR ? e * G + G : e * G;
+        V lambda = eG[r] * before;
+        sum_dt += a[r] * lambda;
+        sumA[r] += dt * lambda;
+        s[r] = before;
+      }
+      store(ddrive + t * W, sum_in), store(ddelta + t * W, sum_dt);
+    }
+    for (int r = 0; r < R; r++) {
+      add(dB + r * T + t0, lane_sums(forB[r]));
+      if (OUT) add(dC + r * T + t0, lane_sums(forC[r]));
+    }
+  }
+  for (int r = 0; r < R; r++) store(carry + r * W, eG[r]), add(dA + r * W, sumA[r]);
+}
+
+// Sums of one unit's gradients; lanes are channels, in the order of Net's.
+struct Sums {
+  float *conv, *conv_b, *in_z, *dt_w, *dt_b, *D, *out, *A, *proj, *first;  // conv as a whole: of Net's, in_x included
+  static int64_t size(const Net &m) { return (m.lags + 6 + m.n + m.rows + 3) * m.lanes + W; }
+  Sums(const Net &m, float *p)
+      : conv(p), conv_b(conv + m.lags * m.lanes), in_z(conv_b + m.lanes), dt_w(in_z + m.lanes), dt_b(dt_w + m.lanes),
+        D(dt_b + m.lanes), out(D + m.lanes), A(out + m.lanes), proj(A + m.n * m.lanes),
+        first(proj + (m.rows + 3) * m.lanes) {}
+};
+
+// One thread's chunk.
+struct Chunk {
+  const Net &m;
+  const Sequences &s;
+  Array tokens, x, slope, dx, P, dP;                       // [blocks][T][W]: x, silu', ∂/∂x; P, dP [rows][T]
+  Array delta, drive, y, gy, ddelta, ddrive, gate, dgate;  // one block's, [T][W]
+  Array lanewise, decays, states, carry;                   // [T][W]; [T][R][W]; [blocks][groups][R][W]
+  float *u;                                                // the chunk's tokens; those before it lie before it
+  int64_t base;                                            // the first one's position
+  std::vector<int64_t> active;                             // rows of proj in use
+
+  Chunk(const Net &m, const Sequences &s, bool back)
+      : m(m), s(s), tokens(m.lags + T), x(m.lanes * T), slope(back ? m.lanes * T : 0), dx(back ? m.lanes * T : 0),
+        P(m.rows * T), dP(back ? (m.rows + 3) * T : 0), delta(T * W), drive(T * W), y(T * W), gy(T * W),
+        ddelta(T * W), ddrive(T * W), gate(T * W), dgate(T * W), lanewise(T * W), decays(T * R * W), states(T * R * W),
+        carry(back ? m.n * m.lanes : 0), u(tokens + m.lags - 1) {}
+
+  // x_t = silu(conv u) of chunk j, all blocks; SLOPE: silu' too.
+  template <bool SLOPE>
+  void inputs(const Unit &q, int64_t j) {
+    base = q.length - (j + 1) * T;
+    tokens_of(s, q, base - (m.lags - 1), m.lags - 1 + T, tokens);
+    for (int64_t b = 0; b < m.blocks; b++)
+      for (int t = 0; t < T; t += 8) {
+        V a[8];
+        for (int i = 0; i < 8; i++) a[i] = load(m.conv_b + b * W);
+        for (int64_t k = 0; k < m.lags; k++) {
+          V w = load(m.conv + (b * m.lags + k) * W);
+          for (int i = 0; i < 8; i++) a[i] += w * u[t + i - k];
+        }
+        for (int i = 0; i < 8; i++) {
+          V g = sigmoid(a[i]), v = a[i] * g;
+          store(x + (b * T + t + i) * W, v);
+          if (SLOPE) store(slope + (b * T + t + i) * W, g + v * (1.f - g));
+        }
+      }
+    for (int64_t b = 0; b < m.blocks; b++)
+      for (int64_t t = 0; t < std::min<int64_t>(T, -base); t++) store(x + (b * T + t) * W, splat(0.f));
+  }
+
+  // dt, and B of the groups of states that have started; OUT: all of dt, B, C.
+  void project(const int32_t *plan, int64_t j, bool out) {
+    active.assign(1, 0);
+    for (int64_t r = 0; r < m.P.n; r++) {
+      bool started = out;
+      for (int64_t b = 0; b < m.blocks && !started; b++) started = j < plan[b * m.groups + r / R];
+      if (started) active.push_back(1 + r);
+    }
+    for (int64_t r = 0; r < m.P.n && out; r++) active.push_back(1 + m.n + r);
+    for (int64_t row : active)
+      for (int t = 0; t < T; t += W) {
+        V a[W];
+        for (int i = 0; i < W; i++) a[i] = splat(0.f);
+        for (int64_t b = 0; b < m.blocks; b++) {
+          V w = load(m.proj + row * m.lanes + b * W);
+          for (int i = 0; i < W; i++) a[i] += w * load(x + (b * T + t + i) * W);
+        }
+        store(P + row * T + t, lane_sums(a));
+      }
+  }
+
+  // A block's Δ and Δ x; their largest Δ.
+  V steps(int64_t b) {
+    V w = load(m.dt_w + b * W), bias = load(m.dt_b + b * W), most = splat(0.f);
+    for (int t = 0; t < T; t++) {
+      V d = base + t < 0 ? splat(0.f) : vmin(softplus(w * P[t] + bias), splat(1e30f));  // A Δ stays finite
+      most = vmax(most, d);
+      store(delta + t * W, d), store(drive + t * W, d * load(x + (b * T + t) * W));
+    }
+    return most;
+  }
+  bool near(int64_t group, V most) const {
+    float x[W];
+    store(x, load(m.least + group * W) * most);
+    bool near = true;
+    for (int i = 0; i < W; i++) near &= x[i] >= -0.5f;
+    return near;
+  }
+  const float *B(int64_t g) const { return P + (1 + g * R) * T; }
+  const float *C(int64_t g) const { return P + (1 + m.n + g * R) * T; }
+};
+
+// plan [units][blocks][groups]: the number of chunks, from the end, that a group of states is scanned over.
+static void plan_unit(Chunk &c, const Unit &q, int32_t *plan) {
+  const Net &m = c.m;
+  const int64_t count = m.blocks * m.groups;
+  std::vector<float> gone(m.lanes, 0.f);  // the decay's Σ Δ from chunk j on, at least
+  std::fill(plan, plan + count, 0);
+  int64_t j = (q.outputs + T - 1) / T, open = count;
+  for (; j < q.chunks; j++) {
+    c.inputs<false>(q, j);
+    V dt = splat(0.f);
+    for (int64_t b = 0; b < m.blocks; b++) {
+      V sum = splat(0.f);
+      for (int t = 0; t < T; t++) sum += load(c.x + (b * T + t) * W);
+      dt += sum * load(m.proj + b * W) * (1.f / T);
+    }
+    float mean = 0;
+    for (int i = 0; i < W; i++) mean += dt[i];
+    for (int64_t b = 0; b < m.blocks; b++) {
+      V total = load(gone.data() + b * W) + (float)T * softplus(load(m.dt_w + b * W) * mean + load(m.dt_b + b * W));
+      store(gone.data() + b * W, total);
+      for (int64_t g = 0; g < m.groups; g++) {
+        if (plan[b * m.groups + g]) continue;
+        bool felt = false;
+        for (int r = 0; r < R; r++) {
+          V decayed = load(m.A2 + ((b * m.groups + g) * R + r) * W) * total;
+          for (int i = 0; i < W; i++) felt |= !(decayed[i] < -FORGOTTEN);
+        }
+        if (!felt) plan[b * m.groups + g] = j + 1, open--;
+      }
+    }
+    if (!open) return;
+  }
+  for (int64_t i = 0; i < count; i++)
+    if (!plan[i]) plan[i] = j;
+}
+
+// Where a group's h before chunk j is: all of them are kept, [chunks][R][W] a group, or only the latest, [R][W].
+struct States {
+  float *p;
+  bool all;
+  std::vector<int64_t> at;
+  States(const Net &m, const int32_t *plan, float *p, bool all) : p(p), all(all), at(m.blocks * m.groups + 1, 0) {
+    for (int64_t i = 0; i < m.blocks * m.groups; i++) at[i + 1] = at[i] + (all ? plan[i] : 1) * R * W;
+  }
+  float *of(int64_t group, int64_t j) const { return p + at[group] + (all ? j * R * W : 0); }
+};
+
+// y [outputs], and h before each chunk; y null: only that.
+static void forward_unit(Chunk &c, const Unit &q, const int32_t *plan, const States &h, float *y) {
+  const Net &m = c.m;
+  const int64_t count = m.blocks * m.groups, chunks = *std::max_element(plan, plan + count);
+  for (int64_t i = 0; i < count; i++) std::memset(h.of(i, plan[i] - 1), 0, R * W * sizeof(float));
+  for (int64_t j = chunks - 1; j >= 0; j--) {
+    const bool out = y && j * T < q.outputs;
+    c.inputs<false>(q, j);
+    c.project(plan, j, out);
+    std::memset(c.lanewise, 0, T * W * sizeof(float));
+    for (int64_t b = 0; b < m.blocks; b++) {
+      if (j >= *std::max_element(plan + b * m.groups, plan + (b + 1) * m.groups)) continue;
+      V most = c.steps(b);
+      std::memset(c.y, 0, T * W * sizeof(float));
+      for (int64_t g = 0; g < m.groups; g++) {
+        const int64_t i = b * m.groups + g;
+        if (j >= plan[i]) continue;
+        float *to = h.of(i, std::max<int64_t>(j - 1, 0)), unused[R * W], *state = j ? to : unused;
+        std::memmove(state, h.of(i, j), R * W * sizeof(float));
+        auto run = c.near(i, most) ? (out ? scan<true, true, false> : scan<true, false, false>)
+                                   : (out ? scan<false, true, false> : scan<false, false, false>);
+        run(m.A2 + i * R * W, c.delta, c.drive, c.B(g), c.C(g), state, c.y, nullptr, nullptr);
+      }
+      if (!out) continue;
+      V D = load(m.D + b * W), w = load(m.out + b * W), in_z = load(m.in_z + b * W);
+      for (int t = 0; t < T; t++) {
+        V z = in_z * c.u[t], Y = load(c.y + t * W) + D * load(c.x + (b * T + t) * W);
+        add(c.lanewise + t * W, w * Y * z * sigmoid(z));
+      }
+    }
+    if (!out) continue;
+    float sums[T] = {};
+    add_lane_sums(c.lanewise, sums);
+    const int64_t skip = std::max<int64_t>(0, (j + 1) * T - q.outputs);
+    std::memcpy(y + q.outputs - (j + 1) * T + skip, sums + skip, (T - skip) * sizeof(float));
+  }
+}
+
+// gy [outputs] -> sums.
+static void backward_unit(Chunk &c, const Unit &q, const int32_t *plan, const States &h, const float *gy, const Sums &sum) {
+  const Net &m = c.m;
+  const int64_t count = m.blocks * m.groups, chunks = *std::max_element(plan, plan + count);
+  std::memset(c.carry, 0, count * R * W * sizeof(float));
+  for (int64_t j = 0; j < chunks; j++) {
+    const bool out = j * T < q.outputs;
+    float g[T] = {};
+    const int64_t skip = std::max<int64_t>(0, (j + 1) * T - q.outputs);
+    if (out) std::memcpy(g + skip, gy + q.outputs - (j + 1) * T + skip, (T - skip) * sizeof(float));
+    c.inputs<true>(q, j);
+    c.project(plan, j, out);
+    std::memset(c.dP, 0, (m.rows + 3) * T * sizeof(float));
+    std::memset(c.lanewise, 0, T * W * sizeof(float));  // ∂/∂dt
+    for (int64_t b = 0; b < m.blocks; b++) {
+      float *dx = c.dx + b * T * W;
+      const float *x = c.x + b * T * W;
+      if (j >= *std::max_element(plan + b * m.groups, plan + (b + 1) * m.groups)) {
+        std::memset(dx, 0, T * W * sizeof(float));
+        continue;
+      }
+      V most = c.steps(b), w = load(m.out + b * W), in_z = load(m.in_z + b * W);
+      for (float *p : {c.y.p, c.ddelta.p, c.ddrive.p}) std::memset(p, 0, T * W * sizeof(float));
+      for (int t = 0; t < T && out; t++) {
+        V z = in_z * c.u[t], s = sigmoid(z), gate = z * s;
+        store(c.gate + t * W, gate), store(c.dgate + t * W, s + gate * (1.f - s)), store(c.gy + t * W, g[t] * w * gate);
+      }
+      for (int64_t group = 0; group < m.groups; group++) {
+        const int64_t i = b * m.groups + group;
+        if (j >= plan[i]) continue;
+        const bool near = c.near(i, most);
+        float state[R * W], *dP = c.dP + (1 + group * R) * T, *dC = dP + m.n * T;
+        std::memcpy(state, h.of(i, j), sizeof state);
+        auto again = near ? (out ? scan<true, true, true> : scan<true, false, true>)
+                          : (out ? scan<false, true, true> : scan<false, false, true>);
+        again(m.A2 + i * R * W, c.delta, c.drive, c.B(group), c.C(group), state, c.y, c.decays, c.states);
+        auto back = near ? (out ? scan_back<true, true> : scan_back<true, false>)
+                         : (out ? scan_back<false, true> : scan_back<false, false>);
+        back(m.A2 + i * R * W, c.delta, c.drive, c.B(group), c.C(group), state, c.gy, c.decays, c.states,
+             c.carry + i * R * W, c.ddrive, c.ddelta, sum.A + i * R * W, dP, dC);
+      }
+      V dt_w = load(m.dt_w + b * W), dt_b = load(m.dt_b + b * W), D = load(m.D + b * W);
+      V sum_w = splat(0.f), sum_b = sum_w, sum_D = sum_w, sum_out = sum_w, sum_z = sum_w;
+      for (int t = 0; t < T; t++) {
+        V v = load(x + t * W), into = load(c.ddrive + t * W), back = into * load(c.delta + t * W);
+        if (out) {
+          V gt = load(c.gy + t * W), Y = g[t] * (load(c.y + t * W) + D * v);
+          back += gt * D;
+          sum_D += gt * v;
+          sum_out += Y * load(c.gate + t * W);
+          sum_z += Y * w * load(c.dgate + t * W) * c.u[t];
+        }
+        V da = (load(c.ddelta + t * W) * 0.693147181f + into * v) * sigmoid(dt_w * c.P[t] + dt_b);
+        sum_w += da * c.P[t], sum_b += da;
+        add(c.lanewise + t * W, da * dt_w);
+        store(dx + t * W, back);
+      }
+      add(sum.dt_w + b * W, sum_w), add(sum.dt_b + b * W, sum_b);
+      add(sum.D + b * W, sum_D), add(sum.out + b * W, sum_out), add(sum.in_z + b * W, sum_z);
+    }
+    add_lane_sums(c.lanewise, c.dP);
+    while (c.active.size() % 4) c.active.push_back(m.rows);  // rows of zeros, a multiple of 4 together
+    for (int64_t b = 0; b < m.blocks; b++) {
+      float *dx = c.dx + b * T * W;
+      const float *x = c.x + b * T * W;
+      // Through the projections, proj [rows][d], to proj and x; then silu.
+      for (size_t r = 0; r < c.active.size(); r += 4) {
+        V part[4] = {};
+        const float *dP[4];
+        for (int i = 0; i < 4; i++) dP[i] = c.dP + c.active[r + i] * T;
+        for (int t = 0; t < T; t++) {
+          V v = load(x + t * W);
+          for (int i = 0; i < 4; i++) part[i] += v * dP[i][t];
+        }
+        for (int i = 0; i < 4; i++) add(sum.proj + c.active[r + i] * m.lanes + b * W, part[i]);
+      }
+      V sum_b = splat(0.f);
+      for (int t = 0; t < T; t += 8) {
+        V v[8];
+        for (int i = 0; i < 8; i++) v[i] = load(dx + (t + i) * W);
+        for (int64_t row : c.active) {
+          if (row == m.rows) break;
+          V w = load(m.proj + row * m.lanes + b * W);
+          for (int i = 0; i < 8; i++) v[i] += w * c.dP[row * T + t + i];
+        }
+        for (int i = 0; i < 8; i++) {
+          v[i] *= load(c.slope + (b * T + t + i) * W);
+          sum_b += v[i];
+          store(dx + (t + i) * W, v[i]);
+        }
+      }
+      add(sum.conv_b + b * W, sum_b);
+      for (int64_t k = 0; k < m.lags; k += 4) {
+        V part[4] = {};
+        for (int t = 0; t < T; t++) {
+          V v = load(dx + t * W);
+          for (int i = 0; i < 4; i++) part[i] += v * c.u[t - k - i];
+        }
+        for (int i = 0; i < 4; i++) add(sum.conv + (b * m.lags + k + i) * W, part[i]);
+      }
+      if (c.s.has_first)  // token 0 is what a_t sees with lag t
+        for (int64_t t = std::max<int64_t>(0, -c.base); t < T && c.base + t < m.lags; t++)
+          add(sum.first, load(dx + t * W) * load(m.conv + (b * m.lags + c.base + t) * W));
+    }
+  }
+}
+
+// body(unit) for all of them on `threads` threads, the longest first.
+static void on_units(const std::vector<Unit> &units, int threads, const std::function<std::function<void(int64_t)>()> &body) {
+  std::vector<int64_t> order(units.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return units[a].outputs > units[b].outputs; });
+  std::atomic<size_t> next{0};
+  threads = std::min<int64_t>(threads, units.size());
+  on_threads(threads, threads, [&](int, int64_t, int64_t) {
+    auto run = body();
+    for (size_t i; (i = next++) < order.size();) run(order[i]);
+  });
+}
+
+// The number of plan's entries.
+extern "C" int64_t mamba_tails_plan_size(const Params *params, const Sequences *s) {
+  Net m(*params);
+  return units_of(*s).size() * m.blocks * m.groups;
+}
+
+// Writes plan; returns how many numbers the h before all chunks are.
+extern "C" int64_t mamba_tails_plan(const Params *params, const Sequences *s, int32_t *plan, int threads) {
+  Net m(*params);
+  const auto units = units_of(*s);
+  const int64_t count = m.blocks * m.groups;
+  on_units(units, threads, [&] {
+    auto c = std::make_shared<Chunk>(m, *s, false);
+    return [&, c](int64_t i) { plan_unit(*c, units[i], plan + i * count); };
+  });
+  return std::accumulate(plan, plan + units.size() * count, (int64_t)0) * R * W;
+}
+
+// y [weights]; h: that many numbers for `backward`, or null.
+extern "C" void mamba_tails_forward(const Params *params, const Sequences *s, const int32_t *plan, float *h, float *y,
+                                    int threads) {
+  Net m(*params);
+  const auto units = units_of(*s);
+  const int64_t count = m.blocks * m.groups;
+  std::vector<int64_t> at(units.size() + 1, 0);
+  for (size_t i = 0; i < units.size(); i++) at[i + 1] = std::accumulate(plan + i * count, plan + (i + 1) * count, at[i]);
+  on_units(units, threads, [&] {
+    auto c = std::make_shared<Chunk>(m, *s, false);
+    auto latest = std::make_shared<Array>(h ? 0 : count * R * W);
+    return [&, c, latest](int64_t i) {
+      const Unit &q = units[i];
+      const int32_t *p = plan + i * count;
+      States states(m, p, h ? h + at[i] * R * W : latest->p, h);
+      forward_unit(*c, q, p, states, y + q.offset + q.start);
+    };
+  });
+}
+
+// gy [weights] -> gfirst [layers] if has_first, and grads: [in_x d | in_z d | conv d k | conv_b d | xproj (1 + 2n) d |
+// dt_w d | dt_b d | A d n | D d | out d], A's with respect to A = -exp(A_log). h: forward's, or null.
+extern "C" void mamba_tails_backward(const Params *params, const Sequences *s, const int32_t *plan, float *h,
+                                     const float *gy, float *gfirst, float *grads, int threads) {
+  const Params &P = *params;
+  Net m(P);
+  const auto units = units_of(*s);
+  const int64_t count = m.blocks * m.groups, size = Sums::size(m), d = P.d, n = P.n, K = P.k;
+  std::vector<int64_t> at(units.size() + 1, 0);
+  for (size_t i = 0; i < units.size(); i++) at[i + 1] = std::accumulate(plan + i * count, plan + (i + 1) * count, at[i]);
+  Array parts(units.size() * size);
+  on_units(units, threads, [&] {
+    auto c = std::make_shared<Chunk>(m, *s, true);
+    return [&, c](int64_t i) {
+      const Unit &q = units[i];
+      const int32_t *p = plan + i * count;
+      Array own(h ? 0 : (at[i + 1] - at[i]) * R * W);
+      States states(m, p, h ? h + at[i] * R * W : own.p, true);
+      if (!h) forward_unit(*c, q, p, states, nullptr);
+      backward_unit(*c, q, p, states, gy + q.offset + q.start, Sums(m, parts + i * size));
+    };
+  });
+  std::vector<double> total(size, 0.);
+  for (int64_t i = 0; i < s->layers * s->has_first; i++) gfirst[i] = 0;
+  for (size_t i = 0; i < units.size(); i++) {
+    const float *part = parts + i * size;
+    for (int64_t k = 0; k < size; k++) total[k] += part[k];
+    if (s->has_first) gfirst[units[i].layer] += std::accumulate(part + size - W, part + size, 0.);
+  }
+  const Sums at0(m, nullptr);  // only its distances
+  auto from = [&](const float *p) { return total.data() + (p - at0.conv); };
+  float *in_x = grads, *in_z = in_x + d, *conv = in_z + d, *conv_b = conv + d * K, *xproj = conv_b + d,
+        *dt_w = xproj + (1 + 2 * n) * d, *dt_b = dt_w + d, *A = dt_b + d, *D = A + d * n, *out = D + d;
+  for (int64_t i = 0; i < m.lanes; i++) {
+    const int64_t c = m.channel[i], b = i / W, lane = i % W;
+    if (c < 0) continue;
+    double in = 0;
+    for (int64_t k = 0; k < K; k++) {
+      const double g = from(at0.conv)[(b * m.lags + k) * W + lane];
+      in += g * P.conv[c * K + K - 1 - k];
+      conv[c * K + K - 1 - k] = g * P.in_x[c];
+    }
+    in_x[c] = in, in_z[c] = from(at0.in_z)[i], conv_b[c] = from(at0.conv_b)[i];
+    for (int64_t r = 0; r < 1 + 2 * n; r++) xproj[r * d + c] = from(at0.proj)[m.row(r) * m.lanes + i];
+    dt_w[c] = from(at0.dt_w)[i], dt_b[c] = from(at0.dt_b)[i], D[c] = from(at0.D)[i], out[c] = from(at0.out)[i];
+    for (int64_t r = 0; r < n; r++) A[c * n + r] = from(at0.A)[(b * m.n + r) * W + lane];
+  }
+}
+#endif
