@@ -396,7 +396,10 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
 #ifndef CHUNK
 #define CHUNK 64
 #endif
-constexpr int T = CHUNK, R = 2;
+#ifndef RR
+#define RR 2
+#endif
+constexpr int T = CHUNK, R = RR;
 constexpr int64_t SEGMENT = 1 << 18;
 constexpr float FORGOTTEN = 21 * LOG2E;
 static_assert(T % W == 0 && T % 8 == 0, "chunks are whole vectors of tokens");
@@ -452,12 +455,12 @@ struct Net {
   int64_t blocks, groups, n, lags, rows, lanes;  // n, lags: the states and k, rounded up to R and 4; rows: of proj
   std::vector<int64_t> channel;               // of each lane, -1 for an empty one
   Array conv, conv_b, in_z, dt_w, dt_b, D, out;  // conv [blocks][lags][W], in_x included; the others [lanes]
-  Array A2, least, proj;  // [blocks][groups][R][W]; the group's fastest [blocks][groups][W]; [rows][blocks][W]
+  Array A2, least, proj;  // [blocks][groups][R][W]; the group's fastest [blocks][groups][W]; [rows + 1][blocks][W]
 
   explicit Net(const Params &P)
       : P(P), blocks((P.d + W - 1) / W), groups((P.n + R - 1) / R), n(groups * R), lags((P.k + 3) / 4 * 4),
         rows(1 + 2 * n), lanes(blocks * W), channel(lanes, -1), conv(blocks * lags * W), conv_b(lanes), in_z(lanes),
-        dt_w(lanes), dt_b(lanes), D(lanes), out(lanes), A2(n * lanes), least(groups * lanes), proj(rows * lanes) {
+        dt_w(lanes), dt_b(lanes), D(lanes), out(lanes), A2(n * lanes), least(groups * lanes), proj((rows + 1) * lanes) {
     std::vector<std::pair<float, int64_t>> order;
     for (int64_t c = 0; c < P.d; c++) {
       const float decay = *std::max_element(P.A2 + c * P.n, P.A2 + (c + 1) * P.n) * std::log1p(std::exp(P.dt_b[c]));
@@ -495,20 +498,24 @@ template <int S, int... i>
 static inline V halve(V a, V b, std::integer_sequence<int, i...>) {
   return pick<(i & S ? W + i : i)...>(a, b) + pick<(i & S ? W + (i ^ S) : (i ^ S))...>(a, b);
 }
-template <int S>
-static inline void sums(V *v) {
-  for (int i = 0; i < S; i++) v[i] = halve<S>(v[i], v[i + S], std::make_integer_sequence<int, W>());
-  if constexpr (S > 1) sums<S / 2>(v);
+template <int S = W / 2>
+static inline V lane_sums(const V *v) {  // v [W] -> the sum of v[i]'s lanes in lane i
+  if constexpr (S == 0) {
+    return v[0];
+  } else {
+    V half[S];
+    for (int i = 0; i < S; i++) half[i] = halve<S>(v[i], v[i + S], std::make_integer_sequence<int, W>());
+    return lane_sums<S / 2>(half);
+  }
 }
-static inline V lane_sums(V *v) { sums<W / 2>(v); return v[0]; }  // v [W] -> the sum of v[i]'s lanes in lane i
+static inline void add(float *p, V v) { store(p, load(p) + v); }
 static void add_lane_sums(const float *v, float *to) {  // v [T][W], to [T]
   for (int t0 = 0; t0 < T; t0 += W) {
     V part[W];
     for (int t = 0; t < W; t++) part[t] = load(v + (t0 + t) * W);
-    store(to + t0, load(to + t0) + lane_sums(part));
+    add(to + t0, lane_sums(part));
   }
 }
-static inline void add(float *p, V v) { store(p, load(p) + v); }
 
 // E = 2^x for x <= 0, exactly 1 for 0. NEAR is for x in [-0.5, 0] and gives E - 1, with a relative error of 9e-7: where
 // E is close to 1 a state remembers for 1 / (1 - E) tokens, and rounding E there would be rounding how long.
@@ -689,6 +696,94 @@ struct Chunk {
     for (int i = 0; i < W; i++) near &= x[i] >= -0.5f;
     return near;
   }
+
+  // silu(z) of a block, its derivative, and gy from the outputs' gradients g [T].
+  void gates(int64_t b, const float *g) {
+    V w = load(m.out + b * W), in_z = load(m.in_z + b * W);
+    for (int t = 0; t < T; t++) {
+      V z = in_z * u[t], s = sigmoid(z), silu = z * s;
+      store(gate + t * W, silu), store(dgate + t * W, s + silu * (1.f - s)), store(gy + t * W, g[t] * w * silu);
+    }
+  }
+
+  // From Y silu(z) out, beside the scan: to D, out and in_z.
+  void outputs_back(int64_t b, const float *g, const Sums &sum) {
+    V D = load(m.D + b * W), sum_D = splat(0.f), sum_out = sum_D, sum_z = sum_D;
+    for (int t = 0; t < T; t++) {
+      V v = load(x + (b * T + t) * W), Y = g[t] * (load(y + t * W) + D * v);
+      sum_D += load(gy + t * W) * v;
+      sum_out += Y * load(gate + t * W);
+      sum_z += Y * load(dgate + t * W) * u[t];
+    }
+    add(sum.D + b * W, sum_D), add(sum.out + b * W, sum_out), add(sum.in_z + b * W, sum_z * load(m.out + b * W));
+  }
+
+  // From Δ and Δ x to dt_w, dt_b, dt (lanewise) and x.
+  void steps_back(int64_t b, bool out, const Sums &sum) {
+    V w = load(m.dt_w + b * W), bias = load(m.dt_b + b * W), D = load(m.D + b * W), sum_w = splat(0.f), sum_b = sum_w;
+    for (int t = 0; t < T; t++) {
+      V into = load(ddrive + t * W), v = into * load(delta + t * W);
+      V da = (load(ddelta + t * W) * 0.693147181f + into * load(x + (b * T + t) * W)) * sigmoid(w * P[t] + bias);
+      sum_w += da * P[t], sum_b += da;
+      add(lanewise + t * W, da * w);
+      if (out) v += load(gy + t * W) * D;
+      store(dx + (b * T + t) * W, v);
+    }
+    add(sum.dt_w + b * W, sum_w), add(sum.dt_b + b * W, sum_b);
+  }
+
+  // From dP to proj and x.
+  void project_back(const Sums &sum) {
+    while (active.size() % 4) active.push_back(m.rows);  // rows of zeros
+    for (int64_t b = 0; b < m.blocks; b++) {
+      float *dxb = dx + b * T * W;
+      for (size_t r = 0; r < active.size(); r += 4) {
+        V part[4] = {};
+        const float *from[4];
+        for (int i = 0; i < 4; i++) from[i] = dP + active[r + i] * T;
+        for (int t = 0; t < T; t++) {
+          V v = load(x + (b * T + t) * W);
+          for (int i = 0; i < 4; i++) part[i] += v * from[i][t];
+        }
+        for (int i = 0; i < 4; i++) add(sum.proj + active[r + i] * m.lanes + b * W, part[i]);
+      }
+      for (int t = 0; t < T; t += 8) {
+        V v[8];
+        for (int i = 0; i < 8; i++) v[i] = load(dxb + (t + i) * W);
+        for (int64_t row : active) {
+          V w = load(m.proj + row * m.lanes + b * W);
+          for (int i = 0; i < 8; i++) v[i] += w * dP[row * T + t + i];
+        }
+        for (int i = 0; i < 8; i++) store(dxb + (t + i) * W, v[i]);
+      }
+    }
+  }
+
+  // From x through silu and the convolution to conv, conv_b and `first`.
+  void inputs_back(const Sums &sum) {
+    for (int64_t b = 0; b < m.blocks; b++) {
+      float *da = dx + b * T * W;
+      V sum_b = splat(0.f);
+      for (int t = 0; t < T; t++) {
+        V v = load(da + t * W) * load(slope + (b * T + t) * W);
+        sum_b += v;
+        store(da + t * W, v);
+      }
+      add(sum.conv_b + b * W, sum_b);
+      for (int64_t k = 0; k < m.lags; k += 4) {
+        V part[4] = {};
+        for (int t = 0; t < T; t++) {
+          V v = load(da + t * W);
+          for (int i = 0; i < 4; i++) part[i] += v * u[t - k - i];
+        }
+        for (int i = 0; i < 4; i++) add(sum.conv + (b * m.lags + k + i) * W, part[i]);
+      }
+      if (s.has_first)  // token 0 is what a_t sees with lag t
+        for (int64_t t = std::max<int64_t>(0, -base); t < T && base + t < m.lags; t++)
+          add(sum.first, load(da + t * W) * load(m.conv + (b * m.lags + base + t) * W));
+    }
+  }
+
   const float *B(int64_t g) const { return P + (1 + g * R) * T; }
   const float *C(int64_t g) const { return P + (1 + m.n + g * R) * T; }
 };
@@ -793,23 +888,19 @@ static void backward_unit(Chunk &c, const Unit &q, const int32_t *plan, const St
     std::memset(c.dP, 0, (m.rows + 3) * T * sizeof(float));
     std::memset(c.lanewise, 0, T * W * sizeof(float));  // ∂/∂dt
     for (int64_t b = 0; b < m.blocks; b++) {
-      float *dx = c.dx + b * T * W;
-      const float *x = c.x + b * T * W;
       if (j >= *std::max_element(plan + b * m.groups, plan + (b + 1) * m.groups)) {
-        std::memset(dx, 0, T * W * sizeof(float));
+        std::memset(c.dx + b * T * W, 0, T * W * sizeof(float));
         continue;
       }
-      V most = c.steps(b), w = load(m.out + b * W), in_z = load(m.in_z + b * W);
+      V most = c.steps(b);
+      if (out) c.gates(b, g);
       for (float *p : {c.y.p, c.ddelta.p, c.ddrive.p}) std::memset(p, 0, T * W * sizeof(float));
-      for (int t = 0; t < T && out; t++) {
-        V z = in_z * c.u[t], s = sigmoid(z), gate = z * s;
-        store(c.gate + t * W, gate), store(c.dgate + t * W, s + gate * (1.f - s)), store(c.gy + t * W, g[t] * w * gate);
-      }
       for (int64_t group = 0; group < m.groups; group++) {
         const int64_t i = b * m.groups + group;
         if (j >= plan[i]) continue;
+        if (j + 1 < plan[i]) for (int k = 0; k < R * W; k += 16) __builtin_prefetch(h.of(i, j + 1) + k);
         const bool near = c.near(i, most);
-        float state[R * W], *dP = c.dP + (1 + group * R) * T, *dC = dP + m.n * T;
+        float state[R * W], *dB = c.dP + (1 + group * R) * T, *dC = dB + m.n * T;
         std::memcpy(state, h.of(i, j), sizeof state);
         auto again = near ? (out ? scan<true, true, true> : scan<true, false, true>)
                           : (out ? scan<false, true, true> : scan<false, false, true>);
@@ -817,71 +908,14 @@ static void backward_unit(Chunk &c, const Unit &q, const int32_t *plan, const St
         auto back = near ? (out ? scan_back<true, true> : scan_back<true, false>)
                          : (out ? scan_back<false, true> : scan_back<false, false>);
         back(m.A2 + i * R * W, c.delta, c.drive, c.B(group), c.C(group), state, c.gy, c.decays, c.states,
-             c.carry + i * R * W, c.ddrive, c.ddelta, sum.A + i * R * W, dP, dC);
+             c.carry + i * R * W, c.ddrive, c.ddelta, sum.A + i * R * W, dB, dC);
       }
-      V dt_w = load(m.dt_w + b * W), dt_b = load(m.dt_b + b * W), D = load(m.D + b * W);
-      V sum_w = splat(0.f), sum_b = sum_w, sum_D = sum_w, sum_out = sum_w, sum_z = sum_w;
-      for (int t = 0; t < T; t++) {
-        V v = load(x + t * W), into = load(c.ddrive + t * W), back = into * load(c.delta + t * W);
-        if (out) {
-          V gt = load(c.gy + t * W), Y = g[t] * (load(c.y + t * W) + D * v);
-          back += gt * D;
-          sum_D += gt * v;
-          sum_out += Y * load(c.gate + t * W);
-          sum_z += Y * w * load(c.dgate + t * W) * c.u[t];
-        }
-        V da = (load(c.ddelta + t * W) * 0.693147181f + into * v) * sigmoid(dt_w * c.P[t] + dt_b);
-        sum_w += da * c.P[t], sum_b += da;
-        add(c.lanewise + t * W, da * dt_w);
-        store(dx + t * W, back);
-      }
-      add(sum.dt_w + b * W, sum_w), add(sum.dt_b + b * W, sum_b);
-      add(sum.D + b * W, sum_D), add(sum.out + b * W, sum_out), add(sum.in_z + b * W, sum_z);
+      if (out) c.outputs_back(b, g, sum);
+      c.steps_back(b, out, sum);
     }
     add_lane_sums(c.lanewise, c.dP);
-    while (c.active.size() % 4) c.active.push_back(m.rows);  // rows of zeros, a multiple of 4 together
-    for (int64_t b = 0; b < m.blocks; b++) {
-      float *dx = c.dx + b * T * W;
-      const float *x = c.x + b * T * W;
-      // Through the projections, proj [rows][d], to proj and x; then silu.
-      for (size_t r = 0; r < c.active.size(); r += 4) {
-        V part[4] = {};
-        const float *dP[4];
-        for (int i = 0; i < 4; i++) dP[i] = c.dP + c.active[r + i] * T;
-        for (int t = 0; t < T; t++) {
-          V v = load(x + t * W);
-          for (int i = 0; i < 4; i++) part[i] += v * dP[i][t];
-        }
-        for (int i = 0; i < 4; i++) add(sum.proj + c.active[r + i] * m.lanes + b * W, part[i]);
-      }
-      V sum_b = splat(0.f);
-      for (int t = 0; t < T; t += 8) {
-        V v[8];
-        for (int i = 0; i < 8; i++) v[i] = load(dx + (t + i) * W);
-        for (int64_t row : c.active) {
-          if (row == m.rows) break;
-          V w = load(m.proj + row * m.lanes + b * W);
-          for (int i = 0; i < 8; i++) v[i] += w * c.dP[row * T + t + i];
-        }
-        for (int i = 0; i < 8; i++) {
-          v[i] *= load(c.slope + (b * T + t + i) * W);
-          sum_b += v[i];
-          store(dx + (t + i) * W, v[i]);
-        }
-      }
-      add(sum.conv_b + b * W, sum_b);
-      for (int64_t k = 0; k < m.lags; k += 4) {
-        V part[4] = {};
-        for (int t = 0; t < T; t++) {
-          V v = load(dx + t * W);
-          for (int i = 0; i < 4; i++) part[i] += v * c.u[t - k - i];
-        }
-        for (int i = 0; i < 4; i++) add(sum.conv + (b * m.lags + k + i) * W, part[i]);
-      }
-      if (c.s.has_first)  // token 0 is what a_t sees with lag t
-        for (int64_t t = std::max<int64_t>(0, -c.base); t < T && c.base + t < m.lags; t++)
-          add(sum.first, load(dx + t * W) * load(m.conv + (b * m.lags + c.base + t) * W));
-    }
+    c.project_back(sum);
+    c.inputs_back(sum);
   }
 }
 
