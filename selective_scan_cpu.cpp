@@ -498,14 +498,16 @@ template <int S, int... i>
 static inline V halve(V a, V b, std::integer_sequence<int, i...>) {
   return pick<(i & S ? W + i : i)...>(a, b) + pick<(i & S ? W + (i ^ S) : (i ^ S))...>(a, b);
 }
-template <int S = W / 2>
-static inline V lane_sums(const V *v) {  // v [W] -> the sum of v[i]'s lanes in lane i
-  if constexpr (S == 0) {
+// v [N] -> one vector. With N = W and S = 1: the sum of v[i]'s lanes in lane i. N = 4 and then, for the 4 results, N = W / 4
+// and S = 4 is the same.
+template <int N = W, int S = 1>
+static inline V lane_sums(const V *v) {
+  if constexpr (N == 1) {
     return v[0];
   } else {
-    V half[S];
-    for (int i = 0; i < S; i++) half[i] = halve<S>(v[i], v[i + S], std::make_integer_sequence<int, W>());
-    return lane_sums<S / 2>(half);
+    V half[N / 2];
+    for (int i = 0; i < N / 2; i++) half[i] = halve<S>(v[2 * i], v[2 * i + 1], std::make_integer_sequence<int, W>());
+    return lane_sums<N / 2, 2 * S>(half);
   }
 }
 static inline void add(float *p, V v) { store(p, load(p) + v); }
@@ -582,27 +584,35 @@ static void scan_back(const float *A2, const float *delta, const float *drive, c
   V a[R], s[R], eG[R], sumA[R];
   for (int r = 0; r < R; r++) a[r] = load(A2 + r * W), s[r] = load(h + r * W), eG[r] = load(carry + r * W), sumA[r] = splat(0.f);
   for (int t0 = T - W; t0 >= 0; t0 -= W) {
-    V forB[R][W], forC[R][W];
-    for (int i = W - 1; i >= 0; i--) {
-      const int t = t0 + i;
-      V dt = load(delta + t * W), in = load(drive + t * W), g = OUT ? load(gy + t * W) : splat(0.f);
-      V sum_in = load(ddrive + t * W), sum_dt = load(ddelta + t * W);
-      for (int r = 0; r < R; r++) {
-        V e = load(decays + (t * R + r) * W), before = load(states + (t * R + r) * W), G = eG[r];
-        if (OUT) G += g * C[r * T + t], forC[r][i] = g * s[r];
-        forB[r][i] = G * in;
-        sum_in += G * B[r * T + t];
-        eG[r] = NEAR ? e * G + G : e * G;
-        V lambda = eG[r] * before;
-        sum_dt += a[r] * lambda;
-        sumA[r] += dt * lambda;
-        s[r] = before;
+    V forB[R][W / 4], forC[R][W / 4];  // summed over 4 lanes: the shuffles find room between the multiply-adds
+    for (int i = W - 4; i >= 0; i -= 4) {
+      V fourB[R][4], fourC[R][4];
+#pragma GCC unroll 4
+      for (int k = 3; k >= 0; k--) {
+        const int t = t0 + i + k;
+        V dt = load(delta + t * W), in = load(drive + t * W), g = OUT ? load(gy + t * W) : splat(0.f);
+        V sum_in = load(ddrive + t * W), sum_dt = load(ddelta + t * W);
+        for (int r = 0; r < R; r++) {
+          V e = load(decays + (t * R + r) * W), before = load(states + (t * R + r) * W), G = eG[r];
+          if (OUT) G += g * C[r * T + t], fourC[r][k] = g * s[r];
+          fourB[r][k] = G * in;
+          sum_in += G * B[r * T + t];
+          eG[r] = NEAR ? e * G + G : e * G;
+          V lambda = eG[r] * before;
+          sum_dt += a[r] * lambda;
+          sumA[r] += dt * lambda;
+          s[r] = before;
+        }
+        store(ddrive + t * W, sum_in), store(ddelta + t * W, sum_dt);
       }
-      store(ddrive + t * W, sum_in), store(ddelta + t * W, sum_dt);
+      for (int r = 0; r < R; r++) {
+        forB[r][i / 4] = lane_sums<4>(fourB[r]);
+        if (OUT) forC[r][i / 4] = lane_sums<4>(fourC[r]);
+      }
     }
     for (int r = 0; r < R; r++) {
-      add(dB + r * T + t0, lane_sums(forB[r]));
-      if (OUT) add(dC + r * T + t0, lane_sums(forC[r]));
+      add(dB + r * T + t0, lane_sums<W / 4, 4>(forB[r]));
+      if (OUT) add(dC + r * T + t0, lane_sums<W / 4, 4>(forC[r]));
     }
   }
   for (int r = 0; r < R; r++) store(carry + r * W, eG[r]), add(dA + r * W, sumA[r]);
