@@ -197,9 +197,8 @@ class SlowLSTM(nn.Module):
 
     def last(self, u: Tensor) -> Tensor:
         """u [B, L, 1] -> [B]: `forward(u)[:, -1, 0]`, chunk by chunk."""
-        return in_chunks(
-            self._last, numbers_at_once(u.device) // (2 * self.lstm.hidden_size * u.shape[1]), self.parameters(), u
-        )
+        numbers = 16 * self.lstm.hidden_size * u.shape[1]  # a sequence's gates and states, and their gradients
+        return in_chunks(self._last, numbers_at_once(u.device) // numbers, self.parameters(), u)
 
     def _last(self, u: Tensor) -> Tensor:
         _, (h, _) = self.lstm(u)  # h [1, B, hidden], the hidden state after the last token
@@ -512,7 +511,8 @@ class Learned(Generator):
         super().__init__(layers)
         self.length, self.t = length, 0  # t counts generate() calls
         self.register_buffer("history", self.latent.new_zeros(length, len(self.latent)))  # slot t % length: ĝ_t
-        self._graph = None  # G_{t−1} with the graph that made it
+        self._graph = None  # G_{t−1}, or the part of it that φ is trained on, with the graph that made it
+        self._chosen = None  # which part: weights' indices [M], or None for all of them
         self._make_views()
         self.register_load_state_dict_post_hook(lambda self, _: self._rebuild())
 
@@ -544,6 +544,8 @@ class Learned(Generator):
         """
         v = -D * self.ghat
         v /= v.norm().clamp_min(torch.finfo(v.dtype).tiny)
+        if self._chosen is not None:
+            v = v[self._chosen] * (len(v) / len(self._chosen))
         self.optimizer.zero_grad()
         self._graph.backward(v)
         self.optimizer.step()
@@ -565,16 +567,19 @@ class Learned(Generator):
         if self.t == 1:  # the very first step is plain STE
             torch.mul(D, self.ghat, out=self.G)
         else:
-            self._graph = self.build(D, pre)
-            self.G.copy_(self._graph)
+            self.G.copy_(self.build(D, pre))
         self.hand_back()
 
     def build(self, D: Tensor, pre: Tensor) -> Tensor:
+        """G_t; the graph that made it is kept for the next step."""
         with torch.enable_grad():
-            return self.transform(D, pre)
+            self._graph = self.transform(D, pre)
+        return self._graph.detach()
 
     def _rebuild(self) -> None:
-        self._graph = self.build(*self.calibrate()) if self.t > 1 else None
+        self._graph = None
+        if self.t > 1:
+            self.build(*self.calibrate())
 
     def get_extra_state(self) -> dict:
         return {"t": self.t, "optimizer": self.optimizer.state_dict()}
@@ -662,6 +667,7 @@ class LSTMFC(Learned):
         return D * self.newest * out[:, 0]
 
 
+ALL = slice(None)  # as an index: every weight
 RELEASED_OPTIONS = {"history": "flat", "normalize": "none", "fast_act": "none", "beta": 0.9, "length": 5}
 
 
@@ -679,6 +685,9 @@ class FSG(Learned):
     lre: whether there is a layer recognition embedding; `self.lre` is the nn.Embedding(layers, 1), or None.
     hidden: width of the fast-net and of the LSTM. fast_act: see FastNet (None: none under dorefa, tanh under bwn).
     d_state, d_conv, expand, scan: see SlowMamba. lr_fast, lr_slow: Adam's learning rates for φ.
+    hyper_sample: share of the weights, drawn anew each step, that φ is trained on (1: all). φ has some 8,000 parameters
+        and its gradient is a sum over hundreds of thousands of weights, so a part of them is an unbiased estimate of it
+        at a part of the backward pass's price. Every weight still gets its G. Per-weight history only.
     preset: 'released' does what the authors' code does and the paper's text does not say. The network runs forward and
         backward at the look-ahead point W − lr·((1 − β)·D·fast + β·slow), made of the gradient of the step before
         (call `look_ahead(lr)` before the forward pass); the persistent update uses D·fast alone, of that same older
@@ -706,6 +715,7 @@ class FSG(Learned):
         scan: str = "auto",
         lr_fast: float = 1e-2,
         lr_slow: float = 1e-3,
+        hyper_sample: float = 1.0,
         preset: str = "none",
     ):
         for name, value, known in (
@@ -725,7 +735,17 @@ class FSG(Learned):
                 "an LSTM cannot run over the flat history (one sequence of up to hundreds of thousands of steps): "
                 "use --history per-weight, or --hgs mamba"
             )
+        if not 0 < hyper_sample <= 1:
+            raise ValueError(
+                f"hyper_sample is the share of weights φ is trained on, above 0 and at most 1; it is {hyper_sample}"
+            )
+        if hyper_sample < 1 and history == "flat":
+            raise ValueError(
+                "a part of the weights cannot be left out of the flat history, where all are one sequence: "
+                "use --history per-weight, or --hyper-sample 1"
+            )
         super().__init__(layers, length)
+        self.hyper_sample, self.sample_seed = hyper_sample, torch.initial_seed() % 2**31
         self.beta, self.layout, self.normalize, self.released = beta, history, normalize, preset == "released"
         self.lr_fast, self.lr_slow = lr_fast, lr_slow
         self.fast = FastNet(hidden, fast_act or "none") if self.released else fast_net(self.kind, hidden, fast_act)
@@ -758,27 +778,39 @@ class FSG(Learned):
         rms = (norms.square().sum(0) / (self.length * self.layer_size)).sqrt()
         return rms.clamp_min(torch.finfo(rms.dtype).tiny)
 
-    def slow_gradient(self) -> Tensor:
-        """SlowNet(LRE, history): [N], with the graph to φ."""
+    def slow_gradient(self, at=ALL) -> Tensor:
+        """SlowNet(LRE, history): [N], or [M] for the weights `at`, with the graph to φ."""
         oldest = self.t % self.length
-        past = torch.cat([self.history[oldest:], self.history[:oldest]])  # [l, N], oldest first
-        rms = None
+        past = torch.cat([self.history[oldest:, at], self.history[:oldest, at]])  # [l, N], oldest first
+        layer_of, rms = self.layer_of[at], None
         if self.normalize == "layer-rms":
-            rms = self.layer_rms()[self.layer_of]  # [N]
+            rms = self.layer_rms()[layer_of]  # [N]
             past = past / rms
         if self.layout == "per-weight":
             tokens = past.T  # [N, l]
             if self.lre is not None:
-                tokens = torch.cat([self.lre(self.layer_of), tokens], dim=1)  # [N, 1 + l]
+                tokens = torch.cat([self.lre(layer_of), tokens], dim=1)  # [N, 1 + l]
             slow = self.slow.last(tokens.unsqueeze(-1))
         else:
             first = None if self.lre is None else self.lre.weight[:, 0]
             slow = self.slow.tails(past, self.sizes, first)  # one sequence a layer
         return slow if rms is None else slow * rms
 
-    def transform(self, D: Tensor, pre: Tensor) -> Tensor:
-        fast = self.newest * self.fast(pre)
-        slow = self.slow_gradient()
+    def build(self, D: Tensor, pre: Tensor) -> Tensor:
+        if self.hyper_sample == 1:
+            return super().build(D, pre)
+        # The draw depends on the step alone, so that a resumed run makes the same one.
+        random = torch.Generator(D.device).manual_seed(self.sample_seed + self.t)
+        count = max(1, round(self.hyper_sample * len(D)))
+        at = self._chosen = torch.randint(len(D), (count,), device=D.device, generator=random)
+        with torch.enable_grad():
+            self._graph = self.transform(D[at], pre[at], at)
+        with torch.no_grad():
+            return self.transform(D, pre)
+
+    def transform(self, D: Tensor, pre: Tensor, at=ALL) -> Tensor:
+        fast = self.newest[at] * self.fast(pre)
+        slow = self.slow_gradient(at)
         if self.released:
             self._terms = fast, slow  # look_ahead() mixes them, with the calibration of the weights it finds
             return fast
@@ -823,11 +855,18 @@ class FSG(Learned):
             torch._foreach_copy_([w.detach() for w in self.weights], self._displaced)
             self._displaced = None
         self.store()
-        self._graph = self.build(D, pre)
+        self.build(D, pre)
         self.hand_back()
+
+    def get_extra_state(self) -> dict:
+        return {**super().get_extra_state(), "sample_seed": self.sample_seed}
+
+    def set_extra_state(self, state: dict) -> None:
+        super().set_extra_state(state)
+        self.sample_seed = state["sample_seed"]
 
     def _rebuild(self) -> None:
         if self.released and self.t == 1:
-            self._graph = self.build(*self.calibrate())
+            self.build(*self.calibrate())
         else:
             super()._rebuild()

@@ -52,7 +52,7 @@ class _Params(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in "dnk"),
-        *((name, ctypes.c_void_p) for name in ("in_x", "in_z", "conv", "conv_b", "xproj")),
+        *((name, ctypes.c_void_p) for name in ("conv", "conv_b", "in_z", "xproj")),
         *((name, ctypes.c_void_p) for name in ("dt_w", "dt_b", "A2", "D", "out")),
     )
 
@@ -158,21 +158,27 @@ def _params(parameters: tuple[Tensor, ...]) -> tuple[_Params, tuple[Tensor, ...]
     """The parameters as the kernels want them, and the tensors that own the memory."""
     in_proj, conv, conv_b, x_proj, dt_w, dt_b, A_log, D, out = (p.detach().contiguous() for p in parameters)
     d, n = A_log.shape
-    flat = in_proj.view(-1)
     A2 = torch.exp(A_log) * -math.log2(math.e)  # exp(A S) = 2^(A2 S)
-    arrays = (flat[:d], flat[d:], conv, conv_b, x_proj, dt_w, dt_b, A2, D, out)
+    arrays = (conv[:, 0] * in_proj[:d], conv_b, in_proj[d:], x_proj.T.contiguous(), dt_w, dt_b, A2, D, out)
     return _Params(d, n, conv.shape[-1], *(a.data_ptr() for a in arrays)), arrays
 
 
 def _new_grads(parameters: tuple[Tensor, ...]) -> Tensor:
-    return parameters[0].new_empty(sum(p.numel() for p in parameters))
+    """Room for the kernels' gradients, in the order of _Params."""
+    return parameters[0].new_empty(sum(p.numel() for p in parameters) - len(parameters[7]))  # in_x is part of conv
 
 
 def _split_grads(grads: Tensor, parameters: tuple[Tensor, ...]) -> list[Tensor]:
-    """The kernels' gradients, one after another, as the parameters' own."""
-    found = [g.view_as(p) for g, p in zip(grads.split([p.numel() for p in parameters]), parameters, strict=True)]
-    found[6] = found[6] * -torch.exp(parameters[6])  # from A = −exp(A_log)
-    return found
+    """The kernels' gradients as those of the parameters. The kernels know conv · in_x and A = −exp(A_log) only."""
+    in_proj, conv, _, x_proj, _, _, A_log, D, _ = parameters
+    d = len(D)
+    sizes = [conv.numel(), d, d, x_proj.numel(), d, d, A_log.numel(), d, d]
+    folded, conv_b, in_z, x_proj, dt_w, dt_b, A, D, out = grads.split(sizes)
+    in_x, folded = in_proj[:d], folded.view(d, -1)
+    in_proj = torch.cat([(folded * conv[:, 0]).sum(1), in_z])
+    A = A.view_as(A_log) * -torch.exp(A_log)
+    found = (in_proj, folded * in_x, conv_b, x_proj.view(d, -1).T, dt_w, dt_b, A, D, out)
+    return [g.reshape(p.shape) for g, p in zip(found, parameters, strict=True)]
 
 
 def tails(past: Tensor, sizes: list[int], first: Tensor | None, *parameters: Tensor) -> Tensor:

@@ -1,14 +1,15 @@
 // The last output of many short Mamba sequences of scalar tokens, forward and backward, on a CPU's vector units.
 // selective_scan.py, which compiles this file at first use, derives the equations; the names here are the ones there.
 //
-// Compiled for one sequence length, -DTOKENS=L, so that the loops over tokens unroll and their values stay in registers.
+// Compiled for one sequence length, -DTOKENS=L, so that loops over tokens unroll and their values stay in registers.
 // The sequences run along the lanes of a vector V of W floats: one block is W sequences, and every line below does the
-// same to all of them. A block's intermediate values (x and its derivative, [d, L], 80 KB at the paper's size and W = 16)
+// same to all of them. A block's intermediate values (x and its slope, [d, L], 80 KB at the paper's size and W = 16)
 // stay in the L2 cache; main memory sees the L input tokens, one output, and L input gradients a sequence.
 //
-// Per sequence, with d channels, n states a channel and L tokens, forward: (L - 1) d n exponentials and multiply-adds of
-// the scan, (L (n + 1) + n) d multiply-adds of the projections, some 3 L d exponentials of silu and softplus.
-// Backward: all of it again, and about 4 more multiply-adds for each exponential.
+// Per sequence, with d channels, n states a channel and L tokens, forward: (L - 1) d n exponentials (5 multiplications or
+// multiply-adds each) and as many multiply-adds of the scan, (L (n + 1) + n) d multiply-adds of the projections, and
+// 2 L d exponentials of silu and softplus with some 20 operations each. Backward: all of it again, 3 more
+// multiply-adds for each exponential of the scan, and twice the projections' once more, for x and for the weights.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -20,8 +21,10 @@
 #include <thread>
 #include <utility>
 #include <vector>
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
+#endif
+#if defined(__AVX512F__)
 constexpr int W = 16;
 #elif defined(__AVX__)
 constexpr int W = 8;
@@ -35,18 +38,47 @@ typedef int32_t I __attribute__((vector_size(4 * W)));
 static inline V splat(float a) { return a - (V){}; }
 static inline V load(const float *p) { V v; std::memcpy(&v, p, sizeof v); return v; }
 static inline void store(float *p, V v) { std::memcpy(p, &v, sizeof v); }
+#if defined(__AVX512F__)  // one instruction each; the compiler makes two of the comparison below
+static inline V vmax(V a, V b) { return (V)_mm512_max_ps((__m512)a, (__m512)b); }
+static inline V vmin(V a, V b) { return (V)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX__)
+static inline V vmax(V a, V b) { return (V)_mm256_max_ps((__m256)a, (__m256)b); }
+static inline V vmin(V a, V b) { return (V)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
 static inline V vmax(V a, V b) { return a > b ? a : b; }
 static inline V vmin(V a, V b) { return a < b ? a : b; }
+#endif
 
-// 2^x, x <= 127; relative error 2e-7. Minimax polynomial of 2^f on [-0.5, 0.5], times 2^(the integer part).
-static inline V exp2v(V x) {
+// 2^x. AVX-512: x is rounded to sixteenths, whose fractional part a register of 16 numbers looks up and whose integer
+// part scalef applies; a parabola does the rest, |r| <= 1/32. Relative error 4e-7, any x down to -1e24 (gives 0).
+// Elsewhere: a minimax polynomial on [-1/2, 1/2], times 2^(the integer part), x >= -126 or taken for it. Error 2e-7.
 #ifdef __AVX512F__
-  V r = (V)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+alignas(64) static const float SIXTEENTHS[16] = {
+    1.f, 1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f, 1.29683955f, 1.35425555f,
+    1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f, 1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
+static inline V exp2_rounded(V shifted, V rounded, V r) {
+  V p = (r * 2.402194625e-1f + 6.931878314e-1f) * r + 1.f;
+  V table = (V)_mm512_permutexvar_ps((__m512i)shifted, _mm512_load_ps(SIXTEENTHS));  // by the lowest 4 bits
+  return (V)_mm512_scalef_ps((__m512)(p * table), (__m512)rounded);
+}
+constexpr float MAGIC = 786432.f;  // 1.5 * 2^19: adding it rounds to sixteenths, and leaves them in the lowest bits
+static inline V exp2v(V x) {
+  V shifted = x + MAGIC, rounded = shifted - MAGIC;
+  return exp2_rounded(shifted, rounded, x - rounded);
+}
+static inline V exp2_product(float a, V s) {  // 2^(a s); written out so that the product becomes part of the additions
+  V shifted = a * s + MAGIC, rounded = shifted - MAGIC;
+  return exp2_rounded(shifted, rounded, a * s - rounded);
+}
+static inline V reciprocal(V x) {
+  V r = (V)_mm512_rcp14_ps((__m512)x);
+  return r * (1.f - x * r) + r;  // one Newton step
+}
 #else
+static inline V exp2v(V x) {
   x = vmax(x, splat(-126.f));
   const V magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to the nearest integer
   V shifted = x + magic, r = shifted - magic;
-#endif
   V f = x - r;
   V p = splat(1.327646909e-3f);
   p = p * f + 9.675541311e-3f;
@@ -54,41 +86,44 @@ static inline V exp2v(V x) {
   p = p * f + 2.402211972e-1f;
   p = p * f + 6.931469671e-1f;
   p = p * f + 1.000000072e+0f;
-#ifdef __AVX512F__
-  return (V)_mm512_scalef_ps((__m512)p, (__m512)r);
-#else
   return (V)((I)p + ((I)shifted << 23));
-#endif
 }
+static inline V exp2_product(float a, V s) { return exp2v(a * s); }
+static inline V reciprocal(V x) { return 1.f / x; }
+#endif
 constexpr float LOG2E = 1.44269504f;
-static inline V expv(V x) { return exp2v(vmin(x * LOG2E, splat(126.f))); }
-static inline V sigmoid(V x) { return 1.f / (1.f + expv(-x)); }
+static inline V expv(V x) { return exp2v(vmax(vmin(x * LOG2E, splat(126.f)), splat(-126.f))); }
+static inline V sigmoid(V x) { return reciprocal(1.f + expv(-x)); }
+
+// log(1 + e) for e in [0, 1]: e times a minimax polynomial. Relative error 5e-8.
+static inline V log1pv(V e) {
+  V p = splat(5.232693586e-3f);
+  p = p * e - 2.950523606e-2f;
+  p = p * e + 7.822594745e-2f;
+  p = p * e - 1.366324542e-1f;
+  p = p * e + 1.910600658e-1f;
+  p = p * e - 2.484298217e-1f;
+  p = p * e + 3.331909680e-1f;
+  p = p * e - 4.999949314e-1f;
+  p = p * e + 9.999999699e-1f;
+  return p * e;
+}
+static inline V softplus(V x) { return vmax(x, splat(0.f)) + log1pv(expv(vmin(x, -x))); }
+static inline V softplus(V x, V &slope) {  // and its derivative, the sigmoid
+  V e = expv(vmin(x, -x)), r = reciprocal(1.f + e);
+  slope = x > 0.f ? r : e * r;
+  return vmax(x, splat(0.f)) + log1pv(e);
+}
 
 struct Params {  // row-major
   int64_t d, n, k;
-  const float *in_x, *in_z;     // [d]
-  const float *conv, *conv_b;   // [d, k], [d]
-  const float *xproj;           // [1 + 2n, d]
+  const float *conv, *conv_b;   // [d, k], in_proj multiplied in, as a token is one number; [d]
+  const float *in_z;            // [d]
+  const float *xproj;           // [d, 1 + 2n]: to dt, B, C
   const float *dt_w, *dt_b;     // [d]
   const float *A2;              // [d, n]: -exp(A_log) * log2(e)
   const float *D, *out;         // [d]
 };
-
-// log(1 + e) for e in [0, 1]: atanh series through s = e / (2 + e), log(1 + e) = 2 atanh(s), s <= 1/3. Relative 1e-7.
-static inline V log1pv(V e) {
-  V s = e / (2.f + e), q = s * s;
-  V p = splat(2.f / 17);
-  p = p * q + 2.f / 15;
-  p = p * q + 2.f / 13;
-  p = p * q + 2.f / 11;
-  p = p * q + 2.f / 9;
-  p = p * q + 2.f / 7;
-  p = p * q + 2.f / 5;
-  p = p * q + 2.f / 3;
-  p = p * q + 2.f;
-  return p * s;
-}
-static inline V softplus(V x) { return vmax(x, splat(0.f)) + log1pv(expv(vmin(x, -x))); }
 
 // body(thread, first block, one past the last) on every thread, an equal share of the blocks each. Plain threads rather
 // than OpenMP: PyTorch brings an OpenMP of its own, and two pools of spinning threads fight for the cores.
@@ -105,67 +140,104 @@ constexpr int L = TOKENS;
 // What one block of W sequences needs besides the parameters; all [.., W], in the L1 and L2 caches.
 struct Work {
   std::vector<float> buf;
-  float *x, *sg, *dt, *B, *C, *BC, *sumBC, *dx, *ddt, *dBC, *dC;
+  float *x, *slope;   // [d, L]: x = silu(conv), and silu's derivative there
+  float *dtB, *C;     // [1 + n, L]: dt and B of every token; [n]: C of the last one
+  float *BC, *sumBC;  // [n, L]: B C; [1]: its sum over n at the last token, which does not decay
+  float *dx, *ddtB, *dC, *dBC;  // gradients
   Work(int64_t d, int64_t n) {
-    int64_t sizes[] = {L * d, L * d, L, L * n, n, L * n, 1, L * d, L, L * n, n}, total = 0;
+    int64_t sizes[] = {L * d, L * d, L * (1 + n), n, L * n, 1, L * d, L * (1 + n), n, L * n}, total = 0;
     for (auto s : sizes) total += s;
     buf.resize(total * W + 16);
     float *p = (float *)(((uintptr_t)buf.data() + 63) & ~(uintptr_t)63);
-    float **targets[] = {&x, &sg, &dt, &B, &C, &BC, &sumBC, &dx, &ddt, &dBC, &dC};
-    for (int i = 0; i < 11; i++) { *targets[i] = p; p += sizes[i] * W; }
+    float **targets[] = {&x, &slope, &dtB, &C, &BC, &sumBC, &dx, &ddtB, &dC, &dBC};
+    for (int i = 0; i < 10; i++) { *targets[i] = p; p += sizes[i] * W; }
   }
 };
 
-// x_t = silu(conv), all tokens and channels, and its projections dt_t, B_t, C_L.
-static void project(const Params &P, const V *u, Work &w) {
-  const int64_t d = P.d, n = P.n, K = P.k;
+// The projections are small matrix products. They run in tiles that keep two dozen sums in registers (a dozen where
+// there are 16 registers), because a processor multiplies faster than it loads.
+constexpr int SUMS = W == 16 ? 24 : 12, TILE = L > SUMS ? 1 : SUMS / L > 8 ? 8 : SUMS / L;
+
+// out [rows, T] = the last T tokens of x [d, L], times `rows` columns of xproj [d, stride] from `weight` on.
+template <int ROWS, int T>
+static void project_tile(const float *weight, int64_t stride, int64_t d, const float *x, float *out) {
+  V sum[ROWS][T];
+  for (int r = 0; r < ROWS; r++)
+    for (int t = 0; t < T; t++) sum[r][t] = splat(0.f);
+  for (int64_t c = 0; c < d; c++, weight += stride, x += L * W)
+    for (int t = 0; t < T; t++) {
+      V v = load(x + (L - T + t) * W);
+      for (int r = 0; r < ROWS; r++) sum[r][t] += weight[r] * v;
+    }
+  for (int r = 0; r < ROWS; r++)
+    for (int t = 0; t < T; t++) store(out + (r * T + t) * W, sum[r][t]);
+}
+template <int ROWS, int T>
+static void project_rows(const float *weight, int64_t rows, int64_t stride, int64_t d, const float *x, float *out) {
+  int64_t r = 0;
+  for (; r + ROWS <= rows; r += ROWS) project_tile<ROWS, T>(weight + r, stride, d, x, out + r * T * W);
+  for (; r < rows; r++) project_tile<1, T>(weight + r, stride, d, x, out + r * T * W);
+}
+
+// x_t = silu(conv), all tokens and channels, and its projections dt_t, B_t, C_L. SLOPE: silu's derivative too.
+template <bool SLOPE> static void project(const Params &P, const V *u, Work &w) {
+  const int64_t d = P.d, n = P.n, K = P.k, stride = 1 + 2 * n;
   for (int64_t c = 0; c < d; c++) {
     const float *conv = P.conv + c * K;
+    V a[L];
     for (int t = 0; t < L; t++) {
-      V a = splat(0.f);
-      for (int s = t; s >= 0 && t - s < K; s--) a += conv[K - 1 - (t - s)] * u[s];
-      a = a * P.in_x[c] + P.conv_b[c];
-      V g = sigmoid(a);
-      store(w.sg + (c * L + t) * W, g + a * g * (1.f - g));  // silu'
-      store(w.x + (c * L + t) * W, a * g);
+      a[t] = splat(P.conv_b[c]);
+      for (int s = t; s >= 0 && t - s < K; s--) a[t] += conv[K - 1 - (t - s)] * u[s];
+    }
+    for (int t = 0; t < L; t++) {
+      V g = sigmoid(a[t]), x = a[t] * g;
+      store(w.x + (c * L + t) * W, x);
+      if (SLOPE) store(w.slope + (c * L + t) * W, g + x * (1.f - g));
     }
   }
-  auto rows = [&](const float *weight, int count, float *out) {  // out [count, L, W] = weight [count, d] x
-    int r = 0;
-    for (; r + 2 <= count; r += 2) {
-      V a0[L], a1[L];
-      for (int t = 0; t < L; t++) a0[t] = a1[t] = splat(0.f);
-      const float *w0 = weight + r * d, *w1 = w0 + d;
-      for (int64_t c = 0; c < d; c++)
-        for (int t = 0; t < L; t++) {
-          V x = load(w.x + (c * L + t) * W);
-          a0[t] += w0[c] * x;
-          a1[t] += w1[c] * x;
-        }
-      for (int t = 0; t < L; t++) store(out + (r * L + t) * W, a0[t]), store(out + ((r + 1) * L + t) * W, a1[t]);
-    }
-    for (; r < count; r++) {
-      V a0[L];
-      for (int t = 0; t < L; t++) a0[t] = splat(0.f);
-      for (int64_t c = 0; c < d; c++)
-        for (int t = 0; t < L; t++) a0[t] += weight[r * d + c] * load(w.x + (c * L + t) * W);
-      for (int t = 0; t < L; t++) store(out + (r * L + t) * W, a0[t]);
-    }
-  };
-  rows(P.xproj, 1, w.dt);
-  rows(P.xproj + d, n, w.B);
-  for (int64_t r = 0; r < n; r++) {
-    V a = splat(0.f);
-    const float *weight = P.xproj + (1 + n + r) * d;
-    for (int64_t c = 0; c < d; c++) a += weight[c] * load(w.x + (c * L + L - 1) * W);
-    store(w.C + r * W, a);
-  }
+  project_rows<TILE, L>(P.xproj, 1 + n, stride, d, w.x, w.dtB);
+  project_rows<8, 1>(P.xproj + 1 + n, n, stride, d, w.x, w.C);
   V sum = splat(0.f);
   for (int64_t r = 0; r < n; r++) {
-    for (int t = 0; t < L; t++) store(w.BC + (r * L + t) * W, load(w.B + (r * L + t) * W) * load(w.C + r * W));
+    V C = load(w.C + r * W);
+    for (int t = 0; t < L; t++) store(w.BC + (r * L + t) * W, load(w.dtB + ((1 + r) * L + t) * W) * C);
     sum += load(w.BC + (r * L + L - 1) * W);
   }
   store(w.sumBC, sum);
+}
+
+// The way back for TILED channels from c on: dx [.., L] += xproj (ddt, dB, dC), and g [.., 1 + 2n] += xproj's gradient.
+template <int TILED> static void project_back(const Params &P, int64_t c, Work &w, float *g) {
+  const int64_t n = P.n, stride = 1 + 2 * n;
+  const float *weight = P.xproj + c * stride;
+  float *x = w.x + c * L * W, *dx = w.dx + c * L * W;
+  V a[TILED][L];
+  for (int i = 0; i < TILED; i++)
+    for (int t = 0; t < L; t++) a[i][t] = load(dx + (i * L + t) * W);
+  for (int64_t r = 0; r <= n; r++)
+    for (int t = 0; t < L; t++) {
+      V v = load(w.ddtB + (r * L + t) * W);
+      for (int i = 0; i < TILED; i++) a[i][t] += weight[i * stride + r] * v;
+    }
+  for (int64_t r = 0; r < n; r++)
+    for (int i = 0; i < TILED; i++) a[i][L - 1] += weight[i * stride + 1 + n + r] * load(w.dC + r * W);
+  for (int i = 0; i < TILED; i++)
+    for (int t = 0; t < L; t++) store(dx + (i * L + t) * W, a[i][t]), a[i][t] = load(x + (i * L + t) * W);
+  g += c * stride * W;
+  for (int64_t r = 0; r <= n; r++) {
+    V sum[TILED];
+    for (int i = 0; i < TILED; i++) sum[i] = load(g + (i * stride + r) * W);
+    for (int t = 0; t < L; t++) {
+      V v = load(w.ddtB + (r * L + t) * W);
+      for (int i = 0; i < TILED; i++) sum[i] += v * a[i][t];
+    }
+    for (int i = 0; i < TILED; i++) store(g + (i * stride + r) * W, sum[i]);
+  }
+  for (int64_t r = 0; r < n; r++)
+    for (int i = 0; i < TILED; i++) {
+      float *p = g + (i * stride + 1 + n + r) * W;
+      store(p, load(p) + load(w.dC + r * W) * a[i][L - 1]);
+    }
 }
 
 static void load_tokens(const float *u, int64_t rows, int64_t first, V *out) {  // u [L, rows]
@@ -186,19 +258,21 @@ extern "C" void mamba_last_forward(const Params *params, int64_t rows, const flo
     for (int64_t b = first; b < last; b++) {
       V tok[L];
       load_tokens(u, rows, b * W, tok);
-      project(P, tok, w);
+      project<false>(P, tok, w);
       V total = splat(0.f);
       for (int64_t c = 0; c < d; c++) {
         V delta[L], S[L], acc[L];
-        for (int t = 0; t < L; t++) delta[t] = softplus(P.dt_w[c] * load(w.dt + t * W) + P.dt_b[c]), acc[t] = splat(0.f);
+        for (int t = 0; t < L; t++) {
+          delta[t] = softplus(P.dt_w[c] * load(w.dtB + t * W) + P.dt_b[c]);
+          acc[t] = splat(0.f);
+        }
         S[L - 1] = splat(0.f);
-        for (int t = L - 2; t >= 0; t--) S[t] = vmin(S[t + 1] + delta[t + 1], splat(1e30f));  // A S stays finite
+        for (int t = L - 2; t >= 0; t--) S[t] = vmin(S[t + 1] + delta[t + 1], splat(1e18f));  // A S stays finite
         const float *A = P.A2 + c * n;
         for (int64_t r = 0; r < n; r++)
-          for (int t = 0; t < L - 1; t++)
-            acc[t] += exp2v(A[r] * S[t]) * load(w.BC + (r * L + t) * W);
+          for (int t = 0; t < L - 1; t++) acc[t] += exp2_product(A[r], S[t]) * load(w.BC + (r * L + t) * W);
         acc[L - 1] = load(w.sumBC);
-        V xl = load(w.x + (c * L + L - 1) * W), yc = P.D[c] * xl;
+        V yc = P.D[c] * load(w.x + (c * L + L - 1) * W);
         for (int t = 0; t < L; t++) yc += delta[t] * load(w.x + (c * L + t) * W) * acc[t];
         V z = P.in_z[c] * tok[L - 1];
         total += P.out[c] * yc * z * sigmoid(z);
@@ -210,22 +284,22 @@ extern "C" void mamba_last_forward(const Params *params, int64_t rows, const flo
   });
 }
 
-// gy [rows] -> du [L, rows], and grads: [in_x d | in_z d | conv d k | conv_b d | xproj (1 + 2n) d | dt_w d | dt_b d |
-// A d n | D d | out d], A's with respect to A = -exp(A_log).
+// gy [rows] -> du [L, rows], and grads, in Params' order: [conv d k | conv_b d | in_z d | xproj d (1 + 2n) | dt_w d |
+// dt_b d | A d n | D d | out d], A's with respect to A = -exp(A_log).
 extern "C" void mamba_last_backward(const Params *params, int64_t rows, const float *u, const float *gy, float *du,
                                     float *grads, int threads) {
   const Params &P = *params;
   const int64_t d = P.d, n = P.n, K = P.k, blocks = (rows + W - 1) / W;
-  const int64_t size = 7 * d + d * K + (1 + 2 * n) * d + d * n;
+  const int64_t size = d * K + d + d + d * (1 + 2 * n) + d + d + d * n + d + d;
   std::vector<std::vector<float>> parts(threads);  // each thread's sums, lane by lane; added up in order at the end
   on_threads(threads, blocks, [&](int thread, int64_t first, int64_t last) {
     Work w(d, n);
     std::vector<float> &part = parts[thread];
     part.resize(size * W + 16);
     float *g = (float *)(((uintptr_t)part.data() + 63) & ~(uintptr_t)63);
-    float *g_in_x = g, *g_in_z = g_in_x + d * W, *g_conv = g_in_z + d * W, *g_conv_b = g_conv + d * K * W,
-          *g_xproj = g_conv_b + d * W, *g_dt_w = g_xproj + (1 + 2 * n) * d * W, *g_dt_b = g_dt_w + d * W,
-          *g_A = g_dt_b + d * W, *g_D = g_A + d * n * W, *g_out = g_D + d * W;
+    float *g_conv = g, *g_conv_b = g_conv + d * K * W, *g_in_z = g_conv_b + d * W, *g_xproj = g_in_z + d * W,
+          *g_dt_w = g_xproj + d * (1 + 2 * n) * W, *g_dt_b = g_dt_w + d * W, *g_A = g_dt_b + d * W,
+          *g_D = g_A + d * n * W, *g_out = g_D + d * W;
     auto add = [](float *p, V v) { store(p, load(p) + v); };
     for (int64_t b = first; b < last; b++) {
       V tok[L], dtok[L], go;
@@ -235,30 +309,29 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
         std::memcpy(lane, gy + b * W, std::min<int64_t>(rows - b * W, W) * sizeof(float));
         go = load(lane);
       }
-      project(P, tok, w);
-      for (int t = 0; t < L; t++) dtok[t] = splat(0.f), store(w.ddt + t * W, splat(0.f));
+      project<true>(P, tok, w);
+      for (int t = 0; t < L; t++) dtok[t] = splat(0.f);
+      std::memset(w.ddtB, 0, L * W * sizeof(float));
       std::memset(w.dBC, 0, L * n * W * sizeof(float));
       V dsum = splat(0.f);  // of sumBC
       for (int64_t c = 0; c < d; c++) {
-        V delta[L], sp[L], S[L], acc[L], accA[L], cc[L], cS[L], x[L];
+        V delta[L], slope[L], S[L], acc[L], accA[L], cc[L], cS[L], x[L];
         V z = P.in_z[c] * tok[L - 1], sz = sigmoid(z), silu = z * sz;
         V dy = go * P.out[c] * silu;
         for (int t = 0; t < L; t++) {
-          V a = P.dt_w[c] * load(w.dt + t * W) + P.dt_b[c];
-          delta[t] = softplus(a), sp[t] = sigmoid(a);
+          delta[t] = softplus(P.dt_w[c] * load(w.dtB + t * W) + P.dt_b[c], slope[t]);
           x[t] = load(w.x + (c * L + t) * W);
           acc[t] = accA[t] = splat(0.f);
         }
         S[L - 1] = splat(0.f);
-        for (int t = L - 2; t >= 0; t--) S[t] = vmin(S[t + 1] + delta[t + 1], splat(1e30f));  // A S stays finite
+        for (int t = L - 2; t >= 0; t--) S[t] = vmin(S[t + 1] + delta[t + 1], splat(1e18f));  // A S stays finite
         for (int t = 0; t < L; t++) cc[t] = dy * delta[t] * x[t], cS[t] = cc[t] * S[t];
         const float *A = P.A2 + c * n;
         for (int64_t r = 0; r < n; r++) {
           V dA = splat(0.f);
           for (int t = 0; t < L - 1; t++) {
-            V E = exp2v(A[r] * S[t]);
-            float *dbc = w.dBC + (r * L + t) * W;
-            store(dbc, load(dbc) + cc[t] * E);
+            V E = exp2_product(A[r], S[t]);
+            add(w.dBC + (r * L + t) * W, cc[t] * E);
             V q = E * load(w.BC + (r * L + t) * W);
             acc[t] += q;
             accA[t] += A[r] * q;
@@ -275,69 +348,48 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
           yc += delta[t] * x[t] * acc[t];
           V ddrive = dy * acc[t];
           dx[t] = ddrive * delta[t];
-          ddelta[t] = ddrive * x[t] + carry;      // S_s for every s < t contains delta_t
-          carry += cc[t] * accA[t] * ln2;         // dS_t; A2 is in units of log2(e)
+          ddelta[t] = ddrive * x[t] + carry;  // S_s for every s < t contains delta_t
+          carry += cc[t] * accA[t] * ln2;     // dS_t; A2 is in units of log2(e)
         }
         dx[L - 1] += dy * P.D[c];
         add(g_D + c * W, dy * x[L - 1]);
         V gyc = go * yc;
         add(g_out + c * W, gyc * silu);
-        V dz = gyc * P.out[c] * (sz + z * sz * (1.f - sz));
+        V dz = gyc * P.out[c] * (sz + silu * (1.f - sz));
         add(g_in_z + c * W, dz * tok[L - 1]);
         dtok[L - 1] += dz * P.in_z[c];
         V gw = splat(0.f), gb = splat(0.f);
         for (int t = 0; t < L; t++) {
-          V da = ddelta[t] * sp[t];
-          gw += da * load(w.dt + t * W), gb += da;
-          add(w.ddt + t * W, da * P.dt_w[c]);
+          V da = ddelta[t] * slope[t];
+          gw += da * load(w.dtB + t * W), gb += da;
+          add(w.ddtB + t * W, da * P.dt_w[c]);
           store(w.dx + (c * L + t) * W, dx[t]);
         }
         add(g_dt_w + c * W, gw), add(g_dt_b + c * W, gb);
       }
-      for (int64_t r = 0; r < n; r++) {
-        float *dbc = w.dBC + r * L * W;
-        store(dbc + (L - 1) * W, dsum);
+      for (int64_t r = 0; r < n; r++) {  // from B C to B and C
+        store(w.dBC + (r * L + L - 1) * W, dsum);
         V dC = splat(0.f), C = load(w.C + r * W);
         for (int t = 0; t < L; t++) {
-          V v = load(dbc + t * W);
-          dC += v * load(w.B + (r * L + t) * W);
-          store(dbc + t * W, v * C);  // now dB
+          V v = load(w.dBC + (r * L + t) * W);
+          dC += v * load(w.dtB + ((1 + r) * L + t) * W);
+          store(w.ddtB + ((1 + r) * L + t) * W, v * C);
         }
         store(w.dC + r * W, dC);
       }
-      for (int64_t c = 0; c < d; c++) {
-        V dx[L], x[L];
-        for (int t = 0; t < L; t++) dx[t] = load(w.dx + (c * L + t) * W), x[t] = load(w.x + (c * L + t) * W);
-        V a = splat(0.f);
-        for (int t = 0; t < L; t++) a += load(w.ddt + t * W) * x[t], dx[t] += P.xproj[c] * load(w.ddt + t * W);
-        add(g_xproj + c * W, a);
-        for (int64_t r = 0; r < n; r++) {
-          a = splat(0.f);
-          const float wB = P.xproj[(1 + r) * d + c], wC = P.xproj[(1 + n + r) * d + c];
-          for (int t = 0; t < L; t++) {
-            V v = load(w.dBC + (r * L + t) * W);
-            a += v * x[t], dx[t] += wB * v;
-          }
-          add(g_xproj + ((1 + r) * d + c) * W, a);
-          V v = load(w.dC + r * W);
-          add(g_xproj + ((1 + n + r) * d + c) * W, v * x[L - 1]);
-          dx[L - 1] += wC * v;
-        }
-        V gb = splat(0.f), gin = splat(0.f);
+      int64_t c = 0;
+      for (; c + TILE <= d; c += TILE) project_back<TILE>(P, c, w, g_xproj);
+      for (; c < d; c++) project_back<1>(P, c, w, g_xproj);
+      for (c = 0; c < d; c++) {
         const float *conv = P.conv + c * K;
-        float *gc = g_conv + c * K * W;
-        for (int t = 0; t < L; t++) {
-          V da = dx[t] * load(w.sg + (c * L + t) * W);
-          gb += da;
-          V dx_in = da * P.in_x[c];
-          for (int s = t; s >= 0 && t - s < K; s--) {
-            const int64_t k = K - 1 - (t - s);
-            add(gc + k * W, dx_in * tok[s]);
-            dtok[s] += dx_in * conv[k];
-            gin += da * conv[k] * tok[s];
-          }
+        V da[L], gb = splat(0.f);
+        for (int t = 0; t < L; t++) gb += da[t] = load(w.dx + (c * L + t) * W) * load(w.slope + (c * L + t) * W);
+        add(g_conv_b + c * W, gb);
+        for (int lag = 0; lag < L && lag < K; lag++) {
+          V sum = splat(0.f);
+          for (int t = lag; t < L; t++) sum += da[t] * tok[t - lag], dtok[t - lag] += da[t] * conv[K - 1 - lag];
+          add(g_conv + (c * K + K - 1 - lag) * W, sum);
         }
-        add(g_conv_b + c * W, gb), add(g_in_x + c * W, gin);
       }
       for (int t = 0; t < L; t++) {
         float lane[W];
@@ -478,8 +530,8 @@ struct Net {
       if (i >= P.d) continue;
       channel[i] = c;
       conv_b[i] = P.conv_b[c], in_z[i] = P.in_z[c], D[i] = P.D[c], out[i] = P.out[c];
-      for (int64_t k = 0; k < P.k; k++) conv[(b * lags + k) * W + lane] = P.conv[c * P.k + P.k - 1 - k] * P.in_x[c];
-      for (int64_t r = 0; r < 1 + 2 * P.n; r++) proj[row(r) * lanes + i] = P.xproj[r * P.d + c];
+      for (int64_t k = 0; k < P.k; k++) conv[(b * lags + k) * W + lane] = P.conv[c * P.k + P.k - 1 - k];
+      for (int64_t r = 0; r < 1 + 2 * P.n; r++) proj[row(r) * lanes + i] = P.xproj[c * (1 + 2 * P.n) + r];
     }
   }
   int64_t row(int64_t r) const { return r <= P.n ? r : r + n - P.n; }  // of x_proj's row r: dt, B (n), C (n)
@@ -633,7 +685,7 @@ struct Chunk {
   const Net &m;
   const Sequences &s;
   Array tokens, x, slope, dx, P, dP;                       // [blocks][T][W]: x, silu', ∂/∂x; P, dP [rows][T]
-  Array delta, drive, y, gy, ddelta, ddrive, gate, dgate;  // one block's, [T][W]
+  Array delta, sigma, drive, y, gy, ddelta, ddrive, gate, dgate;  // one block's, [T][W]; sigma: softplus'
   Array lanewise, decays, states, carry;                   // [T][W]; [T][R][W]; [blocks][groups][R][W]
   float *u;                                                // the chunk's tokens; those before it lie before it
   int64_t base;                                            // the first one's position
@@ -641,7 +693,7 @@ struct Chunk {
 
   Chunk(const Net &m, const Sequences &s, bool back)
       : m(m), s(s), tokens(m.lags + T), x(m.lanes * T), slope(back ? m.lanes * T : 0), dx(back ? m.lanes * T : 0),
-        P(m.rows * T), dP(back ? (m.rows + 3) * T : 0), delta(T * W), drive(T * W), y(T * W), gy(T * W),
+        P(m.rows * T), dP(back ? (m.rows + 3) * T : 0), delta(T * W), sigma(T * W), drive(T * W), y(T * W), gy(T * W),
         ddelta(T * W), ddrive(T * W), gate(T * W), dgate(T * W), lanewise(T * W), decays(T * R * W), states(T * R * W),
         carry(back ? m.n * m.lanes : 0), u(tokens + m.lags - 1) {}
 
@@ -689,11 +741,14 @@ struct Chunk {
       }
   }
 
-  // A block's Δ and Δ x; their largest Δ.
+  // A block's Δ and Δ x, SLOPE: softplus' too; the largest Δ.
+  template <bool SLOPE>
   V steps(int64_t b) {
     V w = load(m.dt_w + b * W), bias = load(m.dt_b + b * W), most = splat(0.f);
     for (int t = 0; t < T; t++) {
-      V d = base + t < 0 ? splat(0.f) : vmin(softplus(w * P[t] + bias), splat(1e30f));  // A Δ stays finite
+      V a = w * P[t] + bias, slope, d = SLOPE ? softplus(a, slope) : softplus(a);
+      d = base + t < 0 ? splat(0.f) : vmin(d, splat(1e30f));  // A Δ stays finite
+      if (SLOPE) store(sigma + t * W, slope);
       most = vmax(most, d);
       store(delta + t * W, d), store(drive + t * W, d * load(x + (b * T + t) * W));
     }
@@ -730,10 +785,10 @@ struct Chunk {
 
   // From Δ and Δ x to dt_w, dt_b, dt (lanewise) and x.
   void steps_back(int64_t b, bool out, const Sums &sum) {
-    V w = load(m.dt_w + b * W), bias = load(m.dt_b + b * W), D = load(m.D + b * W), sum_w = splat(0.f), sum_b = sum_w;
+    V w = load(m.dt_w + b * W), D = load(m.D + b * W), sum_w = splat(0.f), sum_b = sum_w;
     for (int t = 0; t < T; t++) {
       V into = load(ddrive + t * W), v = into * load(delta + t * W);
-      V da = (load(ddelta + t * W) * 0.693147181f + into * load(x + (b * T + t) * W)) * sigmoid(w * P[t] + bias);
+      V da = (load(ddelta + t * W) * 0.693147181f + into * load(x + (b * T + t) * W)) * load(sigma + t * W);
       sum_w += da * P[t], sum_b += da;
       add(lanewise + t * W, da * w);
       if (out) v += load(gy + t * W) * D;
@@ -857,7 +912,7 @@ static void forward_unit(Chunk &c, const Unit &q, const int32_t *plan, const Sta
     std::memset(c.lanewise, 0, T * W * sizeof(float));
     for (int64_t b = 0; b < m.blocks; b++) {
       if (j >= *std::max_element(plan + b * m.groups, plan + (b + 1) * m.groups)) continue;
-      V most = c.steps(b);
+      V most = c.steps<false>(b);
       std::memset(c.y, 0, T * W * sizeof(float));
       for (int64_t g = 0; g < m.groups; g++) {
         const int64_t i = b * m.groups + g;
@@ -902,7 +957,7 @@ static void backward_unit(Chunk &c, const Unit &q, const int32_t *plan, const St
         std::memset(c.dx + b * T * W, 0, T * W * sizeof(float));
         continue;
       }
-      V most = c.steps(b);
+      V most = c.steps<true>(b);
       if (out) c.gates(b, g);
       for (float *p : {c.y.p, c.ddelta.p, c.ddrive.p}) std::memset(p, 0, T * W * sizeof(float));
       for (int64_t group = 0; group < m.groups; group++) {
@@ -980,8 +1035,8 @@ extern "C" void mamba_tails_forward(const Params *params, const Sequences *s, co
   });
 }
 
-// gy [weights] -> gfirst [layers] if has_first, and grads: [in_x d | in_z d | conv d k | conv_b d | xproj (1 + 2n) d |
-// dt_w d | dt_b d | A d n | D d | out d], A's with respect to A = -exp(A_log). h: forward's, or null.
+// gy [weights] -> gfirst [layers] if has_first, and grads, in Params' order: [conv d k | conv_b d | in_z d |
+// xproj d (1 + 2n) | dt_w d | dt_b d | A d n | D d | out d], A's with respect to A = -exp(A_log). h: forward's, or null.
 extern "C" void mamba_tails_backward(const Params *params, const Sequences *s, const int32_t *plan, float *h,
                                      const float *gy, float *gfirst, float *grads, int threads) {
   const Params &P = *params;
@@ -1011,20 +1066,15 @@ extern "C" void mamba_tails_backward(const Params *params, const Sequences *s, c
   }
   const Sums at0(m, nullptr);  // only its distances
   auto from = [&](const float *p) { return total.data() + (p - at0.conv); };
-  float *in_x = grads, *in_z = in_x + d, *conv = in_z + d, *conv_b = conv + d * K, *xproj = conv_b + d,
-        *dt_w = xproj + (1 + 2 * n) * d, *dt_b = dt_w + d, *A = dt_b + d, *D = A + d * n, *out = D + d;
+  float *conv = grads, *conv_b = conv + d * K, *in_z = conv_b + d, *xproj = in_z + d, *dt_w = xproj + (1 + 2 * n) * d,
+        *dt_b = dt_w + d, *A = dt_b + d, *D = A + d * n, *out = D + d;
   for (int64_t i = 0; i < m.lanes; i++) {
     const int64_t c = m.channel[i], b = i / W, lane = i % W;
     if (c < 0) continue;
-    double in = 0;
-    for (int64_t k = 0; k < K; k++) {
-      const double g = from(at0.conv)[(b * m.lags + k) * W + lane];
-      in += g * P.conv[c * K + K - 1 - k];
-      conv[c * K + K - 1 - k] = g * P.in_x[c];
-    }
-    in_x[c] = in, in_z[c] = from(at0.in_z)[i], conv_b[c] = from(at0.conv_b)[i];
-    for (int64_t r = 0; r < 1 + 2 * n; r++) xproj[r * d + c] = from(at0.proj)[m.row(r) * m.lanes + i];
-    dt_w[c] = from(at0.dt_w)[i], dt_b[c] = from(at0.dt_b)[i], D[c] = from(at0.D)[i], out[c] = from(at0.out)[i];
+    for (int64_t k = 0; k < K; k++) conv[c * K + K - 1 - k] = from(at0.conv)[(b * m.lags + k) * W + lane];
+    conv_b[c] = from(at0.conv_b)[i], in_z[c] = from(at0.in_z)[i], dt_w[c] = from(at0.dt_w)[i];
+    dt_b[c] = from(at0.dt_b)[i], D[c] = from(at0.D)[i], out[c] = from(at0.out)[i];
+    for (int64_t r = 0; r < 1 + 2 * n; r++) xproj[c * (1 + 2 * n) + r] = from(at0.proj)[m.row(r) * m.lanes + i];
     for (int64_t r = 0; r < n; r++) A[c * n + r] = from(at0.A)[(b * m.n + r) * W + lane];
   }
 }

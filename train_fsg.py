@@ -75,6 +75,9 @@ def flags():
     fsg.add_argument(
         "--lr-fast", type=float, help="Adam's rate for the fast-net (default: 1e-2; MetaQuant 1e-3; SGD 1e-5)"
     )
+    fsg.add_argument(
+        "--hyper-sample", type=float, default=1.0, help="share of the weights φ is trained on each step (default: 1)"
+    )
     fsg.add_argument("--lr-slow", type=float, help="Adam's rate for slow-net and LRE (default: 1e-3; under SGD 1e-5)")
     fsg.add_argument(
         "--preset",
@@ -96,6 +99,8 @@ def complete(args) -> None:
         if args.grad != "fsg" or args.hgs != "mamba":
             raise runs.RunError("--preset released is FSG with Mamba: leave out --grad and --hgs, or the preset")
         vars(args).update(hypernet.RELEASED_OPTIONS, binarize_all=True)
+    if args.hyper_sample != 1 and args.grad != "fsg":
+        raise runs.RunError(f"--hyper-sample is for --grad fsg; with --grad {args.grad} leave it out")
     lr_phi = DEFAULT_LR_PHI["sgd" if args.opt != "adam" else "fsg" if args.grad == "fsg" else "metaquant"]
     args.lr_fast = lr_phi[0] if args.lr_fast is None else args.lr_fast
     args.lr_slow = lr_phi[1] if args.lr_slow is None else args.lr_slow
@@ -135,6 +140,7 @@ def make_generator(args, layers):
             scan=args.scan,
             lr_fast=args.lr_fast,
             lr_slow=args.lr_slow,
+            hyper_sample=args.hyper_sample,
             preset=args.preset,
         )
         runs.console.print(

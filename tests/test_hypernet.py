@@ -326,6 +326,7 @@ MAKERS = {
     "fsg-flat": lambda layers: small_fsg(layers, history="flat"),
     "fsg-raw-no-lre": lambda layers: small_fsg(layers, normalize="none", lre=False, fast_act="relu", beta=0.4),
     "fsg-tanh": lambda layers: small_fsg(layers, fast_act="tanh", length=1),
+    "fsg-sampled": lambda layers: small_fsg(layers, hyper_sample=0.3),
     "fcgrad": lambda layers: FCGrad(layers, 6, "tanh"),
     "multifc": lambda layers: MultiFC(layers, 6),
     "lstmfc": lambda layers: LSTMFC(layers, 6),
@@ -415,6 +416,7 @@ def test_later_steps_train_phi_with_the_gradient_of_v_times_the_previous_G(name)
     for t in range(5):  # the ring of length 3 has gone round
         if t == 4:
             before = copy.deepcopy(dict(gen.named_parameters()))
+            chosen = gen._chosen
             states = lstm_states(gen, layers) if name == "lstmfc" else None
         for layer, G in zip(layers, record(net, gen, layers, t, latents, grads), strict=True):
             layer.weight.data -= 0.05 * G
@@ -423,6 +425,10 @@ def test_later_steps_train_phi_with_the_gradient_of_v_times_the_previous_G(name)
 
     v = [-quantizers.calibration(W, "dorefa") * g for W, g in zip(latents[4], grads[4], strict=True)]
     norm = torch.stack([x.norm() for x in v]).norm()
+    if name == "fsg-sampled":  # ⟨v, G⟩ over the chosen weights, as often as they were chosen, scaled up
+        chosen = chosen.bincount(minlength=len(gen.G)).split(gen.sizes)
+        scale = sum(gen.sizes) / sum(c.sum() for c in chosen)
+        v = [x * c.view_as(x) * scale for x, c in zip(v, chosen, strict=True)]
 
     def objective():
         G = formula(name, gen, layers, latents[:4], grads[:4], states)
@@ -443,6 +449,34 @@ def test_later_steps_train_phi_with_the_gradient_of_v_times_the_previous_G(name)
                 assert math.isclose((up - down) / (2 * h), g[i].item(), rel_tol=2e-4, abs_tol=1e-8), (k, i)
     moved = [k for k in found if not torch.equal(after[k], before[k])]
     assert len(moved) == len(found), "Adam has moved every tensor of φ"
+
+
+def test_the_sampled_gradient_of_phi_is_unbiased():
+    """Its mean over many draws is the whole gradient, within the draws' standard error."""
+    net = network()
+    layers = models.binary_layers(net)
+    gen = small_fsg(layers, hyper_sample=0.1)
+    nudge(gen)
+    for t in range(3):
+        backward(net, t)
+        gen.generate()
+    torch.manual_seed(0)
+    v = torch.randn_like(gen.G)
+    D, pre = gen.calibrate()
+
+    def gradient(graph, cotangent):
+        found = torch.autograd.grad(graph, [*gen.parameters()], cotangent)
+        return torch.cat([g.flatten() for g in found])
+
+    draws = []
+    for seed in range(400):
+        gen.sample_seed = seed
+        G = gen.build(D, pre)
+        assert relative(G[gen._chosen], gen._graph) < 1e-12 and len(gen._chosen) == round(0.1 * len(v))
+        draws.append(gradient(gen._graph, v[gen._chosen] * (len(v) / len(gen._chosen))))
+    draws, whole = torch.stack(draws), gradient(gen.transform(D, pre), v)
+    error = (draws.mean(0) - whole).abs() / (draws.std(0) / len(draws) ** 0.5 + 1e-12 * whole.abs().max())
+    assert error.square().mean() < 3 and (draws[0] - whole).norm() > 0.05 * whole.norm()
 
 
 def test_phi_moves_at_its_learning_rates():
@@ -629,6 +663,8 @@ def test_zero_gradients_are_harmless():
         ({"hgs": "lstm", "history": "flat"}, "per-weight"),
         ({"hgs": "gru"}, "mamba or lstm"),
         ({"length": 0}, "at least 1"),
+        ({"hyper_sample": 0.0}, "above 0 and at most 1"),
+        ({"hyper_sample": 0.5, "history": "flat"}, "per-weight"),
         ({"normalize": "batch"}, "layer-rms"),
         ({"preset": "paper"}, "released"),
     ],

@@ -100,7 +100,7 @@ def test_sgd_trains_with_every_generator(tmp_path, grad):
     [
         ["--quantizer", "bwn", "--opt", "sgdm"],
         ["--quantizer", "bwn-f", "--history", "flat", "--normalize", "none", "--no-lre"],
-        ["--act", "sign", "--fast-act", "relu", "--length", "3", "--beta", "0.2"],
+        ["--act", "sign", "--fast-act", "relu", "--length", "3", "--beta", "0.2", "--hyper-sample", "0.25"],
         ["--binarize-all", "--fast-act", "tanh", "--no-crop", "--amp"],
         ["--preset", "released"],
         ["--quantizer", "none", "--opt", "sgdm", "--schedule", "none"],
@@ -262,6 +262,9 @@ def test_the_command_line_ends_with_one_sentence(tmp_path):
     [
         (["--hgs", "lstm", "--history", "flat"], "--history per-weight"),
         (["--beta", "-0.5"], r"\[0, 1\]"),
+        (["--hyper-sample", "1.5"], "at most 1"),
+        (["--hyper-sample", "0.5", "--history", "flat"], "per-weight"),
+        (["--hyper-sample", "0.5", "--grad", "ste"], "--grad fsg"),
         (["--length", "0"], "at least 1"),
         (["--expand", "0"], "--expand must be at least 1"),
         (["--arch", "resnet21"], "resnet20"),
