@@ -607,11 +607,11 @@ static inline V times(V decay, V h, V b) {  // E h + b
   return NEAR ? decay * h + (h + b) : decay * h + b;
 }
 
-// R states of a block over a chunk: h before it -> after it; OUT: y [T][W] += h C. KEEP: decay and h before each token.
-// delta, drive = Δ, Δ x [T][W]; B, C [R][T]; A2, h [R][W].
+// R states of a block over a chunk, h before it -> after it; OUT: y [T][W] += h C. KEEP: decay and h before each token.
+// delta, drive = Δ, Δ x [T][W]; B, C [R][T]; A2, h, after [R][W].
 template <bool NEAR, bool OUT, bool KEEP>
-static void scan(const float *A2, const float *delta, const float *drive, const float *B, const float *C, float *h,
-                 float *y, float *decays, float *states) {
+static void scan(const float *A2, const float *delta, const float *drive, const float *B, const float *C,
+                 const float *h, float *after, float *y, float *decays, float *states) {
   V a[R], s[R];
   for (int r = 0; r < R; r++) a[r] = load(A2 + r * W), s[r] = load(h + r * W);
   for (int t = 0; t < T; t++) {
@@ -624,7 +624,7 @@ static void scan(const float *A2, const float *delta, const float *drive, const 
     }
     if (OUT) add(y + t * W, sum);
   }
-  for (int r = 0; r < R; r++) store(h + r * W, s[r]);
+  for (int r = 0; r < R; r++) store(after + r * W, s[r]);
 }
 
 // The adjoint of `scan`. h [R][W] is the state after the chunk; carry [R][W]: E G of the token after the chunk -> of its
@@ -917,11 +917,10 @@ static void forward_unit(Chunk &c, const Unit &q, const int32_t *plan, const Sta
       for (int64_t g = 0; g < m.groups; g++) {
         const int64_t i = b * m.groups + g;
         if (j >= plan[i]) continue;
-        float *to = h.of(i, std::max<int64_t>(j - 1, 0)), unused[R * W], *state = j ? to : unused;
-        std::memmove(state, h.of(i, j), R * W * sizeof(float));
+        float last[R * W];
         auto run = c.near(i, most) ? (out ? scan<true, true, false> : scan<true, false, false>)
                                    : (out ? scan<false, true, false> : scan<false, false, false>);
-        run(m.A2 + i * R * W, c.delta, c.drive, c.B(g), c.C(g), state, c.y, nullptr, nullptr);
+        run(m.A2 + i * R * W, c.delta, c.drive, c.B(g), c.C(g), h.of(i, j), j ? h.of(i, j - 1) : last, c.y, nullptr, nullptr);
       }
       if (!out) continue;
       V D = load(m.D + b * W), w = load(m.out + b * W), in_z = load(m.in_z + b * W);
@@ -966,10 +965,9 @@ static void backward_unit(Chunk &c, const Unit &q, const int32_t *plan, const St
         if (j + 1 < plan[i]) for (int k = 0; k < R * W; k += 16) __builtin_prefetch(h.of(i, j + 1) + k);
         const bool near = c.near(i, most);
         float state[R * W], *dB = c.dP + (1 + group * R) * T, *dC = dB + m.n * T;
-        std::memcpy(state, h.of(i, j), sizeof state);
         auto again = near ? (out ? scan<true, true, true> : scan<true, false, true>)
                           : (out ? scan<false, true, true> : scan<false, false, true>);
-        again(m.A2 + i * R * W, c.delta, c.drive, c.B(group), c.C(group), state, c.y, c.decays, c.states);
+        again(m.A2 + i * R * W, c.delta, c.drive, c.B(group), c.C(group), h.of(i, j), state, c.y, c.decays, c.states);
         auto back = near ? (out ? scan_back<true, true> : scan_back<true, false>)
                          : (out ? scan_back<false, true> : scan_back<false, false>);
         back(m.A2 + i * R * W, c.delta, c.drive, c.B(group), c.C(group), state, c.gy, c.decays, c.states,
