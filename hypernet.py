@@ -219,9 +219,9 @@ class SlowMamba(nn.Module):
 
     d_state: numbers of state a channel (n below); d_conv: taps of the causal convolution; expand: channels (d below).
     Names, shapes and initialisation of the parameters are those of `mamba_ssm.Mamba`; state dicts interchange.
-    scan: 'reference' is plain PyTorch; 'fused' is selective_scan.py's kernels, for `last` and `tails` in float32 on a CPU
-    (`forward` and `tail` then take the reference); 'mamba-ssm' calls that package's CUDA kernel; 'auto' takes the first
-    of fused, mamba-ssm, reference that runs.
+    scan: 'reference' is plain PyTorch; 'fused' is selective_scan.py's kernels, for `last` and `tails` in float32 on a
+    CPU (`forward` and `tail` then take the reference); 'mamba-ssm' calls that package's CUDA kernel; 'auto' takes the
+    first of fused, mamba-ssm, reference that runs.
     Raises ValueError for another name, and RuntimeError, when called, where the one that was asked for cannot run.
 
     The block, token by token (t), with u_t its scalar input; ⊙ is per channel:

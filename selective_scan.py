@@ -2,8 +2,9 @@
 
 Copy this file with selective_scan_cpu.cpp, next to hypernet.py, which finds them there and does without otherwise.
 
-`last`, for per-weight histories. SlowMamba on a sequence u_1 … u_L of scalars, and of its outputs only the last. Per channel d and
-state n, with x_t = silu(conv u), its projections dt_t, B_t, C_t, and Δ_t = softplus(dt_w dt_t + dt_b), the recurrence
+`last`, for per-weight histories. SlowMamba on a sequence u_1 … u_L of scalars, and of its outputs only the last. Per
+channel d and state n, with x_t = silu(conv u), its projections dt_t, B_t, C_t, and Δ_t = softplus(dt_w dt_t + dt_b), the
+recurrence
 
     h_t = exp(Δ_t A) h_{t−1} + Δ_t x_t B_t,    y = out · ((h_L C_L + D x_L) silu(z_L))
 
@@ -25,9 +26,9 @@ each. There the recurrence is computed as it is written, token by token, vector 
 starts each stretch of tokens from a kept h. What has been forgotten when the first wanted output is due is not scanned,
 which is decided state by state: few remember long. selective_scan_cpu.cpp derives the adjoint.
 
-The CPU kernels are C++, compiled at first use by torch's extension loader for the machine's vector units, and `last` for
-one L (seconds; kept in torch's extension folder). Two runs with the same number of threads give the same bits; `tails`
-gives them for any number of threads.
+The CPU kernels are C++, compiled at first use by torch's extension loader for the machine's vector units, and `last`
+for one L (seconds; kept in torch's extension folder). Two runs with the same number of threads give the same bits;
+`tails` gives the same ones for any number of threads.
 """
 
 import ctypes
@@ -67,7 +68,7 @@ class _Sequences(ctypes.Structure):
 
 
 MOST_TOKENS = 16  # of `last`, whose loops over tokens are unrolled
-MOST_KEPT = 2**24  # numbers that `tails` keeps for its backward pass (64 MB); where there are more, it runs forward again
+MOST_KEPT = 2**24  # numbers that `tails` keeps for its backward pass; where it is more, that runs forward again
 
 
 @functools.cache
