@@ -3,8 +3,8 @@
 Copy this file with selective_scan_cpu.cpp, next to hypernet.py, which finds them there and does without otherwise.
 
 `last`, for per-weight histories. SlowMamba on a sequence u_1 … u_L of scalars, and of its outputs only the last. Per
-channel d and state n, with x_t = silu(conv u), its projections dt_t, B_t, C_t, and Δ_t = softplus(dt_w dt_t + dt_b), the
-recurrence
+channel d and state n, with x_t = silu(conv u), its projections dt_t, B_t, C_t, and Δ_t = softplus(dt_w dt_t + dt_b),
+the recurrence
 
     h_t = exp(Δ_t A) h_{t−1} + Δ_t x_t B_t,    y = out · ((h_L C_L + D x_L) silu(z_L))
 

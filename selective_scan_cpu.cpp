@@ -1,15 +1,6 @@
-// The last output of many short Mamba sequences of scalar tokens, forward and backward, on a CPU's vector units.
-// selective_scan.py, which compiles this file at first use, derives the equations; the names here are the ones there.
-//
-// Compiled for one sequence length, -DTOKENS=L, so that loops over tokens unroll and their values stay in registers.
-// The sequences run along the lanes of a vector V of W floats: one block is W sequences, and every line below does the
-// same to all of them. A block's intermediate values (x and its slope, [d, L], 80 KB at the paper's size and W = 16)
-// stay in the L2 cache; main memory sees the L input tokens, one output, and L input gradients a sequence.
-//
-// Per sequence, with d channels, n states a channel and L tokens, forward: (L - 1) d n exponentials (5 multiplications or
-// multiply-adds each) and as many multiply-adds of the scan, (L (n + 1) + n) d multiply-adds of the projections, and
-// 2 L d exponentials of silu and softplus with some 20 operations each. Backward: all of it again, 3 more
-// multiply-adds for each exponential of the scan, and twice the projections' once more, for x and for the weights.
+// Mamba on sequences of scalar tokens, forward and backward, on a CPU's vector units. selective_scan.py, which compiles
+// this file at first use, says what is computed; the names here are the ones there. Two compilations, one file: with
+// -DTOKENS=L the last output of many sequences of L tokens, without it the last outputs of a few long ones.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -134,7 +125,19 @@ static void on_threads(int threads, int64_t blocks, const std::function<void(int
   for (auto &thread : pool) thread.join();
 }
 
-#ifdef TOKENS  // the last output of many short sequences
+#ifdef TOKENS
+// The last output of many short sequences; selective_scan.py derives the equations.
+//
+// Compiled for one sequence length, -DTOKENS=L, so that loops over tokens unroll and their values stay in registers.
+// The sequences run along the lanes of a vector V of W floats: one block is W sequences, and every line below does the
+// same to all of them. A block's intermediate values (x and its slope, [d, L], 80 KB at the paper's size and W = 16)
+// stay in the L2 cache; main memory sees the L input tokens, one output, and L input gradients a sequence.
+//
+// Per sequence, with d channels, n states a channel and L tokens, forward: (L - 1) d n exponentials (5 multiplications
+// or multiply-adds each) and as many multiply-adds of the scan, (L (n + 1) + n) d multiply-adds of the projections, and
+// 2 L d exponentials of silu and softplus with some 20 operations each. Backward: all of it again, 3 more
+// multiply-adds for each exponential of the scan, and twice the projections' once more, for x and for the weights.
+
 constexpr int L = TOKENS;
 
 // What one block of W sequences needs besides the parameters; all [.., W], in the L1 and L2 caches.
@@ -408,50 +411,47 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
   }
 }
 
-#else  // the last outputs of a few long sequences
+#else
+// The last outputs of a few long sequences.
 //
 // One sequence a layer: u = [first,] past[0], …, past[l-1] of that layer; wanted are the outputs at its last n tokens.
 //
 //     a_t = conv * u + bias     x_t = silu(a_t)     dt_t, B_t, C_t = proj x_t     Δ_t = softplus(dt_w dt_t + dt_b)
-//     h_t = E_t h_{t-1} + Δ_t x_t B_t, E_t = exp(A Δ_t)       Y_t = h_t C_t + D x_t       out_t = Σ_c out_c Y_t silu(z_t)
+//     h_t = E_t h_{t-1} + Δ_t x_t B_t,  E_t = exp(A Δ_t)              h [d, n] a token; x, Δ [d]; B, C [n]; dt a scalar
+//     Y_t = h_t C_t + D x_t,  output_t = Σ_c out_c Y_t silu(z_t)      Y [d]
 //
-// h [d, n] a token, summed over n in Y [d]. With gy_t = ∂/∂(h_t C_t) = g_t out silu(z_t), the adjoint runs backwards in
-// time, G_t = ∂/∂h_t:
+// With g_t the output's gradient and gy_t = ∂/∂(h_t C_t) = g_t out silu(z_t), the adjoint of h, G_t = ∂/∂h_t, runs
+// backwards in time, and all else comes from it:
 //
 //     G_t = gy_t C_t + E_{t+1} G_{t+1}           ∂/∂(Δ_t x_t) = Σ_n G_t B_t      ∂/∂B_t = Σ_d G_t Δ_t x_t
-//     λ_t = ∂/∂(A Δ_t) = G_t E_t h_{t-1}         ∂/∂Δ_t += Σ_n A λ_t             ∂/∂C_t = Σ_d gy_t h_t
+//     λ_t = ∂/∂(A Δ_t) = E_t G_t h_{t-1}         ∂/∂Δ_t += Σ_n A λ_t             ∂/∂C_t = Σ_d gy_t h_t
 //                                                ∂/∂A += Δ_t λ_t
 //
-// Lanes are channels: a block is W channels, [T][W] its values over T tokens, a chunk. Tokens come one after another, and
-// a vector holds the same state of W channels; R states go together, with their h in registers for a whole chunk. All of
-// a chunk's values ([T][d] of x and its like, [rows][T] of the projections) stay in the L2 cache, those of one block in
-// or near the L1. Chunks are counted from the sequence's end: chunk j is its tokens [length - (j + 1) T, length - j T).
-// Before the sequence's start come tokens with x = 0 and Δ = 0, which leave h at 0.
+// Lanes are channels: a block is W of them, and [T][W] its values over a chunk, T tokens. Tokens come one after another.
+// R states go together, their h in registers for a whole chunk. What a chunk needs ([blocks][T][W] of x and its like,
+// [rows][T] of the projections) stays in the L2 cache, and what one block needs in or near the L1. Chunks are counted
+// from the sequence's end: chunk j is its tokens [length - (j + 1) T, length - j T). Before the sequence's start come
+// tokens with x = 0 and Δ = 0, which leave h at 0.
 //
-// What is not computed. State (c, r) forgets: between two tokens it decays by exp(A Σ Δ). An output feels nothing from
-// before that is e^-21, float32's resolution and a margin. So each group of R states of each block of channels has a
-// chunk of its own to start from, with h = 0: `plan` walks back from the first chunk with an output, and needs only dt,
-// as softplus is convex: over a chunk Σ Δ >= T softplus(dt_w mean(dt) + dt_b). Initially A = -1, …, -n and Δ spreads
-// over 1e-3 … 1e-1, hence few states start early, and blocks are of channels sorted by their decay. Chunks before the
-// first with an output need no C, no y, and B only of the states that have started.
+// What is not computed. States forget: between two tokens, one decays by exp(A Σ Δ). An output does not feel what comes
+// from before a decay of e^-21, float32's resolution and a margin. So each R states of a block have a chunk of their
+// own to start from, with h = 0: `plan` walks back from the first chunk with an output. It needs no Δ, only dt: softplus
+// is convex, so over a chunk Σ Δ >= T softplus(dt_w mean(dt) + dt_b). At first A = -1, …, -n and Δ is 1e-3 to 1e-1, so
+// few states start early; the blocks are of channels that forget about equally fast. Chunks before the first with an
+// output need no C and no y, and B only for the states that have started.
 //
-// Backward, chunk by chunk from the end: x, the projections and Δ again; each group's h, from the one kept at the
-// chunk's start (1/T of all h), with E and h in the L1 cache; then the adjoint, at once; at last from x down to the
-// parameters. Per token, channel and state: an exponential (6 multiply-adds and 3 to 5 other operations) and 3
-// multiply-adds forward, an exponential and 11 multiply-adds backward; per token and channel besides, 2n + 1
-// multiply-adds of the projections forward, three times as many backward, and k of the convolution (backward 2k), a
-// sigmoid for x, a softplus, a sigmoid for z. Main memory sees the token, its output, and 4 d n / T bytes of h.
+// Backward, chunk by chunk from the end: x, the projections and Δ again; the states' h, from the one kept at the chunk's
+// start (1/T of all h), with E and h in the L1 cache; at once their adjoint; at last from x down to the parameters.
 //
-// Everything is done unit by unit, a unit being up to SEGMENT outputs of a layer, whatever the number of threads, and
-// each unit has its own sums of the parameters' gradients, added in order at the end: so the bits do not depend on it.
+// Per token, channel and state: forward an exponential (5 multiply-adds for a small exponent, else 10 operations) and 3
+// multiply-adds, backward the exponential and 11. Per token and channel besides, forward: 2n + 1 multiply-adds of the
+// projections, k of the convolution, silu twice, a softplus; backward all of that, the projections' twice more and the
+// convolution's once. Main memory sees 4 bytes a token and output, and 4 d n / T of h, written once and read once.
+//
+// The work is cut into units, up to SEGMENT outputs of a layer, which have their own sums of gradients, added in order
+// at the end: however many threads share the units, the bits are the same.
 
-#ifndef CHUNK
-#define CHUNK 64
-#endif
-#ifndef RR
-#define RR 2
-#endif
-constexpr int T = CHUNK, R = RR;
+constexpr int T = 64, R = 2;
 constexpr int64_t SEGMENT = 1 << 18;
 constexpr float FORGOTTEN = 21 * LOG2E;
 static_assert(T % W == 0 && T % 8 == 0, "chunks are whole vectors of tokens");
@@ -464,7 +464,7 @@ struct Sequences {
 
 struct Unit {
   int64_t layer, offset, n;                // the layer's weights are past[:, offset : offset + n]
-  int64_t start, outputs, length, chunks;  // outputs [start, start + outputs) of the layer are the last of `length` tokens
+  int64_t start, outputs, length, chunks;  // wanted: [start, start + outputs) of the layer, the last of `length` tokens
 };
 
 static std::vector<Unit> units_of(const Sequences &s) {
@@ -550,8 +550,8 @@ template <int S, int... i>
 static inline V halve(V a, V b, std::integer_sequence<int, i...>) {
   return pick<(i & S ? W + i : i)...>(a, b) + pick<(i & S ? W + (i ^ S) : (i ^ S))...>(a, b);
 }
-// v [N] -> one vector. With N = W and S = 1: the sum of v[i]'s lanes in lane i. N = 4 and then, for the 4 results, N = W / 4
-// and S = 4 is the same.
+// v [N] -> one vector. N = W and S = 1: the sum of v[i]'s lanes in lane i. The same in two steps: N = 4 for each four
+// of them, then N = W / 4 and S = 4 for the results.
 template <int N = W, int S = 1>
 static inline V lane_sums(const V *v) {
   if constexpr (N == 1) {
@@ -627,14 +627,15 @@ static void scan(const float *A2, const float *delta, const float *drive, const 
   for (int r = 0; r < R; r++) store(after + r * W, s[r]);
 }
 
-// The adjoint of `scan`. h [R][W] is the state after the chunk; carry [R][W]: E G of the token after the chunk -> of its
-// first. Adds to ddrive, ddelta [T][W] (that in units of ln 2), dA [R][W], dB and dC [R][T].
+// The adjoint of `scan`. h [R][W] is the state after the chunk; carry [R][W]: E G of the token after the chunk -> of
+// its first. Adds to ddrive, ddelta [T][W] (that in units of ln 2), dA [R][W], dB and dC [R][T].
 template <bool NEAR, bool OUT>
 static void scan_back(const float *A2, const float *delta, const float *drive, const float *B, const float *C,
                       const float *h, const float *gy, const float *decays, const float *states, float *carry,
                       float *ddrive, float *ddelta, float *dA, float *dB, float *dC) {
   V a[R], s[R], eG[R], sumA[R];
-  for (int r = 0; r < R; r++) a[r] = load(A2 + r * W), s[r] = load(h + r * W), eG[r] = load(carry + r * W), sumA[r] = splat(0.f);
+  for (int r = 0; r < R; r++) a[r] = load(A2 + r * W), s[r] = load(h + r * W), eG[r] = load(carry + r * W);
+  for (V &sum : sumA) sum = splat(0.f);
   for (int t0 = T - W; t0 >= 0; t0 -= W) {
     V forB[R][W / 4], forC[R][W / 4];  // summed over 4 lanes: the shuffles find room between the multiply-adds
     for (int i = W - 4; i >= 0; i -= 4) {
@@ -920,7 +921,8 @@ static void forward_unit(Chunk &c, const Unit &q, const int32_t *plan, const Sta
         float last[R * W];
         auto run = c.near(i, most) ? (out ? scan<true, true, false> : scan<true, false, false>)
                                    : (out ? scan<false, true, false> : scan<false, false, false>);
-        run(m.A2 + i * R * W, c.delta, c.drive, c.B(g), c.C(g), h.of(i, j), j ? h.of(i, j - 1) : last, c.y, nullptr, nullptr);
+        run(m.A2 + i * R * W, c.delta, c.drive, c.B(g), c.C(g), h.of(i, j), j ? h.of(i, j - 1) : last, c.y, nullptr,
+            nullptr);
       }
       if (!out) continue;
       V D = load(m.D + b * W), w = load(m.out + b * W), in_z = load(m.in_z + b * W);
@@ -938,7 +940,8 @@ static void forward_unit(Chunk &c, const Unit &q, const int32_t *plan, const Sta
 }
 
 // gy [outputs] -> sums.
-static void backward_unit(Chunk &c, const Unit &q, const int32_t *plan, const States &h, const float *gy, const Sums &sum) {
+static void backward_unit(Chunk &c, const Unit &q, const int32_t *plan, const States &h, const float *gy,
+                          const Sums &sum) {
   const Net &m = c.m;
   const int64_t count = m.blocks * m.groups, chunks = *std::max_element(plan, plan + count);
   std::memset(c.carry, 0, count * R * W * sizeof(float));
@@ -962,7 +965,7 @@ static void backward_unit(Chunk &c, const Unit &q, const int32_t *plan, const St
       for (int64_t group = 0; group < m.groups; group++) {
         const int64_t i = b * m.groups + group;
         if (j >= plan[i]) continue;
-        if (j + 1 < plan[i]) for (int k = 0; k < R * W; k += 16) __builtin_prefetch(h.of(i, j + 1) + k);
+        for (int k = 0; k < R * W && j + 1 < plan[i]; k += 16) __builtin_prefetch(h.of(i, j + 1) + k);
         const bool near = c.near(i, most);
         float state[R * W], *dB = c.dP + (1 + group * R) * T, *dC = dB + m.n * T;
         auto again = near ? (out ? scan<true, true, true> : scan<true, false, true>)
@@ -982,17 +985,26 @@ static void backward_unit(Chunk &c, const Unit &q, const int32_t *plan, const St
   }
 }
 
-// body(unit) for all of them on `threads` threads, the longest first.
-static void on_units(const std::vector<Unit> &units, int threads, const std::function<std::function<void(int64_t)>()> &body) {
+// body()(unit) for all of them on `threads` threads, body() once each; the longest first.
+static void on_units(const std::vector<Unit> &units, int threads,
+                     const std::function<std::function<void(int64_t)>()> &body) {
   std::vector<int64_t> order(units.size());
   std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return units[a].outputs > units[b].outputs; });
+  auto longer = [&](int64_t a, int64_t b) { return units[a].outputs > units[b].outputs; };
+  std::stable_sort(order.begin(), order.end(), longer);
   std::atomic<size_t> next{0};
   threads = std::min<int64_t>(threads, units.size());
   on_threads(threads, threads, [&](int, int64_t, int64_t) {
     auto run = body();
     for (size_t i; (i = next++) < order.size();) run(order[i]);
   });
+}
+
+// Where each unit's h begin, in groups of states.
+static std::vector<int64_t> starts_of(const int32_t *plan, size_t units, int64_t count) {
+  std::vector<int64_t> at(1, 0);
+  for (size_t i = 0; i < units; i++, plan += count) at.push_back(std::accumulate(plan, plan + count, at.back()));
+  return at;
 }
 
 // The number of plan's entries.
@@ -1019,8 +1031,7 @@ extern "C" void mamba_tails_forward(const Params *params, const Sequences *s, co
   Net m(*params);
   const auto units = units_of(*s);
   const int64_t count = m.blocks * m.groups;
-  std::vector<int64_t> at(units.size() + 1, 0);
-  for (size_t i = 0; i < units.size(); i++) at[i + 1] = std::accumulate(plan + i * count, plan + (i + 1) * count, at[i]);
+  const std::vector<int64_t> at = starts_of(plan, units.size(), count);
   on_units(units, threads, [&] {
     auto c = std::make_shared<Chunk>(m, *s, false);
     auto latest = std::make_shared<Array>(h ? 0 : count * R * W);
@@ -1034,15 +1045,15 @@ extern "C" void mamba_tails_forward(const Params *params, const Sequences *s, co
 }
 
 // gy [weights] -> gfirst [layers] if has_first, and grads, in Params' order: [conv d k | conv_b d | in_z d |
-// xproj d (1 + 2n) | dt_w d | dt_b d | A d n | D d | out d], A's with respect to A = -exp(A_log). h: forward's, or null.
+// xproj d (1 + 2n) | dt_w d | dt_b d | A d n | D d | out d], A's with respect to A = -exp(A_log). h: what forward
+// wrote, or null.
 extern "C" void mamba_tails_backward(const Params *params, const Sequences *s, const int32_t *plan, float *h,
                                      const float *gy, float *gfirst, float *grads, int threads) {
   const Params &P = *params;
   Net m(P);
   const auto units = units_of(*s);
   const int64_t count = m.blocks * m.groups, size = Sums::size(m), d = P.d, n = P.n, K = P.k;
-  std::vector<int64_t> at(units.size() + 1, 0);
-  for (size_t i = 0; i < units.size(); i++) at[i + 1] = std::accumulate(plan + i * count, plan + (i + 1) * count, at[i]);
+  const std::vector<int64_t> at = starts_of(plan, units.size(), count);
   Array parts(units.size() * size);
   on_units(units, threads, [&] {
     auto c = std::make_shared<Chunk>(m, *s, true);
