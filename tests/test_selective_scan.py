@@ -150,24 +150,28 @@ def flat_by(function, past, layers, first):
 
 
 def check_tails(net, past, layers, first, v, function=mamba_by_the_book):
-    """net.tails and its gradients for the cotangent v are within 1e-5 of `function` in float64, or as good as it in
-    float32."""
+    """net.tails and its gradients for the cotangent v are within 1e-5 of `function` in float64, relative to the largest
+    output, and to the sum of the absolute gradients that some 16 parts of v make; or as good as it in float32."""
     first = [] if first is None else [first.requires_grad_()]
     y = net.tails(past, layers, *(first or [None]))
     ours = torch.autograd.grad(y, [*first, *net.parameters()], v)
+    parts = torch.zeros(min(len(v), 16), len(v)).scatter_(0, torch.arange(len(v)).remainder(16)[None], v[None])
     found = []
     for dtype in (torch.float64, torch.float32):
         book = SlowMamba(net.d_state, net.d_conv, net.d_inner, "reference").to(dtype)
         book.load_state_dict(net.state_dict())
         f = [x.detach().to(dtype).requires_grad_() for x in first]
         out = flat_by(lambda u, book=book: function(book, u), past.to(dtype), layers, *(f or [None]))
-        inputs = [*f, *book.parameters()]
-        grads = torch.autograd.grad(out, inputs, v.to(dtype), allow_unused=True, materialize_grads=True)
-        found.append([out.detach(), *grads])
+        inputs, options = [*f, *book.parameters()], {"allow_unused": True, "materialize_grads": True}
+        if function is mamba_by_the_book and dtype == torch.float64:
+            grads = torch.autograd.grad(out, inputs, parts.to(dtype), is_grads_batched=True, **options)
+        else:
+            grads = [g[None] for g in torch.autograd.grad(out, inputs, v.to(dtype), **options)]
+        found.append([out.detach()[None], *grads])
     names = ["y", *(["first"] if first else []), *(name for name, _ in net.named_parameters())]
     for name, a, b, c in zip(names, [y, *ours], *found, strict=True):
-        error, largest = (a - b).abs().max(), b.abs().max()
-        assert error <= 1e-5 * largest + 5 * (c - b).abs().max() + 1e-30, (name, error.item(), largest.item())
+        error, mass = (a - b.sum(0)).abs().max(), b.abs().sum(0).max()
+        assert error <= 1e-5 * mass + 5 * (c.sum(0) - b.sum(0)).abs().max() + 1e-30, (name, error.item(), mass.item())
     return y, ours
 
 
@@ -180,10 +184,10 @@ def check_tails(net, past, layers, first, v, function=mamba_by_the_book):
     st.sampled_from([-3.0, 0.0, 3.0]),
     st.integers(0, 2**31),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=14, deadline=None)
 def test_tails_equals_the_recurrence_for_any_shape(shape, layers, length, has_first, scale, dt_shift, seed):
     net, _ = pair(*shape, seed, dt_shift)
-    length = min(length, 400 // max(layers) + 1)
+    length = min(length, 250 // max(layers) + 1)
     past, first = torch.randn(length, sum(layers)) * scale, torch.randn(len(layers)) * scale
     check_tails(net, past, layers, first if has_first else None, torch.randn(sum(layers)))
 
