@@ -219,8 +219,9 @@ class SlowMamba(nn.Module):
 
     d_state: numbers of state a channel (n below); d_conv: taps of the causal convolution; expand: channels (d below).
     Names, shapes and initialisation of the parameters are those of `mamba_ssm.Mamba`; state dicts interchange.
-    scan: 'reference' is plain PyTorch; 'fused' is selective_scan.py's kernel (per-weight histories on a CPU);
-    'mamba-ssm' calls that package's CUDA kernel; 'auto' takes the first of fused, mamba-ssm, reference that runs.
+    scan: 'reference' is plain PyTorch; 'fused' is selective_scan.py's kernels, for `last` and `tails` in float32 on a
+    CPU (`forward` and `tail` then take the reference); 'mamba-ssm' calls that package's CUDA kernel; 'auto' takes the
+    first of fused, mamba-ssm, reference that runs.
     Raises ValueError for another name, and RuntimeError, when called, where the one that was asked for cannot run.
 
     The block, token by token (t), with u_t its scalar input; ⊙ is per channel:
@@ -254,14 +255,12 @@ class SlowMamba(nn.Module):
     def backend(self, device: torch.device | str, dtype: torch.dtype = torch.float32, tokens: int | None = None) -> str:
         """The scan that runs for such tensors: 'fused', 'mamba-ssm' or 'reference'.
 
-        tokens: their number, where only the last output is wanted (a per-weight history); else None.
+        tokens: their number, where only the last output is wanted (`last`: per-weight histories); None for `tails`.
         """
         device = torch.device(device)
         on_gpu = device.type == "cuda"
         if self.scan in ("auto", "fused"):
-            if tokens is None:
-                problem = "--scan fused is for --history per-weight: use --scan auto"
-            elif selective_scan is None:
+            if selective_scan is None:
                 problem = "--scan fused needs selective_scan.py and selective_scan_cpu.cpp beside hypernet.py"
             else:
                 problem = selective_scan.why_not(device, dtype, tokens)
@@ -301,13 +300,17 @@ class SlowMamba(nn.Module):
         per_sequence = u.shape[1] * self.d_inner * self.d_state
         backend = self.backend(u.device, u.dtype, u.shape[1])
         if backend == "fused":
-            conv, x_proj, dt_proj = self.conv1d, self.x_proj, self.dt_proj
-            first = (self.in_proj.weight, conv.weight, conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias)
-            return selective_scan.last(u.squeeze(-1), *first, self.A_log, self.D, self.out_proj.weight)
+            return selective_scan.last(u.squeeze(-1), *self._in_order())
         if backend == "mamba-ssm":
             function = lambda u: self._forward(u)[:, -1, 0]
             return in_chunks(function, numbers_at_once(u.device) // per_sequence, self.parameters(), u)
         return in_chunks(self._last, numbers_at_once(u.device) // per_sequence, self.parameters(), u)
+
+    def _in_order(self) -> tuple[Tensor, ...]:
+        """The parameters, in selective_scan's order."""
+        conv, x_proj, dt_proj = self.conv1d, self.x_proj, self.dt_proj
+        first = (self.in_proj.weight, conv.weight, conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias)
+        return *first, self.A_log, self.D, self.out_proj.weight
 
     def _last(self, u: Tensor) -> Tensor:
         # Here the sequences run along the last axis, c, so that every operation is one long vector loop.
@@ -335,6 +338,20 @@ class SlowMamba(nn.Module):
         """u [B, L, 1] -> [B, L, 1]."""
         rows = numbers_at_once(u.device) // (min(u.shape[1], 64) * self.d_inner * self.d_state)
         return in_chunks(self._forward, rows, self.parameters(), u) if u.shape[0] > max(1, rows) else self._forward(u)
+
+    def tails(self, past: Tensor, sizes: list[int], first: Tensor | None) -> Tensor:
+        """past [l, N] -> [N]: its columns are layers, `sizes` of them together, and each layer is one sequence,
+        [first_i (where there is first [layers]), its part of past[0], …, of past[l − 1]]; the block's last n_i outputs.
+        """
+        if self.backend(past.device, past.dtype, None) == "fused":
+            return selective_scan.tails(past, sizes, first, *self._in_order())
+        found = []
+        for i, part in enumerate(past.split(sizes, dim=1)):  # [l, n]
+            u = part.reshape(1, -1, 1)
+            if first is not None:
+                u = torch.cat([first[i].view(1, 1, 1), u], dim=1)
+            found.append(self.tail(u, part.shape[1]))
+        return torch.cat(found)
 
     def tail(self, u: Tensor, count: int) -> Tensor:
         """The last `count` outputs of one sequence: u [1, L, 1] -> [count], `forward(u)[0, -count:, 0]`.
@@ -370,7 +387,8 @@ class SlowMamba(nn.Module):
 
     def _forward(self, u: Tensor) -> Tensor:
         x, delta, B, C = self.project(u)
-        if self.backend(u.device) == "mamba-ssm":
+        on_cpu = u.device.type == "cpu" and self.scan != "mamba-ssm"  # no kernel there does all outputs
+        if not on_cpu and self.backend(u.device) == "mamba-ssm":
             # The kernel wants the time axis last: [B, d, L] and [B, n, L].
             x_, delta_, B_, C_ = (v.transpose(1, 2).contiguous() for v in (x, delta, B, C))
             y = mamba_ssm_scan()(x_, delta_, -torch.exp(self.A_log), B_, C_, delta_softplus=False).transpose(1, 2)
@@ -774,13 +792,8 @@ class FSG(Learned):
                 tokens = torch.cat([self.lre(layer_of), tokens], dim=1)  # [N, 1 + l]
             slow = self.slow.last(tokens.unsqueeze(-1))
         else:
-            slow = []
-            for i, part in enumerate(past.split(self.sizes, dim=1)):  # one sequence a layer: part [l, n]
-                u = part.reshape(1, -1, 1)
-                if self.lre is not None:
-                    u = torch.cat([self.lre.weight[i].view(1, 1, 1), u], dim=1)
-                slow.append(self.slow.tail(u, part.shape[1]))
-            slow = torch.cat(slow)
+            first = None if self.lre is None else self.lre.weight[:, 0]
+            slow = self.slow.tails(past, self.sizes, first)  # one sequence a layer
         return slow if rms is None else slow * rms
 
     def build(self, D: Tensor, pre: Tensor) -> Tensor:

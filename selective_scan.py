@@ -1,9 +1,10 @@
-"""The fused selective scan of a Mamba block on scalar tokens: SlowMamba.last() of hypernet.py in one kernel.
+"""The fused selective scan of a Mamba block on scalar tokens: SlowMamba.last() and .tails() of hypernet.py.
 
 Copy this file with selective_scan_cpu.cpp, next to hypernet.py, which finds them there and does without otherwise.
 
-What is computed. SlowMamba on a sequence u_1 … u_L of scalars, and of its outputs only the last. Per channel d and
-state n, with x_t = silu(conv u), its projections dt_t, B_t, C_t, and Δ_t = softplus(dt_w dt_t + dt_b), the recurrence
+`last`, for per-weight histories. SlowMamba on a sequence u_1 … u_L of scalars, and of its outputs only the last. Per
+channel d and state n, with x_t = silu(conv u), its projections dt_t, B_t, C_t, and Δ_t = softplus(dt_w dt_t + dt_b),
+the recurrence
 
     h_t = exp(Δ_t A) h_{t−1} + Δ_t x_t B_t,    y = out · ((h_L C_L + D x_L) silu(z_L))
 
@@ -20,8 +21,14 @@ So (L − 1)·d·n exponentials a sequence are the cost, forward and once more b
 ResNet-20 at the paper's size (270,000 weights, L = 6, d = 100, n = 16) that is 2.2 billion each way. Nothing is kept
 for the backward pass but the input.
 
-The CPU kernel is C++, compiled at first use by torch's extension loader for the machine's vector units and for one L
-(seconds; kept in torch's extension folder). Two runs with the same number of threads give the same bits.
+`tails`, for the flat layout. SlowMamba on a few sequences of up to millions of tokens, and of its outputs the last n of
+each. There the recurrence is computed as it is written, token by token, vector lanes being channels; the backward pass
+starts each stretch of tokens from a kept h. What has been forgotten when the first wanted output is due is not scanned,
+which is decided state by state: few remember long. selective_scan_cpu.cpp derives the adjoint.
+
+The CPU kernels are C++, compiled at first use by torch's extension loader for the machine's vector units, and `last`
+for one L (seconds; kept in torch's extension folder). Two runs with the same number of threads give the same bits;
+`tails` gives the same ones for any number of threads.
 """
 
 import ctypes
@@ -51,24 +58,37 @@ class _Params(ctypes.Structure):
     )
 
 
-MOST_TOKENS = 16  # all loops over tokens are unrolled
+class _Sequences(ctypes.Structure):
+    """selective_scan_cpu.cpp's Sequences."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("length", "weights", "layers", "has_first")),
+        *((name, ctypes.c_void_p) for name in ("sizes", "past", "first")),
+    )
+
+
+MOST_TOKENS = 16  # of `last`, whose loops over tokens are unrolled
+MOST_KEPT = 2**24  # numbers that `tails` keeps for its backward pass; where it is more, that runs forward again
 
 
 @functools.cache
-def library(tokens: int) -> ctypes.CDLL | str:
-    """The kernels for sequences of that many tokens; where they cannot be compiled, the sentence that says why, which
-    is printed too, once."""
+def library(tokens: int | None) -> ctypes.CDLL | str:
+    """The kernels of `last` for sequences of that many tokens, or of `tails` (None); where they cannot be compiled, the
+    sentence that says why, which is printed too, once."""
     from torch.utils.cpp_extension import load
 
     capability = torch.backends.cpu.get_cpu_capability()
-    name = f"selective_scan_cpu_{tokens}_{capability.lower()}"
-    flags = ["-O3", "-ffp-contract=fast", "-fno-math-errno", f"-DTOKENS={tokens}", *VECTOR_FLAGS.get(capability, [])]
+    name = f"selective_scan_cpu_{tokens or 'flat'}_{capability.lower()}"
+    flags = ["-O3", "-ffp-contract=fast", "-fno-math-errno", *VECTOR_FLAGS.get(capability, [])]
+    if tokens is not None:
+        flags.append(f"-DTOKENS={tokens}")
     path = os.environ["PATH"]
     # ninja, which the loader calls, lies beside python in a virtual environment, activated or not.
     os.environ["PATH"] = os.pathsep.join([path, str(Path(sys.executable).parent)])
     try:
         if not _is_built(name):
-            print(f"compiling the fused selective scan for {tokens} tokens and {capability}, once …", file=sys.stderr)
+            what = "the flat layout" if tokens is None else f"{tokens} tokens"
+            print(f"compiling the fused selective scan for {what} and {capability}, once …", file=sys.stderr)
         file = load(name, [str(SOURCE)], extra_cflags=flags, extra_ldflags=["-pthread"], is_python_module=False)
     except Exception as e:  # no compiler, no ninja, an unwritable cache, …: each its own kind of error
         reason = " ".join(str(e).split())[:150]
@@ -86,12 +106,13 @@ def _is_built(name: str) -> bool:
     return (Path(_get_build_directory(name, False)) / f"{name}.so").exists()
 
 
-def why_not(device: torch.device, dtype: torch.dtype, tokens: int) -> str | None:
-    """None where `last` runs for tensors of that kind, else one sentence that says why it does not."""
-    if device.type != "cpu" or dtype != torch.float32 or tokens > MOST_TOKENS:
-        return (
-            f"the fused scan is for float32 on a CPU, up to {MOST_TOKENS} tokens; this is {dtype}, {device}, {tokens}"
-        )
+def why_not(device: torch.device, dtype: torch.dtype, tokens: int | None) -> str | None:
+    """None where `last` (or `tails`, for tokens None) runs for tensors of that kind, else one sentence that says why it
+    does not."""
+    if device.type != "cpu" or dtype != torch.float32:
+        return f"the fused scan is for float32 on a CPU; this is {dtype} on {device}"
+    if tokens is not None and tokens > MOST_TOKENS:
+        return f"the fused scan is for histories of up to {MOST_TOKENS} tokens; these have {tokens}"
     found = library(tokens)
     return found if isinstance(found, str) else None
 
@@ -119,26 +140,88 @@ class _Last(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         u, *parameters = ctx.saved_tensors
-        in_proj, conv, _, x_proj, _, _, A_log, D, _ = parameters
-        du, d = torch.empty_like(u), len(D)
-        sizes = [conv.numel(), d, d, x_proj.numel(), d, d, A_log.numel(), d, d]
-        grads = u.new_empty(sum(sizes))
+        du, grads = torch.empty_like(u), _new_grads(parameters)
         _call("mamba_last_backward", parameters, u, grad.contiguous(), du, grads)
-        folded, conv_b, in_z, x_proj, dt_w, dt_b, A, D, out = grads.split(sizes)
-        # The kernel knows conv · in_x and A = −exp(A_log) only.
-        in_x, folded = in_proj[:d], folded.view(d, -1)
-        in_proj = torch.cat([(folded * conv[:, 0]).sum(1), in_z])
-        A = A.view_as(A_log) * -torch.exp(A_log)
-        found = (in_proj, folded * in_x, conv_b, x_proj.view(d, -1).T, dt_w, dt_b, A, D, out)
-        return du.T, *(g.reshape(p.shape) for g, p in zip(found, parameters, strict=True))
+        return du.T, *_split_grads(grads, parameters)
 
 
 def _call(function: str, parameters: tuple[Tensor, ...], u: Tensor, *tensors: Tensor) -> None:
+    params, _owners = _params(parameters)
+    run = getattr(library(u.shape[0]), function)
+    run(ctypes.byref(params), ctypes.c_int64(u.shape[1]), *map(_pointer, (u, *tensors)), torch.get_num_threads())
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _params(parameters: tuple[Tensor, ...]) -> tuple[_Params, tuple[Tensor, ...]]:
+    """The parameters as the kernels want them, and the tensors that own the memory."""
     in_proj, conv, conv_b, x_proj, dt_w, dt_b, A_log, D, out = (p.detach().contiguous() for p in parameters)
     d, n = A_log.shape
     A2 = torch.exp(A_log) * -math.log2(math.e)  # exp(A S) = 2^(A2 S)
     arrays = (conv[:, 0] * in_proj[:d], conv_b, in_proj[d:], x_proj.T.contiguous(), dt_w, dt_b, A2, D, out)
-    params = _Params(d, n, conv.shape[-1], *(a.data_ptr() for a in arrays))
-    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (u, *tensors)]
-    run = getattr(library(u.shape[0]), function)
-    run(ctypes.byref(params), ctypes.c_int64(u.shape[1]), *pointers, ctypes.c_int(torch.get_num_threads()))
+    return _Params(d, n, conv.shape[-1], *(a.data_ptr() for a in arrays)), arrays
+
+
+def _new_grads(parameters: tuple[Tensor, ...]) -> Tensor:
+    """Room for the kernels' gradients, in the order of _Params."""
+    return parameters[0].new_empty(sum(p.numel() for p in parameters) - len(parameters[7]))  # in_x is part of conv
+
+
+def _split_grads(grads: Tensor, parameters: tuple[Tensor, ...]) -> list[Tensor]:
+    """The kernels' gradients as those of the parameters. The kernels know conv · in_x and A = −exp(A_log) only."""
+    in_proj, conv, _, x_proj, _, _, A_log, D, _ = parameters
+    d = len(D)
+    sizes = [conv.numel(), d, d, x_proj.numel(), d, d, A_log.numel(), d, d]
+    folded, conv_b, in_z, x_proj, dt_w, dt_b, A, D, out = grads.split(sizes)
+    in_x, folded = in_proj[:d], folded.view(d, -1)
+    in_proj = torch.cat([(folded * conv[:, 0]).sum(1), in_z])
+    A = A.view_as(A_log) * -torch.exp(A_log)
+    found = (in_proj, folded * in_x, conv_b, x_proj.view(d, -1).T, dt_w, dt_b, A, D, out)
+    return [g.reshape(p.shape) for g, p in zip(found, parameters, strict=True)]
+
+
+def tails(past: Tensor, sizes: list[int], first: Tensor | None, *parameters: Tensor) -> Tensor:
+    """SlowMamba.tails: past [l, N] float32 on the CPU -> [N], with gradients for `first` and all parameters.
+
+    Layer i, sizes[i] columns of `past`, is one sequence: [first[i],] its columns of past[0], of past[1], …; the block's
+    outputs at its last sizes[i] tokens. first: [layers], or None. parameters: as for `last`; only where `why_not` gives
+    None. Keeps up to MOST_KEPT numbers for the backward pass.
+    """
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (first, *parameters))
+    return _Tails.apply(past, sizes, first, keep, *parameters)
+
+
+class _Tails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, past: Tensor, sizes: list[int], first: Tensor | None, keep: bool, *parameters: Tensor) -> Tensor:
+        past, first = past.contiguous(), None if first is None else first.contiguous()
+        sizes = torch.tensor(sizes)
+        inputs = past, sizes, first, parameters
+        plan = torch.empty(_call_tails("mamba_tails_plan_size", *inputs), dtype=torch.int32)
+        numbers = _call_tails("mamba_tails_plan", *inputs, _pointer(plan), torch.get_num_threads())
+        states = past.new_empty(numbers) if keep and numbers <= MOST_KEPT else None
+        y = past.new_empty(past.shape[1])
+        _call_tails("mamba_tails_forward", *inputs, *map(_pointer, (plan, states, y)), torch.get_num_threads())
+        ctx.save_for_backward(past, sizes, first, plan, states, *parameters)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        past, sizes, first, plan, states, *parameters = ctx.saved_tensors
+        grads, gfirst = _new_grads(parameters), None if first is None else torch.empty_like(first)
+        grad = grad.contiguous()
+        pointers = map(_pointer, (plan, states, grad, gfirst, grads))
+        _call_tails("mamba_tails_backward", past, sizes, first, parameters, *pointers, torch.get_num_threads())
+        return None, None, gfirst, None, *_split_grads(grads, parameters)
+
+
+def _call_tails(function: str, past: Tensor, sizes: Tensor, first: Tensor | None, parameters, *arguments) -> int:
+    params, _owners = _params(parameters)
+    pointers = (None if t is None else t.data_ptr() for t in (sizes, past, first))
+    sequences = _Sequences(*past.shape, len(sizes), first is not None, *pointers)
+    run = getattr(library(None), function)
+    run.restype = ctypes.c_int64
+    return run(ctypes.byref(params), ctypes.byref(sequences), *arguments)

@@ -1,21 +1,16 @@
-// The last output of many short Mamba sequences of scalar tokens, forward and backward, on a CPU's vector units.
-// selective_scan.py, which compiles this file at first use, derives the equations; the names here are the ones there.
-//
-// Compiled for one sequence length, -DTOKENS=L, so that loops over tokens unroll and their values stay in registers.
-// The sequences run along the lanes of a vector V of W floats: one block is W sequences, and every line below does the
-// same to all of them. A block's intermediate values (x and its slope, [d, L], 80 KB at the paper's size and W = 16)
-// stay in the L2 cache; main memory sees the L input tokens, one output, and L input gradients a sequence.
-//
-// Per sequence, with d channels, n states a channel and L tokens, forward: (L - 1) d n exponentials (5 multiplications or
-// multiply-adds each) and as many multiply-adds of the scan, (L (n + 1) + n) d multiply-adds of the projections, and
-// 2 L d exponentials of silu and softplus with some 20 operations each. Backward: all of it again, 3 more
-// multiply-adds for each exponential of the scan, and twice the projections' once more, for x and for the weights.
+// Mamba on sequences of scalar tokens, forward and backward, on a CPU's vector units. selective_scan.py, which compiles
+// this file at first use, says what is computed; the names here are the ones there. Two compilations, one file: with
+// -DTOKENS=L the last output of many sequences of L tokens, without it the last outputs of a few long ones.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <memory>
+#include <numeric>
 #include <thread>
+#include <utility>
 #include <vector>
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -28,7 +23,6 @@ constexpr int W = 8;
 constexpr int W = 4;
 #endif
 
-constexpr int L = TOKENS;
 typedef float V __attribute__((vector_size(4 * W)));
 typedef int32_t I __attribute__((vector_size(4 * W)));
 
@@ -121,6 +115,44 @@ struct Params {  // row-major
   const float *A2;              // [d, n]: -exp(A_log) * log2(e)
   const float *D, *out;         // [d]
 };
+
+// body(thread, first block, one past the last) on every thread, an equal share of the blocks each. Plain threads rather
+// than OpenMP: PyTorch brings an OpenMP of its own, and two pools of spinning threads fight for the cores.
+static void on_threads(int threads, int64_t blocks, const std::function<void(int, int64_t, int64_t)> &body) {
+  std::vector<std::thread> pool;
+  for (int i = 1; i < threads; i++) pool.emplace_back(body, i, blocks * i / threads, blocks * (i + 1) / threads);
+  body(0, 0, blocks / threads);
+  for (auto &thread : pool) thread.join();
+}
+
+// For bench.py, the machine's bound: `count` vector multiply-adds on each thread, 12 chains at a time, as each waits
+// for itself. Returns W.
+extern "C" int multiply_adds(int64_t count, int threads) {
+  on_threads(threads, threads, [&](int, int64_t, int64_t) {
+    V sums[12], factor = splat(0.999f), term = splat(0.001f);
+    for (V &s : sums) s = term;
+    asm volatile("" : "+m"(factor), "+m"(term));
+    for (int64_t i = 0; i < count; i += 12)
+      for (V &s : sums) s = s * factor + term;
+    for (V &s : sums) asm volatile("" : : "m"(s));
+  });
+  return W;
+}
+
+#ifdef TOKENS
+// The last output of many short sequences; selective_scan.py derives the equations.
+//
+// Compiled for one sequence length, -DTOKENS=L, so that loops over tokens unroll and their values stay in registers.
+// The sequences run along the lanes of a vector V of W floats: one block is W sequences, and every line below does the
+// same to all of them. A block's intermediate values (x and its slope, [d, L], 80 KB at the paper's size and W = 16)
+// stay in the L2 cache; main memory sees the L input tokens, one output, and L input gradients a sequence.
+//
+// Per sequence, with d channels, n states a channel and L tokens, forward: (L - 1) d n exponentials (5 multiplications
+// or multiply-adds each) and as many multiply-adds of the scan, (L (n + 1) + n) d multiply-adds of the projections, and
+// 2 L d exponentials of silu and softplus with some 20 operations each. Backward: all of it again, 3 more
+// multiply-adds for each exponential of the scan, and twice the projections' once more, for x and for the weights.
+
+constexpr int L = TOKENS;
 
 // What one block of W sequences needs besides the parameters; all [.., W], in the L1 and L2 caches.
 struct Work {
@@ -232,15 +264,6 @@ static void load_tokens(const float *u, int64_t rows, int64_t first, V *out) {  
     std::memcpy(lane, u + t * rows + first, count * sizeof(float));
     out[t] = load(lane);
   }
-}
-
-// body(thread, first block, one past the last) on every thread, an equal share of the blocks each. Plain threads rather
-// than OpenMP: PyTorch brings an OpenMP of its own, and two pools of spinning threads fight for the cores.
-static void on_threads(int threads, int64_t blocks, const std::function<void(int, int64_t, int64_t)> &body) {
-  std::vector<std::thread> pool;
-  for (int i = 1; i < threads; i++) pool.emplace_back(body, i, blocks * i / threads, blocks * (i + 1) / threads);
-  body(0, 0, blocks / threads);
-  for (auto &thread : pool) thread.join();
 }
 
 // u [L, rows] -> y [rows].
@@ -402,16 +425,680 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
   }
 }
 
-// For bench.py, the machine's bound: `count` vector multiply-adds on each thread, 12 chains at a time, as each waits
-// for itself. Returns W.
-extern "C" int multiply_adds(int64_t count, int threads) {
-  on_threads(threads, threads, [&](int, int64_t, int64_t) {
-    V sums[12], factor = splat(0.999f), term = splat(0.001f);
-    for (V &s : sums) s = term;
-    asm volatile("" : "+m"(factor), "+m"(term));
-    for (int64_t i = 0; i < count; i += 12)
-      for (V &s : sums) s = s * factor + term;
-    for (V &s : sums) asm volatile("" : : "m"(s));
-  });
-  return W;
+#else
+// The last outputs of a few long sequences.
+//
+// One sequence a layer: u = [first,] past[0], …, past[l-1] of that layer; wanted are the outputs at its last n tokens.
+//
+//     a_t = conv * u + bias     x_t = silu(a_t)     dt_t, B_t, C_t = proj x_t     Δ_t = softplus(dt_w dt_t + dt_b)
+//     h_t = E_t h_{t-1} + Δ_t x_t B_t,  E_t = exp(A Δ_t)              h [d, n] a token; x, Δ [d]; B, C [n]; dt a scalar
+//     Y_t = h_t C_t + D x_t,  output_t = Σ_c out_c Y_t silu(z_t)      Y [d]
+//
+// With g_t the output's gradient and gy_t = ∂/∂(h_t C_t) = g_t out silu(z_t), the adjoint of h, G_t = ∂/∂h_t, runs
+// backwards in time, and all else comes from it:
+//
+//     G_t = gy_t C_t + E_{t+1} G_{t+1}           ∂/∂(Δ_t x_t) = Σ_n G_t B_t      ∂/∂B_t = Σ_d G_t Δ_t x_t
+//     λ_t = ∂/∂(A Δ_t) = E_t G_t h_{t-1}         ∂/∂Δ_t += Σ_n A λ_t             ∂/∂C_t = Σ_d gy_t h_t
+//                                                ∂/∂A += Δ_t λ_t
+//
+// Lanes are channels: a block is W of them, and [T][W] its values over a chunk, T tokens. Tokens come one after another.
+// R states go together, their h in registers for a whole chunk. What a chunk needs ([blocks][T][W] of x and its like,
+// [rows][T] of the projections) stays in the L2 cache, and what one block needs in or near the L1. Chunks are counted
+// from the sequence's end: chunk j is its tokens [length - (j + 1) T, length - j T). Before the sequence's start come
+// tokens with x = 0 and Δ = 0, which leave h at 0.
+//
+// What is not computed. States forget: between two tokens, one decays by exp(A Σ Δ). An output does not feel what comes
+// from before a decay of e^-21, float32's resolution and a margin. So each R states of a block have a chunk of their
+// own to start from, with h = 0: `plan` walks back from the first chunk with an output. It needs no Δ, only dt: softplus
+// is convex, so over a chunk Σ Δ >= T softplus(dt_w mean(dt) + dt_b). At first A = -1, …, -n and Δ is 1e-3 to 1e-1, so
+// few states start early; the blocks are of channels that forget about equally fast. Chunks before the first with an
+// output need no C and no y, and B only for the states that have started.
+//
+// Backward, chunk by chunk from the end: x, the projections and Δ again; the states' h, from the one kept at the chunk's
+// start (1/T of all h), with E and h in the L1 cache; at once their adjoint; at last from x down to the parameters.
+//
+// Per token, channel and state: forward an exponential (5 multiply-adds for a small exponent, else 10 operations) and 3
+// multiply-adds, backward the exponential and 11. Per token and channel besides, forward: 2n + 1 multiply-adds of the
+// projections, k of the convolution, silu twice, a softplus; backward all of that, the projections' twice more and the
+// convolution's once. Main memory sees 4 bytes a token and output, and 4 d n / T of h, written once and read once.
+//
+// The work is cut into units, up to SEGMENT outputs of a layer, which have their own sums of gradients, added in order
+// at the end: however many threads share the units, the bits are the same.
+
+constexpr int T = 64, R = 2;
+constexpr int64_t SEGMENT = 1 << 18;
+constexpr float FORGOTTEN = 21 * LOG2E;
+static_assert(T % W == 0 && T % 8 == 0, "chunks are whole vectors of tokens");
+
+struct Sequences {
+  int64_t length, weights, layers, has_first;  // past [length, weights]
+  const int64_t *sizes;                        // [layers], together `weights`
+  const float *past, *first;                   // first [layers], if has_first
+};
+
+struct Unit {
+  int64_t layer, offset, n;                // the layer's weights are past[:, offset : offset + n]
+  int64_t start, outputs, length, chunks;  // wanted: [start, start + outputs) of the layer, the last of `length` tokens
+};
+
+static std::vector<Unit> units_of(const Sequences &s) {
+  std::vector<Unit> units;
+  for (int64_t i = 0, offset = 0; i < s.layers; offset += s.sizes[i++])
+    for (int64_t start = 0, n = s.sizes[i]; start < n; start += SEGMENT) {
+      const int64_t outputs = std::min(SEGMENT, n - start);
+      const int64_t length = s.has_first + (s.length - 1) * n + start + outputs;
+      units.push_back({i, offset, n, start, outputs, length, (length + T - 1) / T});
+    }
+  return units;
 }
+
+// Tokens [from, from + count) of a unit's sequence; zeros before its start.
+static void tokens_of(const Sequences &s, const Unit &q, int64_t from, int64_t count, float *u) {
+  for (int64_t i = 0, run; i < count; i += run) {
+    const int64_t t = from + i, w = t - s.has_first, row = w / q.n, column = w % q.n;
+    run = 1;
+    if (t < 0) u[i] = 0.f;
+    else if (w < 0) u[i] = s.first[q.layer];
+    else {
+      run = std::min(count - i, q.n - column);
+      std::memcpy(u + i, s.past + row * s.weights + q.offset + column, run * sizeof(float));
+    }
+  }
+}
+
+struct Array {  // zeros, aligned to a cache line
+  std::vector<float> data;
+  float *p;
+  explicit Array(int64_t size) : data(size + 16), p((float *)(((uintptr_t)data.data() + 63) & ~(uintptr_t)63)) {}
+  Array(const Array &) = delete;
+  operator float *() const { return p; }
+};
+
+// The parameters by blocks of channels, these sorted by how fast they forget. The last block's empty lanes copy a real
+// channel's Δ and A, and have x = 0 and weights 0; so do states from n on.
+struct Net {
+  const Params &P;
+  int64_t blocks, groups, n, lags, rows, lanes;  // n, lags: the states and k, rounded up to R and 4; rows: of proj
+  std::vector<int64_t> channel;               // of each lane, -1 for an empty one
+  Array conv, conv_b, in_z, dt_w, dt_b, D, out;  // conv [blocks][lags][W], in_x included; the others [lanes]
+  Array A2, least, proj;  // [blocks][groups][R][W]; the group's fastest [blocks][groups][W]; [rows + 1][blocks][W]
+
+  explicit Net(const Params &P)
+      : P(P), blocks((P.d + W - 1) / W), groups((P.n + R - 1) / R), n(groups * R), lags((P.k + 3) / 4 * 4),
+        rows(1 + 2 * n), lanes(blocks * W), channel(lanes, -1), conv(blocks * lags * W), conv_b(lanes), in_z(lanes),
+        dt_w(lanes), dt_b(lanes), D(lanes), out(lanes), A2(n * lanes), least(groups * lanes), proj((rows + 1) * lanes) {
+    std::vector<std::pair<float, int64_t>> order;
+    for (int64_t c = 0; c < P.d; c++) {
+      const float decay = *std::max_element(P.A2 + c * P.n, P.A2 + (c + 1) * P.n) * std::log1p(std::exp(P.dt_b[c]));
+      order.push_back({decay < 0 ? decay : 0.f, c});  // NaN has no order
+    }
+    std::sort(order.begin(), order.end(), std::greater<>());
+    for (int64_t i = 0; i < lanes; i++) {
+      const int64_t c = order[std::min(i, P.d - 1)].second, b = i / W, lane = i % W;
+      dt_w[i] = P.dt_w[c], dt_b[i] = P.dt_b[c];
+      for (int64_t r = 0; r < n; r++) A2[(b * n + r) * W + lane] = P.A2[c * P.n + std::min(r, P.n - 1)];
+      for (int64_t g = 0; g < groups; g++) {
+        float &a = least[(b * groups + g) * W + lane] = 0.f;
+        for (int r = 0; r < R; r++) a = std::min(a, A2[(b * n + g * R + r) * W + lane]);
+      }
+      if (i >= P.d) continue;
+      channel[i] = c;
+      conv_b[i] = P.conv_b[c], in_z[i] = P.in_z[c], D[i] = P.D[c], out[i] = P.out[c];
+      for (int64_t k = 0; k < P.k; k++) conv[(b * lags + k) * W + lane] = P.conv[c * P.k + P.k - 1 - k];
+      for (int64_t r = 0; r < 1 + 2 * P.n; r++) proj[row(r) * lanes + i] = P.xproj[c * (1 + 2 * P.n) + r];
+    }
+  }
+  int64_t row(int64_t r) const { return r <= P.n ? r : r + n - P.n; }  // of x_proj's row r: dt, B (n), C (n)
+};
+
+template <int... M>
+static inline V pick(V a, V b) {  // lane i: lane M[i] of a and b in a row
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, M...);
+#else
+  return __builtin_shuffle(a, b, (I){M...});
+#endif
+}
+// One step of a sum over lanes for two vectors at a time: lane i is a[i] + a[i ^ S] where i has no bit S, else b's.
+template <int S, int... i>
+static inline V halve(V a, V b, std::integer_sequence<int, i...>) {
+  return pick<(i & S ? W + i : i)...>(a, b) + pick<(i & S ? W + (i ^ S) : (i ^ S))...>(a, b);
+}
+// v [N] -> one vector. N = W and S = 1: the sum of v[i]'s lanes in lane i. The same in two steps: N = 4 for each four
+// of them, then N = W / 4 and S = 4 for the results.
+template <int N = W, int S = 1>
+static inline V lane_sums(const V *v) {
+  if constexpr (N == 1) {
+    return v[0];
+  } else {
+    V half[N / 2];
+    for (int i = 0; i < N / 2; i++) half[i] = halve<S>(v[2 * i], v[2 * i + 1], std::make_integer_sequence<int, W>());
+    return lane_sums<N / 2, 2 * S>(half);
+  }
+}
+static inline void add(float *p, V v) { store(p, load(p) + v); }
+static void add_lane_sums(const float *v, float *to) {  // v [T][W], to [T]
+  for (int t0 = 0; t0 < T; t0 += W) {
+    V part[W];
+    for (int t = 0; t < W; t++) part[t] = load(v + (t0 + t) * W);
+    add(to + t0, lane_sums(part));
+  }
+}
+
+// E = 2^x for x <= 0, exactly 1 for 0. NEAR is for x in [-0.5, 0] and gives E - 1, with a relative error of 9e-7: where
+// E is close to 1 a state remembers for 1 / (1 - E) tokens, and rounding E there would be rounding how long.
+template <bool NEAR>
+static inline V decay(V x) {
+  if constexpr (NEAR) {
+    V p = splat(8.376760769e-3f);
+    p = p * x + 5.512203524e-2f;
+    p = p * x + 2.401881232e-1f;
+    p = p * x + 6.931465670e-1f;
+    return p * x;
+  }
+#ifdef __AVX512F__
+  V r = (V)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  x = vmax(x, splat(-126.f));
+  const V magic = splat(12582912.f);
+  V shifted = x + magic, r = shifted - magic;
+#endif
+  V f = x - r;
+  V p = splat(1.333353875e-3f);
+  p = p * f + 9.666245476e-3f;
+  p = p * f + 5.550500214e-2f;
+  p = p * f + 2.402235134e-1f;
+  p = p * f + 6.931471435e-1f;
+  p = p * f + 1.f;
+#ifdef __AVX512F__
+  return (V)_mm512_scalef_ps((__m512)p, (__m512)r);
+#else
+  return (V)((I)p + ((I)shifted << 23));
+#endif
+}
+template <bool NEAR>
+static inline V times(V decay, V h, V b) {  // E h + b
+  return NEAR ? decay * h + (h + b) : decay * h + b;
+}
+
+// R states of a block over a chunk, h before it -> after it; OUT: y [T][W] += h C. KEEP: decay and h before each token.
+// delta, drive = Δ, Δ x [T][W]; B, C [R][T]; A2, h, after [R][W].
+template <bool NEAR, bool OUT, bool KEEP>
+static void scan(const float *A2, const float *delta, const float *drive, const float *B, const float *C,
+                 const float *h, float *after, float *y, float *decays, float *states) {
+  V a[R], s[R];
+  for (int r = 0; r < R; r++) a[r] = load(A2 + r * W), s[r] = load(h + r * W);
+  for (int t = 0; t < T; t++) {
+    V dt = load(delta + t * W), in = load(drive + t * W), sum = splat(0.f);
+    for (int r = 0; r < R; r++) {
+      V e = decay<NEAR>(a[r] * dt);
+      if (KEEP) store(decays + (t * R + r) * W, e), store(states + (t * R + r) * W, s[r]);
+      s[r] = times<NEAR>(e, s[r], in * B[r * T + t]);
+      if (OUT) sum += s[r] * C[r * T + t];
+    }
+    if (OUT) add(y + t * W, sum);
+  }
+  for (int r = 0; r < R; r++) store(after + r * W, s[r]);
+}
+
+// The adjoint of `scan`. h [R][W] is the state after the chunk; carry [R][W]: E G of the token after the chunk -> of
+// its first. Adds to ddrive, ddelta [T][W] (that in units of ln 2), dA [R][W], dB and dC [R][T].
+template <bool NEAR, bool OUT>
+static void scan_back(const float *A2, const float *delta, const float *drive, const float *B, const float *C,
+                      const float *h, const float *gy, const float *decays, const float *states, float *carry,
+                      float *ddrive, float *ddelta, float *dA, float *dB, float *dC) {
+  V a[R], s[R], eG[R], sumA[R];
+  for (int r = 0; r < R; r++) a[r] = load(A2 + r * W), s[r] = load(h + r * W), eG[r] = load(carry + r * W);
+  for (V &sum : sumA) sum = splat(0.f);
+  for (int t0 = T - W; t0 >= 0; t0 -= W) {
+    V forB[R][W / 4], forC[R][W / 4];  // summed over 4 lanes: the shuffles find room between the multiply-adds
+    for (int i = W - 4; i >= 0; i -= 4) {
+      V fourB[R][4], fourC[R][4];
+#pragma GCC unroll 4
+      for (int k = 3; k >= 0; k--) {
+        const int t = t0 + i + k;
+        V dt = load(delta + t * W), in = load(drive + t * W), g = OUT ? load(gy + t * W) : splat(0.f);
+        V sum_in = load(ddrive + t * W), sum_dt = load(ddelta + t * W);
+        for (int r = 0; r < R; r++) {
+          V e = load(decays + (t * R + r) * W), before = load(states + (t * R + r) * W), G = eG[r];
+          if (OUT) G += g * C[r * T + t], fourC[r][k] = g * s[r];
+          fourB[r][k] = G * in;
+          sum_in += G * B[r * T + t];
+          eG[r] = NEAR ? e * G + G : e * G;
+          V lambda = eG[r] * before;
+          sum_dt += a[r] * lambda;
+          sumA[r] += dt * lambda;
+          s[r] = before;
+        }
+        store(ddrive + t * W, sum_in), store(ddelta + t * W, sum_dt);
+      }
+      for (int r = 0; r < R; r++) {
+        forB[r][i / 4] = lane_sums<4>(fourB[r]);
+        if (OUT) forC[r][i / 4] = lane_sums<4>(fourC[r]);
+      }
+    }
+    for (int r = 0; r < R; r++) {
+      add(dB + r * T + t0, lane_sums<W / 4, 4>(forB[r]));
+      if (OUT) add(dC + r * T + t0, lane_sums<W / 4, 4>(forC[r]));
+    }
+  }
+  for (int r = 0; r < R; r++) store(carry + r * W, eG[r]), add(dA + r * W, sumA[r]);
+}
+
+// Sums of one unit's gradients; lanes are channels, in the order of Net's.
+struct Sums {
+  float *conv, *conv_b, *in_z, *dt_w, *dt_b, *D, *out, *A, *proj, *first;  // conv as a whole: of Net's, in_x included
+  static int64_t size(const Net &m) { return (m.lags + 6 + m.n + m.rows + 3) * m.lanes + W; }
+  Sums(const Net &m, float *p)
+      : conv(p), conv_b(conv + m.lags * m.lanes), in_z(conv_b + m.lanes), dt_w(in_z + m.lanes), dt_b(dt_w + m.lanes),
+        D(dt_b + m.lanes), out(D + m.lanes), A(out + m.lanes), proj(A + m.n * m.lanes),
+        first(proj + (m.rows + 3) * m.lanes) {}
+};
+
+// One thread's chunk.
+struct Chunk {
+  const Net &m;
+  const Sequences &s;
+  Array tokens, x, slope, dx, P, dP;                       // [blocks][T][W]: x, silu', ∂/∂x; P, dP [rows][T]
+  Array delta, sigma, drive, y, gy, ddelta, ddrive, gate, dgate;  // one block's, [T][W]; sigma: softplus'
+  Array lanewise, decays, states, carry;                   // [T][W]; [T][R][W]; [blocks][groups][R][W]
+  float *u;                                                // the chunk's tokens; those before it lie before it
+  int64_t base;                                            // the first one's position
+  std::vector<int64_t> active;                             // rows of proj in use
+
+  Chunk(const Net &m, const Sequences &s, bool back)
+      : m(m), s(s), tokens(m.lags + T), x(m.lanes * T), slope(back ? m.lanes * T : 0), dx(back ? m.lanes * T : 0),
+        P(m.rows * T), dP(back ? (m.rows + 3) * T : 0), delta(T * W), sigma(T * W), drive(T * W), y(T * W), gy(T * W),
+        ddelta(T * W), ddrive(T * W), gate(T * W), dgate(T * W), lanewise(T * W), decays(T * R * W), states(T * R * W),
+        carry(back ? m.n * m.lanes : 0), u(tokens + m.lags - 1) {}
+
+  // x_t = silu(conv u) of chunk j, all blocks; SLOPE: silu' too.
+  template <bool SLOPE>
+  void inputs(const Unit &q, int64_t j) {
+    base = q.length - (j + 1) * T;
+    tokens_of(s, q, base - (m.lags - 1), m.lags - 1 + T, tokens);
+    for (int64_t b = 0; b < m.blocks; b++)
+      for (int t = 0; t < T; t += 8) {
+        V a[8];
+        for (int i = 0; i < 8; i++) a[i] = load(m.conv_b + b * W);
+        for (int64_t k = 0; k < m.lags; k++) {
+          V w = load(m.conv + (b * m.lags + k) * W);
+          for (int i = 0; i < 8; i++) a[i] += w * u[t + i - k];
+        }
+        for (int i = 0; i < 8; i++) {
+          V g = sigmoid(a[i]), v = a[i] * g;
+          store(x + (b * T + t + i) * W, v);
+          if (SLOPE) store(slope + (b * T + t + i) * W, g + v * (1.f - g));
+        }
+      }
+    for (int64_t b = 0; b < m.blocks; b++)
+      for (int64_t t = 0; t < std::min<int64_t>(T, -base); t++) store(x + (b * T + t) * W, splat(0.f));
+  }
+
+  // dt, and B of the groups of states that have started; OUT: all of dt, B, C.
+  void project(const int32_t *plan, int64_t j, bool out) {
+    active.assign(1, 0);
+    for (int64_t r = 0; r < m.P.n; r++) {
+      bool started = out;
+      for (int64_t b = 0; b < m.blocks && !started; b++) started = j < plan[b * m.groups + r / R];
+      if (started) active.push_back(1 + r);
+    }
+    for (int64_t r = 0; r < m.P.n && out; r++) active.push_back(1 + m.n + r);
+    for (int64_t row : active)
+      for (int t = 0; t < T; t += W) {
+        V a[W];
+        for (int i = 0; i < W; i++) a[i] = splat(0.f);
+        for (int64_t b = 0; b < m.blocks; b++) {
+          V w = load(m.proj + row * m.lanes + b * W);
+          for (int i = 0; i < W; i++) a[i] += w * load(x + (b * T + t + i) * W);
+        }
+        store(P + row * T + t, lane_sums(a));
+      }
+  }
+
+  // A block's Δ and Δ x, SLOPE: softplus' too; the largest Δ.
+  template <bool SLOPE>
+  V steps(int64_t b) {
+    V w = load(m.dt_w + b * W), bias = load(m.dt_b + b * W), most = splat(0.f);
+    for (int t = 0; t < T; t++) {
+      V a = w * P[t] + bias, slope, d = SLOPE ? softplus(a, slope) : softplus(a);
+      d = base + t < 0 ? splat(0.f) : vmin(d, splat(1e30f));  // A Δ stays finite
+      if (SLOPE) store(sigma + t * W, slope);
+      most = vmax(most, d);
+      store(delta + t * W, d), store(drive + t * W, d * load(x + (b * T + t) * W));
+    }
+    return most;
+  }
+  bool near(int64_t group, V most) const {
+    float x[W];
+    store(x, load(m.least + group * W) * most);
+    bool near = true;
+    for (int i = 0; i < W; i++) near &= x[i] >= -0.5f;
+    return near;
+  }
+
+  // silu(z) of a block, its derivative, and gy from the outputs' gradients g [T].
+  void gates(int64_t b, const float *g) {
+    V w = load(m.out + b * W), in_z = load(m.in_z + b * W);
+    for (int t = 0; t < T; t++) {
+      V z = in_z * u[t], s = sigmoid(z), silu = z * s;
+      store(gate + t * W, silu), store(dgate + t * W, s + silu * (1.f - s)), store(gy + t * W, g[t] * w * silu);
+    }
+  }
+
+  // From Y silu(z) out, beside the scan: to D, out and in_z.
+  void outputs_back(int64_t b, const float *g, const Sums &sum) {
+    V D = load(m.D + b * W), sum_D = splat(0.f), sum_out = sum_D, sum_z = sum_D;
+    for (int t = 0; t < T; t++) {
+      V v = load(x + (b * T + t) * W), Y = g[t] * (load(y + t * W) + D * v);
+      sum_D += load(gy + t * W) * v;
+      sum_out += Y * load(gate + t * W);
+      sum_z += Y * load(dgate + t * W) * u[t];
+    }
+    add(sum.D + b * W, sum_D), add(sum.out + b * W, sum_out), add(sum.in_z + b * W, sum_z * load(m.out + b * W));
+  }
+
+  // From Δ and Δ x to dt_w, dt_b, dt (lanewise) and x.
+  void steps_back(int64_t b, bool out, const Sums &sum) {
+    V w = load(m.dt_w + b * W), D = load(m.D + b * W), sum_w = splat(0.f), sum_b = sum_w;
+    for (int t = 0; t < T; t++) {
+      V into = load(ddrive + t * W), v = into * load(delta + t * W);
+      V da = (load(ddelta + t * W) * 0.693147181f + into * load(x + (b * T + t) * W)) * load(sigma + t * W);
+      sum_w += da * P[t], sum_b += da;
+      add(lanewise + t * W, da * w);
+      if (out) v += load(gy + t * W) * D;
+      store(dx + (b * T + t) * W, v);
+    }
+    add(sum.dt_w + b * W, sum_w), add(sum.dt_b + b * W, sum_b);
+  }
+
+  // From dP to proj and x.
+  void project_back(const Sums &sum) {
+    while (active.size() % 4) active.push_back(m.rows);  // rows of zeros
+    for (int64_t b = 0; b < m.blocks; b++) {
+      float *dxb = dx + b * T * W;
+      for (size_t r = 0; r < active.size(); r += 4) {
+        V part[4] = {};
+        const float *from[4];
+        for (int i = 0; i < 4; i++) from[i] = dP + active[r + i] * T;
+        for (int t = 0; t < T; t++) {
+          V v = load(x + (b * T + t) * W);
+          for (int i = 0; i < 4; i++) part[i] += v * from[i][t];
+        }
+        for (int i = 0; i < 4; i++) add(sum.proj + active[r + i] * m.lanes + b * W, part[i]);
+      }
+      for (int t = 0; t < T; t += 8) {
+        V v[8];
+        for (int i = 0; i < 8; i++) v[i] = load(dxb + (t + i) * W);
+        for (int64_t row : active) {
+          V w = load(m.proj + row * m.lanes + b * W);
+          for (int i = 0; i < 8; i++) v[i] += w * dP[row * T + t + i];
+        }
+        for (int i = 0; i < 8; i++) store(dxb + (t + i) * W, v[i]);
+      }
+    }
+  }
+
+  // From x through silu and the convolution to conv, conv_b and `first`.
+  void inputs_back(const Sums &sum) {
+    for (int64_t b = 0; b < m.blocks; b++) {
+      float *da = dx + b * T * W;
+      V sum_b = splat(0.f);
+      for (int t = 0; t < T; t++) {
+        V v = load(da + t * W) * load(slope + (b * T + t) * W);
+        sum_b += v;
+        store(da + t * W, v);
+      }
+      add(sum.conv_b + b * W, sum_b);
+      for (int64_t k = 0; k < m.lags; k += 4) {
+        V part[4] = {};
+        for (int t = 0; t < T; t++) {
+          V v = load(da + t * W);
+          for (int i = 0; i < 4; i++) part[i] += v * u[t - k - i];
+        }
+        for (int i = 0; i < 4; i++) add(sum.conv + (b * m.lags + k + i) * W, part[i]);
+      }
+      if (s.has_first)  // token 0 is what a_t sees with lag t
+        for (int64_t t = std::max<int64_t>(0, -base); t < T && base + t < m.lags; t++)
+          add(sum.first, load(da + t * W) * load(m.conv + (b * m.lags + base + t) * W));
+    }
+  }
+
+  const float *B(int64_t g) const { return P + (1 + g * R) * T; }
+  const float *C(int64_t g) const { return P + (1 + m.n + g * R) * T; }
+};
+
+// plan [units][blocks][groups]: the number of chunks, from the end, that a group of states is scanned over.
+static void plan_unit(Chunk &c, const Unit &q, int32_t *plan) {
+  const Net &m = c.m;
+  const int64_t count = m.blocks * m.groups;
+  std::vector<float> gone(m.lanes, 0.f);  // the decay's Σ Δ from chunk j on, at least
+  std::fill(plan, plan + count, 0);
+  int64_t j = (q.outputs + T - 1) / T, open = count;
+  for (; j < q.chunks; j++) {
+    c.inputs<false>(q, j);
+    V dt = splat(0.f);
+    for (int64_t b = 0; b < m.blocks; b++) {
+      V sum = splat(0.f);
+      for (int t = 0; t < T; t++) sum += load(c.x + (b * T + t) * W);
+      dt += sum * load(m.proj + b * W) * (1.f / T);
+    }
+    float mean = 0;
+    for (int i = 0; i < W; i++) mean += dt[i];
+    for (int64_t b = 0; b < m.blocks; b++) {
+      V total = load(gone.data() + b * W) + (float)T * softplus(load(m.dt_w + b * W) * mean + load(m.dt_b + b * W));
+      store(gone.data() + b * W, total);
+      for (int64_t g = 0; g < m.groups; g++) {
+        if (plan[b * m.groups + g]) continue;
+        bool felt = false;
+        for (int r = 0; r < R; r++) {
+          V decayed = load(m.A2 + ((b * m.groups + g) * R + r) * W) * total;
+          for (int i = 0; i < W; i++) felt |= !(decayed[i] < -FORGOTTEN);
+        }
+        if (!felt) plan[b * m.groups + g] = j + 1, open--;
+      }
+    }
+    if (!open) return;
+  }
+  for (int64_t i = 0; i < count; i++)
+    if (!plan[i]) plan[i] = j;
+}
+
+// Where a group's h before chunk j is: all of them are kept, [chunks][R][W] a group, or only the latest, [R][W].
+struct States {
+  float *p;
+  bool all;
+  std::vector<int64_t> at;
+  States(const Net &m, const int32_t *plan, float *p, bool all) : p(p), all(all), at(m.blocks * m.groups + 1, 0) {
+    for (int64_t i = 0; i < m.blocks * m.groups; i++) at[i + 1] = at[i] + (all ? plan[i] : 1) * R * W;
+  }
+  float *of(int64_t group, int64_t j) const { return p + at[group] + (all ? j * R * W : 0); }
+};
+
+// y [outputs], and h before each chunk; y null: only that.
+static void forward_unit(Chunk &c, const Unit &q, const int32_t *plan, const States &h, float *y) {
+  const Net &m = c.m;
+  const int64_t count = m.blocks * m.groups, chunks = *std::max_element(plan, plan + count);
+  for (int64_t i = 0; i < count; i++) std::memset(h.of(i, plan[i] - 1), 0, R * W * sizeof(float));
+  for (int64_t j = chunks - 1; j >= 0; j--) {
+    const bool out = y && j * T < q.outputs;
+    c.inputs<false>(q, j);
+    c.project(plan, j, out);
+    std::memset(c.lanewise, 0, T * W * sizeof(float));
+    for (int64_t b = 0; b < m.blocks; b++) {
+      if (j >= *std::max_element(plan + b * m.groups, plan + (b + 1) * m.groups)) continue;
+      V most = c.steps<false>(b);
+      std::memset(c.y, 0, T * W * sizeof(float));
+      for (int64_t g = 0; g < m.groups; g++) {
+        const int64_t i = b * m.groups + g;
+        if (j >= plan[i]) continue;
+        float last[R * W];
+        auto run = c.near(i, most) ? (out ? scan<true, true, false> : scan<true, false, false>)
+                                   : (out ? scan<false, true, false> : scan<false, false, false>);
+        run(m.A2 + i * R * W, c.delta, c.drive, c.B(g), c.C(g), h.of(i, j), j ? h.of(i, j - 1) : last, c.y, nullptr,
+            nullptr);
+      }
+      if (!out) continue;
+      V D = load(m.D + b * W), w = load(m.out + b * W), in_z = load(m.in_z + b * W);
+      for (int t = 0; t < T; t++) {
+        V z = in_z * c.u[t], Y = load(c.y + t * W) + D * load(c.x + (b * T + t) * W);
+        add(c.lanewise + t * W, w * Y * z * sigmoid(z));
+      }
+    }
+    if (!out) continue;
+    float sums[T] = {};
+    add_lane_sums(c.lanewise, sums);
+    const int64_t skip = std::max<int64_t>(0, (j + 1) * T - q.outputs);
+    std::memcpy(y + q.outputs - (j + 1) * T + skip, sums + skip, (T - skip) * sizeof(float));
+  }
+}
+
+// gy [outputs] -> sums.
+static void backward_unit(Chunk &c, const Unit &q, const int32_t *plan, const States &h, const float *gy,
+                          const Sums &sum) {
+  const Net &m = c.m;
+  const int64_t count = m.blocks * m.groups, chunks = *std::max_element(plan, plan + count);
+  std::memset(c.carry, 0, count * R * W * sizeof(float));
+  for (int64_t j = 0; j < chunks; j++) {
+    const bool out = j * T < q.outputs;
+    float g[T] = {};
+    const int64_t skip = std::max<int64_t>(0, (j + 1) * T - q.outputs);
+    if (out) std::memcpy(g + skip, gy + q.outputs - (j + 1) * T + skip, (T - skip) * sizeof(float));
+    c.inputs<true>(q, j);
+    c.project(plan, j, out);
+    std::memset(c.dP, 0, (m.rows + 3) * T * sizeof(float));
+    std::memset(c.lanewise, 0, T * W * sizeof(float));  // ∂/∂dt
+    for (int64_t b = 0; b < m.blocks; b++) {
+      if (j >= *std::max_element(plan + b * m.groups, plan + (b + 1) * m.groups)) {
+        std::memset(c.dx + b * T * W, 0, T * W * sizeof(float));
+        continue;
+      }
+      V most = c.steps<true>(b);
+      if (out) c.gates(b, g);
+      for (float *p : {c.y.p, c.ddelta.p, c.ddrive.p}) std::memset(p, 0, T * W * sizeof(float));
+      for (int64_t group = 0; group < m.groups; group++) {
+        const int64_t i = b * m.groups + group;
+        if (j >= plan[i]) continue;
+        for (int k = 0; k < R * W && j + 1 < plan[i]; k += 16) __builtin_prefetch(h.of(i, j + 1) + k);
+        const bool near = c.near(i, most);
+        float state[R * W], *dB = c.dP + (1 + group * R) * T, *dC = dB + m.n * T;
+        auto again = near ? (out ? scan<true, true, true> : scan<true, false, true>)
+                          : (out ? scan<false, true, true> : scan<false, false, true>);
+        again(m.A2 + i * R * W, c.delta, c.drive, c.B(group), c.C(group), h.of(i, j), state, c.y, c.decays, c.states);
+        auto back = near ? (out ? scan_back<true, true> : scan_back<true, false>)
+                         : (out ? scan_back<false, true> : scan_back<false, false>);
+        back(m.A2 + i * R * W, c.delta, c.drive, c.B(group), c.C(group), state, c.gy, c.decays, c.states,
+             c.carry + i * R * W, c.ddrive, c.ddelta, sum.A + i * R * W, dB, dC);
+      }
+      if (out) c.outputs_back(b, g, sum);
+      c.steps_back(b, out, sum);
+    }
+    add_lane_sums(c.lanewise, c.dP);
+    c.project_back(sum);
+    c.inputs_back(sum);
+  }
+}
+
+// body()(unit) for all of them on `threads` threads, body() once each; the longest first.
+static void on_units(const std::vector<Unit> &units, int threads,
+                     const std::function<std::function<void(int64_t)>()> &body) {
+  std::vector<int64_t> order(units.size());
+  std::iota(order.begin(), order.end(), 0);
+  auto longer = [&](int64_t a, int64_t b) { return units[a].outputs > units[b].outputs; };
+  std::stable_sort(order.begin(), order.end(), longer);
+  std::atomic<size_t> next{0};
+  threads = std::min<int64_t>(threads, units.size());
+  on_threads(threads, threads, [&](int, int64_t, int64_t) {
+    auto run = body();
+    for (size_t i; (i = next++) < order.size();) run(order[i]);
+  });
+}
+
+// Where each unit's h begin, in groups of states.
+static std::vector<int64_t> starts_of(const int32_t *plan, size_t units, int64_t count) {
+  std::vector<int64_t> at(1, 0);
+  for (size_t i = 0; i < units; i++, plan += count) at.push_back(std::accumulate(plan, plan + count, at.back()));
+  return at;
+}
+
+// The number of plan's entries.
+extern "C" int64_t mamba_tails_plan_size(const Params *params, const Sequences *s) {
+  Net m(*params);
+  return units_of(*s).size() * m.blocks * m.groups;
+}
+
+// Writes plan; returns how many numbers the h before all chunks are.
+extern "C" int64_t mamba_tails_plan(const Params *params, const Sequences *s, int32_t *plan, int threads) {
+  Net m(*params);
+  const auto units = units_of(*s);
+  const int64_t count = m.blocks * m.groups;
+  on_units(units, threads, [&] {
+    auto c = std::make_shared<Chunk>(m, *s, false);
+    return [&, c](int64_t i) { plan_unit(*c, units[i], plan + i * count); };
+  });
+  return std::accumulate(plan, plan + units.size() * count, (int64_t)0) * R * W;
+}
+
+// y [weights]; h: that many numbers for `backward`, or null.
+extern "C" void mamba_tails_forward(const Params *params, const Sequences *s, const int32_t *plan, float *h, float *y,
+                                    int threads) {
+  Net m(*params);
+  const auto units = units_of(*s);
+  const int64_t count = m.blocks * m.groups;
+  const std::vector<int64_t> at = starts_of(plan, units.size(), count);
+  on_units(units, threads, [&] {
+    auto c = std::make_shared<Chunk>(m, *s, false);
+    auto latest = std::make_shared<Array>(h ? 0 : count * R * W);
+    return [&, c, latest](int64_t i) {
+      const Unit &q = units[i];
+      const int32_t *p = plan + i * count;
+      States states(m, p, h ? h + at[i] * R * W : latest->p, h);
+      forward_unit(*c, q, p, states, y + q.offset + q.start);
+    };
+  });
+}
+
+// gy [weights] -> gfirst [layers] if has_first, and grads, in Params' order: [conv d k | conv_b d | in_z d |
+// xproj d (1 + 2n) | dt_w d | dt_b d | A d n | D d | out d], A's with respect to A = -exp(A_log). h: what forward
+// wrote, or null.
+extern "C" void mamba_tails_backward(const Params *params, const Sequences *s, const int32_t *plan, float *h,
+                                     const float *gy, float *gfirst, float *grads, int threads) {
+  const Params &P = *params;
+  Net m(P);
+  const auto units = units_of(*s);
+  const int64_t count = m.blocks * m.groups, size = Sums::size(m), d = P.d, n = P.n, K = P.k;
+  const std::vector<int64_t> at = starts_of(plan, units.size(), count);
+  Array parts(units.size() * size);
+  on_units(units, threads, [&] {
+    auto c = std::make_shared<Chunk>(m, *s, true);
+    return [&, c](int64_t i) {
+      const Unit &q = units[i];
+      const int32_t *p = plan + i * count;
+      Array own(h ? 0 : (at[i + 1] - at[i]) * R * W);
+      States states(m, p, h ? h + at[i] * R * W : own.p, true);
+      if (!h) forward_unit(*c, q, p, states, nullptr);
+      backward_unit(*c, q, p, states, gy + q.offset + q.start, Sums(m, parts + i * size));
+    };
+  });
+  std::vector<double> total(size, 0.);
+  for (int64_t i = 0; i < s->layers * s->has_first; i++) gfirst[i] = 0;
+  for (size_t i = 0; i < units.size(); i++) {
+    const float *part = parts + i * size;
+    for (int64_t k = 0; k < size; k++) total[k] += part[k];
+    if (s->has_first) gfirst[units[i].layer] += std::accumulate(part + size - W, part + size, 0.);
+  }
+  const Sums at0(m, nullptr);  // only its distances
+  auto from = [&](const float *p) { return total.data() + (p - at0.conv); };
+  float *conv = grads, *conv_b = conv + d * K, *in_z = conv_b + d, *xproj = in_z + d, *dt_w = xproj + (1 + 2 * n) * d,
+        *dt_b = dt_w + d, *A = dt_b + d, *D = A + d * n, *out = D + d;
+  for (int64_t i = 0; i < m.lanes; i++) {
+    const int64_t c = m.channel[i], b = i / W, lane = i % W;
+    if (c < 0) continue;
+    for (int64_t k = 0; k < K; k++) conv[c * K + K - 1 - k] = from(at0.conv)[(b * m.lags + k) * W + lane];
+    conv_b[c] = from(at0.conv_b)[i], in_z[c] = from(at0.in_z)[i], dt_w[c] = from(at0.dt_w)[i];
+    dt_b[c] = from(at0.dt_b)[i], D[c] = from(at0.D)[i], out[c] = from(at0.out)[i];
+    for (int64_t r = 0; r < 1 + 2 * n; r++) xproj[c * (1 + 2 * n) + r] = from(at0.proj)[m.row(r) * m.lanes + i];
+    for (int64_t r = 0; r < n; r++) A[c * n + r] = from(at0.A)[(b * m.n + r) * W + lane];
+  }
+}
+#endif

@@ -207,7 +207,7 @@ def test_mamba_ssm_backend(monkeypatch):
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
     with pytest.raises(RuntimeError, match="CUDA devices only"):
         net.last(u)
-    assert SlowMamba(3, 4, 5, "auto").backend("cpu") == "reference"
+    assert SlowMamba(3, 4, 5, "auto").backend("cpu", torch.float64) == "reference"
     assert SlowMamba(3, 4, 5, "auto").backend("cuda") == "mamba-ssm"
     assert SlowMamba(3, 4, 5, "reference").backend("cuda") == "reference"
     monkeypatch.setattr(SlowMamba, "backend", lambda self, *_: self.scan)

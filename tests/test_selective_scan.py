@@ -1,4 +1,4 @@
-"""The fused scan against float64 (golden vectors, the recurrence by the book), extreme inputs, and no compiler."""
+"""The fused scans against float64 (golden vectors, the recurrence by the book), extreme inputs, and no compiler."""
 
 import subprocess
 import sys
@@ -118,17 +118,189 @@ def test_two_runs_give_the_same_bits_and_threads_only_reorder_sums():
     assert all(relative(a, b) < 1e-5 for a, b in zip(found[1], found[3], strict=True))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# tails: the flat layout.
+
+
+@pytest.mark.parametrize("case, count", [("flat", 90), ("flat_odd", 33)])
+def test_tails_golden(golden, case, count):
+    prefix = f"{case}/param/"
+    params = {k[len(prefix) :]: torch.tensor(golden[k]) for k in golden if k.startswith(prefix)}
+    d_inner, d_state = params["A_log"].shape
+    net = SlowMamba(d_state, params["conv1d.weight"].shape[-1], d_inner, "fused")
+    net.load_state_dict(params)
+    u = torch.tensor(golden[f"{case}/u"], dtype=torch.float32)[0, :, 0]
+    first = u[:1].clone().requires_grad_()
+    y = net.tails(u[1:].view(-1, count), [count], first)
+    assert relative(y, golden[f"{case}/y"][0, -count:, 0]) < 1e-5
+    y.backward(torch.tensor(golden[f"{case}/cotangent"], dtype=torch.float32)[0, -count:, 0])
+    for name, p in net.named_parameters():
+        assert relative(p.grad, golden[f"{case}/grad/{name}"]) < 1e-5, name
+    assert abs(first.grad.item() - golden[f"{case}/grad_u"][0, 0, 0]) < 1e-5 * abs(golden[f"{case}/grad_u"]).max()
+
+
+def flat_by(function, past, layers, first):
+    """tails, from `function`: u [1, L, 1] -> all outputs [1, L, 1]."""
+    found = []
+    for i, part in enumerate(past.split(layers, dim=1)):
+        u = part.reshape(1, -1, 1)
+        u = u if first is None else torch.cat([first[i].view(1, 1, 1), u], dim=1)
+        found.append(function(u)[0, -part.shape[1] :, 0])
+    return torch.cat(found)
+
+
+def check_tails(net, past, layers, first, v, function=mamba_by_the_book):
+    """net.tails and its gradients for the cotangent v are within 1e-5 of `function` in float64, relative to the largest
+    output, and to the sum of the absolute gradients that some 16 parts of v make; or as good as it in float32."""
+    first = [] if first is None else [first.requires_grad_()]
+    y = net.tails(past, layers, *(first or [None]))
+    ours = torch.autograd.grad(y, [*first, *net.parameters()], v)
+    parts = torch.zeros(min(len(v), 16), len(v)).scatter_(0, torch.arange(len(v)).remainder(16)[None], v[None])
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        book = SlowMamba(net.d_state, net.d_conv, net.d_inner, "reference").to(dtype)
+        book.load_state_dict(net.state_dict())
+        f = [x.detach().to(dtype).requires_grad_() for x in first]
+        out = flat_by(lambda u, book=book: function(book, u), past.to(dtype), layers, *(f or [None]))
+        inputs, options = [*f, *book.parameters()], {"allow_unused": True, "materialize_grads": True}
+        if function is mamba_by_the_book and dtype == torch.float64:
+            grads = torch.autograd.grad(out, inputs, parts.to(dtype), is_grads_batched=True, **options)
+        else:
+            grads = [g[None] for g in torch.autograd.grad(out, inputs, v.to(dtype), **options)]
+        found.append([out.detach()[None], *grads])
+    names = ["y", *(["first"] if first else []), *(name for name, _ in net.named_parameters())]
+    for name, a, b, c in zip(names, [y, *ours], *found, strict=True):
+        error, mass = (a - b.sum(0)).abs().max(), b.abs().sum(0).max()
+        assert error <= 1e-5 * mass + 5 * (c.sum(0) - b.sum(0)).abs().max() + 1e-30, (name, error.item(), mass.item())
+    return y, ours
+
+
+@given(
+    st.tuples(*(st.integers(1, n) for n in (40, 20, 8))),  # d_inner, d_state, d_conv
+    st.lists(st.sampled_from([1, 2, 5, 17, 40, 63, 64, 65, 90]), min_size=1, max_size=3),
+    st.integers(1, 8),
+    st.booleans(),
+    st.sampled_from([1e-4, 1.0, 10.0]),
+    st.sampled_from([-3.0, 0.0, 3.0]),
+    st.integers(0, 2**31),
+)
+@settings(max_examples=14, deadline=None)
+def test_tails_equals_the_recurrence_for_any_shape(shape, layers, length, has_first, scale, dt_shift, seed):
+    net, _ = pair(*shape, seed, dt_shift)
+    length = min(length, 250 // max(layers) + 1)
+    past, first = torch.randn(length, sum(layers)) * scale, torch.randn(len(layers)) * scale
+    check_tails(net, past, layers, first if has_first else None, torch.randn(sum(layers)))
+
+
+@pytest.mark.parametrize("shape", [(100, 16, 8), (128, 32, 1), (128, 3, 5), (1, 1, 1)])
+def test_tails_equals_the_reference_at_full_size(shape):
+    """The reference, not the loops of the book, because it is faster; it is tested against them."""
+    net, _ = pair(*shape, 0)
+    layers = [300, 1, 130]
+    check_tails(net, torch.randn(5, 431), layers, torch.randn(3), torch.randn(431), lambda book, u: book(u))
+
+
+def test_tails_leaves_out_what_is_forgotten_and_nothing_else():
+    """Channels that remember for 3 to 1000 tokens, and outputs 3000 tokens after the `first`."""
+    net, _ = pair(40, 4, 4, 0)
+    net.dt_proj.bias.data = torch.linspace(-4, 4, 40)[torch.randperm(40)]
+    layers, length = [100, 1500], 5
+    past, first, v = torch.randn(length, 1600), torch.randn(2), torch.randn(1600)
+    _, (at_first, *_) = check_tails(net, past, layers, first, v, lambda book, u: book(u))
+    assert at_first[1] == 0, "forgotten after 6000 tokens"
+    assert at_first[0] != 0, "felt after 400"
+    # With a memory that never ends nothing is left out.
+    net.dt_proj.bias.data -= 14
+    _, (at_first, *_) = check_tails(net, past, layers, first, v, lambda book, u: book(u))
+    assert at_first.all()
+
+
+def test_tails_of_layers_beyond_a_segment():
+    net, _ = pair(3, 2, 2, 0, 2.0)
+    layers = [2**18 + 100, 7]
+    past = torch.randn(1, sum(layers))
+    check_tails(net, past, layers, None, torch.randn(sum(layers)), lambda book, u: book(u))
+
+
+def test_tails_keeps_the_states_or_computes_them_again(monkeypatch):
+    net, _ = pair(20, 5, 3, 0)
+    past, first, v = torch.randn(5, 500), torch.randn(2), torch.randn(500)
+    results = []
+    for most in (selective_scan.MOST_KEPT, 0):
+        monkeypatch.setattr(selective_scan, "MOST_KEPT", most)
+        y = net.tails(past, [300, 200], first)
+        results.append([y, *torch.autograd.grad(y, net.parameters(), v)])
+    with torch.no_grad():
+        assert torch.equal(net.tails(past, [300, 200], first), y)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_tails_gives_the_same_bits_for_any_number_of_threads():
+    net, _ = pair(20, 16, 8, 0)
+    layers = [500, 40, 700, 260]
+    past, v, first = torch.randn(5, 1500), torch.randn(1500), torch.randn(4).requires_grad_()
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 1, 2, 3, 8):
+            torch.set_num_threads(count)
+            y = net.tails(past, layers, first)
+            results.append([y, *torch.autograd.grad(y, [first, *net.parameters()], v)])
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e4, 1e8])
+@pytest.mark.parametrize("dt_shift", [-50.0, 0.0, 50.0, 1e4])
+def test_tails_has_no_nan_where_float64_has_none(scale, dt_shift):
+    net, book = pair(7, 5, 4, 0, dt_shift)
+    past, first = torch.randn(3, 60) * scale, torch.randn(2) * scale
+    past[0, 7] = past[1, 30] = 1e3 * scale  # what comes later is small beside it
+    layers = [50, 10]
+    y = net.tails(past, layers, first)
+    y64 = flat_by(lambda u: book(u), past.double(), layers, first.double())
+    finite = y64.isfinite() & (y64.abs() < 1e35)
+    assert y[finite].isfinite().all()
+    if finite.all() and y64.abs().max() > 1e-30:
+        assert relative(y, y64) < 1e-4
+    grads = torch.autograd.grad(y, net.parameters(), torch.ones_like(y))
+    exact = torch.autograd.grad(y64.sum(), book.parameters())
+    if max(g.abs().max() for g in exact) < 1e30:
+        assert all(g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize("lre, normalize", [(True, "layer-rms"), (False, "none")])
+def test_fsg_with_the_flat_layout_is_the_same_with_either_scan(lre, normalize):
+    found = {}
+    for scan in ("fused", "reference"):
+        torch.manual_seed(0)
+        net = binarize_(torch.nn.Sequential(*(torch.nn.Linear(20, 20, bias=False) for _ in range(4))))
+        layers = binary_layers(net)
+        gen = FSG(layers, history="flat", lre=lre, normalize=normalize, d_state=4, expand=10, scan=scan)
+        assert gen.backend() == scan
+        generator, steps = torch.Generator().manual_seed(1), []
+        for _ in range(8):
+            for layer in layers:
+                layer.weight.grad = torch.randn(layer.weight.shape, generator=generator)
+            gen.generate()
+            steps.append(torch.cat([layer.weight.grad.flatten() for layer in layers]))
+        found[scan] = steps
+    for a, b in zip(found["fused"], found["reference"], strict=True):
+        assert relative(a, b) < 1e-4
+
+
 def test_what_auto_takes():
     net = SlowMamba(3, 4, 5)
-    assert net.backend("cpu", torch.float32, 6) == "fused"
-    assert net.backend("cpu", torch.float64, 6) == net.backend("cpu", torch.float32, None) == "reference"
+    assert net.backend("cpu", torch.float32, 6) == net.backend("cpu", torch.float32, None) == "fused"
+    assert net.backend("cpu", torch.float64, 6) == net.backend("cpu", torch.float64, None) == "reference"
     assert net.backend("cpu", torch.float32, selective_scan.MOST_TOKENS + 1) == "reference"
     fused = SlowMamba(3, 4, 5, "fused")
-    for arguments in ((torch.float64, 6), (torch.float32, None), (torch.float32, 99)):
+    for arguments in ((torch.float64, 6), (torch.float64, None), (torch.float32, 99)):
         with pytest.raises(RuntimeError, match="fused"):
             fused.backend("cpu", *arguments)
     layers = binary_layers(binarize_(torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))))
-    assert FSG(layers).backend() == "fused" and FSG(layers, history="flat").backend() == "reference"
+    assert FSG(layers).backend() == "fused" and FSG(layers, history="flat").backend() == "fused"
 
 
 def test_without_a_compiler_auto_falls_back_and_fused_says_why(tmp_path):
