@@ -1,7 +1,7 @@
 """Gradient generators for binary networks: FSG (fast and slow gradients, AAAI 2025) and the baselines of its paper.
 
-Copy this file alone: it needs nothing but torch (with selective_scan.py and selective_scan_cpu.cpp beside it, Mamba is
-many times faster on a CPU). Three lines turn a training loop into FSG's:
+Copy this file alone: it needs nothing but torch (with selective_scan.py, selective_scan_cpu.cpp and
+selective_scan_cuda.py beside it, Mamba is many times faster). Three lines turn a training loop into FSG's:
 
     fsg = FSG(layers)                       # layers: modules with a `.weight` and a `.quantizer` (models.binary_layers)
     for images, labels in batches:
@@ -219,9 +219,9 @@ class SlowMamba(nn.Module):
 
     d_state: numbers of state a channel (n below); d_conv: taps of the causal convolution; expand: channels (d below).
     Names, shapes and initialisation of the parameters are those of `mamba_ssm.Mamba`; state dicts interchange.
-    scan: 'reference' is plain PyTorch; 'fused' is selective_scan.py's kernels, for `last` and `tails` in float32 on a
-    CPU (`forward` and `tail` then take the reference); 'mamba-ssm' calls that package's CUDA kernel; 'auto' takes the
-    first of fused, mamba-ssm, reference that runs.
+    scan: 'reference' is plain PyTorch; 'fused' is selective_scan.py's kernels in float32, for `last` on a CPU or a GPU
+    and for `tails` on a CPU (`forward` and `tail` then take the reference); 'mamba-ssm' calls that package's CUDA
+    kernel; 'auto' takes the first of fused, mamba-ssm, reference that runs.
     Raises ValueError for another name, and RuntimeError, when called, where the one that was asked for cannot run.
 
     The block, token by token (t), with u_t its scalar input; ⊙ is per channel:
@@ -258,27 +258,31 @@ class SlowMamba(nn.Module):
         tokens: their number, where only the last output is wanted (`last`: per-weight histories); None for `tails`.
         """
         device = torch.device(device)
-        on_gpu = device.type == "cuda"
         if self.scan in ("auto", "fused"):
             if selective_scan is None:
-                problem = "--scan fused needs selective_scan.py and selective_scan_cpu.cpp beside hypernet.py"
+                problem = "--scan fused needs selective_scan.py and its kernels beside hypernet.py"
             else:
                 problem = selective_scan.why_not(device, dtype, tokens)
             if problem is None:
                 return "fused"
             if self.scan == "fused":
                 raise RuntimeError(problem)
+        return self.unfused_backend(device)
+
+    def unfused_backend(self, device: torch.device) -> str:
+        """The scan that gives all outputs there: 'mamba-ssm' or 'reference'."""
         if self.scan == "mamba-ssm":
             if mamba_ssm_scan() is None:
                 raise RuntimeError(
                     "--scan mamba-ssm needs the mamba-ssm package with its CUDA extension: install it on a CUDA "
                     "machine with `pip install --no-build-isolation -r requirements-cuda.txt`, or use --scan auto"
                 )
-            if not on_gpu:
+            if device.type != "cuda":
                 raise RuntimeError(
                     "--scan mamba-ssm runs on CUDA devices only: use one (--device cuda), or --scan auto"
                 )
-        return "mamba-ssm" if self.scan != "reference" and on_gpu and mamba_ssm_scan() else "reference"
+        wanted = self.scan in ("auto", "mamba-ssm") and device.type == "cuda"
+        return "mamba-ssm" if wanted and mamba_ssm_scan() else "reference"
 
     def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """All that the recurrence needs: u [B, L, 1] -> x [B, L, d], Δ [B, L, d], B [B, L, n], C [B, L, n]."""
@@ -387,8 +391,7 @@ class SlowMamba(nn.Module):
 
     def _forward(self, u: Tensor) -> Tensor:
         x, delta, B, C = self.project(u)
-        on_cpu = u.device.type == "cpu" and self.scan != "mamba-ssm"  # no kernel there does all outputs
-        if not on_cpu and self.backend(u.device) == "mamba-ssm":
+        if self.unfused_backend(u.device) == "mamba-ssm":
             # The kernel wants the time axis last: [B, d, L] and [B, n, L].
             x_, delta_, B_, C_ = (v.transpose(1, 2).contiguous() for v in (x, delta, B, C))
             y = mamba_ssm_scan()(x_, delta_, -torch.exp(self.A_log), B_, C_, delta_softplus=False).transpose(1, 2)

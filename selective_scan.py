@@ -1,6 +1,7 @@
 """The fused selective scan of a Mamba block on scalar tokens: SlowMamba.last() and .tails() of hypernet.py.
 
-Copy this file with selective_scan_cpu.cpp, next to hypernet.py, which finds them there and does without otherwise.
+Copy this file with selective_scan_cpu.cpp (for CPUs) and selective_scan_cuda.py (for CUDA GPUs) next to hypernet.py,
+which finds them there and does without otherwise.
 
 `last`, for per-weight histories. SlowMamba on a sequence u_1 … u_L of scalars, and of its outputs only the last. Per
 channel d and state n, with x_t = silu(conv u), its projections dt_t, B_t, C_t, and Δ_t = softplus(dt_w dt_t + dt_b),
@@ -26,9 +27,10 @@ each. There the recurrence is computed as it is written, token by token, vector 
 starts each stretch of tokens from a kept h. What has been forgotten when the first wanted output is due is not scanned,
 which is decided state by state: few remember long. selective_scan_cpu.cpp derives the adjoint.
 
-The CPU kernels are C++, compiled at first use by torch's extension loader for the machine's vector units, and `last`
-for one L (seconds; kept in torch's extension folder). Two runs with the same number of threads give the same bits;
-`tails` gives the same ones for any number of threads.
+On a GPU `last` is selective_scan_cuda.py's, in Triton, and `tails` does not exist. The CPU kernels are C++, compiled at
+first use by torch's extension loader for the machine's vector units, and `last` for one L (seconds; kept in torch's
+extension folder). Two runs with the same number of threads give the same bits; `tails` gives the same ones for any
+number of threads.
 """
 
 import ctypes
@@ -109,21 +111,33 @@ def _is_built(name: str) -> bool:
 def why_not(device: torch.device, dtype: torch.dtype, tokens: int | None) -> str | None:
     """None where `last` (or `tails`, for tokens None) runs for tensors of that kind, else one sentence that says why it
     does not."""
-    if device.type != "cpu" or dtype != torch.float32:
-        return f"the fused scan is for float32 on a CPU; this is {dtype} on {device}"
+    if device.type not in ("cpu", "cuda") or dtype != torch.float32:
+        return f"the fused scan is for float32 on a CPU or a CUDA GPU; this is {dtype} on {device}"
     if tokens is not None and tokens > MOST_TOKENS:
         return f"the fused scan is for histories of up to {MOST_TOKENS} tokens; these have {tokens}"
+    if device.type == "cuda":
+        if tokens is None:
+            return "on a GPU the fused scan is for --history per-weight: use --scan auto"
+        try:
+            import selective_scan_cuda
+        except ImportError:
+            return "the fused scan on a GPU needs selective_scan_cuda.py beside selective_scan.py"
+        return selective_scan_cuda.why_not(device, dtype, tokens)
     found = library(tokens)
     return found if isinstance(found, str) else None
 
 
 def last(u: Tensor, *parameters: Tensor) -> Tensor:
-    """SlowMamba.last: u [B, L] float32 on the CPU -> [B], with gradients for u and all parameters.
+    """SlowMamba.last: u [B, L] float32 -> [B], with gradients for u and all parameters.
 
     parameters: in_proj.weight [2d, 1], conv1d.weight [d, 1, k], conv1d.bias [d], x_proj.weight [1 + 2n, d],
     dt_proj.weight [d, 1], dt_proj.bias [d], A_log [d, n], D [d], out_proj.weight [1, d].
     Only where `why_not` gives None.
     """
+    if u.is_cuda:
+        import selective_scan_cuda
+
+        return selective_scan_cuda.last(u, *parameters)
     return _Last.apply(u, *parameters)
 
 

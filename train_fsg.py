@@ -20,7 +20,7 @@ The whole method is in hypernet.py; here you see where it enters training: one l
 
     flags → data → network → gradient generator → optimizer → the training loop → evaluation
 
-Copy with: models.py, quantizers.py, hypernet.py, data.py, runs.py; for speed selective_scan.py, selective_scan_cpu.cpp.
+Copy with: models.py, quantizers.py, hypernet.py, data.py, runs.py; for speed selective_scan.py and its kernels.
 """
 
 import math

@@ -40,7 +40,10 @@ COPIES = {
     "data.py": ([], "import data; train, test = data.load('digits'); print(next(iter(train.epoch()))[0].shape)"),
     "runs.py": ([], "import runs; print(runs.common_flags('').parse_args([]))"),
     "plot.py": ([], "import plot; print(plot)"),
-    "selective_scan.py": (["selective_scan_cpu.cpp"], "import selective_scan as s; print(s.library(6))"),
+    "selective_scan.py": (
+        ["selective_scan_cpu.cpp", "selective_scan_cuda.py"],
+        "import selective_scan as s; print(s.library(6))",
+    ),
     "selective_scan_cuda.py": (
         [],
         "import torch, selective_scan_cuda as s; print(s.why_not(torch.device('cpu'), torch.float32, 6))",

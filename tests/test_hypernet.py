@@ -208,9 +208,10 @@ def test_mamba_ssm_backend(monkeypatch):
     with pytest.raises(RuntimeError, match="CUDA devices only"):
         net.last(u)
     assert SlowMamba(3, 4, 5, "auto").backend("cpu", torch.float64) == "reference"
-    assert SlowMamba(3, 4, 5, "auto").backend("cuda") == "mamba-ssm"
+    assert SlowMamba(3, 4, 5, "auto").backend("cuda") == "mamba-ssm", "for the flat layout"
     assert SlowMamba(3, 4, 5, "reference").backend("cuda") == "reference"
-    monkeypatch.setattr(SlowMamba, "backend", lambda self, *_: self.scan)
+    for name in ("backend", "unfused_backend"):
+        monkeypatch.setattr(SlowMamba, name, lambda self, *_: self.scan)
     reference = SlowMamba(3, 4, 5, "reference")
     reference.load_state_dict(net.state_dict())
     for method in (lambda n: n.last(u), lambda n: n(u)[:, :, 0], lambda n: n.tail(u[:1], 4)):
