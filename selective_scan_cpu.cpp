@@ -441,21 +441,22 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
 //     λ_t = ∂/∂(A Δ_t) = E_t G_t h_{t-1}         ∂/∂Δ_t += Σ_n A λ_t             ∂/∂C_t = Σ_d gy_t h_t
 //                                                ∂/∂A += Δ_t λ_t
 //
-// Lanes are channels: a block is W of them, and [T][W] its values over a chunk, T tokens. Tokens come one after another.
-// R states go together, their h in registers for a whole chunk. What a chunk needs ([blocks][T][W] of x and its like,
-// [rows][T] of the projections) stays in the L2 cache, and what one block needs in or near the L1. Chunks are counted
-// from the sequence's end: chunk j is its tokens [length - (j + 1) T, length - j T). Before the sequence's start come
-// tokens with x = 0 and Δ = 0, which leave h at 0.
+// Lanes are channels: a block is W of them, and [T][W] its values over a chunk, T tokens. Tokens come one after
+// another. R states go together, their h in registers for a whole chunk. What a chunk needs ([blocks][T][W] of x and
+// its like, [rows][T] of the projections) stays in the L2 cache, and what one block needs in or near the L1. Chunks
+// are counted from the sequence's end: chunk j is its tokens [length - (j + 1) T, length - j T). Before the
+// sequence's start come tokens with x = 0 and Δ = 0, which leave h at 0.
 //
-// What is not computed. States forget: between two tokens, one decays by exp(A Σ Δ). An output does not feel what comes
-// from before a decay of e^-21, float32's resolution and a margin. So each R states of a block have a chunk of their
-// own to start from, with h = 0: `plan` walks back from the first chunk with an output. It needs no Δ, only dt: softplus
-// is convex, so over a chunk Σ Δ >= T softplus(dt_w mean(dt) + dt_b). At first A = -1, …, -n and Δ is 1e-3 to 1e-1, so
-// few states start early; the blocks are of channels that forget about equally fast. Chunks before the first with an
-// output need no C and no y, and B only for the states that have started.
+// What is not computed. States forget: between two tokens, one decays by exp(A Σ Δ). An output does not feel what
+// comes from before a decay of e^-21, float32's resolution and a margin. So each R states of a block have a chunk of
+// their own to start from, with h = 0: `plan` walks back from the first chunk with an output. It needs no Δ, only dt:
+// softplus is convex, so over a chunk Σ Δ >= T softplus(dt_w mean(dt) + dt_b). At first A = -1, …, -n and Δ is 1e-3
+// to 1e-1, so few states start early; the blocks are of channels that forget about equally fast. Chunks before the
+// first with an output need no C and no y, and B only for the states that have started.
 //
-// Backward, chunk by chunk from the end: x, the projections and Δ again; the states' h, from the one kept at the chunk's
-// start (1/T of all h), with E and h in the L1 cache; at once their adjoint; at last from x down to the parameters.
+// Backward, chunk by chunk from the end: x, the projections and Δ again; the states' h, from the one kept at the
+// chunk's start (1/T of all h), with E and h in the L1 cache; at once their adjoint; at last from x down to the
+// parameters.
 //
 // Per token, channel and state: forward an exponential (5 multiply-adds for a small exponent, else 10 operations) and 3
 // multiply-adds, backward the exponential and 11. Per token and channel besides, forward: 2n + 1 multiply-adds of the
