@@ -240,7 +240,7 @@ def bench_scan(args, device: torch.device) -> dict:
     torch.manual_seed(0)
     past, first = torch.randn(args.length, sum(sizes), device=device), torch.randn(len(sizes), device=device)
     layer_of = torch.arange(len(sizes), device=device).repeat_interleave(torch.tensor(sizes, device=device))
-    tokens = torch.cat([first[layer_of].unsqueeze(1), past.T], dim=1).unsqueeze(-1)  # [N, 1 + l, 1]
+    tokens = torch.cat([first[layer_of].unsqueeze(0), past]).T.unsqueeze(-1)  # [N, 1 + l, 1], as FSG makes it
     v = torch.randn(sum(sizes), device=device)
     slow = hypernet.SlowMamba(args.d_state, args.d_conv, args.expand, "reference").to(device)
     lstm = hypernet.SlowLSTM(args.hidden).to(device)

@@ -785,17 +785,16 @@ class FSG(Learned):
         """SlowNet(LRE, history): [N], or [M] for the weights `at`, with the graph to φ."""
         oldest = self.t % self.length
         past = torch.cat([self.history[oldest:, at], self.history[:oldest, at]])  # [l, N], oldest first
-        layer_of, rms = self.layer_of[at], None
+        rms, first = None, None if self.lre is None else self.lre.weight[:, 0]  # [layers]
         if self.normalize == "layer-rms":
-            rms = self.layer_rms()[layer_of]  # [N]
+            rms = self.layer_rms()[self.layer_of[at]]  # [N]
             past = past / rms
         if self.layout == "per-weight":
-            tokens = past.T  # [N, l]
-            if self.lre is not None:
-                tokens = torch.cat([self.lre(layer_of), tokens], dim=1)  # [N, 1 + l]
-            slow = self.slow.last(tokens.unsqueeze(-1))
+            if first is not None:  # one of views and not an nn.Embedding call, whose backward pass is slow on a CPU
+                token = torch.cat([e.expand(n) for e, n in zip(first, self.sizes, strict=True)])
+                past = torch.cat([token[at].unsqueeze(0), past])  # [1 + l, N]
+            slow = self.slow.last(past.T.unsqueeze(-1))
         else:
-            first = None if self.lre is None else self.lre.weight[:, 0]
             slow = self.slow.tails(past, self.sizes, first)  # one sequence a layer
         return slow if rms is None else slow * rms
 

@@ -144,7 +144,7 @@ def last(u: Tensor, *parameters: Tensor) -> Tensor:
 class _Last(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u: Tensor, *parameters: Tensor) -> Tensor:
-        u = u.T.contiguous()  # [L, B]: sequences along vector lanes
+        u = u.T.contiguous()  # [L, B]: sequences along vector lanes. FSG's history lies in memory like this already
         ctx.save_for_backward(u, *parameters)
         y = u.new_empty(u.shape[1])
         _call("mamba_last_forward", parameters, u, y)
@@ -154,9 +154,9 @@ class _Last(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         u, *parameters = ctx.saved_tensors
-        du, grads = torch.empty_like(u), _new_grads(parameters)
+        du, grads = torch.empty_like(u) if ctx.needs_input_grad[0] else None, _new_grads(parameters)
         _call("mamba_last_backward", parameters, u, grad.contiguous(), du, grads)
-        return du.T, *_split_grads(grads, parameters)
+        return du if du is None else du.T, *_split_grads(grads, parameters)
 
 
 def _call(function: str, parameters: tuple[Tensor, ...], u: Tensor, *tensors: Tensor) -> None:

@@ -41,25 +41,25 @@ static inline V vmin(V a, V b) { return a < b ? a : b; }
 #endif
 
 // 2^x. AVX-512: x is rounded to sixteenths, whose fractional part a register of 16 numbers looks up and whose integer
-// part scalef applies; a parabola does the rest, |r| <= 1/32. Relative error 4e-7, any x down to -1e24 (gives 0).
+// part scalef applies; a polynomial does the rest, |r| <= 1/32. A cubic one with the precision of float32 for exp2v; a
+// parabola, relative error 4e-7, for the many decays of exp2_product. Any x down to -1e24 (gives 0).
 // Elsewhere: a minimax polynomial on [-1/2, 1/2], times 2^(the integer part), x >= -126 or taken for it. Error 2e-7.
 #ifdef __AVX512F__
 alignas(64) static const float SIXTEENTHS[16] = {
     1.f, 1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f, 1.29683955f, 1.35425555f,
     1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f, 1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
-static inline V exp2_rounded(V shifted, V rounded, V r) {
-  V p = (r * 2.402194625e-1f + 6.931878314e-1f) * r + 1.f;
+static inline V exp2_rounded(V shifted, V rounded, V p) {  // p = 2^(x - rounded)
   V table = (V)_mm512_permutexvar_ps((__m512i)shifted, _mm512_load_ps(SIXTEENTHS));  // by the lowest 4 bits
   return (V)_mm512_scalef_ps((__m512)(p * table), (__m512)rounded);
 }
 constexpr float MAGIC = 786432.f;  // 1.5 * 2^19: adding it rounds to sixteenths, and leaves them in the lowest bits
 static inline V exp2v(V x) {
-  V shifted = x + MAGIC, rounded = shifted - MAGIC;
-  return exp2_rounded(shifted, rounded, x - rounded);
+  V shifted = x + MAGIC, rounded = shifted - MAGIC, r = x - rounded;
+  return exp2_rounded(shifted, rounded, ((r * 5.550410866e-2f + 2.402265070e-1f) * r + 6.931471806e-1f) * r + 1.f);
 }
 static inline V exp2_product(float a, V s) {  // 2^(a s); written out so that the product becomes part of the additions
-  V shifted = a * s + MAGIC, rounded = shifted - MAGIC;
-  return exp2_rounded(shifted, rounded, a * s - rounded);
+  V shifted = a * s + MAGIC, rounded = shifted - MAGIC, r = a * s - rounded;
+  return exp2_rounded(shifted, rounded, (r * 2.402194625e-1f + 6.931878314e-1f) * r + 1.f);
 }
 static inline V reciprocal(V x) {
   V r = (V)_mm512_rcp14_ps((__m512)x);
@@ -71,12 +71,12 @@ static inline V exp2v(V x) {
   const V magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to the nearest integer
   V shifted = x + magic, r = shifted - magic;
   V f = x - r;
-  V p = splat(1.327646909e-3f);
-  p = p * f + 9.675541311e-3f;
-  p = p * f + 5.550713282e-2f;
-  p = p * f + 2.402211972e-1f;
-  p = p * f + 6.931469671e-1f;
-  p = p * f + 1.000000072e+0f;
+  V p = splat(1.333353875e-3f);
+  p = p * f + 9.666245476e-3f;
+  p = p * f + 5.550500214e-2f;
+  p = p * f + 2.402235134e-1f;
+  p = p * f + 6.931471435e-1f;
+  p = p * f + 1.f;
   return (V)((I)p + ((I)shifted << 23));
 }
 static inline V exp2_product(float a, V s) { return exp2v(a * s); }
@@ -159,15 +159,16 @@ struct Work {
   std::vector<float> buf;
   float *x, *slope;   // [d, L]: x = silu(conv), and silu's derivative there
   float *dtB, *C;     // [1 + n, L]: dt and B of every token; [n]: C of the last one
+  float *delta, *dslope;  // [d, L]: the steps and softplus's derivative
   float *BC, *sumBC;  // [n, L]: B C; [1]: its sum over n at the last token, which does not decay
   float *dx, *ddtB, *dC, *dBC;  // gradients
   Work(int64_t d, int64_t n) {
-    int64_t sizes[] = {L * d, L * d, L * (1 + n), n, L * n, 1, L * d, L * (1 + n), n, L * n}, total = 0;
+    int64_t sizes[] = {L * d, L * d, L * (1 + n), n, L * d, L * d, L * n, 1, L * d, L * (1 + n), n, L * n}, total = 0;
     for (auto s : sizes) total += s;
     buf.resize(total * W + 16);
     float *p = (float *)(((uintptr_t)buf.data() + 63) & ~(uintptr_t)63);
-    float **targets[] = {&x, &slope, &dtB, &C, &BC, &sumBC, &dx, &ddtB, &dC, &dBC};
-    for (int i = 0; i < 10; i++) { *targets[i] = p; p += sizes[i] * W; }
+    float **targets[] = {&x, &slope, &dtB, &C, &delta, &dslope, &BC, &sumBC, &dx, &ddtB, &dC, &dBC};
+    for (int i = 0; i < 12; i++) { *targets[i] = p; p += sizes[i] * W; }
   }
 };
 
@@ -221,6 +222,12 @@ template <bool SLOPE> static void project(const Params &P, const V *u, Work &w) 
     sum += load(w.BC + (r * L + L - 1) * W);
   }
   store(w.sumBC, sum);
+  for (int64_t c = 0; c < d; c++)
+    for (int t = 0; t < L; t++) {
+      V a = P.dt_w[c] * load(w.dtB + t * W) + P.dt_b[c], slope;
+      store(w.delta + (c * L + t) * W, SLOPE ? softplus(a, slope) : softplus(a));
+      if (SLOPE) store(w.dslope + (c * L + t) * W, slope);
+    }
 }
 
 // The way back for TILED channels from c on: dx [.., L] += xproj (ddt, dB, dC), and g [.., 1 + 2n] += xproj's gradient.
@@ -280,7 +287,7 @@ extern "C" void mamba_last_forward(const Params *params, int64_t rows, const flo
       for (int64_t c = 0; c < d; c++) {
         V delta[L], S[L], acc[L];
         for (int t = 0; t < L; t++) {
-          delta[t] = softplus(P.dt_w[c] * load(w.dtB + t * W) + P.dt_b[c]);
+          delta[t] = load(w.delta + (c * L + t) * W);
           acc[t] = splat(0.f);
         }
         S[L - 1] = splat(0.f);
@@ -301,7 +308,7 @@ extern "C" void mamba_last_forward(const Params *params, int64_t rows, const flo
   });
 }
 
-// gy [rows] -> du [L, rows], and grads, in Params' order: [conv d k | conv_b d | in_z d | xproj d (1 + 2n) | dt_w d |
+// gy [rows] -> du [L, rows] (or null), and grads, in Params' order: [conv d k | conv_b d | in_z d | xproj d (1 + 2n) | dt_w d |
 // dt_b d | A d n | D d | out d], A's with respect to A = -exp(A_log).
 extern "C" void mamba_last_backward(const Params *params, int64_t rows, const float *u, const float *gy, float *du,
                                     float *grads, int threads) {
@@ -332,11 +339,11 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
       std::memset(w.dBC, 0, L * n * W * sizeof(float));
       V dsum = splat(0.f);  // of sumBC
       for (int64_t c = 0; c < d; c++) {
-        V delta[L], slope[L], S[L], acc[L], accA[L], cc[L], cS[L], x[L];
+        V delta[L], S[L], acc[L], accA[L], cc[L], cS[L], x[L];
         V z = P.in_z[c] * tok[L - 1], sz = sigmoid(z), silu = z * sz;
         V dy = go * P.out[c] * silu;
         for (int t = 0; t < L; t++) {
-          delta[t] = softplus(P.dt_w[c] * load(w.dtB + t * W) + P.dt_b[c], slope[t]);
+          delta[t] = load(w.delta + (c * L + t) * W);
           x[t] = load(w.x + (c * L + t) * W);
           acc[t] = accA[t] = splat(0.f);
         }
@@ -377,7 +384,7 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
         dtok[L - 1] += dz * P.in_z[c];
         V gw = splat(0.f), gb = splat(0.f);
         for (int t = 0; t < L; t++) {
-          V da = ddelta[t] * slope[t];
+          V da = ddelta[t] * load(w.dslope + (c * L + t) * W);
           gw += da * load(w.dtB + t * W), gb += da;
           add(w.ddtB + t * W, da * P.dt_w[c]);
           store(w.dx + (c * L + t) * W, dx[t]);
@@ -408,7 +415,7 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
           add(g_conv + (c * K + K - 1 - lag) * W, sum);
         }
       }
-      for (int t = 0; t < L; t++) {
+      for (int t = 0; t < L && du; t++) {
         float lane[W];
         store(lane, dtok[t]);
         std::memcpy(du + t * rows + b * W, lane, std::min<int64_t>(rows - b * W, W) * sizeof(float));
@@ -448,7 +455,7 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
 // sequence's start come tokens with x = 0 and Δ = 0, which leave h at 0.
 //
 // What is not computed. States forget: between two tokens, one decays by exp(A Σ Δ). An output does not feel what
-// comes from before a decay of e^-21, float32's resolution and a margin. So each R states of a block have a chunk of
+// comes from before a decay of e^-18, float32's resolution and a margin. So each R states of a block have a chunk of
 // their own to start from, with h = 0: `plan` walks back from the first chunk with an output. It needs no Δ, only dt:
 // softplus is convex, so over a chunk Σ Δ >= T softplus(dt_w mean(dt) + dt_b). At first A = -1, …, -n and Δ is 1e-3
 // to 1e-1, so few states start early; the blocks are of channels that forget about equally fast. Chunks before the
@@ -468,7 +475,7 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
 
 constexpr int T = 64, R = 2;
 constexpr int64_t SEGMENT = 1 << 18;
-constexpr float FORGOTTEN = 21 * LOG2E;
+constexpr float FORGOTTEN = 18 * LOG2E;
 static_assert(T % W == 0 && T % 8 == 0, "chunks are whole vectors of tokens");
 
 struct Sequences {
@@ -586,37 +593,19 @@ static void add_lane_sums(const float *v, float *to) {  // v [T][W], to [T]
   }
 }
 
-// E = 2^x for x <= 0, exactly 1 for 0. NEAR is for x in [-0.5, 0] and gives E - 1, with a relative error of 9e-7: where
-// E is close to 1 a state remembers for 1 / (1 - E) tokens, and rounding E there would be rounding how long.
-template <bool NEAR>
-static inline V decay(V x) {
-  if constexpr (NEAR) {
-    V p = splat(8.376760769e-3f);
-    p = p * x + 5.512203524e-2f;
-    p = p * x + 2.401881232e-1f;
-    p = p * x + 6.931465670e-1f;
-    return p * x;
+// E = 2^(a delta), a state's decay over a step. NEAR is for a delta in [-0.5, 0] and gives E - 1, with a relative error
+// of 9e-7, as a polynomial in delta: where E is close to 1 a state remembers for 1 / (1 - E) tokens, and rounding E there
+// would be rounding how long.
+template <bool NEAR> struct Decay {
+  V a, c[5];
+  explicit Decay(V a) : a(a) {
+    c[1] = a * 6.931465670e-1f, c[2] = a * a * 2.401881232e-1f, c[3] = a * a * a * 5.512203524e-2f;
+    c[4] = a * a * a * a * 8.376760769e-3f;
   }
-#ifdef __AVX512F__
-  V r = (V)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
-  x = vmax(x, splat(-126.f));
-  const V magic = splat(12582912.f);
-  V shifted = x + magic, r = shifted - magic;
-#endif
-  V f = x - r;
-  V p = splat(1.333353875e-3f);
-  p = p * f + 9.666245476e-3f;
-  p = p * f + 5.550500214e-2f;
-  p = p * f + 2.402235134e-1f;
-  p = p * f + 6.931471435e-1f;
-  p = p * f + 1.f;
-#ifdef __AVX512F__
-  return (V)_mm512_scalef_ps((__m512)p, (__m512)r);
-#else
-  return (V)((I)p + ((I)shifted << 23));
-#endif
-}
+  V operator()(V delta) const {
+    return NEAR ? (((c[4] * delta + c[3]) * delta + c[2]) * delta + c[1]) * delta : exp2v(a * delta);
+  }
+};
 template <bool NEAR>
 static inline V times(V decay, V h, V b) {  // E h + b
   return NEAR ? decay * h + (h + b) : decay * h + b;
@@ -627,12 +616,14 @@ static inline V times(V decay, V h, V b) {  // E h + b
 template <bool NEAR, bool OUT, bool KEEP>
 static void scan(const float *A2, const float *delta, const float *drive, const float *B, const float *C,
                  const float *h, float *after, float *y, float *decays, float *states) {
-  V a[R], s[R];
-  for (int r = 0; r < R; r++) a[r] = load(A2 + r * W), s[r] = load(h + r * W);
+  static_assert(R == 2, "decay is written out");
+  const Decay<NEAR> decay[R] = {Decay<NEAR>(load(A2)), Decay<NEAR>(load(A2 + W))};
+  V s[R];
+  for (int r = 0; r < R; r++) s[r] = load(h + r * W);
   for (int t = 0; t < T; t++) {
     V dt = load(delta + t * W), in = load(drive + t * W), sum = splat(0.f);
     for (int r = 0; r < R; r++) {
-      V e = decay<NEAR>(a[r] * dt);
+      V e = decay[r](dt);
       if (KEEP) store(decays + (t * R + r) * W, e), store(states + (t * R + r) * W, s[r]);
       s[r] = times<NEAR>(e, s[r], in * B[r * T + t]);
       if (OUT) sum += s[r] * C[r * T + t];
@@ -763,7 +754,7 @@ struct Chunk {
     V w = load(m.dt_w + b * W), bias = load(m.dt_b + b * W), most = splat(0.f);
     for (int t = 0; t < T; t++) {
       V a = w * P[t] + bias, slope, d = SLOPE ? softplus(a, slope) : softplus(a);
-      d = base + t < 0 ? splat(0.f) : vmin(d, splat(1e30f));  // A Δ stays finite
+      d = base + t < 0 ? splat(0.f) : vmin(d, splat(1e18f));  // A Δ stays finite
       if (SLOPE) store(sigma + t * W, slope);
       most = vmax(most, d);
       store(delta + t * W, d), store(drive + t * W, d * load(x + (b * T + t) * W));
@@ -813,21 +804,26 @@ struct Chunk {
     add(sum.dt_w + b * W, sum_w), add(sum.dt_b + b * W, sum_b);
   }
 
+  template <int N>  // from dP's rows first, first + 1, … in use, to proj's
+  void rows_back(int64_t b, size_t first, const Sums &sum) {
+    V part[N] = {};
+    const float *from[N];
+    for (int i = 0; i < N; i++) from[i] = dP + active[first + i] * T;
+    for (int t = 0; t < T; t++) {
+      V v = load(x + (b * T + t) * W);
+      for (int i = 0; i < N; i++) part[i] += v * from[i][t];
+    }
+    for (int i = 0; i < N; i++) add(sum.proj + active[first + i] * m.lanes + b * W, part[i]);
+  }
+
   // From dP to proj and x.
   void project_back(const Sums &sum) {
     while (active.size() % 4) active.push_back(m.rows);  // rows of zeros
     for (int64_t b = 0; b < m.blocks; b++) {
       float *dxb = dx + b * T * W;
-      for (size_t r = 0; r < active.size(); r += 4) {
-        V part[4] = {};
-        const float *from[4];
-        for (int i = 0; i < 4; i++) from[i] = dP + active[r + i] * T;
-        for (int t = 0; t < T; t++) {
-          V v = load(x + (b * T + t) * W);
-          for (int i = 0; i < 4; i++) part[i] += v * from[i][t];
-        }
-        for (int i = 0; i < 4; i++) add(sum.proj + active[r + i] * m.lanes + b * W, part[i]);
-      }
+      size_t first = 0;
+      for (; first + 12 <= active.size(); first += 12) rows_back<12>(b, first, sum);
+      for (; first < active.size(); first += 4) rows_back<4>(b, first, sum);
       for (int t = 0; t < T; t += 8) {
         V v[8];
         for (int i = 0; i < 8; i++) v[i] = load(dxb + (t + i) * W);
