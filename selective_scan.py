@@ -70,7 +70,7 @@ class _Sequences(ctypes.Structure):
 
 
 MOST_TOKENS = 16  # of `last`, whose loops over tokens are unrolled
-MOST_KEPT = 2**24  # numbers that `tails` keeps for its backward pass; where it is more, that runs forward again
+MOST_KEPT = 2**26  # numbers that `tails` keeps for its backward pass; where it is more, that runs forward again
 
 
 @functools.cache
