@@ -308,8 +308,8 @@ extern "C" void mamba_last_forward(const Params *params, int64_t rows, const flo
   });
 }
 
-// gy [rows] -> du [L, rows] (or null), and grads, in Params' order: [conv d k | conv_b d | in_z d | xproj d (1 + 2n) | dt_w d |
-// dt_b d | A d n | D d | out d], A's with respect to A = -exp(A_log).
+// gy [rows] -> du [L, rows] (or null), and grads, in Params' order: [conv d k | conv_b d | in_z d | xproj d (1 + 2n) |
+// dt_w d | dt_b d | A d n | D d | out d], A's with respect to A = -exp(A_log).
 extern "C" void mamba_last_backward(const Params *params, int64_t rows, const float *u, const float *gy, float *du,
                                     float *grads, int threads) {
   const Params &P = *params;
@@ -465,7 +465,7 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
 // chunk's start (1/T of all h), with E and h in the L1 cache; at once their adjoint; at last from x down to the
 // parameters.
 //
-// Per token, channel and state: forward an exponential (5 multiply-adds for a small exponent, else 10 operations) and 3
+// Per token, channel and state: forward an exponential (4 multiply-adds for a small exponent, else 10 operations) and 3
 // multiply-adds, backward the exponential and 11. Per token and channel besides, forward: 2n + 1 multiply-adds of the
 // projections, k of the convolution, silu twice, a softplus; backward all of that, the projections' twice more and the
 // convolution's once. Main memory sees 4 bytes a token and output, and 4 d n / T of h, written once and read once.
@@ -594,8 +594,8 @@ static void add_lane_sums(const float *v, float *to) {  // v [T][W], to [T]
 }
 
 // E = 2^(a delta), a state's decay over a step. NEAR is for a delta in [-0.5, 0] and gives E - 1, with a relative error
-// of 9e-7, as a polynomial in delta: where E is close to 1 a state remembers for 1 / (1 - E) tokens, and rounding E there
-// would be rounding how long.
+// of 9e-7, as a polynomial in delta: where E is close to 1 a state remembers for 1 / (1 - E) tokens, and rounding E
+// there would be rounding how long.
 template <bool NEAR> struct Decay {
   V a, c[5];
   explicit Decay(V a) : a(a) {

@@ -18,30 +18,41 @@ problem = selective_scan.why_not(torch.device("cpu"), torch.float32, 6)
 pytestmark = pytest.mark.skipif(problem is not None, reason=str(problem))
 
 
-@pytest.mark.parametrize("case", ["per_weight", "per_weight_odd", "per_weight_short"])
-def test_golden(golden, case):
+# What `last` must do, for test_triton.py too.
+
+
+def golden_net(golden, case):
     prefix = f"{case}/param/"
     params = {k[len(prefix) :]: torch.tensor(golden[k]) for k in golden if k.startswith(prefix)}
     d_inner, d_state = params["A_log"].shape
     net = SlowMamba(d_state, params["conv1d.weight"].shape[-1], d_inner, "fused")
     net.load_state_dict(params)
-    u = torch.tensor(golden[f"{case}/u"], dtype=torch.float32).requires_grad_()
+    return net
+
+
+def check_golden(net, golden, case):
+    tensor = lambda name: torch.tensor(golden[f"{case}/{name}"], dtype=torch.float32, device=net.D.device)
+    u = tensor("u").requires_grad_()
     y = net.last(u)
-    assert relative(y, golden[f"{case}/y"][:, -1, 0]) < 1e-5
-    y.backward(torch.tensor(golden[f"{case}/cotangent"], dtype=torch.float32)[:, -1, 0])
+    assert relative(y.cpu(), golden[f"{case}/y"][:, -1, 0]) < 1e-5
+    y.backward(tensor("cotangent")[:, -1, 0])
     for name, p in net.named_parameters():
-        assert relative(p.grad, golden[f"{case}/grad/{name}"]) < 1e-5, name
-    assert relative(u.grad, golden[f"{case}/grad_u"]) < 1e-5
+        assert relative(p.grad.cpu(), golden[f"{case}/grad/{name}"]) < 1e-5, name
+    assert relative(u.grad.cpu(), golden[f"{case}/grad_u"]) < 1e-5
 
 
-def pair(d_inner, d_state, d_conv, seed, dt_shift=0.0):
-    """A fused net in float32, and the same one in float64 for the recurrence."""
+def fused(d_inner, d_state, d_conv, seed, dt_shift=0.0):
     torch.manual_seed(seed)
     net = SlowMamba(d_state, d_conv, d_inner, "fused")
     net.dt_proj.bias.data += dt_shift
-    book = SlowMamba(d_state, d_conv, d_inner, "reference").double()
+    return net
+
+
+def double(net):
+    """The same net in float64."""
+    book = SlowMamba(net.d_state, net.d_conv, net.d_inner, "reference").to(net.D.device).double()
     book.load_state_dict(net.state_dict())
-    return net, book
+    return book
 
 
 sizes = st.tuples(*(st.integers(1, n) for n in (128, 32, 8, 80)))  # d_inner, d_state, d_conv, rows: beyond a block
@@ -51,8 +62,7 @@ lengths = st.sampled_from([1, 2, 4, 6, 9])  # each is compiled once
 def by_the_book(net, u, v):
     """mamba_by_the_book in u's precision and on its device: y [rows], and the gradients of each v_i y_i for u and the
     parameters, [rows, …] each."""
-    book = SlowMamba(net.d_state, net.d_conv, net.d_inner, "reference").to(u)
-    book.load_state_dict(net.state_dict())
+    book = double(net).to(u)
     u = u.detach().requires_grad_()
     y, inputs = mamba_by_the_book(book, u)[:, -1, 0], [u, *book.parameters()]
     each = torch.diag(v.to(u))
@@ -75,19 +85,9 @@ def check(net, u, v):
         assert error <= 1e-5 * mass + 3 * (c - b).abs().sum(0).max() + 1e-30, (name, error.item(), mass.item())
 
 
-@given(sizes, lengths, st.sampled_from([1e-4, 1.0, 30.0]), st.sampled_from([-3.0, 0.0, 3.0]), st.integers(0, 2**31))
-@settings(max_examples=60, deadline=None)
-def test_equals_the_recurrence_for_any_shape(size, length, scale, dt_shift, seed):
-    *shape, rows = size
-    net, _ = pair(*shape, seed, dt_shift)
-    check(net, torch.randn(rows, length, 1) * scale, torch.randn(rows))
-
-
-@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e4, 1e8])
-@pytest.mark.parametrize("dt_shift", [-50.0, 0.0, 50.0, 1e4])
-def test_no_nan_where_float64_has_none(scale, dt_shift):
-    net, book = pair(7, 5, 4, 0, dt_shift)
-    u = (torch.randn(40, 6, 1) * scale).requires_grad_()
+def check_no_nan(net, scale, rows):
+    """Finite where float64 is."""
+    book, u = double(net), (torch.randn(rows, 6, 1, device=net.D.device) * scale).requires_grad_()
     y = net.last(u)
     y64 = mamba_by_the_book(book, u.detach().double())[:, -1, 0]
     finite = y64.isfinite() & (y64.abs() < 1e35)
@@ -100,8 +100,26 @@ def test_no_nan_where_float64_has_none(scale, dt_shift):
         assert all(g.isfinite().all() for g in grads)
 
 
+@pytest.mark.parametrize("case", ["per_weight", "per_weight_odd", "per_weight_short"])
+def test_golden(golden, case):
+    check_golden(golden_net(golden, case), golden, case)
+
+
+@given(sizes, lengths, st.sampled_from([1e-4, 1.0, 30.0]), st.sampled_from([-3.0, 0.0, 3.0]), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_equals_the_recurrence_for_any_shape(size, length, scale, dt_shift, seed):
+    *shape, rows = size
+    check(fused(*shape, seed, dt_shift), torch.randn(rows, length, 1) * scale, torch.randn(rows))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e4, 1e8])
+@pytest.mark.parametrize("dt_shift", [-50.0, 0.0, 50.0, 1e4])
+def test_no_nan_where_float64_has_none(scale, dt_shift):
+    check_no_nan(fused(7, 5, 4, 0, dt_shift), scale, 40)
+
+
 def test_two_runs_give_the_same_bits_and_threads_only_reorder_sums():
-    net, _ = pair(20, 16, 8, 0)
+    net = fused(20, 16, 8, 0)
     u, v = torch.randn(5000, 6, 1), torch.randn(5000)
     threads = torch.get_num_threads()
     found = {}
@@ -124,11 +142,7 @@ def test_two_runs_give_the_same_bits_and_threads_only_reorder_sums():
 
 @pytest.mark.parametrize("case, count", [("flat", 90), ("flat_odd", 33)])
 def test_tails_golden(golden, case, count):
-    prefix = f"{case}/param/"
-    params = {k[len(prefix) :]: torch.tensor(golden[k]) for k in golden if k.startswith(prefix)}
-    d_inner, d_state = params["A_log"].shape
-    net = SlowMamba(d_state, params["conv1d.weight"].shape[-1], d_inner, "fused")
-    net.load_state_dict(params)
+    net = golden_net(golden, case)
     u = torch.tensor(golden[f"{case}/u"], dtype=torch.float32)[0, :, 0]
     first = u[:1].clone().requires_grad_()
     y = net.tails(u[1:].view(-1, count), [count], first)
@@ -149,17 +163,17 @@ def flat_by(function, past, layers, first):
     return torch.cat(found)
 
 
-def check_tails(net, past, layers, first, v, function=mamba_by_the_book):
+def check_tails(net, past, layers, first, v, function=mamba_by_the_book, tolerance=1e-5):
     """net.tails and its gradients for the cotangent v are within 1e-5 of `function` in float64, relative to the largest
-    output, and to the sum of the absolute gradients that some 16 parts of v make; or as good as it in float32."""
+    output, and to the sum of the absolute gradients that some 16 parts of v make; or as good as it in float32.
+    tolerance: for the gradients. With another function it is relative to the whole gradient, where terms cancel."""
     first = [] if first is None else [first.requires_grad_()]
     y = net.tails(past, layers, *(first or [None]))
     ours = torch.autograd.grad(y, [*first, *net.parameters()], v)
     parts = torch.zeros(min(len(v), 16), len(v)).scatter_(0, torch.arange(len(v)).remainder(16)[None], v[None])
     found = []
     for dtype in (torch.float64, torch.float32):
-        book = SlowMamba(net.d_state, net.d_conv, net.d_inner, "reference").to(dtype)
-        book.load_state_dict(net.state_dict())
+        book = double(net).to(dtype)
         f = [x.detach().to(dtype).requires_grad_() for x in first]
         out = flat_by(lambda u, book=book: function(book, u), past.to(dtype), layers, *(f or [None]))
         inputs, options = [*f, *book.parameters()], {"allow_unused": True, "materialize_grads": True}
@@ -171,7 +185,8 @@ def check_tails(net, past, layers, first, v, function=mamba_by_the_book):
     names = ["y", *(["first"] if first else []), *(name for name, _ in net.named_parameters())]
     for name, a, b, c in zip(names, [y, *ours], *found, strict=True):
         error, mass = (a - b.sum(0)).abs().max(), b.abs().sum(0).max()
-        assert error <= 1e-5 * mass + 5 * (c.sum(0) - b.sum(0)).abs().max() + 1e-30, (name, error.item(), mass.item())
+        bound = 1e-5 if name == "y" else tolerance
+        assert error <= bound * mass + 5 * (c.sum(0) - b.sum(0)).abs().max() + 1e-30, (name, error.item(), mass.item())
     return y, ours
 
 
@@ -186,7 +201,7 @@ def check_tails(net, past, layers, first, v, function=mamba_by_the_book):
 )
 @settings(max_examples=14, deadline=None)
 def test_tails_equals_the_recurrence_for_any_shape(shape, layers, length, has_first, scale, dt_shift, seed):
-    net, _ = pair(*shape, seed, dt_shift)
+    net = fused(*shape, seed, dt_shift)
     length = min(length, 250 // max(layers) + 1)
     past, first = torch.randn(length, sum(layers)) * scale, torch.randn(len(layers)) * scale
     check_tails(net, past, layers, first if has_first else None, torch.randn(sum(layers)))
@@ -195,35 +210,37 @@ def test_tails_equals_the_recurrence_for_any_shape(shape, layers, length, has_fi
 @pytest.mark.parametrize("shape", [(100, 16, 8), (128, 32, 1), (128, 3, 5), (1, 1, 1)])
 def test_tails_equals_the_reference_at_full_size(shape):
     """The reference, not the loops of the book, because it is faster; it is tested against them."""
-    net, _ = pair(*shape, 0)
+    net = fused(*shape, 0)
     layers = [300, 1, 130]
-    check_tails(net, torch.randn(5, 431), layers, torch.randn(3), torch.randn(431), lambda book, u: book(u))
+    check_tails(
+        net, torch.randn(5, 431), layers, torch.randn(3), torch.randn(431), lambda book, u: book(u), tolerance=1e-4
+    )
 
 
 def test_tails_leaves_out_what_is_forgotten_and_nothing_else():
     """Channels that remember for 3 to 1000 tokens, and outputs 3000 tokens after the `first`."""
-    net, _ = pair(40, 4, 4, 0)
+    net = fused(40, 4, 4, 0)
     net.dt_proj.bias.data = torch.linspace(-4, 4, 40)[torch.randperm(40)]
     layers, length = [100, 1500], 5
     past, first, v = torch.randn(length, 1600), torch.randn(2), torch.randn(1600)
-    _, (at_first, *_) = check_tails(net, past, layers, first, v, lambda book, u: book(u))
+    _, (at_first, *_) = check_tails(net, past, layers, first, v, lambda book, u: book(u), tolerance=1e-4)
     assert at_first[1] == 0, "forgotten after 6000 tokens"
     assert at_first[0] != 0, "felt after 400"
     # With a memory that never ends nothing is left out.
     net.dt_proj.bias.data -= 14
-    _, (at_first, *_) = check_tails(net, past, layers, first, v, lambda book, u: book(u))
+    _, (at_first, *_) = check_tails(net, past, layers, first, v, lambda book, u: book(u), tolerance=1e-4)
     assert at_first.all()
 
 
 def test_tails_of_layers_beyond_a_segment():
-    net, _ = pair(3, 2, 2, 0, 2.0)
+    net = fused(3, 2, 2, 0, 2.0)
     layers = [2**18 + 100, 7]
     past = torch.randn(1, sum(layers))
-    check_tails(net, past, layers, None, torch.randn(sum(layers)), lambda book, u: book(u))
+    check_tails(net, past, layers, None, torch.randn(sum(layers)), lambda book, u: book(u), tolerance=1e-3)
 
 
 def test_tails_keeps_the_states_or_computes_them_again(monkeypatch):
-    net, _ = pair(20, 5, 3, 0)
+    net = fused(20, 5, 3, 0)
     past, first, v = torch.randn(5, 500), torch.randn(2), torch.randn(500)
     results = []
     for most in (selective_scan.MOST_KEPT, 0):
@@ -236,7 +253,7 @@ def test_tails_keeps_the_states_or_computes_them_again(monkeypatch):
 
 
 def test_tails_gives_the_same_bits_for_any_number_of_threads():
-    net, _ = pair(20, 16, 8, 0)
+    net = fused(20, 16, 8, 0)
     layers = [500, 40, 700, 260]
     past, v, first = torch.randn(5, 1500), torch.randn(1500), torch.randn(4).requires_grad_()
     threads, results = torch.get_num_threads(), []
@@ -254,7 +271,8 @@ def test_tails_gives_the_same_bits_for_any_number_of_threads():
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e4, 1e8])
 @pytest.mark.parametrize("dt_shift", [-50.0, 0.0, 50.0, 1e4])
 def test_tails_has_no_nan_where_float64_has_none(scale, dt_shift):
-    net, book = pair(7, 5, 4, 0, dt_shift)
+    net = fused(7, 5, 4, 0, dt_shift)
+    book = double(net)
     past, first = torch.randn(3, 60) * scale, torch.randn(2) * scale
     past[0, 7] = past[1, 30] = 1e3 * scale  # what comes later is small beside it
     layers = [50, 10]

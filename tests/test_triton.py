@@ -11,11 +11,9 @@ import torch
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_hypernet import mamba_by_the_book, relative
-from test_selective_scan import check
+from test_selective_scan import check, check_golden, check_no_nan, fused, golden_net
 
 import selective_scan_cuda
-from hypernet import SlowMamba
 
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 problem = selective_scan_cuda.why_not(device, torch.float32, 6)
@@ -27,33 +25,14 @@ pytestmark = [
 
 def on_triton(net):
     """The net with its last() on the kernels under test."""
-    conv, x_proj, dt_proj = net.conv1d, net.x_proj, net.dt_proj
-    first = (net.in_proj.weight, conv.weight, conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias)
-    net.last = lambda u: selective_scan_cuda.last(u.squeeze(-1), *first, net.A_log, net.D, net.out_proj.weight)
+    net.to(device)
+    net.last = lambda u: selective_scan_cuda.last(u.squeeze(-1), *net._in_order())
     return net
-
-
-def fused(d_inner, d_state, d_conv, seed, dt_shift=0.0):
-    torch.manual_seed(seed)
-    net = SlowMamba(d_state, d_conv, d_inner, "reference")
-    net.dt_proj.bias.data += dt_shift
-    return on_triton(net.to(device))
 
 
 @pytest.mark.parametrize("case", ["per_weight", "per_weight_odd", "per_weight_short"])
 def test_golden(golden, case):
-    prefix = f"{case}/param/"
-    params = {k[len(prefix) :]: torch.tensor(golden[k]) for k in golden if k.startswith(prefix)}
-    d_inner, d_state = params["A_log"].shape
-    net = SlowMamba(d_state, params["conv1d.weight"].shape[-1], d_inner, "reference").to(device)
-    net.load_state_dict(params)
-    u = torch.tensor(golden[f"{case}/u"], dtype=torch.float32, device=device).requires_grad_()
-    y = on_triton(net).last(u)
-    assert relative(y.cpu(), golden[f"{case}/y"][:, -1, 0]) < 1e-5
-    y.backward(torch.tensor(golden[f"{case}/cotangent"], dtype=torch.float32, device=device)[:, -1, 0])
-    for name, p in net.named_parameters():
-        assert relative(p.grad.cpu(), golden[f"{case}/grad/{name}"]) < 1e-5, name
-    assert relative(u.grad.cpu(), golden[f"{case}/grad_u"]) < 1e-5
+    check_golden(on_triton(golden_net(golden, case)), golden, case)
 
 
 # Beyond a block of channels, of sequences, and of all programs' sequences; states that are no power of two.
@@ -65,13 +44,13 @@ lengths = st.sampled_from([1, 2, 4, 6, 9])
 @settings(max_examples=8, deadline=None)
 def test_equals_the_recurrence_for_any_shape(size, length, scale, dt_shift, seed):
     *shape, rows = size
-    net = fused(*shape, seed, dt_shift)
+    net = on_triton(fused(*shape, seed, dt_shift))
     check(net, torch.randn(rows, length, 1, device=device) * scale, torch.randn(rows, device=device))
 
 
 @pytest.mark.parametrize("shape, length", [((17, 16, 8), 6), ((5, 33, 3), 16)])
 def test_equals_the_recurrence_over_several_blocks_a_program(monkeypatch, shape, length):
-    net = fused(*shape, 0)
+    net = on_triton(fused(*shape, 0))
     monkeypatch.setattr(selective_scan_cuda, "_programs", lambda device: 2)
     rows = 5 * selective_scan_cuda.BLOCK_B + 1
     check(net, torch.randn(rows, length, 1, device=device), torch.randn(rows, device=device))
@@ -80,24 +59,11 @@ def test_equals_the_recurrence_over_several_blocks_a_program(monkeypatch, shape,
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e4, 1e8])
 @pytest.mark.parametrize("dt_shift", [-50.0, 0.0, 50.0, 1e4])
 def test_no_nan_where_float64_has_none(scale, dt_shift):
-    net = fused(7, 5, 4, 0, dt_shift)
-    book = SlowMamba(5, 4, 7, "reference").to(device).double()
-    book.load_state_dict(net.state_dict())
-    u = (torch.randn(20, 6, 1, device=device) * scale).requires_grad_()
-    y = net.last(u)
-    y64 = mamba_by_the_book(book, u.detach().double())[:, -1, 0]
-    finite = y64.isfinite() & (y64.abs() < 1e35)
-    assert y[finite].isfinite().all()
-    if finite.all() and y64.abs().max() > 1e-30:
-        assert relative(y, y64) < 1e-4
-    grads = torch.autograd.grad(y, [u, *net.parameters()], torch.ones_like(y))
-    largest = max(g.abs().max() for g in torch.autograd.grad(book.last(u.detach().double()).sum(), book.parameters()))
-    if largest < 1e30:
-        assert all(g.isfinite().all() for g in grads)
+    check_no_nan(on_triton(fused(7, 5, 4, 0, dt_shift)), scale, 20)
 
 
 def test_two_runs_give_the_same_bits():
-    net = fused(20, 16, 8, 0)
+    net = on_triton(fused(20, 16, 8, 0))
     rows = 70 if device.type == "cpu" else 100_000
     u, v = torch.randn(rows, 6, 1, device=device).requires_grad_(), torch.randn(rows, device=device)
     first, second = ([y := net.last(u), *torch.autograd.grad(y, [u, *net.parameters()], v)] for _ in range(2))
