@@ -12,8 +12,8 @@ selective_scan_cuda.py beside it, Mamba is many times faster). Three lines turn 
 The problem. A binary weight Ŵ = sign(W̃), W̃ = A(W), has no useful derivative: the step function's is 0. The
 straight-through estimator (STE) pretends that it is 1 and updates the latent weight W with D ⊙ ĝ, where
 ĝ_t = ∂L/∂Ŵ is the gradient at the binary weight at step t and D = ∂Ŵ/∂W, as if there were no step, the
-*calibration*. MetaQuant (NeurIPS 2019)
-and FSG (AAAI 2025) learn the missing factor: small *hypernetworks* with parameters φ turn ĝ into G,
+*calibration*. MetaQuant (NeurIPS 2019) and FSG (AAAI 2025) learn the missing factor: small *hypernetworks* with
+parameters φ turn ĝ into G,
 
     fast_t = ĝ_t ⊙ MLP(W̃_t)                                  the fast-net sees the present
     slow_t = SlowNet(LRE(layer), ĝ_{t−l+1}, …, ĝ_t)           the slow-net sees each weight's own past
@@ -688,9 +688,10 @@ class FSG(Learned):
     lre: whether there is a layer recognition embedding; `self.lre` is the nn.Embedding(layers, 1), or None.
     hidden: width of the fast-net and of the LSTM. fast_act: see FastNet (None: none under dorefa, tanh under bwn).
     d_state, d_conv, expand, scan: see SlowMamba. lr_fast, lr_slow: Adam's learning rates for φ.
-    hyper_sample: share of the weights, drawn anew each step, that φ is trained on (1: all). φ has some 8,000 parameters
-        and its gradient is a sum over hundreds of thousands of weights, so a part of them is an unbiased estimate of it
-        at a part of the backward pass's price. Every weight still gets its G. Per-weight history only.
+    hyper_sample: share of the weights, drawn anew each step (with replacement), that φ is trained on (1: all). φ has
+        some 8,000 parameters and its gradient is a sum over hundreds of thousands of weights, so a part of them is an
+        unbiased estimate of it at a part of the backward pass's price. Every weight still gets its G. Per-weight
+        history only.
     preset: 'released' does what the authors' code does and the paper's text does not say. The network runs forward and
         backward at the look-ahead point W − lr·((1 − β)·D·fast + β·slow), made of the gradient of the step before
         (call `look_ahead(lr)` before the forward pass); the persistent update uses D·fast alone, of that same older
@@ -698,7 +699,8 @@ class FSG(Learned):
         RELEASED_OPTIONS too for the whole of it.
 
     Attributes: fast (FastNet), slow (SlowMamba or SlowLSTM), lre, history [length, N].
-    Raises ValueError for an impossible argument. Memory: about (2·length + 16) N numbers and one chunk of the slow-net.
+    Raises ValueError for an impossible argument. Memory: about (2·length + 16) N numbers and one chunk of the slow-net;
+    with the fused flat scan up to 256 MB between the steps.
     """
 
     def __init__(
@@ -747,6 +749,8 @@ class FSG(Learned):
                 "a part of the weights cannot be left out of the flat history, where all are one sequence: "
                 "use --history per-weight, or --hyper-sample 1"
             )
+        if hyper_sample < 1 and preset == "released":
+            raise ValueError("preset 'released' trains φ on all weights: leave out hyper_sample, or the preset")
         super().__init__(layers, length)
         self.hyper_sample, self.sample_seed = hyper_sample, torch.initial_seed() % 2**31
         self.beta, self.layout, self.normalize, self.released = beta, history, normalize, preset == "released"
@@ -790,9 +794,12 @@ class FSG(Learned):
             rms = self.layer_rms()[self.layer_of[at]]  # [N]
             past = past / rms
         if self.layout == "per-weight":
-            if first is not None:  # one of views and not an nn.Embedding call, whose backward pass is slow on a CPU
-                token = torch.cat([e.expand(n) for e, n in zip(first, self.sizes, strict=True)])
-                past = torch.cat([token[at].unsqueeze(0), past])  # [1 + l, N]
+            if first is not None:
+                if at is ALL:  # what nn.Embedding gives, whose backward pass is slow on a CPU
+                    token = torch.cat([e.expand(n) for e, n in zip(first, self.sizes, strict=True)])
+                else:
+                    token = self.lre(self.layer_of[at])[:, 0]
+                past = torch.cat([token.unsqueeze(0), past])  # [1 + l, N]
             slow = self.slow.last(past.T.unsqueeze(-1))
         else:
             slow = self.slow.tails(past, self.sizes, first)  # one sequence a layer
@@ -865,7 +872,7 @@ class FSG(Learned):
 
     def set_extra_state(self, state: dict) -> None:
         super().set_extra_state(state)
-        self.sample_seed = state["sample_seed"]
+        self.sample_seed = state.get("sample_seed", self.sample_seed)
 
     def _rebuild(self) -> None:
         if self.released and self.t == 1:

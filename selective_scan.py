@@ -35,6 +35,7 @@ number of threads.
 
 import ctypes
 import functools
+import hashlib
 import math
 import os
 import sys
@@ -77,10 +78,7 @@ MOST_KEPT = 2**26  # numbers that `tails` keeps for its backward pass; where it 
 def library(tokens: int | None) -> ctypes.CDLL | str:
     """The kernels of `last` for sequences of that many tokens, or of `tails` (None); where they cannot be compiled, the
     sentence that says why, which is printed too, once."""
-    from torch.utils.cpp_extension import load
-
     capability = torch.backends.cpu.get_cpu_capability()
-    name = f"selective_scan_cpu_{tokens or 'flat'}_{capability.lower()}"
     flags = ["-O3", "-ffp-contract=fast", "-fno-math-errno", *VECTOR_FLAGS.get(capability, [])]
     if tokens is not None:
         flags.append(f"-DTOKENS={tokens}")
@@ -88,12 +86,17 @@ def library(tokens: int | None) -> ctypes.CDLL | str:
     # ninja, which the loader calls, lies beside python in a virtual environment, activated or not.
     os.environ["PATH"] = os.pathsep.join([path, str(Path(sys.executable).parent)])
     try:
+        from torch.utils.cpp_extension import load
+
+        version = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:8]  # copies keep out of each other's way
+        name = f"selective_scan_cpu_{tokens or 'flat'}_{capability.lower()}_{version}"
         if not _is_built(name):
             what = "the flat layout" if tokens is None else f"{tokens} tokens"
             print(f"compiling the fused selective scan for {what} and {capability}, once …", file=sys.stderr)
         file = load(name, [str(SOURCE)], extra_cflags=flags, extra_ldflags=["-pthread"], is_python_module=False)
     except Exception as e:  # no compiler, no ninja, an unwritable cache, …: each its own kind of error
-        reason = " ".join(str(e).split())[:150]
+        lines = str(e).splitlines() or [repr(e)]
+        reason = next((line for line in lines if "error:" in line or "not found" in line), lines[0]).strip()[:150]
         problem = f"the fused scan needs a C++ compiler and ninja, and could not be compiled ({reason})"
         print(f"{problem}; the reference scan is many times slower", file=sys.stderr)
         return problem
@@ -122,6 +125,8 @@ def why_not(device: torch.device, dtype: torch.dtype, tokens: int | None) -> str
             import selective_scan_cuda
         except ImportError:
             return "the fused scan on a GPU needs selective_scan_cuda.py beside selective_scan.py"
+        except AttributeError:
+            return "the fused scan on a GPU needs Triton 3.6 or newer"
         return selective_scan_cuda.why_not(device, dtype, tokens)
     found = library(tokens)
     return found if isinstance(found, str) else None
@@ -171,6 +176,8 @@ def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
 
 def _params(parameters: tuple[Tensor, ...]) -> tuple[_Params, tuple[Tensor, ...]]:
     """The parameters as the kernels want them, and the tensors that own the memory."""
+    if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in parameters):
+        raise ValueError("the fused scan wants its parameters in float32 and where its input is")
     in_proj, conv, conv_b, x_proj, dt_w, dt_b, A_log, D, out = (p.detach().contiguous() for p in parameters)
     d, n = A_log.shape
     A2 = torch.exp(A_log) * -math.log2(math.e)  # exp(A S) = 2^(A2 S)
@@ -203,6 +210,8 @@ def tails(past: Tensor, sizes: list[int], first: Tensor | None, *parameters: Ten
     outputs at its last sizes[i] tokens. first: [layers], or None. parameters: as for `last`; only where `why_not` gives
     None. Keeps up to MOST_KEPT numbers for the backward pass.
     """
+    if sum(sizes) != past.shape[1]:
+        raise ValueError(f"the layers have {sum(sizes)} weights together, and their history {past.shape[1]} columns")
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (first, *parameters))
     return _Tails.apply(past, sizes, first, keep, *parameters)
 

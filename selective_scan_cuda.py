@@ -1,8 +1,8 @@
 """The fused selective scan on a GPU: SlowMamba.last() of hypernet.py as two Triton kernels, forward and backward.
 
-Copy this file next to hypernet.py. It wants the triton package, which comes with torch's CUDA builds on Linux; without
-it the file can still be imported, and `why_not` says what is missing. selective_scan.py derives the equations; in
-short, for the last of L tokens, with S_t = Δ_{t+1} + … + Δ_L and E = exp(A_n S_t), per channel and state n,
+Copy this file next to selective_scan.py. It wants the triton package, which comes with torch's CUDA builds on Linux;
+without it the file can still be imported, and `why_not` says what is missing. selective_scan.py derives the equations;
+in short, for the last of L tokens, with S_t = Δ_{t+1} + … + Δ_L and E = exp(A_n S_t), per channel and state n,
 
     h_L C_L = Σ_t Δ_t x_t Σ_n E B_tn C_Ln        no step waits for another: (L − 1)·d·n exponentials a sequence
 

@@ -1,7 +1,7 @@
 """FSG: Fast and Slow Gradient Approximation for Binary Neural Network Optimization (AAAI 2025), in one file.
 
-    # A minute on a laptop, nothing to download; leave the sizes out where there is a GPU:
-    python train_fsg.py --dataset digits --arch resnet8 --expand 8 --d-state 4 --epochs 12 --batch-size 64
+    # A minute or two on a laptop, nothing to download:
+    python train_fsg.py --dataset digits --arch resnet8 --epochs 12 --batch-size 64
     python train_fsg.py --arch resnet32 --hgs mamba --opt adam           # CIFAR-10
     python train_fsg.py --grad ste --arch resnet32                       # the baseline to beat
     python train_fsg.py --dataset folder --data-dir my/pictures          # my/pictures/{train,test}/CLASS/*.png
@@ -99,8 +99,8 @@ def complete(args) -> None:
         if args.grad != "fsg" or args.hgs != "mamba":
             raise runs.RunError("--preset released is FSG with Mamba: leave out --grad and --hgs, or the preset")
         vars(args).update(hypernet.RELEASED_OPTIONS, binarize_all=True)
-    if args.hyper_sample != 1 and args.grad != "fsg":
-        raise runs.RunError(f"--hyper-sample is for --grad fsg; with --grad {args.grad} leave it out")
+    if args.hyper_sample != 1 and (args.grad != "fsg" or args.quantizer == "none" or args.preset == "released"):
+        raise runs.RunError("--hyper-sample is for --grad fsg without --preset and --quantizer none: leave it out")
     lr_phi = DEFAULT_LR_PHI["sgd" if args.opt != "adam" else "fsg" if args.grad == "fsg" else "metaquant"]
     args.lr_fast = lr_phi[0] if args.lr_fast is None else args.lr_fast
     args.lr_slow = lr_phi[1] if args.lr_slow is None else args.lr_slow

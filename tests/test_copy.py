@@ -60,7 +60,7 @@ def test_bench_measures_and_writes_json(tmp_path):
         import bench
         small = "--arch resnet8 --rounds 2 --expand 2 --hidden 4 --batch-size 16 --device cpu".split()
         bench.main(["step", *small])
-        bench.main(["scan", *small])
+        bench.main(["scan", "--lstm", *small])
     """
     files = ["hypernet.py", "selective_scan.py", "selective_scan_cpu.cpp", "selective_scan_cuda.py"]
     result = run_alone(tmp_path, ["bench.py", "data.py", "models.py", "quantizers.py", *files], code)

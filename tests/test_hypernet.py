@@ -666,6 +666,7 @@ def test_zero_gradients_are_harmless():
         ({"length": 0}, "at least 1"),
         ({"hyper_sample": 0.0}, "above 0 and at most 1"),
         ({"hyper_sample": 0.5, "history": "flat"}, "per-weight"),
+        ({"hyper_sample": 0.5, "preset": "released"}, "leave out hyper_sample"),
         ({"normalize": "batch"}, "layer-rms"),
         ({"preset": "paper"}, "released"),
     ],

@@ -265,6 +265,7 @@ def test_the_command_line_ends_with_one_sentence(tmp_path):
         (["--hyper-sample", "1.5"], "at most 1"),
         (["--hyper-sample", "0.5", "--history", "flat"], "per-weight"),
         (["--hyper-sample", "0.5", "--grad", "ste"], "--grad fsg"),
+        (["--hyper-sample", "0.5", "--preset", "released"], "leave it out"),
         (["--length", "0"], "at least 1"),
         (["--expand", "0"], "--expand must be at least 1"),
         (["--arch", "resnet21"], "resnet20"),
