@@ -284,12 +284,12 @@ def bench_scan(args, device: torch.device) -> dict:
         row["MB"] = peak_memory(device, lambda run=run: run().backward(v))
         if "LSTM" in name:
             continue
-        shape = (layout, sum(sizes), tokens.shape[1], args.expand, args.d_state, args.d_conv)
+        shape = (sum(sizes), tokens.shape[1], args.expand, args.d_state, args.d_conv)
         updates = sum(sizes) * (tokens.shape[1] if layout == "per-weight" else 1) * args.expand * args.d_state
         for way, short in (("forward", "fwd"), ("backward", "bwd")):
             row[f"{short}_G_updates/s"] = updates / row[way] / 1e6
             if rate and backend == "fused":
-                least = operations(shape[0], way, *shape[1:], device.type == "cpu") / rate
+                least = operations(layout, way, *shape, device.type == "cpu") / rate
                 row[f"{short}_of_bound"] = 1e3 * least / row[way]
     title = f"{args.arch[0]}'s {sum(sizes):,} weights, {describe(device)}: ms, median of {args.rounds}"
     updates = {f"{way}_G_updates/s": ".2f" for way in ("fwd", "bwd")}

@@ -139,6 +139,15 @@ extern "C" int multiply_adds(int64_t count, int threads) {
   return W;
 }
 
+struct Array {  // zeros, aligned to a cache line
+  std::vector<float> data;
+  float *p;
+  explicit Array(int64_t size) : data(size + 16), p((float *)(((uintptr_t)data.data() + 63) & ~(uintptr_t)63)) {}
+  Array(const Array &) = delete;
+  operator float *() const { return p; }
+};
+static inline void add(float *p, V v) { store(p, load(p) + v); }
+
 #ifdef TOKENS
 // The last output of many short sequences; selective_scan.py derives the equations.
 //
@@ -156,20 +165,14 @@ constexpr int L = TOKENS;
 
 // What one block of W sequences needs besides the parameters; all [.., W], in the L1 and L2 caches.
 struct Work {
-  std::vector<float> buf;
-  float *x, *slope;   // [d, L]: x = silu(conv), and silu's derivative there
-  float *dtB, *C;     // [1 + n, L]: dt and B of every token; [n]: C of the last one
-  float *delta, *dslope;  // [d, L]: the steps and softplus's derivative
-  float *BC, *sumBC;  // [n, L]: B C; [1]: its sum over n at the last token, which does not decay
-  float *dx, *ddtB, *dC, *dBC;  // gradients
-  Work(int64_t d, int64_t n) {
-    int64_t sizes[] = {L * d, L * d, L * (1 + n), n, L * d, L * d, L * n, 1, L * d, L * (1 + n), n, L * n}, total = 0;
-    for (auto s : sizes) total += s;
-    buf.resize(total * W + 16);
-    float *p = (float *)(((uintptr_t)buf.data() + 63) & ~(uintptr_t)63);
-    float **targets[] = {&x, &slope, &dtB, &C, &delta, &dslope, &BC, &sumBC, &dx, &ddtB, &dC, &dBC};
-    for (int i = 0; i < 12; i++) { *targets[i] = p; p += sizes[i] * W; }
-  }
+  Array x, slope;            // [d, L]: x = silu(conv), and silu's derivative there
+  Array dtB, C;              // [1 + n, L]: dt and B of every token; [n]: C of the last one
+  Array delta, dslope;       // [d, L]: the steps and softplus's derivative
+  Array BC, sumBC;           // [n, L]: B C; [1]: its sum over n at the last token, which does not decay
+  Array dx, ddtB, dC, dBC;   // gradients
+  Work(int64_t d, int64_t n)
+      : x(d * L * W), slope(d * L * W), dtB((1 + n) * L * W), C(n * W), delta(d * L * W), dslope(d * L * W),
+        BC(n * L * W), sumBC(W), dx(d * L * W), ddtB((1 + n) * L * W), dC(n * W), dBC(n * L * W) {}
 };
 
 // The projections are small matrix products. They run in tiles that keep two dozen sums in registers (a dozen where
@@ -315,16 +318,12 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
   const Params &P = *params;
   const int64_t d = P.d, n = P.n, K = P.k, blocks = (rows + W - 1) / W;
   const int64_t size = d * K + d + d + d * (1 + 2 * n) + d + d + d * n + d + d;
-  std::vector<std::vector<float>> parts(threads);  // each thread's sums, lane by lane; added up in order at the end
+  Array parts(threads * size * W);  // each thread's sums, lane by lane; added up in order at the end
   on_threads(threads, blocks, [&](int thread, int64_t first, int64_t last) {
     Work w(d, n);
-    std::vector<float> &part = parts[thread];
-    part.resize(size * W + 16);
-    float *g = (float *)(((uintptr_t)part.data() + 63) & ~(uintptr_t)63);
-    float *g_conv = g, *g_conv_b = g_conv + d * K * W, *g_in_z = g_conv_b + d * W, *g_xproj = g_in_z + d * W,
-          *g_dt_w = g_xproj + d * (1 + 2 * n) * W, *g_dt_b = g_dt_w + d * W, *g_A = g_dt_b + d * W,
-          *g_D = g_A + d * n * W, *g_out = g_D + d * W;
-    auto add = [](float *p, V v) { store(p, load(p) + v); };
+    float *g_conv = parts + thread * size * W, *g_conv_b = g_conv + d * K * W, *g_in_z = g_conv_b + d * W,
+          *g_xproj = g_in_z + d * W, *g_dt_w = g_xproj + d * (1 + 2 * n) * W, *g_dt_b = g_dt_w + d * W,
+          *g_A = g_dt_b + d * W, *g_D = g_A + d * n * W, *g_out = g_D + d * W;
     for (int64_t b = first; b < last; b++) {
       V tok[L], dtok[L], go;
       load_tokens(u, rows, b * W, tok);
@@ -424,10 +423,8 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
   });
   for (int64_t i = 0; i < size; i++) {
     double sum = 0;
-    for (auto &part : parts) {
-      const float *g = (const float *)(((uintptr_t)part.data() + 63) & ~(uintptr_t)63);
-      for (int lane = 0; lane < W; lane++) sum += g[i * W + lane];
-    }
+    for (int64_t thread = 0; thread < threads; thread++)
+      for (int lane = 0; lane < W; lane++) sum += parts[(thread * size + i) * W + lane];
     grads[i] = (float)sum;
   }
 }
@@ -514,14 +511,6 @@ static void tokens_of(const Sequences &s, const Unit &q, int64_t from, int64_t c
   }
 }
 
-struct Array {  // zeros, aligned to a cache line
-  std::vector<float> data;
-  float *p;
-  explicit Array(int64_t size) : data(size + 16), p((float *)(((uintptr_t)data.data() + 63) & ~(uintptr_t)63)) {}
-  Array(const Array &) = delete;
-  operator float *() const { return p; }
-};
-
 // The parameters by blocks of channels, these sorted by how fast they forget. The last block's empty lanes copy a real
 // channel's Δ and A, and have x = 0 and weights 0; so do states from n on.
 struct Net {
@@ -584,7 +573,6 @@ static inline V lane_sums(const V *v) {
     return lane_sums<N / 2, 2 * S>(half);
   }
 }
-static inline void add(float *p, V v) { store(p, load(p) + v); }
 static void add_lane_sums(const float *v, float *to) {  // v [T][W], to [T]
   for (int t0 = 0; t0 < T; t0 += W) {
     V part[W];
