@@ -7,11 +7,13 @@ Copy this file with quantizers.py.
     for layer in binary_layers(model): print(layer.weight.shape)  # what FSG(layers) in hypernet.py takes
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quantizers import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS
+from quantizers import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS, step_activation
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Binary layers: the usual layer with Ŵ = Q(W) in place of W. `weight` stays the latent weight W, so optimizers,
@@ -19,17 +21,29 @@ from quantizers import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS
 
 
 class _Binary:
-    """What BinaryConv2d and BinaryLinear share: the attributes `quantizer` and `act` (names, see quantizers.py)."""
+    """What BinaryConv2d and BinaryLinear share.
+
+    quantizer, act: names (quantizers.py). options: the quantizer's keyword arguments, such as {"ratio": 0.5}.
+    scale: a constant that multiplies the quantized weight (None: 1).
+    With act 'si' a layer has two parameters more, theta and delta [C_in], and the constant rho.
+    """
 
     quantizer: str
     act: str
+    options: dict = {}  # noqa: RUF012 (replaced, never changed)
+    scale: float | Tensor | None = None
+    rho = 0.3
 
     def binary_weight(self) -> Tensor:
         """Ŵ, the weight the layer computes with; same shape as `weight`."""
-        return WEIGHT_QUANTIZERS[self.quantizer](self.weight)
+        w = WEIGHT_QUANTIZERS[self.quantizer](self.weight, **self.options)
+        return w if self.scale is None else w * self.scale
 
     def binary_input(self, x: Tensor) -> Tensor:
-        return ACTIVATION_QUANTIZERS[self.act](x)
+        if self.act != "si":
+            return ACTIVATION_QUANTIZERS[self.act](x)
+        channels = (-1, 1, 1) if isinstance(self, nn.Conv2d) else (-1,)
+        return step_activation(x, self.theta.view(channels), self.delta.view(channels), self.rho)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, quantizer={self.quantizer}, act={self.act}"
@@ -49,9 +63,18 @@ class BinaryLinear(_Binary, nn.Linear):
         return F.linear(self.binary_input(x), self.binary_weight(), self.bias)
 
 
+class FloatConv2d(nn.Conv2d):
+    """nn.Conv2d that binarize_() leaves in full precision."""
+
+
 def binary_layers(model: nn.Module) -> list[nn.Module]:
     """The binary layers of a model, in module order (the order of `model.modules()`)."""
     return [m for m in model.modules() if isinstance(m, _Binary)]
+
+
+def binary_layer_names(model: nn.Module) -> list[str]:
+    """Their names, in the same order."""
+    return [name for name, m in model.named_modules() if isinstance(m, _Binary)]
 
 
 def binarize_(
@@ -59,9 +82,11 @@ def binarize_(
 ) -> nn.Module:
     """Turn the Conv2d and Linear layers of any model into binary ones, in place, keeping their weights.
 
-    quantizer: 'dorefa', 'bwn', 'bwn-f' (quantizers.py), or 'none', which leaves the model as it is.
-    act: 'none' (full-precision activations) or 'sign' (inputs of the binary layers are binarized too; a ReLU right
-        before such a layer would make them all +1, so use Hardtanh or PReLU there).
+    quantizer: one of WEIGHT_QUANTIZERS (quantizers.py), or 'none', which leaves the model as it is. A quantizer's own
+        settings are the layers' `options`: for layer in binary_layers(model): layer.options = {"ratio": 0.5}.
+    act: 'none' (full-precision activations), 'sign' or 'si' (inputs of the binary layers are binarized too, to −1 and
+        +1 or, as in Si-BNN, to 0 and 1; a ReLU right before such a layer would make them all 1, so use Hardtanh, PReLU
+        or nothing there). 'si' adds the parameters theta and delta to each layer: make the optimizer afterwards.
     first, last: whether the first and the last of these layers, in module order, become binary too. They are left in
         full precision by default, as nearly every BNN paper does.
     The layer objects stay the same ones: parameters, hooks and optimizers that hold them are not disturbed.
@@ -81,21 +106,26 @@ def binarize_(
     for layer in layers:
         layer.__class__ = twin[type(layer)]  # same data, other forward
         layer.quantizer, layer.act = quantizer, act
+        if act == "si" and not hasattr(layer, "theta"):
+            channels = layer.weight.new_ones(layer.weight.shape[1] * getattr(layer, "groups", 1))
+            layer.theta, layer.delta = nn.Parameter(0 * channels), nn.Parameter(channels)
     return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # ResNets. Module names are torchvision's (conv1, bn1, layer1.0.conv1, …, downsample.0, fc).
 
+Nonlinearity = Callable[[int], nn.Module]  # channels -> module
+
 
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions and a shortcut: [B, C_in, H, W] -> [B, C_out, H/stride, W/stride] (He et al., 2016)."""
 
-    def __init__(self, c_in: int, c_out: int, stride: int, nonlinearity: type[nn.Module]):
+    def __init__(self, c_in: int, c_out: int, stride: int, nonlinearity: Nonlinearity):
         super().__init__()
         self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(c_out)
-        self.relu = nonlinearity(inplace=True)
+        self.relu = nonlinearity(c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(c_out)
         self.downsample = None
@@ -108,22 +138,48 @@ class BasicBlock(nn.Module):
         return self.relu(self.bn2(self.conv2(y)) + shortcut)
 
 
+class BiRealBlock(nn.Module):
+    """The same with a shortcut around each convolution, so that what a binary activation destroys is not lost: Bi-Real
+    Net (Liu et al., ECCV 2018). The shortcut's 1×1 convolution stays full precision.
+
+    The nonlinearity stands before the normalisation, as in Equal Bits (there a PReLU; Bi-Real Net has none).
+    """
+
+    def __init__(self, c_in: int, c_out: int, stride: int, nonlinearity: Nonlinearity):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
+        self.relu1, self.bn1 = nonlinearity(c_out), nn.BatchNorm2d(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
+        self.relu2, self.bn2 = nonlinearity(c_out), nn.BatchNorm2d(c_out)
+        self.downsample = None
+        if stride != 1 or c_in != c_out:
+            pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)
+            self.downsample = nn.Sequential(FloatConv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out), pool)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.bn1(self.relu1(self.conv1(x))) + shortcut
+        return self.bn2(self.relu2(self.conv2(x))) + x
+
+
 class ResNet(nn.Module):
-    """A ResNet of BasicBlocks: x [B, in_channels, H, W] -> logits [B, num_classes].
+    """A ResNet: x [B, in_channels, H, W] -> logits [B, num_classes].
 
     blocks: blocks per stage; widths: channels per stage (each later stage halves the resolution).
     stem: 'cifar' is one 3×3 convolution; 'imagenet' is a 7×7 convolution of stride 2 and a max-pool.
-    The CIFAR networks have a BatchNorm1d before the classifier, as MetaQuant's and FSG's experiments do.
+    norm_fc: a BatchNorm1d before the classifier, which MetaQuant's and FSG's CIFAR networks have.
     """
 
     def __init__(
         self,
+        block: type[nn.Module],
         blocks: list[int],
         widths: list[int],
         num_classes: int,
-        stem: str = "cifar",
-        in_channels: int = 3,
-        nonlinearity: type[nn.Module] = nn.ReLU,
+        stem: str,
+        in_channels: int,
+        nonlinearity: Nonlinearity,
+        norm_fc: bool,
     ):
         super().__init__()
         if stem == "cifar":
@@ -133,20 +189,17 @@ class ResNet(nn.Module):
             self.conv1 = nn.Conv2d(in_channels, widths[0], 7, 2, padding=3, bias=False)
             self.maxpool = nn.MaxPool2d(3, 2, padding=1)
         self.bn1 = nn.BatchNorm2d(widths[0])
-        self.relu = nonlinearity(inplace=True)
+        self.relu = nonlinearity(widths[0])
         c_in = widths[0]
         self.stages = [f"layer{i + 1}" for i in range(len(blocks))]
         for i, (name, depth, c_out) in enumerate(zip(self.stages, blocks, widths, strict=True)):
             stage = nn.Sequential()
             for j in range(depth):
-                stage.append(BasicBlock(c_in, c_out, 2 if i > 0 and j == 0 else 1, nonlinearity))
+                stage.append(block(c_in, c_out, 2 if i > 0 and j == 0 else 1, nonlinearity))
                 c_in = c_out
             self.add_module(name, stage)
-        self.bn_fc = nn.BatchNorm1d(c_in) if stem == "cifar" else nn.Identity()
+        self.bn_fc = nn.BatchNorm1d(c_in) if norm_fc else nn.Identity()
         self.fc = nn.Linear(c_in, num_classes)
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
@@ -158,7 +211,87 @@ class ResNet(nn.Module):
 # 6n + 2 layers: n blocks in each of three stages. resnet8 is there for laptops and small pictures.
 CIFAR_RESNETS = {f"resnet{6 * n + 2}": n for n in (1, 3, 5, 7, 9, 18)}
 IMAGENET_RESNETS = {"resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3]}
-ARCHS = [*CIFAR_RESNETS, *IMAGENET_RESNETS]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks without shortcuts.
+
+
+class PlainNet(nn.Module):
+    """Convolutions, then fully connected layers: x [B, in_channels, H, W] -> logits [B, num_classes].
+
+    features: what stands behind each other: C is a 3×3 convolution to C channels, (C, k, stride) a k×k one, 'M' a 2×2
+        and 'P' a 3×3 max-pool of stride 2. Each convolution comes with [pool,] [BatchNorm,] nonlinearity, in this
+        order: a pool of binary values would be nearly all 1, so it stands before the next layer's quantizer.
+    side: pixels a side of what the fully connected layers see; pictures of another size are pooled to it.
+    hidden: widths of the fully connected layers before the classifier.
+    """
+
+    def __init__(
+        self,
+        features: list,
+        side: int,
+        hidden: list[int],
+        norm: bool,
+        num_classes: int,
+        in_channels: int,
+        nonlinearity: Nonlinearity,
+    ):
+        super().__init__()
+        pools = {"M": lambda: nn.MaxPool2d(2), "P": lambda: nn.MaxPool2d(3, 2, padding=1)}
+        self.features, self.classifier = nn.Sequential(), nn.Sequential()
+        c = in_channels
+        for i, feature in enumerate(features):
+            if feature in pools:
+                continue
+            width, k, stride = feature if isinstance(feature, tuple) else (feature, 3, 1)
+            self.features.append(nn.Conv2d(c, width, k, stride, padding=k // 2, bias=not norm))
+            if i + 1 < len(features) and features[i + 1] in pools:
+                self.features.append(pools[features[i + 1]]())
+            if norm:
+                self.features.append(nn.BatchNorm2d(width))
+            self.features.append(nonlinearity(width))
+            c = width
+        self.pool = nn.AdaptiveAvgPool2d(side)
+        c *= side * side
+        for width in hidden:
+            self.classifier.append(nn.Linear(c, width, bias=not norm))
+            if norm:
+                self.classifier.append(nn.BatchNorm1d(width))
+            self.classifier.append(nonlinearity(width))
+            c = width
+        self.classifier.append(nn.Linear(c, num_classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.pool(self.features(x)).flatten(1))
+
+
+VGG16 = [64, 64, "M", 128, 128, "M", *[256] * 3, "M", *[512] * 3, "M", *[512] * 3, "M"]
+ALEXNET = [(96, 11, 4), "P", (256, 5, 1), "P", 384, 384, 256, "P"]
+PLAIN_NETS = {  # features, side, hidden, norm
+    "lenet": ([(32, 5, 1), "M", (64, 5, 1), "M"], 7, [512], True),  # MNIST
+    "vgg-small": ([128, 128, "M", 256, 256, "M", 512, 512, "M"], 4, [], True),  # CIFAR
+    "vgg16": (VGG16, 1, [], True),
+    "alexnet": (ALEXNET, 6, [4096, 4096], True),  # ImageNet
+    # The shallow networks without normalisation that Equal Bits takes from Frankle and Carbin (ICLR 2019); CIFAR.
+    "conv2": ([64, 64, "M"], 16, [256, 256], False),
+    "conv4": ([64, 64, "M", 128, 128, "M"], 8, [256, 256], False),
+    "conv6": ([64, 64, "M", 128, 128, "M", 256, 256, "M"], 4, [256, 256], False),
+    "conv8": ([64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M"], 2, [256, 256], False),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All of them, by name.
+
+BIREAL_NETS = [f"birealnet{depth}{prelu}" for depth in (8, 18, 20, 34) for prelu in ("", "-prelu")]
+ARCHS = [*CIFAR_RESNETS, *IMAGENET_RESNETS, *BIREAL_NETS, *PLAIN_NETS]
+# The sign of a ReLU's output is always +1, so with sign activations the bounded linear unit takes its place. Si-BNN's
+# activation is a non-linearity of its own, on both sides of its threshold.
+NONLINEARITIES = {
+    "none": lambda channels: nn.ReLU(inplace=True),
+    "sign": lambda channels: nn.Hardtanh(inplace=True),
+    "si": lambda channels: nn.Identity(),
+}
 
 
 def build(
@@ -168,23 +301,45 @@ def build(
     act: str = "none",
     binarize_all: bool = False,
     in_channels: int = 3,
+    image_size: int | None = None,
 ) -> nn.Module:
     """A freshly initialised network: x [B, in_channels, H, W] -> logits [B, num_classes].
 
-    arch: resnet8/20/32/44/56/110 (CIFAR: 16-32-64 channels) or resnet18/34 (ImageNet).
+    arch: one of ARCHS.
+        resnet8/20/32/44/56/110 (CIFAR: 16-32-64 channels) and resnet18/34 (64 to 512 channels);
+        birealnet8/20 and birealnet18/34, the same with a shortcut around each convolution, and -prelu;
+        lenet, vgg-small, vgg16, alexnet, conv2/4/6/8.
     quantizer, act: see `binarize_`; quantizer 'none' is the full-precision network of the same shape and state dict.
     binarize_all: the first convolution and the classifier become binary too (MetaQuant's setting).
+    image_size: pixels a side. Up to 96, the networks of 18 and 34 layers begin with a 3×3 convolution, as they do on
+        CIFAR; otherwise with ImageNet's 7×7 one and a max-pool.
     Raises ValueError for an unknown name.
     """
     if arch not in ARCHS:
         raise ValueError(f"no network is called {arch!r}: use one of {', '.join(ARCHS)}")
-    # The sign of a ReLU's output is always +1, so with binary activations the bounded linear unit takes its place.
-    nonlinearity = nn.Hardtanh if act == "sign" else nn.ReLU
-    if arch in CIFAR_RESNETS:
-        depth = CIFAR_RESNETS[arch]
-        net = ResNet([depth] * 3, [16, 32, 64], num_classes, "cifar", in_channels, nonlinearity)
+    if act not in NONLINEARITIES:
+        raise ValueError(f"no activation is called {act!r}: use one of {', '.join(NONLINEARITIES)}")
+    nonlinearity = NONLINEARITIES[act]
+    if arch in PLAIN_NETS:
+        net = PlainNet(*PLAIN_NETS[arch], num_classes, in_channels, nonlinearity)
     else:
-        net = ResNet(IMAGENET_RESNETS[arch], [64, 128, 256, 512], num_classes, "imagenet", in_channels, nonlinearity)
+        block, resnet = BasicBlock, arch
+        if arch in BIREAL_NETS:
+            block, resnet = BiRealBlock, arch.replace("bireal", "res").removesuffix("-prelu")
+            if arch.endswith("-prelu"):
+                nonlinearity = nn.PReLU
+            elif act == "sign":
+                nonlinearity = NONLINEARITIES["si"]  # none: the sign alone, as in Bi-Real Net
+        if resnet in CIFAR_RESNETS:
+            blocks, widths, stem = [CIFAR_RESNETS[resnet]] * 3, [16, 32, 64], "cifar"
+        else:
+            blocks, widths = IMAGENET_RESNETS[resnet], [64, 128, 256, 512]
+            stem = "cifar" if image_size and image_size <= 96 else "imagenet"
+        norm_fc = arch in CIFAR_RESNETS
+        net = ResNet(block, blocks, widths, num_classes, stem, in_channels, nonlinearity, norm_fc)
+    for m in net.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
     return binarize_(net, quantizer, act, first=binarize_all, last=binarize_all)
 
 

@@ -6,11 +6,14 @@ Notation, as in all files here: W is a layer's latent (full-precision) weight, t
 A(W) = W̃ is the *pre-quantized* weight; Ŵ = Q(W̃) is the binary weight that the layer computes with;
 D = ∂Ŵ/∂W, taken straight through Q (as if Q were the identity), is the *calibration*.
 
-Every weight quantizer here hands the incoming gradient ∂L/∂Ŵ to the latent weight unchanged. So after
-`loss.backward()` a latent weight's `.grad` is ĝ = ∂L/∂Ŵ, and whoever updates the weight decides what to make of it:
-D ⊙ ĝ is the classical straight-through estimator (STE); FSG learns something else (hypernet.py).
-sign(0) is +1 everywhere, so a binary weight is never 0.
+Most weight quantizers hand the incoming gradient ∂L/∂Ŵ to the latent weight unchanged. So after `loss.backward()` a
+latent weight's `.grad` is ĝ = ∂L/∂Ŵ, and whoever updates the weight decides what to make of it: D ⊙ ĝ is the classical
+straight-through estimator (STE); FSG learns something else (hypernet.py). Those of BNN, BNN+ and BNN++ have a backward
+quantizer of their own, which their docstrings name.
+sign(0) is +1 everywhere, so a binary weight is never 0 (a pruned one may be: `bihalf_prune`).
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -83,7 +86,136 @@ def bwn_f(w: Tensor) -> Tensor:
     return _ScaledSign.apply(w, scale)
 
 
-WEIGHT_QUANTIZERS = {"dorefa": dorefa, "bwn": sign, "bwn-f": bwn_f}
+# Equal Bits (Li, Pintea, van Gemert, AAAI 2022): the share of +1 is prescribed, not learned.
+
+
+class _Ranked(torch.autograd.Function):
+    """Forward: of each row of w [rows, n], the `low` smallest become −1, the `high` largest +1, and those between 0.
+    Backward: the identity."""
+
+    @staticmethod
+    def forward(ctx, w: Tensor, low: int, high: int) -> Tensor:
+        # A selection costs a fifth of sorting. topk takes exactly as many as it is told, also among equal weights.
+        n = w.shape[1]
+        if low + high == n:
+            return torch.full_like(w, -1).scatter_(1, w.topk(high, sorted=False).indices, 1.0)
+        out = torch.zeros_like(w).scatter_(1, w.topk(n - low, sorted=False).indices, 1.0).sub_(1)  # the smallest: −1
+        return out.scatter_add_(1, w.topk(high, sorted=False).indices, torch.ones_like(w[:, :high]))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad, None, None
+
+
+def _floor(x: float) -> int:
+    """⌊x⌋ for an x that is a whole number but for rounding: (1 − 0.9)·10 is 0.9999999999999998."""
+    return math.floor(x + 1e-9 * max(1.0, abs(x)))
+
+
+def bihalf(w: Tensor, ratio: float = 0.5) -> Tensor:
+    """Per filter (dimension 0) the share `ratio` of largest weights becomes +1, the rest −1; ∂L/∂W := ∂L/∂Ŵ.
+
+    Equal Bits, eqs. 4 to 7: the optimal transport of a filter's n latent weights onto a Bernoulli prior. In one
+    dimension transport keeps the order, so it is a matter of ranks: the n_minus = ⌊(1 − ratio)·n⌋ smallest become −1.
+    With ratio ½ (bi-half) the bits have the greatest entropy. Of equal weights any may be chosen, but exactly n_minus.
+    Raises ValueError for a ratio outside [0, 1].
+    """
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"the ratio is a filter's share of +1, in [0, 1]; it is {ratio}")
+    rows = w.reshape(len(w), -1)
+    low = _floor((1 - ratio) * rows.shape[1])
+    return _Ranked.apply(rows, low, rows.shape[1] - low).view_as(w)
+
+
+def bihalf_prune(w: Tensor, prune: float) -> Tensor:
+    """Per filter (dimension 0) the share `prune` in the middle becomes 0, what is below −1, above +1; ∂L/∂W := ∂L/∂Ŵ.
+
+    Equal Bits, section "bi-half with pruning". Of n ranks 0 … n − 1: below i = ⌊(1 − prune)/2·n⌋ −1, from i to j − 1
+    with j = ⌊(1 + prune)/2·n⌋ 0, from j on +1. Raises ValueError for a prune outside [0, 1].
+    """
+    if not 0 <= prune <= 1:
+        raise ValueError(f"prune is a filter's share of zeros, in [0, 1]; it is {prune}")
+    rows = w.reshape(len(w), -1)
+    n = rows.shape[1]
+    low, first_plus = _floor((1 - prune) / 2 * n), _floor((1 + prune) / 2 * n)
+    return _Ranked.apply(rows, low, n - first_plus).view_as(w)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ProxConnect++ (Lu, Yu, Li, Partovi Nia, NeurIPS 2023): a forward quantizer F, and a backward one B, so that the latent
+# weight w gets B(w) ⊙ ∂L/∂F(w).
+
+
+class _SignSwish(torch.autograd.Function):
+    """Forward: SS_μ(x), or sign x. Backward: times SS′_μ(x)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, mu, hard: bool) -> Tensor:
+        mu = torch.as_tensor(mu, dtype=x.dtype, device=x.device)
+        ctx.save_for_backward(x, mu)
+        if hard:
+            return (x >= 0).to(x.dtype).mul_(2).sub_(1)
+        z = (mu * x).clamp_(-1e3, 1e3)  # where both formulas are at their limits
+        t = torch.tanh(z / 2)  # 2σ(z) − 1
+        return t + z * (1 - t * t) / 2
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        x, mu = ctx.saved_tensors
+        z = (mu * x).abs_().clamp_max_(1e3)  # SS′ is even
+        e = torch.exp(-z)  # 1 / (1 + cosh z) = 2e / (1 + e)², which never overflows
+        return grad * (mu * (2 - z * torch.tanh(z / 2)) * 2 * e / (1 + e).square()), None, None
+
+
+def sign_swish(x: Tensor, mu: float | Tensor) -> Tensor:
+    """BNN++: F = SS_μ, B = SS′_μ, with SS_μ(x) = 2σ(μx)·(1 + μx(1 − σ(μx))) − 1, the sign-Swish, which tends to sign.
+
+    SS′_μ(x) = μ(2 − μx·tanh(μx/2)) / (1 + cosh μx). Past |μx| ≈ 2.4 it is negative: SS overshoots ±1 a little.
+    """
+    return _SignSwish.apply(x, mu, False)
+
+
+def sign_with_swish_gradient(x: Tensor, mu: float | Tensor = 5.0) -> Tensor:
+    """BNN+ (Darabi et al., 2018): F = sign, B = SS′_μ (see `sign_swish`)."""
+    return _SignSwish.apply(x, mu, True)
+
+
+def sign_with_cut(w: Tensor) -> Tensor:
+    """BNN (Hubara et al., NeurIPS 2016): F = sign, B = 1 where |w| ≤ 1, else 0."""
+    return _SignWithCut.apply(w)
+
+
+class _LinearQuantizer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w: Tensor, rho) -> Tensor:
+        size = (w.abs() + rho).clamp_max_(1.0)
+        return torch.where(w >= 0, size, -size)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def linear_quantizer(w: Tensor, rho: float | Tensor) -> Tensor:
+    """ProxConnect (Dockhorn et al., NeurIPS 2021): F = L_ρ, B = 1, with L_ρ(w) = sign(w)·min(1, |w| + ρ).
+
+    The proximal map of the distance to {−1, +1}, with equal horizontal and vertical shifts. Between the clipped
+    identity, ρ → 0, and sign, ρ ≥ 1.
+    """
+    return _LinearQuantizer.apply(w, rho)
+
+
+def identity(w: Tensor) -> Tensor:
+    """F = the identity, B = 1: full precision."""
+    return w
+
+
+# By name, as layers of models.py know them. What stands behind w (ratio, mu, …) is the layer's `options`.
+WEIGHT_QUANTIZERS = {
+    **{"dorefa": dorefa, "bwn": sign, "bwn-f": bwn_f, "bihalf": bihalf, "bihalf-prune": bihalf_prune},
+    **{"bnn": sign_with_cut, "bnn+": sign_with_swish_gradient, "bnn++": sign_swish, "pc": linear_quantizer},
+    "identity": identity,
+}
 
 
 def pre_quantize(w: Tensor, kind: str) -> Tensor:
@@ -126,4 +258,30 @@ def sign_activation(x: Tensor) -> Tensor:
     return _SignWithCut.apply(x)
 
 
-ACTIVATION_QUANTIZERS = {"none": lambda x: x, "sign": sign_activation}
+class _Step(torch.autograd.Function):
+    """Forward: 1 where y ≥ 0, else 0. Backward: the gradient passes where −ρ < y < 1 and is 0 elsewhere."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, rho: float) -> Tensor:
+        ctx.save_for_backward((y > -rho) & (y < 1))
+        return (y >= 0).to(y.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (inside,) = ctx.saved_tensors
+        return grad * inside, None
+
+
+def step_activation(x: Tensor, theta: Tensor, delta: Tensor, rho: float) -> Tensor:
+    """a = 1 where y ≥ 0, else 0, with y = (x − θ)·Δ; the gradient passes where −ρ < y < 1.
+
+    Si-BNN (Wang et al., AAAI 2020), eqs. 5 to 9. θ and Δ (broadcast against x, one number a channel) are trained: θ
+    moves the threshold, Δ the width of the window through which the gradient passes. The window is that of a ReLU
+    clipped at 1, of which the step is a 1-bit version; ρ in [0, 1] lets inputs just below the threshold learn too.
+    A channel that is 0 costs nothing at inference, hence "sparsity-inducing".
+    """
+    return _Step.apply((x - theta) * delta, rho)
+
+
+# By name. 'si' is `step_activation`, whose θ and Δ belong to a layer (models.py).
+ACTIVATION_QUANTIZERS = {"none": identity, "sign": sign_activation, "si": step_activation}

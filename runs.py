@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from torch.nn import functional as F
 
 METRICS = (
     *("epoch", "step", "train_loss", "train_acc", "test_loss", "test_acc", "lr", "seconds", "images_per_s"),
@@ -45,13 +46,13 @@ class RunError(Exception):
 # Flags.
 
 
-def common_flags(description: str, **defaults) -> argparse.ArgumentParser:
+def common_flags(script: str, description: str, **defaults) -> argparse.ArgumentParser:
     """A parser with the flags that all trainers share; a trainer adds its paper's own.
 
-    defaults: the paper's values for these flags, by name.
+    script: the trainer's file name. defaults: the paper's values for these flags, by name.
     """
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        script, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     data = parser.add_argument_group("data and network")
     data.add_argument("--arch", default="resnet20", help="network, see models.ARCHS (default: resnet20)")
@@ -93,7 +94,7 @@ def common_flags(description: str, **defaults) -> argparse.ArgumentParser:
     machine.add_argument("--name", help="name of the run (default: made from the flags)")
     machine.add_argument("--resume", metavar="RUN", help="go on with this run (its folder), with its flags")
     machine.add_argument("--eval-only", action="store_true", help="test the --resume or --pretrained model, and stop")
-    parser.set_defaults(**defaults)
+    parser.set_defaults(script=script, **defaults)
     return parser
 
 
@@ -111,6 +112,9 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
         if "args" not in checkpoint or ("optimizer" not in checkpoint and not args.eval_only):
             raise RunError(f"{path} is no whole run, which could go on: resume last.pt, or use --pretrained {path}")
         before = checkpoint["args"]
+        script = before.get("script", args.script)
+        if script != args.script:
+            raise RunError(f"{path} is a run of {script}: go on with it, or test it, with python {script}")
         parser.set_defaults(**before)
         args = parser.parse_args(argv)
         args.name, args.out = path.parent.name, str(path.parent.parent)
@@ -183,11 +187,6 @@ class Interrupt:
     def __bool__(self) -> bool:
         return self.signal is not None
 
-    def leave(self, folder: Path, step: int, script: str) -> int:
-        """Say how to go on; the exit code that shells expect of a program that this signal ended."""
-        console.print(f"stopped after step {step:,}; to go on: python {script} --resume {folder}")
-        return 128 + self.signal
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: dictionaries of tensors, numbers, strings, lists and dictionaries, so they load with weights_only=True.
@@ -220,6 +219,14 @@ def load(path: Path | str) -> dict:
     if not isinstance(state, dict):
         raise RunError(f"{path} is not a checkpoint: it holds a {type(state).__name__}")
     return state
+
+
+def load_weights(model: torch.nn.Module, args, resumed: dict | None) -> None:
+    """The weights that the run starts or goes on from: --resume's, --pretrained's, or the model's own."""
+    if resumed:
+        load_model(model, resumed["model"], args.resume)
+    elif args.pretrained:
+        load_pretrained(model, args.pretrained, args)
 
 
 def load_pretrained(model: torch.nn.Module, path: str, args) -> None:
@@ -258,25 +265,103 @@ def load_model(model: torch.nn.Module, state: dict, path: Path | str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The run folder.
+# Evaluation.
+
+
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, batches, device: torch.device, amp: bool) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy (0 to 1) over a data set's batches."""
+    model.eval()
+    totals = torch.zeros(2, dtype=torch.float64, device=device)  # Σ loss, correct
+    for images, labels in batches.epoch():
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+        totals += torch.stack([loss, (logits.argmax(1) == labels).sum()])
+    model.train()
+    loss, correct = (totals / batches.size).tolist()
+    return loss, correct
+
+
+def report(loss: float, accuracy: float, count: int) -> int:
+    """What --eval-only prints; the exit code."""
+    console.print(f"test loss {loss:.4f}, test accuracy {100 * accuracy:.2f} % over {count:,} pictures")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run.
 
 
 class Run:
-    """The folder OUT/NAME, its metrics and its checkpoints.
+    """A run: its folder, its metrics and checkpoints, and how far it is.
 
-    Without --name a free name is made from `name`. Raises RunError where the folder cannot be written, or holds a run
-    already and is not being resumed.
+        run = Run(args, "ste", "straight-through", (train, test), device, bits, resumed, model=net, optimizer=optimizer)
+        with run:  # Ctrl-C and SIGTERM now wait for the end of the step
+            while run.goes_on():
+                for images, labels in run.batches():
+                    ...  # a training step
+                    run.count(loss, logits, labels)
+                if run.leaving:  # asked to stop within the epoch: all is saved
+                    break
+                run.end_epoch(test_loss, test_acc, bits)
+        return run.finish()
+
+    kind: what is trained, for the name that a run without --name gets; about: the same in words.
+    bits [N] bool: the signs of the binary weights now. resumed: the checkpoint to go on from, or None.
+    parts: all that must be in a checkpoint, objects with state_dict() and load_state_dict(); `model` among them, whose
+    state the trainer has loaded already.
+    Raises RunError where the folder cannot be written, where it holds another run, or where the checkpoint is not of
+    these parts.
     """
 
-    def __init__(self, args, name: str, resumed: dict | None = None):
-        self.folder = Path(args.out) / (args.name or name)
-        self.rows: list[dict] = resumed["rows"] if resumed else []
+    def __init__(self, args, kind: str, about: str, batches, device, bits, resumed: dict | None, **parts):
+        self.args, self.parts, (self.train, test) = args, parts, batches
+        self.total_steps = min(args.epochs * len(self.train), args.limit_steps or math.inf)
+        self.epoch = self.batch = self.step = 0  # whole epochs; batches of this epoch; steps in all
+        self.seconds = 0.0  # of training in this epoch
+        self.totals = torch.zeros(3, dtype=torch.float64, device=device)  # of this epoch: Σ loss, correct, seen
+        self.bits = bits  # at the start of this epoch
+        self.rows: list[dict] = []
+        self.leaving = False
+        if resumed:
+            self._restore(resumed)
+        self.folder = Path(args.out) / (args.name or f"{kind}-{args.arch}-{args.dataset}-{args.opt}-seed{args.seed}")
+        self._make_folder(resumed is not None)
+        parameters = sum(p.numel() for p in parts["model"].parameters())
+        console.print(
+            f"{self.folder}: {args.arch} on {args.dataset} ({self.train.size:,} + {test.size:,} pictures), {device}, "
+            f"{parameters:,} parameters, {len(bits):,} of them binary; {about}"
+        )
+
+    def _restore(self, resumed: dict) -> None:
+        """Go to exactly where the checkpoint was written."""
+        source, steps = self.args.resume, self.total_steps
+        try:
+            for name, part in self.parts.items():
+                if name != "model":
+                    part.load_state_dict(resumed[name])
+            self.epoch, self.batch, self.step = (resumed[k] for k in ("epoch", "batch", "step"))
+            self.seconds, self.rows = resumed["seconds"], resumed["rows"]
+            self.totals.copy_(resumed["totals"])
+            self.bits = resumed["bits"].to(self.bits.device)
+            torch.set_rng_state(resumed["rng"])
+        except (RuntimeError, ValueError, KeyError, TypeError) as e:
+            reason = " ".join(str(e).split())[:200]
+            raise RunError(f"{source} is not a run of this trainer and these flags ({reason})") from None
+        if self.batch >= len(self.train):
+            raise RunError(f"{source} was trained on more pictures than {self.args.data_dir} has: use its data")
+        if self.step >= steps:
+            raise RunError(f"{source} has done its {self.step:,} steps: to go on, give more --epochs, --limit-steps")
+
+    def _make_folder(self, exists: bool) -> None:
+        args = self.args
         try:
             if args.name:
                 self.folder.mkdir(parents=True, exist_ok=True)
             else:
-                self.folder = self._free_folder(Path(args.out), name)
-            if not resumed and any((self.folder / file).exists() for file in ("last.pt", "best.pt")):
+                self._find_free_folder()
+            if not exists and any((self.folder / file).exists() for file in ("last.pt", "best.pt")):
                 raise RunError(
                     f"{self.folder} holds a run already: go on with it (--resume {self.folder}), or choose another "
                     "--name"
@@ -287,40 +372,168 @@ class Run:
         except OSError as e:
             raise RunError(f"the run folder {self.folder} cannot be written ({e}): choose another --out") from None
 
-    @staticmethod
-    def _free_folder(out: Path, name: str) -> Path:
+    def _find_free_folder(self) -> None:
         """Make OUT/name, or OUT/name-2, … where that is taken."""
+        out, name = self.folder.parent, self.folder.name
         out.mkdir(parents=True, exist_ok=True)
         for n in itertools.count(1):
-            folder = out / (name if n == 1 else f"{name}-{n}")
+            self.folder = out / (name if n == 1 else f"{name}-{n}")
             try:
-                folder.mkdir()
+                self.folder.mkdir()
             except FileExistsError:
                 continue
-            return folder
+            return
+
+    # The training loop, in the order in which the trainer calls it.
+
+    def __enter__(self):
+        self.interrupt, self.bar = Interrupt().__enter__(), Bar(self.total_steps, self.step).__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.bar.__exit__(*error)
+        self.interrupt.__exit__(*error)
+
+    def goes_on(self) -> bool:
+        return self.step < self.total_steps and not self.leaving
+
+    def batches(self):
+        """This epoch's training batches (images, labels), from where the run is. After each the trainer has called
+        count(). When the user wants to stop, all is saved and the batches end; `leaving` is then True."""
+        started = time.perf_counter() - self.seconds
+        for images, labels in self.train.epoch(self.epoch, self.batch):
+            yield images, labels
+            self.seconds = time.perf_counter() - started
+            done = self.step == self.total_steps
+            if self.bar.due() or self.interrupt or done:
+                loss_sum, correct, seen = self.totals.tolist()
+                self.check_finite(loss_sum)
+                epoch = f"epoch {self.epoch + 1}/{self.args.epochs}"
+                self.bar.show(epoch, self.step, loss_sum / seen, correct / seen, seen / self.seconds)
+            if self.interrupt and self.batch < len(self.train) and not done:
+                self.leaving = True
+                self.save()
+            if self.leaving or done:
+                break
+        self.totals.tolist()  # the device has caught up, and the epoch's time is known
+        self.seconds = time.perf_counter() - started
+
+    def set_learning_rate(self, optimizer: torch.optim.Optimizer) -> float:
+        """This step's learning rate, by --schedule; all of the optimizer's groups get it."""
+        self.lr = learning_rate(self.args, self.epoch, self.step, self.total_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr
+        return self.lr
+
+    @torch.no_grad()
+    def count(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """The step is done: loss [], logits [B, classes], labels [B]. Nothing here waits for the device."""
+        correct = (logits.argmax(1) == labels).sum()
+        self.totals += torch.stack([loss * len(labels), correct, torch.full_like(correct, len(labels))])
+        self.step, self.batch = self.step + 1, self.batch + 1
+
+    def end_epoch(self, test_loss: float, test_acc: float, bits: torch.Tensor, **extra: float) -> None:
+        """One row of metrics, and the checkpoints. bits: as in __init__, now. extra: the paper's own columns."""
+        loss_sum, correct, seen = self.totals.tolist()
+        self.check_finite(loss_sum)
+        self.check_finite(test_loss)
+        row = dict(
+            epoch=self.epoch + 1,
+            step=self.step,
+            train_loss=loss_sum / seen,
+            train_acc=correct / seen,
+            test_loss=test_loss,
+            test_acc=test_acc,
+            lr=self.lr,
+            seconds=self.seconds,
+            images_per_s=seen / self.seconds,
+            flip_ratio=(bits != self.bits).float().mean().item(),
+            plus_ratio=bits.float().mean().item(),
+            **extra,
+        )
+        # --limit-steps may end within an epoch. Resumed with a higher limit, the run goes on there as if it had never
+        # stopped, and then this test has not been.
+        whole_epoch, best = self.batch == len(self.train), self.folder / "best.pt"
+        if test_acc > self.best and (whole_epoch or not best.exists()):
+            save(best, self._model())
+        if whole_epoch:
+            self._add(row)
+            self.epoch, self.batch, self.seconds, self.bits = self.epoch + 1, 0, 0.0, bits
+            self.totals.zero_()
+            self.save()
+        else:
+            self.save()
+            self._add(row)
+        self.leaving = bool(self.interrupt) and self.step < self.total_steps
+
+    def finish(self) -> int:
+        """The last words, and the exit code: 0, or what shells expect of a program that a signal ended."""
+        if self.leaving:
+            console.print(
+                f"stopped after step {self.step:,}; to go on: python {self.args.script} --resume {self.folder}"
+            )
+            return 128 + self.interrupt.signal
+        self._summary()
+        return 0
+
+    # Its parts.
+
+    def check_finite(self, loss: float) -> None:
+        """Raise RunError where the loss or a weight is not finite any more."""
+        # sign(NaN) is −1: a binary network of NaN weights still has a finite loss, so look at the weights too.
+        weights = [p.detach() for p in self.parts["model"].parameters()]
+        if not math.isfinite(loss):
+            problem = f"the loss became {loss}"
+        elif not torch.stack(torch._foreach_norm(weights)).isfinite().all():
+            problem = "the weights became NaN or infinite"
+        else:
+            return
+        last = self.folder / "last.pt"
+        kept = f"the last good checkpoint is {last}" if last.exists() else "there was no checkpoint yet"
+        where = f"in epoch {self.epoch + 1}, by step {self.step}"
+        raise RunError(f"{problem} {where}: {kept}; try a smaller --lr (or --lr-fast, of FSG)")
+
+    def _model(self) -> dict:
+        return {
+            "args": vars(self.args),
+            "num_classes": self.train.num_classes,
+            "model": self.parts["model"].state_dict(),
+        }
+
+    def save(self) -> None:
+        """last.pt: all that the rest of the run depends on."""
+        place = {k: getattr(self, k) for k in ("epoch", "batch", "step", "seconds", "rows", "totals", "bits")}
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        save(self.folder / "last.pt", {**self._model(), **parts, **place, "rng": torch.get_rng_state()})
 
     @property
     def best(self) -> float:
         return max((row["test_acc"] for row in self.rows), default=-1.0)
 
-    def add(self, **row) -> None:
-        """One epoch's metrics: to metrics.csv and to the terminal."""
+    def _add(self, row: dict) -> None:
+        """One epoch's metrics, to metrics.csv and to the terminal; there without the columns NAME/LAYER."""
+        extra = [name for name in row if name not in METRICS and "/" not in name]
         if not self.rows:
-            console.print("epoch     step  train loss   acc %   test loss   acc %        lr   img/s  flips %  plus %")
+            more = "".join(f"  {name:>10}" for name in extra)
+            console.print(
+                f"epoch     step  train loss   acc %   test loss   acc %        lr   img/s  flips %  plus %{more}"
+            )
         is_best = row["test_acc"] > self.best
         self.rows.append(row)
         self._write_rows()
+        more = "".join(f"  {row[name]:{max(10, len(name))}.4f}" for name in extra)
         console.print(
             f"{row['epoch']:5d} {row['step']:8d}  {row['train_loss']:10.4f}  {100 * row['train_acc']:6.2f}  "
             f"{row['test_loss']:10.4f}  {100 * row['test_acc']:6.2f}{'*' if is_best else ' '} {row['lr']:9.2e} "
-            f"{row['images_per_s']:7.0f}  {100 * row['flip_ratio']:7.3f}  {100 * row['plus_ratio']:6.2f}"
+            f"{row['images_per_s']:7.0f}  {100 * row['flip_ratio']:7.3f}  {100 * row['plus_ratio']:6.2f}{more}"
         )
 
     def _write_rows(self) -> None:
         temporary, path = self.folder / "metrics.tmp", self.folder / "metrics.csv"
+        columns = self.rows[0] if self.rows else METRICS
         try:
             with open(temporary, "w", newline="") as f:
-                writer = csv.DictWriter(f, METRICS)
+                writer = csv.DictWriter(f, columns)
                 writer.writeheader()
                 for row in self.rows:
                     writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
@@ -328,7 +541,7 @@ class Run:
         except OSError as e:
             raise RunError(f"{path} cannot be written ({e}): make room, then --resume {self.folder}") from None
 
-    def summary(self, script: str) -> None:
+    def _summary(self) -> None:
         """The table at the end: what was reached, in which time, and where it is."""
         if not self.rows:
             return
@@ -346,10 +559,10 @@ class Run:
                 f"{100 * row['test_acc']:.2f}",
             )
         console.print(table)
-        seconds = sum(row["seconds"] for row in self.rows)
+        seconds, script = sum(row["seconds"] for row in self.rows), self.args.script
         console.print(
-            f"{last['step']:,} steps in {seconds:,.0f} s. "
-            f"Curves: python plot.py {self.folder}. Test it: python {script} --eval-only --resume {self.folder}/best.pt"
+            f"{last['step']:,} steps in {seconds:,.0f} s. Curves: python plot.py {self.folder}. "
+            f"Test it: python {script} --eval-only --resume {self.folder}/best.pt"
         )
 
 

@@ -23,9 +23,6 @@ The whole method is in hypernet.py; here you see where it enters training: one l
 Copy with: models.py, quantizers.py, hypernet.py, data.py, runs.py; for speed selective_scan.py and its kernels.
 """
 
-import math
-import time
-
 import torch
 from torch.nn import functional as F
 
@@ -46,7 +43,7 @@ DEFAULT_LR_PHI = {"fsg": (1e-2, 1e-3), "metaquant": (1e-3, None), "sgd": (1e-5, 
 
 
 def flags():
-    parser = runs.common_flags(__doc__)
+    parser = runs.common_flags("train_fsg.py", __doc__)
     bnn = parser.add_argument_group("binary network")
     bnn.add_argument("--quantizer", default="dorefa", choices=["dorefa", "bwn", "bwn-f", "none"], help="none: float")
     bnn.add_argument("--act", default="none", choices=["none", "sign"], help="sign: binary activations too (W1A1)")
@@ -152,22 +149,7 @@ def make_generator(args, layers):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Evaluation.
-
-
-@torch.no_grad()
-def evaluate(model, batches, device, amp) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy over the test set."""
-    model.eval()
-    totals = torch.zeros(2, dtype=torch.float64, device=device)  # Σ loss, correct
-    for images, labels in batches.epoch():
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            logits = model(images)
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-        totals += torch.stack([loss, (logits.argmax(1) == labels).sum()])
-    model.train()
-    loss, correct = (totals / batches.size).tolist()
-    return loss, correct
+# Training.
 
 
 def main(argv=None) -> int:
@@ -178,103 +160,35 @@ def main(argv=None) -> int:
 
     # Data.
     train, test = data.load(
-        args.dataset,
-        args.data_dir,
-        device,
-        args.batch_size,
-        args.seed,
-        crop=not args.no_crop,
-        flip=not args.no_flip,
-        image_size=args.image_size,
-        workers=args.workers,
-        log=runs.console.print,
+        *(args.dataset, args.data_dir, device, args.batch_size, args.seed, not args.no_crop, not args.no_flip),
+        *(args.image_size, args.workers, runs.console.print),
     )
 
     # Network. The latent weights are its parameters; its binary layers quantize them in the forward pass.
-    net = models.build(args.arch, train.num_classes, args.quantizer, args.act, args.binarize_all, train.shape[0])
+    net = models.build(args.arch, train.num_classes, args.quantizer, args.act, args.binarize_all, *train.shape[:2])
     net.to(device)
-    if args.pretrained and not resumed:
-        runs.load_pretrained(net, args.pretrained, args)
+    runs.load_weights(net, args, resumed)
     model = torch.compile(net) if args.compile else net
     layers = models.binary_layers(net)
-
-    if resumed:
-        runs.load_model(net, resumed["model"], args.resume)
     if args.eval_only:
-        loss, accuracy = evaluate(model, test, device, args.amp)
-        runs.console.print(f"test loss {loss:.4f}, test accuracy {100 * accuracy:.2f} % over {test.size:,} pictures")
-        return 0
+        return runs.report(*runs.evaluate(model, test, device, args.amp), test.size)
 
     # Gradient generator: turns ĝ, the gradient at the binary weights, into G, the one for the latent weights.
     generator = make_generator(args, layers)
     optimizer = runs.make_optimizer(net.parameters(), args)
 
-    # Where we are: at the start, or exactly where the resumed run stopped.
-    total_steps = min(args.epochs * len(train), args.limit_steps or math.inf)
-    epoch = first_batch = step = 0
-    totals = torch.zeros(3, dtype=torch.float64, device=device)  # of this epoch: Σ loss, correct, seen
-    bits = models.sign_bits(layers)  # at the start of this epoch
-    seconds = 0.0
-    if resumed:
-        try:
-            optimizer.load_state_dict(resumed["optimizer"])
-            if generator:
-                generator.load_state_dict(resumed["generator"])
-            epoch, first_batch, step, seconds = (resumed[k] for k in ("epoch", "batch", "step", "seconds"))
-            totals.copy_(resumed["totals"])
-            bits.copy_(resumed["bits"])
-            torch.set_rng_state(resumed["rng"])
-        except (RuntimeError, ValueError, KeyError, TypeError) as e:
-            reason = " ".join(str(e).split())[:200]
-            raise runs.RunError(f"{args.resume} is not a run of this trainer and these flags ({reason})") from None
-        if first_batch >= len(train):
-            raise runs.RunError(f"{args.resume} was trained on more pictures than {args.data_dir} has: use its data")
-        if step >= total_steps:
-            raise runs.RunError(
-                f"{args.resume} has done its {step:,} steps: to go on, give more --epochs, --limit-steps"
-            )
-    slow = f"-{args.hgs}" if args.grad == "fsg" else ""
-    kind = "fp32" if generator is None else f"{args.grad}{slow}"
-    run = runs.Run(args, f"{kind}-{args.arch}-{args.dataset}-{args.opt}-seed{args.seed}", resumed)
-
-    def checkpoint(epoch, batch):
-        """All that the rest of the run depends on."""
-        return {
-            **{"args": vars(args), "num_classes": train.num_classes, "model": net.state_dict()},
-            **{"optimizer": optimizer.state_dict(), "generator": generator.state_dict() if generator else {}},
-            **{"epoch": epoch, "batch": batch, "step": step, "seconds": seconds, "rows": run.rows},
-            **{"totals": totals, "bits": bits, "rng": torch.get_rng_state()},
-        }
-
-    def check_finite(loss):
-        # sign(NaN) is −1: a binary network of NaN weights still has a finite loss, so look at the weights too.
-        if not math.isfinite(loss):
-            problem = f"the loss became {loss}"
-        elif not torch.stack(torch._foreach_norm([p.detach() for p in net.parameters()])).isfinite().all():
-            problem = "the weights became NaN or infinite"
-        else:
-            return
-        last = run.folder / "last.pt"
-        kept = f"the last good checkpoint is {last}" if last.exists() else "there was no checkpoint yet"
-        raise runs.RunError(f"{problem} in epoch {epoch + 1}, by step {step}: {kept}; try a smaller --lr or --lr-fast")
-
+    # The run: at the start, or exactly where the resumed one stopped.
+    kind = "fp32" if generator is None else f"fsg-{args.hgs}" if args.grad == "fsg" else args.grad
     hyper = sum(p.numel() for p in generator.parameters()) if generator else 0
-    runs.console.print(
-        f"{run.folder}: {args.arch} on {args.dataset} ({train.size:,} + {test.size:,} pictures), {device}, "
-        f"{sum(p.numel() for p in net.parameters()):,} parameters, {len(bits):,} of them binary; "
-        f"gradients: {kind}" + (f", {hyper:,} hyper-parameters φ" if hyper else "")
-    )
+    about = f"gradients: {kind}" + (f", {hyper:,} hyper-parameters φ" if hyper else "")
+    parts = {"model": net, "optimizer": optimizer} | ({"generator": generator} if generator else {})
+    run = runs.Run(args, kind, about, (train, test), device, models.sign_bits(layers), resumed, **parts)
 
-    # The training loop.
     net.train()
-    with runs.Interrupt() as interrupt, runs.Bar(total_steps, step) as bar:
-        while step < total_steps:
-            started = time.perf_counter() - seconds
-            for batch, (images, labels) in enumerate(train.epoch(epoch, first_batch), first_batch + 1):
-                lr = runs.learning_rate(args, epoch, step, total_steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-
+    with run:
+        while run.goes_on():
+            for images, labels in run.batches():
+                lr = run.set_learning_rate(optimizer)
                 if args.preset == "released":
                     generator.look_ahead(lr)  # that code measures ĝ where the update before would lead
                 optimizer.zero_grad()
@@ -285,60 +199,11 @@ def main(argv=None) -> int:
                 if generator:
                     generator.generate()  # … and now G; also trains the hypernetworks
                 optimizer.step()
-
-                step += 1
-                with torch.no_grad():
-                    correct = (logits.argmax(1) == labels).sum()
-                    totals += torch.stack([loss * len(labels), correct, torch.full_like(correct, len(labels))])
-                seconds = time.perf_counter() - started
-                if bar.due() or interrupt or step == total_steps:
-                    loss_sum, correct, seen = totals.tolist()
-                    check_finite(loss_sum)
-                    speed = seen / seconds
-                    bar.show(f"epoch {epoch + 1}/{args.epochs}", step, loss_sum / seen, correct / seen, speed)
-                if interrupt and batch < len(train) and step < total_steps:
-                    runs.save(run.folder / "last.pt", checkpoint(epoch, batch))
-                    return interrupt.leave(run.folder, step, "train_fsg.py")
-                if step == total_steps:
-                    break
-
-            # The end of an epoch: test, one row of metrics, checkpoints.
-            loss_sum, correct, seen = totals.tolist()
-            seconds = time.perf_counter() - started  # now that the device has caught up
-            check_finite(loss_sum)
-            test_loss, test_acc = evaluate(model, test, device, args.amp)
-            check_finite(test_loss)
-            now = models.sign_bits(layers)
-            row = dict(
-                epoch=epoch + 1,
-                step=step,
-                train_loss=loss_sum / seen,
-                train_acc=correct / seen,
-                test_loss=test_loss,
-                test_acc=test_acc,
-                lr=lr,
-                seconds=seconds,
-                images_per_s=seen / seconds,
-                flip_ratio=(now != bits).float().mean().item(),
-                plus_ratio=now.float().mean().item(),
-            )
-            # --limit-steps may end within an epoch. Resumed with a higher limit, the run goes on there as if it had
-            # never stopped, and then this test has not been.
-            whole_epoch, best = batch == len(train), run.folder / "best.pt"
-            if test_acc > run.best and (whole_epoch or not best.exists()):
-                runs.save(best, {"args": vars(args), "num_classes": train.num_classes, "model": net.state_dict()})
-            if not whole_epoch:
-                runs.save(run.folder / "last.pt", checkpoint(epoch, batch))
-                run.add(**row)
-            else:
-                run.add(**row)
-                epoch, first_batch, seconds, bits = epoch + 1, 0, 0.0, now
-                totals.zero_()
-                runs.save(run.folder / "last.pt", checkpoint(epoch, 0))
-            if interrupt and step < total_steps:
-                return interrupt.leave(run.folder, step, "train_fsg.py")
-    run.summary("train_fsg.py")
-    return 0
+                run.count(loss, logits, labels)
+            if run.leaving:
+                break
+            run.end_epoch(*runs.evaluate(model, test, device, args.amp), models.sign_bits(layers))
+    return run.finish()
 
 
 if __name__ == "__main__":

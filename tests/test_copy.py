@@ -38,7 +38,7 @@ COPIES = {
     "quantizers.py": ([], "import torch, quantizers; print(quantizers.dorefa(torch.randn(3, 3)))"),
     "models.py": (["quantizers.py"], "import models; print(models.build('resnet20', 10))"),
     "data.py": ([], "import data; train, test = data.load('digits'); print(next(iter(train.epoch()))[0].shape)"),
-    "runs.py": ([], "import runs; print(runs.common_flags('').parse_args([]))"),
+    "runs.py": ([], "import runs; print(runs.common_flags('x.py', '').parse_args([]))"),
     "plot.py": ([], "import plot; print(plot)"),
     "selective_scan.py": (
         ["selective_scan_cpu.cpp", "selective_scan_cuda.py"],

@@ -212,13 +212,13 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path, which):
 
 def test_an_interruption_while_testing_waits_for_the_end_of_the_epoch(tmp_path, monkeypatch):
     whole = train(tmp_path, "whole", "--grad", "ste", "--epochs", "2")
-    real = train_fsg.evaluate
+    real = runs.evaluate
 
     def evaluate(*args):
         os.kill(os.getpid(), signal.SIGINT)
         return real(*args)
 
-    monkeypatch.setattr(train_fsg, "evaluate", evaluate)
+    monkeypatch.setattr(runs, "evaluate", evaluate)
     argv = [*SMALL, "--grad", "ste", "--epochs", "2", "--out", str(tmp_path), "--name", "cut"]
     assert train_fsg.main(argv) == 128 + signal.SIGINT
     assert [r["step"] for r in metrics(tmp_path / "cut")] == [22]
