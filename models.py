@@ -24,20 +24,21 @@ class _Binary:
     """What BinaryConv2d and BinaryLinear share.
 
     quantizer, act: names (quantizers.py). options: the quantizer's keyword arguments, such as {"ratio": 0.5}.
-    scale: a constant that multiplies the quantized weight (None: 1).
+    unit: the latent weight that counts as 1 for the quantizer; scale: a constant that multiplies what comes out.
     With act 'si' a layer has two parameters more, theta and delta [C_in], and the constant rho.
     """
 
     quantizer: str
     act: str
     options: dict = {}  # noqa: RUF012 (replaced, never changed)
-    scale: float | Tensor | None = None
+    unit = scale = 1.0
     rho = 0.3
 
     def binary_weight(self) -> Tensor:
         """Ŵ, the weight the layer computes with; same shape as `weight`."""
-        w = WEIGHT_QUANTIZERS[self.quantizer](self.weight, **self.options)
-        return w if self.scale is None else w * self.scale
+        w = self.weight if self.unit == 1 else self.weight / self.unit
+        w = WEIGHT_QUANTIZERS[self.quantizer](w, **self.options)
+        return w if self.scale == 1 else w * self.scale
 
     def binary_input(self, x: Tensor) -> Tensor:
         if self.act != "si":

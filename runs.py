@@ -559,6 +559,13 @@ class Run:
                 f"{100 * row['test_acc']:.2f}",
             )
         console.print(table)
+        for name in dict.fromkeys(column.split("/")[0] for column in last if "/" in column):
+            table = Table(title=f"{name}, by layer, at the end", title_justify="left")
+            table.add_column("layer"), table.add_column(name, justify="right")
+            for column, value in last.items():
+                if column.startswith(f"{name}/"):
+                    table.add_row(column.partition("/")[2], f"{value:.4f}")
+            console.print(table)
         seconds, script = sum(row["seconds"] for row in self.rows), self.args.script
         console.print(
             f"{last['step']:,} steps in {seconds:,.0f} s. Curves: python plot.py {self.folder}. "
