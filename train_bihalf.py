@@ -87,17 +87,17 @@ def complete(args) -> None:
 # The paper's toy example: what equal bits cost, and what they leave.
 
 
-def decisions(points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def all_networks(points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """All 4,096 binary networks of 12 weights (2 inputs, 3 sigmoid units with a bias, 1 output) on points [P, 2].
 
-    Returns the decisions [4096, P] bool and the number of +1 among each network's weights [4096].
+    Returns `units` [16, P] and `networks` [4096, 3], such that network i's output is units[networks[i]].sum(0), its
+    decision the sign of that; and how many of each network's weights are +1 [4096].
     """
     # A hidden unit is one of 16: signs of two weights, of the bias, and of what the output multiplies it by.
     signs = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=4)), dtype=points.dtype)
-    units = signs[:, 3:] * torch.sigmoid(signs[:, :2] @ points.T + signs[:, 2:3])  # [16, P]
-    triples = torch.tensor(list(itertools.product(range(16), repeat=3)))  # [4096, 3]
-    outputs = torch.stack([units[triple].sum(0) > 0 for triple in triples])
-    return outputs, (signs > 0).sum(1)[triples].sum(1)
+    units = signs[:, 3:] * torch.sigmoid(signs[:, :2] @ points.T + signs[:, 2:3])
+    networks = torch.tensor(list(itertools.product(range(16), repeat=3)))
+    return units, networks, (signs > 0).sum(1)[networks].sum(1)
 
 
 def toy(out: Path) -> int:
@@ -109,8 +109,9 @@ def toy(out: Path) -> int:
     # The grid lies off the symmetry axes, on which networks whose units cancel each other are exactly undecided.
     side = torch.linspace(-5, 5, 250, dtype=torch.float64) + 0.0117
     x, y = torch.meshgrid(side, side + 0.0031, indexing="xy")
-    outputs, plus = decisions(torch.stack([x.flatten(), y.flatten()], 1))
-    boundaries = outputs ^ outputs[:, :1]  # a network and its negative have the same boundary
+    units, networks, plus = all_networks(torch.stack([x.flatten(), y.flatten()], 1))
+    decisions = torch.stack([units[network].sum(0) > 0 for network in networks])  # [4096, P]
+    boundaries = decisions ^ decisions[:, :1]  # a network and its negative have the same boundary
     some = boundaries.any(1)  # the others decide the same everywhere
     ids = torch.full((4096,), -1)
     ids[some] = boundaries[some].unique(dim=0, return_inverse=True)[1]
@@ -128,9 +129,9 @@ def toy(out: Path) -> int:
     left, right = figure.subplots(1, 2)
     half = set(ids[some & (plus == 6)].tolist())
     for boundary in ids[some].unique().tolist():
-        decision = boundaries[ids == boundary][0].view_as(x).double()
+        output = units[networks[ids == boundary][0]].sum(0).view_as(x)
         order, color = (2, "#D55E00") if boundary in half else (1, "0.75")
-        left.contour(x, y, decision, levels=[0.5], colors=color, linewidths=0.7, zorder=order)
+        left.contour(x, y, output, levels=[0], colors=color, linewidths=0.7, zorder=order)
     left.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
     left.set_title(
         f"{len(ids[some].unique())} boundaries in all (grey), {len(half)} with equal bits (orange)", fontsize=10
