@@ -1,9 +1,10 @@
-"""How long a training step takes, and what takes it; and how fast the selective scan is.
+"""How long a training step takes, and what takes it; how fast the selective scan is, and the quantizers.
 
     python bench.py step                                        # ResNet-20, batch 128, every generator
     python bench.py step --arch resnet20 resnet56 resnet110 --grads ste fsg-mamba fsg-flat --rounds 7
     python bench.py step --device cuda --amp
     python bench.py scan                                        # Mamba alone, on ResNet-20's weights: six minutes
+    python bench.py quantizers                                  # every weight quantizer on one large layer
 
 The variants run in turn, one step each, round after round, so that a machine whose speed drifts slows all of them
 alike. Given are medians, and the median of the ratio to the first row's (`ste`, `fused`) within a round. `plain` is the
@@ -301,6 +302,38 @@ def bench_scan(args, device: torch.device) -> dict:
     return {"rounds": args.rounds, "peak_rate": rate, "variants": rows}
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The weight quantizers.
+
+OPTIONS = {"bihalf-prune": {"prune": 0.4}, "bnn+": {"mu": 5.0}, "bnn++": {"mu": 5.0}, "pc": {"rho": 0.1}}
+
+
+def bench_quantizers(args, device: torch.device) -> dict:
+    """Median milliseconds of each weight quantizer, forward and backward, on a ResNet-18's largest layer."""
+    w = torch.randn(512, 4608, device=device, requires_grad=True)
+    v = torch.randn_like(w)
+    quantizers = {name: q for name, q in models.WEIGHT_QUANTIZERS.items() if name != "identity"}
+    rounds = []
+    for _ in range(3 + args.rounds):
+        laps = {}
+        for name, quantizer in quantizers.items():
+            watch = Stopwatch(device)
+            out = quantizer(w, **OPTIONS.get(name, {}))
+            watch.lap("forward")
+            out.backward(v)
+            watch.lap("backward")
+            laps[name], w.grad = watch.laps, None
+        rounds.append(laps)
+    rounds, rows = rounds[3:], {}
+    for name in quantizers:
+        ratios = [sum(r[name].values()) / sum(r["bwn-f"].values()) for r in rounds]
+        rows[name] = {way: 1e3 * statistics.median(r[name][way] for r in rounds) for way in ("forward", "backward")}
+        rows[name]["ratio"] = statistics.median(ratios)
+    title = f"512×4,608 weights, {describe(device)}: ms, median of {args.rounds}; ratio to bwn-f, a sign and a scale"
+    table(title, rows, forward=".2f", backward=".2f", ratio=".2f")
+    return {"variants": rows}
+
+
 def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -309,10 +342,10 @@ def describe(device: torch.device) -> str:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["step", "scan"])
+    parser.add_argument("what", choices=["step", "scan", "quantizers"])
     parser.add_argument("--arch", nargs="+", default=["resnet20"], choices=models.ARCHS, help="scan takes the first")
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--rounds", type=int, help="to measure, after the warm-up (default: step 20, scan 5)")
+    parser.add_argument("--rounds", type=int, help="to measure, after the warm-up (default: 20; scan 5)")
     parser.add_argument("--seconds", type=float, default=300, help="step: begin no round after this time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--amp", action="store_true")
@@ -327,15 +360,17 @@ def main(argv=None) -> int:
     scans = ["fused", "reference", "mamba-ssm"]
     parser.add_argument("--scans", nargs="+", default=scans, choices=scans, help="scan: the variants")
     parser.add_argument("--lstm", action="store_true", help="scan: the LSTM too, against nn.LSTM, which takes 11 GB")
-    parser.add_argument("--json", help="where the figures go (default: runs/bench-step.json, runs/bench-scan.json)")
+    parser.add_argument("--json", help="where the figures go (default: runs/bench-step.json, …)")
     args = parser.parse_args(argv)
-    args.rounds = {"step": 20, "scan": 5}[args.what] if args.rounds is None else args.rounds
+    args.rounds = (5 if args.what == "scan" else 20) if args.rounds is None else args.rounds
     if args.rounds < 1:
         parser.error(f"--rounds must be at least 1; it is {args.rounds}")
     device, file = torch.device(args.device), Path(args.json or f"runs/bench-{args.what}.json")
     result = {"torch": torch.__version__, "machine": describe(device), **vars(args)}
     if args.what == "scan":
         result |= bench_scan(args, device)
+    elif args.what == "quantizers":
+        result |= bench_quantizers(args, device)
     else:
         result["archs"] = {arch: bench_step(arch, args, device) for arch in args.arch}
     file.parent.mkdir(parents=True, exist_ok=True)

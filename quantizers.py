@@ -109,7 +109,7 @@ class _Ranked(torch.autograd.Function):
 
 def _floor(x: float) -> int:
     """⌊x⌋ for an x that is a whole number but for rounding: (1 − 0.9)·10 is 0.9999999999999998."""
-    return math.floor(x + 1e-9 * max(1.0, abs(x)))
+    return math.floor(x + 1e-12 * max(1.0, x))
 
 
 def bihalf(w: Tensor, ratio: float = 0.5) -> Tensor:

@@ -52,6 +52,13 @@ COPIES = {
         ["models.py", "quantizers.py", "hypernet.py", "data.py", "runs.py"],
         "import train_fsg; train_fsg.main('--dataset digits --arch resnet8 --limit-steps 3 --expand 2'.split())",
     ),
+    **{
+        f"{trainer}.py": (
+            ["models.py", "quantizers.py", "data.py", "runs.py"],
+            f"import {trainer}; {trainer}.main('--dataset digits --arch resnet8 --limit-steps 3'.split())",
+        )
+        for trainer in ("train_sibnn", "train_proxconnect", "train_bihalf")
+    },
 }
 
 
@@ -61,6 +68,7 @@ def test_bench_measures_and_writes_json(tmp_path):
         small = "--arch resnet8 --rounds 2 --expand 2 --hidden 4 --batch-size 16 --device cpu".split()
         bench.main(["step", *small])
         bench.main(["scan", "--lstm", *small])
+        bench.main(["quantizers", *small])
     """
     files = ["hypernet.py", "selective_scan.py", "selective_scan_cpu.cpp", "selective_scan_cuda.py"]
     result = run_alone(tmp_path, ["bench.py", "data.py", "models.py", "quantizers.py", *files], code)
@@ -73,6 +81,8 @@ def test_bench_measures_and_writes_json(tmp_path):
     scans = json.loads((tmp_path / "runs" / "bench-scan.json").read_text())["variants"]
     assert {"per-weight, reference", "flat, reference", "per-weight, nn.LSTM alone"} <= set(scans)
     assert all(row["forward"] > 0 and row["backward"] > 0 for row in scans.values())
+    quantizers = json.loads((tmp_path / "runs" / "bench-quantizers.json").read_text())["variants"]
+    assert quantizers["bwn-f"]["ratio"] == 1 and quantizers["bihalf"]["forward"] > 0
 
 
 def run_alone(folder, files, code):

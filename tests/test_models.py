@@ -1,6 +1,7 @@
 """Quantizers against a plain restatement of their formulas; binary layers, networks and binarize_()."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -73,6 +74,178 @@ def test_an_all_zero_layer_has_finite_values():
         assert torch.isfinite(function(w, "dorefa")).all()
         with pytest.raises(ValueError, match="dorefa"):
             function(w, "ternary")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The sibling papers' quantizers, against a plain restatement of their formulas in float64.
+
+
+def tied_weights(shape, scale, seed):
+    """Weights with many ties, zeros of either sign among them."""
+    w = weights(shape, 1.0, seed)
+    kind = seed % 3
+    w = w if kind == 0 else (w * 2).round() / 2 if kind == 1 else torch.zeros_like(w)
+    return (w * scale * torch.where(torch.rand_like(w) < 0.5, -1.0, 1.0)).float()
+
+
+filters = st.sampled_from([(1, 1), (3, 5), (4, 3, 3, 3), (2, 7, 1, 1), (5, 2, 1, 3), (3, 64), (1, 257), (7,)])
+shares = st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0]) | st.integers(0, 1000).map(lambda k: k / 1000)
+
+
+def exactly(share):
+    """The decimal number that the user wrote: 0.9 is 9/10."""
+    return Fraction(repr(share))
+
+
+@given(filters, scales, shares, st.integers(0, 2**31))
+@settings(max_examples=150, deadline=None)
+def test_bihalf_ranks_each_filter_and_has_the_exact_ratio(shape, scale, ratio, seed):
+    w = tied_weights(shape, scale, seed).requires_grad_()
+    out = quantizers.bihalf(w, ratio)
+    assert out.shape == w.shape and out.dtype == w.dtype and set(out.unique().tolist()) <= {-1.0, 1.0}
+    n = w[0].numel()
+    minus = math.floor((1 - exactly(ratio)) * n)
+    for row, bits in zip(w.detach().reshape(len(w), -1), out.detach().reshape(len(w), -1), strict=True):
+        assert (bits < 0).sum() == minus
+        if 0 < minus < n:
+            assert row[bits < 0].max() <= row[bits > 0].min(), "no −1 above a +1"
+    g = torch.randn_like(out)
+    assert torch.equal(torch.autograd.grad(out, w, g)[0], g)
+
+
+@given(filters, scales, shares, st.integers(0, 2**31))
+@settings(max_examples=150, deadline=None)
+def test_bihalf_prune_zeroes_the_middle_ranks(shape, scale, prune, seed):
+    w = tied_weights(shape, scale, seed).requires_grad_()
+    out = quantizers.bihalf_prune(w, prune)
+    n = w[0].numel()
+    i, j = (math.floor((1 + sign * exactly(prune)) / 2 * n) for sign in (-1, 1))
+    for row, bits in zip(w.detach().reshape(len(w), -1), out.detach().reshape(len(w), -1), strict=True):
+        assert [(bits == b).sum().item() for b in (-1, 0, 1)] == [i, j - i, n - j]
+        for lower, upper in ((-1, 0), (0, 1), (-1, 1)):
+            if (bits == lower).any() and (bits == upper).any():
+                assert row[bits == lower].max() <= row[bits == upper].min()
+    g = torch.randn_like(out)
+    assert torch.equal(torch.autograd.grad(out, w, g)[0], g)
+    if prune == 0:
+        assert torch.equal(out, quantizers.bihalf(w, 0.5))
+
+
+def test_bihalf_of_distinct_weights_by_hand():
+    w = torch.tensor([[0.3, -2.0, 0.1, 5.0, 0.2], [9.0, 8.0, 7.0, 6.0, 5.0]])
+    assert quantizers.bihalf(w).tolist() == [[1, -1, -1, 1, 1], [1, 1, 1, -1, -1]]  # ⌊5/2⌋ are −1
+    assert quantizers.bihalf(w, 0.2).tolist() == [[-1, -1, -1, 1, -1], [1, -1, -1, -1, -1]]
+    assert quantizers.bihalf_prune(w, 0.6).tolist() == [[0, -1, 0, 1, 0], [1, 0, 0, 0, -1]]
+    for bad in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match=r"\[0, 1\]"):
+            quantizers.bihalf(w, bad)
+        with pytest.raises(ValueError, match=r"\[0, 1\]"):
+            quantizers.bihalf_prune(w, bad)
+
+
+def closed_form(x, mu):
+    """SS_μ as the paper writes it."""
+    s = torch.sigmoid(mu * x)
+    return 2 * s * (1 + mu * x * (1 - s)) - 1
+
+
+@given(
+    shapes,
+    st.sampled_from([1e-30, 1e-3, 0.1, 1.0, 3.0]),
+    st.sampled_from([0.5, 5.0, 17.3, 30.0]),
+    st.integers(0, 2**31),
+)
+@settings(max_examples=100, deadline=None)
+def test_sign_swish_and_its_gradient_equal_the_closed_form_and_autograd(shape, scale, mu, seed):
+    x = weights(shape, scale, seed).requires_grad_()
+    g = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    expected = closed_form(x, mu)
+    (slope,) = torch.autograd.grad(expected, x, g)
+    for mu_ in (mu, torch.tensor(mu, dtype=torch.float64)):
+        out = quantizers.sign_swish(x, mu_)
+        assert torch.allclose(out, expected, rtol=1e-9, atol=1e-12)
+        assert torch.allclose(torch.autograd.grad(out, x, g)[0], slope, rtol=1e-7, atol=1e-9 * mu)
+        hard = quantizers.sign_with_swish_gradient(x, mu_)
+        assert torch.equal(hard, quantizers.sign(x))
+        assert torch.allclose(torch.autograd.grad(hard, x, g)[0], slope, rtol=1e-7, atol=1e-9 * mu)
+
+
+def test_sign_swish_of_huge_values_is_sign_with_no_gradient():
+    x = torch.tensor([-3e38, -1e10, -50.0, 50.0, 1e10, 3e38], requires_grad=True)
+    for mu in (5.0, 30.0, 1e5):
+        out = quantizers.sign_swish(x, mu)
+        assert torch.equal(out, x.sign())
+        assert torch.equal(torch.autograd.grad(out.sum(), x)[0], torch.zeros(6))
+    near = torch.tensor([-1.0, -1e-3, 1e-3, 1.0])
+    assert torch.allclose(quantizers.sign_swish(near, 1e6), near.sign()), "BNN++ tends to sign as μ grows"
+
+
+@given(shapes, scales, st.sampled_from([0.0, 1e-6, 0.01, 0.3, 1.0, 10.0]), st.integers(0, 2**31))
+@settings(max_examples=100, deadline=None)
+def test_linear_quantizer_equals_its_formula(shape, scale, rho, seed):
+    w = weights(shape, scale, seed).requires_grad_()
+    expected = [math.copysign(min(1, abs(x) + rho), x if x else 1.0) for x in w.flatten().tolist()]
+    for rho_ in (rho, torch.tensor(rho, dtype=torch.float64)):
+        out = quantizers.linear_quantizer(w, rho_)
+        assert torch.allclose(out, torch.tensor(expected, dtype=torch.float64).view(shape), rtol=1e-12, atol=0)
+        g = torch.randn_like(out)
+        assert torch.equal(torch.autograd.grad(out, w, g)[0], g)
+    if rho >= 1:
+        assert torch.equal(out, quantizers.sign(w))
+
+
+def test_bnn_cuts_the_gradient_of_large_weights():
+    w = torch.tensor([-2.0, -1.0, 0.0, 0.5, 1.5], requires_grad=True)
+    out = quantizers.sign_with_cut(w)
+    assert out.tolist() == [-1, -1, 1, 1, 1]
+    assert torch.autograd.grad(out, w, torch.full_like(w, 3.0))[0].tolist() == [0, 3, 3, 3, 0]
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.sampled_from([0.0, 0.3, 1.0]), st.booleans(), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_step_activation_equals_its_formula(batch, channels, rho, conv, seed):
+    """Values, and gradients for x, θ and Δ, one number at a time."""
+    torch.manual_seed(seed)
+    shape = (batch, channels, 2, 3) if conv else (batch, channels)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    theta, delta = (t.double().requires_grad_() for t in (torch.randn(channels) / 2, 1 + torch.randn(channels) / 3))
+    broadcast = (-1, 1, 1) if conv else (-1,)
+    out = quantizers.step_activation(x, theta.view(broadcast), delta.view(broadcast), rho)
+    g = torch.randn_like(out)
+    dx, dtheta, ddelta = torch.autograd.grad(out, (x, theta, delta), g)
+    expected = torch.zeros(2, channels, dtype=torch.float64)
+    x, theta, delta = x.detach(), theta.detach(), delta.detach()
+    for index in torch.cartesian_prod(*map(torch.arange, shape)):
+        at, c = tuple(index.tolist()), index[1].item()
+        y = (x[at] - theta[c]).item() * delta[c].item()
+        assert out[at] == (1 if y >= 0 else 0)
+        through = g[at].item() if -rho < y < 1 else 0.0
+        assert math.isclose(dx[at], through * delta[c], abs_tol=1e-12)
+        expected[0, c] -= through * delta[c].item()
+        expected[1, c] += through * (x[at] - theta[c]).item()
+    assert torch.allclose(torch.stack([dtheta, ddelta]), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_si_layers_have_a_threshold_and_a_slope_for_each_channel():
+    net = models.build("birealnet8", 10, "bwn-f", "si")
+    for name, layer in zip(models.binary_layer_names(net), models.binary_layers(net), strict=True):
+        assert layer.theta.tolist() == [0.0] * layer.in_channels and layer.delta.tolist() == [1.0] * layer.in_channels
+        assert {f"{name}.theta", f"{name}.delta"} <= net.state_dict().keys()
+    layer.theta.data.fill_(0.5)
+    assert layer.binary_input(torch.tensor([0.4, 0.6]).view(1, 1, 1, 2)).unique().tolist() == [0.0, 1.0]
+    net(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert all(layer.theta.grad is not None and layer.delta.grad is not None for layer in models.binary_layers(net))
+
+
+def test_unit_and_scale():
+    layer = models.binary_layers(models.build("resnet8", 10, "pc"))[0]
+    layer.options, layer.unit, layer.scale = {"rho": 0.25}, 0.5, 3.0
+    expected = 3 * quantizers.linear_quantizer(layer.weight / 0.5, 0.25)
+    assert torch.allclose(layer.binary_weight(), expected)
+    layer.binary_weight().sum().backward()
+    assert torch.allclose(layer.weight.grad, torch.full_like(layer.weight, 6.0)), (
+        "straight through L, not unit and scale"
+    )
 
 
 def test_sign_activation_cuts_the_gradient_outside_one():
@@ -161,6 +334,45 @@ def test_build(act, binarize_all):
     full.load_state_dict(net.state_dict())
     with pytest.raises(ValueError, match="resnet20"):
         models.build("vgg", 10)
+
+
+@pytest.mark.parametrize("arch", models.ARCHS)
+@pytest.mark.parametrize("act", ["none", "sign", "si"])
+def test_every_network_takes_every_activation(arch, act):
+    with torch.device("meta"):
+        net = models.build(arch, 7, "bwn", act, in_channels=3, image_size=32)
+        assert net(torch.empty(2, 3, 32, 32)).shape == (2, 7)
+    names = models.binary_layer_names(net)
+    first = "features.0" if arch in models.PLAIN_NETS else "conv1"
+    assert first not in names and not [n for n in names if n.startswith("fc")]
+    if arch in models.BIREAL_NETS:
+        assert not [n for n in names if "downsample" in n], "Bi-Real Net's shortcuts are full precision"
+        assert ("prelu" in arch) == any(isinstance(m, nn.PReLU) for m in net.modules())
+
+
+@pytest.mark.parametrize("arch, million", [("alexnet", 62.4), ("birealnet18", 11.69), ("birealnet34-prelu", 21.8)])
+def test_imagenet_networks_at_224_pixels(arch, million):
+    with torch.device("meta"):
+        net = models.build(arch, 1000)
+        assert net(torch.empty(2, 3, 224, 224)).shape == (2, 1000)
+    assert abs(sum(p.numel() for p in net.parameters()) / 1e6 - million) < 0.05
+
+
+def test_conv_nets_have_the_published_sizes():
+    """Frankle and Carbin, ICLR 2019, figure 2: all weights, in thousands (biases aside)."""
+    for arch, thousand in (("conv2", 4300), ("conv4", 2400)):
+        with torch.device("meta"):
+            net = models.build(arch, 10)
+        assert abs(sum(p.numel() for p in net.parameters()) / 1e3 / thousand - 1) < 0.05
+
+
+def test_a_network_without_normalisation_keeps_its_scale_with_bihalf():
+    """√2/√fan_in keeps the variance of what passes through ReLUs, as He's initialisation does."""
+    torch.manual_seed(0)
+    net = models.build("conv8", 10, "bihalf")
+    for layer in models.binary_layers(net):
+        layer.scale = math.sqrt(2 / layer.weight[0].numel())
+    assert 0.05 < net(torch.randn(8, 3, 32, 32)).std() < 5
 
 
 def test_sign_bits():

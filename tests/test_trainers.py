@@ -1,6 +1,8 @@
 """The trainers as users meet them: runs, resuming, interruption, bad input. Small networks on real digits."""
 
 import csv
+import functools
+import itertools
 import json
 import math
 import os
@@ -17,8 +19,12 @@ from PIL import Image
 
 import data
 import models
+import plot
 import runs
+import train_bihalf
 import train_fsg
+import train_proxconnect
+import train_sibnn
 
 SMALL = ["--dataset", "digits", "--arch", "resnet8", "--batch-size", "64", "--device", "cpu"]
 TINY_NETS = ["--expand", "2", "--d-state", "2", "--hidden", "3"]
@@ -30,11 +36,28 @@ GRADS = {
     "fsg-mamba": ["--grad", "fsg"],
     "fsg-lstm": ["--grad", "fsg", "--hgs", "lstm"],
 }
+TRAINERS = {t.__name__: t for t in (train_fsg, train_sibnn, train_proxconnect, train_bihalf)}
+METHODS = [(train_proxconnect, ["--method", method]) for method in train_proxconnect.METHODS]
+SIBLINGS = [
+    *[(train_sibnn, ["--arch", "birealnet8"]), (train_sibnn, ["--arch", "lenet", "--act", "sign"])],
+    *METHODS,
+    *[(train_bihalf, ["--arch", "birealnet8-prelu"]), (train_bihalf, ["--prune", "0.4"])],
+    *[(train_bihalf, ["--ratio", "0.3"]), (train_bihalf, ["--quantizer", "sign", "--arch", "conv4", "--lr", "0.02"])],
+]
+each_trainer = pytest.mark.parametrize("trainer", TRAINERS.values(), ids=TRAINERS)
 
 
-def train(out, name, *extra):
+def name_of(value):
+    return value.__name__ if hasattr(value, "__name__") else " ".join(value)
+
+
+def small(trainer):
+    return SMALL + TINY_NETS if trainer is train_fsg else SMALL
+
+
+def train(out, name, *extra, trainer=train_fsg):
     """One run in this process; its metrics, a dictionary an epoch."""
-    code = train_fsg.main([*SMALL, *TINY_NETS, "--out", str(out), "--name", name, *extra])
+    code = trainer.main([*small(trainer), "--out", str(out), "--name", name, *extra])
     assert code == 0
     return metrics(out / name)
 
@@ -83,6 +106,22 @@ def test_flip_and_plus_ratio_are_those_of_the_weights(tmp_path):
     row = metrics(tmp_path / "b")[1]
     assert math.isclose(row["flip_ratio"], (bits("a") != bits("b")).double().mean().item(), rel_tol=1e-4)
     assert math.isclose(row["plus_ratio"], bits("b").double().mean().item(), rel_tol=1e-4)
+
+
+@pytest.mark.parametrize("trainer, extra", SIBLINGS, ids=name_of)
+def test_the_sibling_papers_learn_digits(tmp_path, trainer, extra, capsys):
+    rows = train(tmp_path, "run", "--epochs", "6", "--schedule", "cosine", *extra, trainer=trainer)
+    pq = "pq" in extra or "rpc" in extra  # their weights are pulled to ±1 from the start, and hardly flip after that
+    assert rows[-1]["train_loss"] < (0.9 if pq else 0.7) * rows[0]["train_loss"]
+    assert rows[-1]["test_acc"] > (0.3 if pq else 0.55)
+    assert tuple(rows[0])[: len(runs.METRICS)] == runs.METRICS
+    assert f"python {trainer.__name__}.py --eval-only --resume" in capsys.readouterr().out
+
+    best = max(r["test_acc"] for r in rows)
+    assert trainer.main(["--eval-only", "--resume", str(tmp_path / "run" / "best.pt")]) == 0
+    shown = float(re.search(r"test accuracy ([\d.]+) %", capsys.readouterr().out)[1])
+    assert math.isclose(shown, 100 * best, abs_tol=0.01)
+    assert plot.main([str(tmp_path / "run")]) == 0
 
 
 @pytest.mark.parametrize("grad", GRADS)
@@ -168,15 +207,18 @@ def same_bits(a, b, where=""):
         assert a == b or (a != a and b != b), where
 
 
-@pytest.mark.parametrize("extra", [*GRADS.values(), ["--preset", "released"], ["--quantizer", "none"]], ids=str)
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, extra):
+FSG_VARIANTS = [*GRADS.values(), ["--preset", "released"], ["--quantizer", "none"]]
+
+
+@pytest.mark.parametrize("trainer, extra", [*((train_fsg, v) for v in FSG_VARIANTS), *SIBLINGS], ids=name_of)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, trainer, extra):
     common = [*extra, "--epochs", "3", "--batch-size", "250", "--schedule", "step", "--milestones", "1"]
-    train(tmp_path, "whole", *common, "--limit-steps", "12")
-    rows = train(tmp_path, "parts", *common, "--limit-steps", "7")  # stops within the second epoch
+    train(tmp_path, "whole", *common, "--limit-steps", "12", trainer=trainer)
+    rows = train(tmp_path, "parts", *common, "--limit-steps", "7", trainer=trainer)  # stops within the second epoch
     assert [r["step"] for r in rows] == [5, 7]
     folder = tmp_path / "parts"
-    assert train_fsg.main(["--resume", str(folder), "--limit-steps", "8"]) == 0
-    assert train_fsg.main(["--resume", str(folder / "last.pt"), "--limit-steps", "12"]) == 0
+    assert trainer.main(["--resume", str(folder), "--limit-steps", "8"]) == 0
+    assert trainer.main(["--resume", str(folder / "last.pt"), "--limit-steps", "12"]) == 0
     assert [r["step"] for r in metrics(folder)] == [5, 10, 12]
     same_bits(*(torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("whole", "parts")))
     same_bits(*(torch.load(tmp_path / n / "best.pt", weights_only=True) for n in ("whole", "parts")))
@@ -184,15 +226,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, extra):
         same_bits(a, b)
 
 
-def start_process(out, name, *extra):
-    argv = [sys.executable, "train_fsg.py", *SMALL, *TINY_NETS, "--out", str(out), "--name", name, *extra]
+def start_process(out, name, *extra, trainer=train_fsg):
+    argv = [sys.executable, f"{trainer.__name__}.py", *small(trainer), "--out", str(out), "--name", name, *extra]
     env = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path, which):
-    process = start_process(tmp_path, "cut", "--epochs", "40")
+SIGNALS = [(train_fsg, signal.SIGINT), *((trainer, signal.SIGTERM) for trainer in TRAINERS.values())]
+
+
+@pytest.mark.parametrize("trainer, which", SIGNALS)
+def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path, trainer, which):
+    common = ["--epochs", "40", "--schedule", "none"]  # one that --limit-steps does not change
+    process = start_process(tmp_path, "cut", *common, trainer=trainer)
     while not (tmp_path / "cut" / "best.pt").exists():
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
@@ -201,12 +247,12 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path, which):
     out = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + which and "Traceback" not in out
     stopped = int(re.search(r"stopped after step ([\d,]+)", out)[1].replace(",", ""))
-    assert f"--resume {tmp_path / 'cut'}" in out
+    assert f"python {trainer.__name__}.py --resume {tmp_path / 'cut'}" in out
     state = torch.load(tmp_path / "cut" / "last.pt", weights_only=True)
     assert state["step"] == stopped
     more = str(stopped + 30)
-    assert train_fsg.main(["--resume", str(tmp_path / "cut"), "--limit-steps", more]) == 0
-    train(tmp_path, "whole", "--epochs", "40", "--limit-steps", more)
+    assert trainer.main(["--resume", str(tmp_path / "cut"), "--limit-steps", more]) == 0
+    train(tmp_path, "whole", *common, "--limit-steps", more, trainer=trainer)
     same_bits(*(torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("whole", "cut")))
 
 
@@ -240,10 +286,10 @@ def a_run(tmp_path_factory):
     return folder / "run"
 
 
-def sentence(argv):
+def sentence(argv, trainer=train_fsg):
     """The sentence that a command ends with."""
     with pytest.raises((runs.RunError, data.DataError)) as e:
-        train_fsg.main(argv)
+        trainer.main(argv)
     text = str(e.value)
     assert text and "\n" not in text and len(text) < 400
     return text
@@ -287,9 +333,55 @@ def test_wrong_flags(tmp_path, extra, says):
     assert not list(tmp_path.iterdir()), "nothing was begun"
 
 
-def test_wrong_data(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "trainer, extra, says",
+    [
+        (train_sibnn, ["--rho", "1.5"], r"\[0, 1\]"),
+        (train_sibnn, ["--arch", "resnet21"], "birealnet20"),
+        (train_proxconnect, ["--arch", "no_such_vit"], "timm cannot make"),
+        (train_proxconnect, ["--arch", "test_convnext"], "timm cannot make"),
+        (train_proxconnect, ["--patch-size", "4"], "are for transformers"),
+        (train_proxconnect, ["--pretrained-timm"], "are for transformers"),
+        (train_proxconnect, ["--arch", "test_vit", "--pretrained-timm", "--pretrained", "x.pt"], "give one of them"),
+        (train_proxconnect, ["--mu", "0", "30"], "positive"),
+        (train_proxconnect, ["--rho", "1", "nan"], "positive"),
+        (train_bihalf, ["--ratio", "1.01"], r"\[0, 1\]"),
+        (train_bihalf, ["--prune", "-0.1"], r"\[0, 1\]"),
+        (train_bihalf, ["--prune", "0.2", "--ratio", "0.3"], "leave out --ratio"),
+        (train_bihalf, ["--prune", "0.2", "--quantizer", "sign"], "leave them out"),
+        (train_bihalf, ["--arch", "conv5"], "conv4"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_wrong_flags_of_the_siblings(tmp_path, trainer, extra, says):
+    assert re.search(says, sentence([*SMALL, "--out", str(tmp_path), *extra], trainer))
+    assert not list(tmp_path.iterdir()), "nothing was begun"
+
+
+@each_trainer
+def test_wrong_flags_of_all(tmp_path, trainer):
+    argv = [*small(trainer), "--out", str(tmp_path)]
+    for extra, says in (
+        *((["--device", "abacus"], "--device cpu"), (["--epochs", "0"], "--epochs must be a number from 1 on")),
+        *((["--lr", "nan"], "--lr must be a number"), (["--eval-only"], "--pretrained")),
+        *((["--pretrained", "nowhere.pt"], "no checkpoint at"), (["--resume", "nowhere"], "no checkpoint at")),
+    ):
+        assert says in sentence([*argv, *extra], trainer)
+    assert not list(tmp_path.iterdir()), "nothing was begun"
+
+
+@each_trainer
+def test_a_run_of_another_trainer(tmp_path, a_run, trainer):
+    if trainer is not train_fsg:
+        assert "python train_fsg.py" in sentence(["--resume", str(a_run)], trainer)
+
+
+@each_trainer
+def test_wrong_data(tmp_path, monkeypatch, trainer):
     argv = ["--arch", "resnet8", "--out", str(tmp_path / "runs")]
-    assert "train/CLASS" in sentence([*argv, "--dataset", "folder", "--data-dir", str(tmp_path / "none")])
+
+    ends = functools.partial(sentence, trainer=trainer)
+    assert "train/CLASS" in ends([*argv, "--dataset", "folder", "--data-dir", str(tmp_path / "none")])
     root = tmp_path / "pictures"
     for split in ("train", "test"):
         for name in ("cat", "dog"):
@@ -298,42 +390,47 @@ def test_wrong_data(tmp_path, monkeypatch):
     broken = root / "train" / "dog" / "0.png"
     whole = broken.read_bytes()
     broken.write_bytes(whole[:40])
-    assert str(broken) in sentence([*argv, "--dataset", "folder", "--data-dir", str(root)])
+    assert str(broken) in ends([*argv, "--dataset", "folder", "--data-dir", str(root)])
     broken.write_bytes(whole)
     (root / "test" / "dog" / "0.png").unlink()
     (root / "test" / "dog").rmdir()
-    assert "'dog'" in sentence([*argv, "--dataset", "folder", "--data-dir", str(root)])
+    assert "'dog'" in ends([*argv, "--dataset", "folder", "--data-dir", str(root)])
 
     def no_network(*args, **kwargs):
         raise OSError("no route to host")
 
     monkeypatch.setattr("socket.socket.connect", no_network)
     monkeypatch.setattr("socket.getaddrinfo", no_network)
-    assert "--dataset digits" in sentence([*argv, "--dataset", "cifar10", "--data-dir", str(tmp_path / "empty")])
+    assert "--dataset digits" in ends([*argv, "--dataset", "cifar10", "--data-dir", str(tmp_path / "empty")])
     assert not (tmp_path / "runs").exists()
 
 
-def test_wrong_checkpoints(tmp_path, a_run):
-    argv = [*SMALL, *TINY_NETS, "--out", str(tmp_path)]
+@each_trainer
+def test_wrong_checkpoints(tmp_path, trainer):
+    train(tmp_path / "runs", "run", "--limit-steps", "24", "--epochs", "2", trainer=trainer)
+    a_run = tmp_path / "runs" / "run"
+    argv = [*small(trainer), "--out", str(tmp_path)]
+
+    ends = functools.partial(sentence, trainer=trainer)
     best = str(a_run / "best.pt")
-    assert "--arch resnet8" in sentence([*argv, "--arch", "resnet20", "--pretrained", best])
+    assert "--arch resnet8" in ends([*argv, "--arch", "resnet20", "--pretrained", best])
     root = tmp_path / "pictures"
     for split in ("train", "test"):
         for name in "abc":
             (root / split / name).mkdir(parents=True)
             Image.new("L", (8, 8), 100).save(root / split / name / "0.png")
     other = ["--dataset", "folder", "--data-dir", str(root), "--arch", "resnet8", "--out", str(tmp_path)]
-    assert "number of classes" in sentence([*other, "--pretrained", best])
+    assert "number of classes" in ends([*other, "--pretrained", best])
     for size in (0, 100, 20_000):
         cut = tmp_path / "cut.pt"
         cut.write_bytes((a_run / "last.pt").read_bytes()[:size])
-        assert "damaged" in sentence([*argv, "--resume", str(cut)])
-        assert "damaged" in sentence([*argv, "--pretrained", str(cut)])
+        assert "damaged" in ends([*argv, "--resume", str(cut)])
+        assert "damaged" in ends([*argv, "--pretrained", str(cut)])
     torch.save([1, 2], cut)
-    assert "not a checkpoint" in sentence([*argv, "--pretrained", str(cut)])
-    assert "resume last.pt" in sentence(["--resume", best])
-    assert "to go on, give more" in sentence(["--resume", str(a_run)])
-    assert "already" in sentence([*argv, "--out", str(a_run.parent), "--name", a_run.name])
+    assert "not a checkpoint" in ends([*argv, "--pretrained", str(cut)])
+    assert "resume last.pt" in ends(["--resume", best])
+    assert "to go on, give more" in ends(["--resume", str(a_run)])
+    assert "already" in ends([*argv, "--out", str(a_run.parent), "--name", a_run.name])
     assert [r["step"] for r in metrics(a_run)] == [22, 24], "and the run is as it was"
 
 
@@ -357,14 +454,16 @@ def test_a_failed_save_keeps_the_checkpoint_before_it(tmp_path, monkeypatch):
     assert runs.load(path) == {"step": 1} and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
-def test_a_loss_that_becomes_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
-    train(tmp_path, "run", "--grad", "ste", "--epochs", "1")
+@each_trainer
+def test_a_loss_that_becomes_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, trainer):
+    extra = ["--grad", "ste"] if trainer is train_fsg else ["--opt", "sgd"]
+    train(tmp_path, "run", *extra, "--epochs", "1", trainer=trainer)
     last = tmp_path / "run" / "last.pt"
     good = last.read_bytes()
-    text = sentence(["--resume", str(last), "--epochs", "3", "--lr", "1e30"])
+    text = sentence(["--resume", str(last), "--epochs", "3", "--lr", "1e30"], trainer)
     assert re.search("became (nan|inf|NaN)", text) and "in epoch 2" in text and str(last) in text
     assert last.read_bytes() == good
-    text = sentence([*SMALL, "--grad", "ste", "--out", str(tmp_path), "--name", "new", "--lr", "1e30"])
+    text = sentence([*SMALL, *extra, "--out", str(tmp_path), "--name", "new", "--lr", "1e30"], trainer)
     assert "no checkpoint yet" in text and not (tmp_path / "new" / "last.pt").exists()
 
 
@@ -423,8 +522,17 @@ def test_names_with_brackets_and_colons(tmp_path, capsys):
     assert "a[b]:x:[-c]" in capsys.readouterr().out
 
 
-def test_large_pictures_are_streamed_resumed_and_bit_for_bit_the_same(tmp_path):
-    """The path of ImageNet: DataLoader workers, RandomResizedCrop, ResNet-18; stopped and resumed within an epoch."""
+LARGE = [
+    (train_fsg, ["--arch", "resnet18", "--grad", "ste"]),
+    (train_sibnn, ["--arch", "birealnet18"]),
+    (train_proxconnect, ["--arch", "test_vit"]),
+    (train_bihalf, ["--arch", "birealnet18-prelu"]),
+]
+
+
+@pytest.mark.parametrize("trainer, extra", LARGE, ids=name_of)
+def test_large_pictures_are_streamed_resumed_and_bit_for_bit_the_same(tmp_path, trainer, extra):
+    """The path of ImageNet: DataLoader workers, RandomResizedCrop to 224; stopped and resumed within an epoch."""
     generator = torch.Generator().manual_seed(0)
     for split, count in (("train", 6), ("val", 2)):
         for name in ("a", "b"):
@@ -432,20 +540,152 @@ def test_large_pictures_are_streamed_resumed_and_bit_for_bit_the_same(tmp_path):
             for i in range(count):
                 pixels = torch.randint(256, (110, 130, 3), generator=generator, dtype=torch.uint8).numpy()
                 Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{i}.jpg")
-    common = [
-        "--dataset",
-        "imagenet",
-        "--data-dir",
-        str(tmp_path / "data"),
-        "--image-size",
-        "112",
-        "--arch",
-        "resnet18",
-    ]
-    common += ["--grad", "ste", "--batch-size", "4", "--epochs", "2", "--workers", "2", "--out", str(tmp_path)]
-    common += ["--device", "cpu"]
-    assert train_fsg.main([*common, "--name", "whole"]) == 0
-    assert train_fsg.main([*common, "--name", "parts", "--limit-steps", "4"]) == 0
-    assert train_fsg.main(["--resume", str(tmp_path / "parts"), "--limit-steps", "99"]) == 0
+    common = ["--dataset", "imagenet", "--data-dir", str(tmp_path / "data"), *extra, "--out", str(tmp_path)]
+    common += ["--batch-size", "4", "--epochs", "2", "--schedule", "step", "--workers", "2", "--device", "cpu"]
+    assert trainer.main([*common, "--name", "whole"]) == 0
+    assert trainer.main([*common, "--name", "parts", "--limit-steps", "4"]) == 0
+    assert trainer.main(["--resume", str(tmp_path / "parts"), "--limit-steps", "99"]) == 0
     for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True):
         same_bits(a, b)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is particular to a paper.
+
+
+def network(folder, trainer, quantizer, act="none", arch="resnet8"):
+    """The network in a run's last checkpoint, with that quantizer."""
+    state = torch.load(folder / "last.pt", weights_only=True)
+    net = models.build(arch, 10, quantizer, act, in_channels=1, image_size=8)
+    net.load_state_dict(state["model"])
+    return net.eval()
+
+
+def digits():
+    return data.load("digits", device="cpu")[1]
+
+
+def test_sibnn_logs_the_zeros_of_each_layer_and_keeps_latent_weights_in_bounds(tmp_path):
+    row = train(tmp_path, "run", "--epochs", "2", "--lr", "0.1", "--rho", "0.6", trainer=train_sibnn)[-1]
+    net = network(tmp_path / "run", train_sibnn, "bwn-f", "si")
+    names, layers = models.binary_layer_names(net), models.binary_layers(net)
+    zeros = {name: [] for name in names}
+    for name, layer in zip(names, layers, strict=True):
+        assert layer.weight.abs().max() == 1, "at this learning rate some weight has hit the bound"
+        layer.register_forward_pre_hook(
+            lambda layer, x, name=name: zeros[name].append((layer.binary_input(x[0]) == 0).double().mean().item())
+        )
+    net(torch.cat([images for images, _ in digits().epoch()]))
+    for name, (share,) in zeros.items():
+        assert math.isclose(row[f"zeros/{name}"], share, rel_tol=1e-4) and 0 < share < 1
+    assert math.isclose(row["zeros"], sum(z for (z,) in zeros.values()) / len(names), rel_tol=1e-4)
+    signed = train(tmp_path, "signed", "--limit-steps", "2", "--act", "sign", trainer=train_sibnn)[-1]
+    assert signed["zeros"] == 0
+
+
+def test_sibnn_decays_no_thresholds(tmp_path):
+    """With nothing but weight decay moving them, weights shrink and thresholds do not."""
+    extra = ["--limit-steps", "2", "--opt", "sgd", "--lr", "1e-4", "--weight-decay", "1000"]
+    train(tmp_path, "run", *extra, trainer=train_sibnn)
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
+    assert all((state[k] - 1).abs().max() < 0.01 for k in state if k.endswith(".delta"))
+    assert all((state[k] - 0.81).abs().max() < 0.01 for k in state if "bn1.weight" in k)
+
+
+@pytest.mark.parametrize("method", ["bnn++", "pc", "pq", "bnn+", "fp"])
+def test_proxconnect_tests_true_signs_and_shows_the_relaxed_network_too(tmp_path, method):
+    row = train(tmp_path, "run", "--epochs", "3", "--method", method, trainer=train_proxconnect)[-1]
+    images, labels = (torch.cat(x) for x in zip(*digits().epoch(), strict=True))
+    accuracy = lambda net: (net(images).argmax(1) == labels).double().mean().item()
+    real = network(tmp_path / "run", train_proxconnect, "none")
+    signs = network(tmp_path / "run", train_proxconnect, "bwn")
+    assert math.isclose(row["test_acc"], accuracy(real if method == "fp" else signs), abs_tol=0.01)
+    relaxed = network(tmp_path / "run", train_proxconnect, train_proxconnect.METHODS[method])
+    options = {"bnn++": {"mu": 5 + 25 * 65 / 66}, "pc": {"rho": 0.01 + 9.99 * 65 / 66}}.get(method, {})
+    for layer in models.binary_layers(relaxed):
+        layer.options = options
+    assert math.isclose(row["relaxed_acc"], accuracy(relaxed), abs_tol=0.01)
+    if method in ("bnn+", "fp"):
+        assert row["relaxed_acc"] == row["test_acc"] and row["relaxed_loss"] == row["test_loss"]
+    else:
+        assert row["relaxed_loss"] != row["test_loss"] or method == "pc"  # ρ is 9.8: L_ρ is sign
+
+
+def test_proxquant_ends_binary(tmp_path):
+    train(tmp_path, "run", "--epochs", "3", "--method", "pq", trainer=train_proxconnect)
+    for layer in models.binary_layers(network(tmp_path / "run", train_proxconnect, "bwn")):
+        assert torch.all(layer.weight.abs() == 1)
+
+
+def test_transformers(tmp_path, monkeypatch):
+    vit = ["--arch", "test_vit", "--patch-size", "2", "--epochs", "4", "--lr", "2e-3"]
+    rows = train(tmp_path, "bc", *vit, "--method", "bc", trainer=train_proxconnect)
+    assert rows[-1]["train_loss"] < 0.97 * rows[0]["train_loss"] and rows[0]["flip_ratio"] > 0.01
+    assert train_proxconnect.main(["--resume", str(tmp_path / "bc"), "--epochs", "5"]) == 0
+    args = train_proxconnect.flags().parse_args([*vit, "--method", "bc"])
+    net = train_proxconnect.build(args, 10, (1, 8, 8), False)
+    blocks = [name for name, m in net.named_modules() if isinstance(m, torch.nn.Linear) and name.startswith("blocks")]
+    assert models.binary_layer_names(net) == blocks, "all linear layers of the blocks, and nothing else"
+    w = models.binary_layers(net)[0]
+    assert torch.allclose(w.binary_weight().abs(), torch.full_like(w.weight, 64**-0.5)), "±1/√C_in"
+
+    def no_network(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("timm.create_model", no_network)
+    says = sentence([*SMALL, *vit, "--pretrained-timm", "--out", str(tmp_path)], train_proxconnect)
+    assert "with its weights" in says and "no route to host" in says
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert "pip install timm" in sentence([*SMALL, *vit, "--out", str(tmp_path)], train_proxconnect)
+
+
+@pytest.mark.parametrize(
+    "extra, plus, zero", [([], 0.5, 0), (["--ratio", "0.7"], 0.7, 0), (["--prune", "0.6"], 0.2, 0.6)]
+)
+def test_bihalf_has_exactly_the_requested_bits_in_every_filter(tmp_path, extra, plus, zero):
+    row = train(tmp_path, "run", "--limit-steps", "30", "--epochs", "2", *extra, trainer=train_bihalf)[-1]
+    net = network(tmp_path / "run", train_bihalf, "bihalf-prune" if zero else "bihalf")
+    for name, layer in zip(models.binary_layer_names(net), models.binary_layers(net), strict=True):
+        layer.options = {"prune": zero} if zero else {"ratio": plus}
+        bits = layer.binary_weight().flatten(1)
+        n = bits.shape[1]
+        pluses = (bits > 0).sum(1).unique().item()  # the same in every filter
+        assert abs(pluses - plus * n) <= 1 and row[f"plus/{name}"] == float(f"{pluses / n:.6g}")
+        assert abs((bits == 0).sum(1).unique().item() - zero * n) <= 1
+        if n % 10 == 0:
+            assert pluses == round(plus * n)
+
+
+def test_bihalf_recipes_are_the_papers_and_flags_go_before_them():
+    def recipe(*argv):
+        args = train_bihalf.flags().parse_args(argv)
+        train_bihalf.complete(args)
+        return args
+
+    a = recipe("--dataset", "cifar100", "--arch", "vgg16")
+    assert (a.epochs, a.weight_decay, a.schedule, a.milestones, a.act) == (350, 5e-4, "step", [150, 250, 320], "none")
+    a = recipe("--dataset", "imagenet", "--arch", "birealnet34-prelu", "--epochs", "7")
+    assert (a.epochs, a.batch_size, a.milestones, a.act, a.lr) == (7, 256, [30, 60, 90], "sign", 0.1)
+    a = recipe("--arch", "conv6", "--weight-decay", "0")
+    assert (a.epochs, a.weight_decay, a.schedule, a.batch_size) == (100, 0, "cosine", 128)
+
+
+def test_the_toy_example(tmp_path, capsys):
+    assert train_bihalf.main(["--toy", "--out", str(tmp_path)]) == 0
+    rows = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert ["6", "924", "432", "66"] in rows and ["any", "4,096", "1,704", "76"] in rows
+    with Image.open(tmp_path / "toy.png") as picture:
+        assert len(set(picture.convert("RGB").tobytes())) > 50, "it is not blank"
+    (tmp_path / "file").write_text("")
+    assert "choose another --out" in sentence(["--toy", "--out", str(tmp_path / "file")], train_bihalf)
+
+
+def test_the_toys_networks_are_the_ones_the_paper_counts():
+    points = torch.randn(5, 2, dtype=torch.float64)
+    units, networks, plus = train_bihalf.all_networks(points)
+    found = {tuple(row) for row in units[networks].sum(1).mul(1e9).round().long().tolist()}
+    for bits in itertools.product([-1.0, 1.0], repeat=12):
+        w = torch.tensor(bits, dtype=torch.float64)
+        hidden = torch.sigmoid(points @ w[:6].view(2, 3) + w[6:9])
+        assert tuple((hidden @ w[9:]).mul(1e9).round().long().tolist()) in found
+    assert torch.equal(plus.bincount(), torch.tensor([math.comb(12, k) for k in range(13)]))
