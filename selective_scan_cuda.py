@@ -848,7 +848,7 @@ class _Last(torch.autograd.Function):
 
 
 def _programs(device: torch.device) -> int:
-    """Of the backward pass: 8 on each multiprocessor, as many as its registers hold."""
+    """Of kernels that go on from block to block: 8 on each multiprocessor, as many as its registers hold."""
     return 8 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
