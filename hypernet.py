@@ -219,9 +219,9 @@ class SlowMamba(nn.Module):
 
     d_state: numbers of state a channel (n below); d_conv: taps of the causal convolution; expand: channels (d below).
     Names, shapes and initialisation of the parameters are those of `mamba_ssm.Mamba`; state dicts interchange.
-    scan: 'reference' is plain PyTorch; 'fused' is selective_scan.py's kernels in float32, for `last` on a CPU or a GPU
-    and for `tails` on a CPU (`forward` and `tail` then take the reference); 'mamba-ssm' calls that package's CUDA
-    kernel; 'auto' takes the first of fused, mamba-ssm, reference that runs.
+    scan: 'reference' is plain PyTorch; 'fused' is selective_scan.py's kernels in float32, for `last` and `tails`, on a
+    CPU or a GPU (`forward` and `tail` then take the reference); 'mamba-ssm' calls that package's CUDA kernel; 'auto'
+    takes the first of fused, mamba-ssm, reference that runs.
     Raises ValueError for another name, and RuntimeError, when called, where the one that was asked for cannot run.
 
     The block, token by token (t), with u_t its scalar input; ⊙ is per channel:
@@ -259,15 +259,19 @@ class SlowMamba(nn.Module):
         """
         device = torch.device(device)
         if self.scan in ("auto", "fused"):
-            if selective_scan is None:
-                problem = "--scan fused needs selective_scan.py and its kernels beside hypernet.py"
-            else:
-                problem = selective_scan.why_not(device, dtype, tokens)
+            problem = self.why_not_fused(device, dtype, tokens)
             if problem is None:
                 return "fused"
             if self.scan == "fused":
                 raise RuntimeError(problem)
         return self.unfused_backend(device)
+
+    @staticmethod
+    def why_not_fused(device: torch.device, dtype: torch.dtype, tokens: int | None) -> str | None:
+        """None where the fused scan runs for such tensors, else one sentence that says why it does not."""
+        if selective_scan is None:
+            return "the fused scan needs selective_scan.py and its kernels beside hypernet.py"
+        return selective_scan.why_not(device, dtype, tokens)
 
     def unfused_backend(self, device: torch.device) -> str:
         """The scan that gives all outputs there: 'mamba-ssm' or 'reference'."""
@@ -774,10 +778,19 @@ class FSG(Learned):
 
     def backend(self) -> str:
         """The scan that the slow-net runs, see SlowMamba.backend; 'nn.LSTM' for an LSTM."""
-        if isinstance(self.slow, SlowLSTM):
-            return "nn.LSTM"
+        return "nn.LSTM" if isinstance(self.slow, SlowLSTM) else self.slow.backend(*self._tensors())
+
+    def backend_and_why(self) -> str:
+        """`backend()`, and why it is not the fused scan where --scan auto would have preferred that."""
+        backend = self.backend()
+        if backend in ("nn.LSTM", "fused") or self.slow.scan != "auto":
+            return backend
+        return f"{backend} ({self.slow.why_not_fused(*self._tensors())})"
+
+    def _tensors(self) -> tuple[torch.device, torch.dtype, int | None]:
+        """What the slow-net runs on, as SlowMamba.backend wants to know it."""
         tokens = None if self.layout == "flat" else self.length + (self.lre is not None)
-        return self.slow.backend(self.latent.device, self.latent.dtype, tokens)
+        return self.latent.device, self.latent.dtype, tokens
 
     def layer_rms(self) -> Tensor:
         """Root mean square of the stored window of each layer, unfilled slots counting as 0: [layers]."""

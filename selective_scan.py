@@ -27,10 +27,9 @@ each. There the recurrence is computed as it is written, token by token, vector 
 starts each stretch of tokens from a kept h. What has been forgotten when the first wanted output is due is not scanned,
 which is decided state by state: few remember long. selective_scan_cpu.cpp derives the adjoint.
 
-On a GPU `last` is selective_scan_cuda.py's, in Triton, and `tails` does not exist. The CPU kernels are C++, compiled at
-first use by torch's extension loader for the machine's vector units, and `last` for one L (seconds; kept in torch's
-extension folder). Two runs with the same number of threads give the same bits; `tails` gives the same ones for any
-number of threads.
+On a GPU both are selective_scan_cuda.py's, in Triton. The CPU kernels are C++, compiled at first use by torch's
+extension loader for the machine's vector units, and `last` for one L (seconds; kept in torch's extension folder). Two
+runs with the same number of threads give the same bits; `tails` gives the same ones for any number of threads.
 """
 
 import ctypes
@@ -119,8 +118,6 @@ def why_not(device: torch.device, dtype: torch.dtype, tokens: int | None) -> str
     if tokens is not None and tokens > MOST_TOKENS:
         return f"the fused scan is for histories of up to {MOST_TOKENS} tokens; these have {tokens}"
     if device.type == "cuda":
-        if tokens is None:
-            return "on a GPU the fused scan is for --history per-weight: use --scan auto"
         try:
             import selective_scan_cuda
         except ImportError:
@@ -204,7 +201,7 @@ def _split_grads(grads: Tensor, parameters: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def tails(past: Tensor, sizes: list[int], first: Tensor | None, *parameters: Tensor) -> Tensor:
-    """SlowMamba.tails: past [l, N] float32 on the CPU -> [N], with gradients for `first` and all parameters.
+    """SlowMamba.tails: past [l, N] float32 -> [N], with gradients for `first` and all parameters.
 
     Layer i, sizes[i] columns of `past`, is one sequence: [first[i],] its columns of past[0], of past[1], …; the block's
     outputs at its last sizes[i] tokens. first: [layers], or None. parameters: as for `last`; only where `why_not` gives
@@ -212,6 +209,10 @@ def tails(past: Tensor, sizes: list[int], first: Tensor | None, *parameters: Ten
     """
     if sum(sizes) != past.shape[1]:
         raise ValueError(f"the layers have {sum(sizes)} weights together, and their history {past.shape[1]} columns")
+    if past.is_cuda:
+        import selective_scan_cuda
+
+        return selective_scan_cuda.tails(past, sizes, first, *parameters)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (first, *parameters))
     return _Tails.apply(past, sizes, first, keep, *parameters)
 

@@ -140,9 +140,8 @@ def make_generator(args, layers):
             hyper_sample=args.hyper_sample,
             preset=args.preset,
         )
-        runs.console.print(
-            f"slow-net: {args.hgs}, {generator.backend()}"
-        )  # says now, not at the first step, what is missing
+        # Says now, not at the first step, what is missing.
+        runs.console.print(f"slow-net: {args.hgs}, {generator.backend_and_why()}", soft_wrap=True)
         return generator
     except (ValueError, RuntimeError) as e:  # beta outside [0, 1], an LSTM over the flat history, mamba-ssm missing, …
         raise runs.RunError(str(e)) from None

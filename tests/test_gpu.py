@@ -4,6 +4,7 @@ mamba-ssm's kernel against the reference scan."""
 import pytest
 import torch
 from test_hypernet import MAKERS, backward, network, relative
+from test_selective_scan import check_tails
 
 import models
 import train_fsg
@@ -43,6 +44,16 @@ def test_the_fused_scan_at_the_papers_size_equals_float64():
     exact = torch.autograd.grad(y64, book.parameters(), v.double())
     for (name, _), a, b in zip(net.named_parameters(), grads, exact, strict=True):
         assert relative(a, b) < 1e-4, name  # sums of 50,000 terms of either sign
+
+
+@pytest.mark.parametrize("has_first", [True, False])
+def test_the_flat_scan_at_the_papers_size_equals_float64(has_first):
+    torch.manual_seed(0)
+    net, layers = SlowMamba(scan="fused").cuda(), [20_000, 1, 432, 6_000]
+    assert SlowMamba().backend("cuda", torch.float32, None) == "fused", "what auto takes"
+    past, v = torch.randn(5, sum(layers), device="cuda"), torch.randn(sum(layers), device="cuda")
+    first = torch.randn(len(layers), device="cuda") if has_first else None
+    check_tails(net, past, layers, first, v, lambda book, u: book(u), tolerance=1e-4)
 
 
 def test_mamba_ssm_equals_the_reference():

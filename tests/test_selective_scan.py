@@ -140,17 +140,20 @@ def test_two_runs_give_the_same_bits_and_threads_only_reorder_sums():
 # tails: the flat layout.
 
 
-@pytest.mark.parametrize("case, count", [("flat", 90), ("flat_odd", 33)])
-def test_tails_golden(golden, case, count):
-    net = golden_net(golden, case)
-    u = torch.tensor(golden[f"{case}/u"], dtype=torch.float32)[0, :, 0]
+def check_tails_golden(net, golden, case, count):
+    u = torch.tensor(golden[f"{case}/u"], dtype=torch.float32, device=net.D.device)[0, :, 0]
     first = u[:1].clone().requires_grad_()
     y = net.tails(u[1:].view(-1, count), [count], first)
-    assert relative(y, golden[f"{case}/y"][0, -count:, 0]) < 1e-5
-    y.backward(torch.tensor(golden[f"{case}/cotangent"], dtype=torch.float32)[0, -count:, 0])
+    assert relative(y.cpu(), golden[f"{case}/y"][0, -count:, 0]) < 1e-5
+    y.backward(torch.tensor(golden[f"{case}/cotangent"]).to(y)[0, -count:, 0])
     for name, p in net.named_parameters():
-        assert relative(p.grad, golden[f"{case}/grad/{name}"]) < 1e-5, name
+        assert relative(p.grad.cpu(), golden[f"{case}/grad/{name}"]) < 1e-5, name
     assert abs(first.grad.item() - golden[f"{case}/grad_u"][0, 0, 0]) < 1e-5 * abs(golden[f"{case}/grad_u"]).max()
+
+
+@pytest.mark.parametrize("case, count", [("flat", 90), ("flat_odd", 33)])
+def test_tails_golden(golden, case, count):
+    check_tails_golden(golden_net(golden, case), golden, case, count)
 
 
 def flat_by(function, past, layers, first):
@@ -170,7 +173,8 @@ def check_tails(net, past, layers, first, v, function=mamba_by_the_book, toleran
     first = [] if first is None else [first.requires_grad_()]
     y = net.tails(past, layers, *(first or [None]))
     ours = torch.autograd.grad(y, [*first, *net.parameters()], v)
-    parts = torch.zeros(min(len(v), 16), len(v)).scatter_(0, torch.arange(len(v)).remainder(16)[None], v[None])
+    part_of = torch.arange(len(v), device=v.device).remainder(16)[None]
+    parts = torch.zeros(min(len(v), 16), len(v), device=v.device).scatter_(0, part_of, v[None])
     found = []
     for dtype in (torch.float64, torch.float32):
         book = double(net).to(dtype)
@@ -268,14 +272,12 @@ def test_tails_gives_the_same_bits_for_any_number_of_threads():
         assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e4, 1e8])
-@pytest.mark.parametrize("dt_shift", [-50.0, 0.0, 50.0, 1e4])
-def test_tails_has_no_nan_where_float64_has_none(scale, dt_shift):
-    net = fused(7, 5, 4, 0, dt_shift)
-    book = double(net)
-    past, first = torch.randn(3, 60) * scale, torch.randn(2) * scale
-    past[0, 7] = past[1, 30] = 1e3 * scale  # what comes later is small beside it
-    layers = [50, 10]
+def check_tails_no_nan(net, scale, length, layers):
+    """Finite where float64 is."""
+    book, device = double(net), net.D.device
+    past = torch.randn(length, sum(layers), device=device) * scale
+    first = torch.randn(len(layers), device=device) * scale
+    past[0, 7] = past[1, -5] = 1e3 * scale  # what comes later is small beside it
     y = net.tails(past, layers, first)
     y64 = flat_by(lambda u: book(u), past.double(), layers, first.double())
     finite = y64.isfinite() & (y64.abs() < 1e35)
@@ -286,6 +288,12 @@ def test_tails_has_no_nan_where_float64_has_none(scale, dt_shift):
     exact = torch.autograd.grad(y64.sum(), book.parameters())
     if max(g.abs().max() for g in exact) < 1e30:
         assert all(g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e4, 1e8])
+@pytest.mark.parametrize("dt_shift", [-50.0, 0.0, 50.0, 1e4])
+def test_tails_has_no_nan_where_float64_has_none(scale, dt_shift):
+    check_tails_no_nan(fused(7, 5, 4, 0, dt_shift), scale, 3, [50, 10])
 
 
 @pytest.mark.parametrize("lre, normalize", [(True, "layer-rms"), (False, "none")])
@@ -318,7 +326,11 @@ def test_what_auto_takes():
         with pytest.raises(RuntimeError, match="fused"):
             fused.backend("cpu", *arguments)
     layers = binary_layers(binarize_(torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))))
-    assert FSG(layers).backend() == "fused" and FSG(layers, history="flat").backend() == "fused"
+    assert FSG(layers).backend() == "fused" and FSG(layers, history="flat").backend_and_why() == "fused"
+    long = FSG(layers, length=17, scan="auto").backend_and_why()
+    assert long == "reference (the fused scan is for histories of up to 16 tokens; these have 18)"
+    assert FSG(layers, length=17, scan="reference").backend_and_why() == "reference", "asked for"
+    assert FSG(layers, hgs="lstm").backend_and_why() == "nn.LSTM"
 
 
 def test_without_a_compiler_auto_falls_back_and_fused_says_why(tmp_path):

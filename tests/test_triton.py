@@ -11,8 +11,18 @@ import torch
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_selective_scan import check, check_golden, check_no_nan, fused, golden_net
+from test_selective_scan import (
+    check,
+    check_golden,
+    check_no_nan,
+    check_tails,
+    check_tails_golden,
+    check_tails_no_nan,
+    fused,
+    golden_net,
+)
 
+import selective_scan
 import selective_scan_cuda
 
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -24,8 +34,9 @@ pytestmark = [
 
 
 def on_triton(net):
-    """The net with its last() on the kernels under test."""
+    """The net with its last() and tails(), in chunks of 16 tokens, on the kernels under test."""
     net.to(device)
+    net.tails = lambda *inputs: selective_scan_cuda.tails(*inputs, *net._in_order(), chunk=16)
     net.last = lambda u: selective_scan_cuda.last(u.squeeze(-1), *net._in_order())
     return net
 
@@ -74,6 +85,9 @@ def test_why_not():
     why_not, most = selective_scan_cuda.why_not, selective_scan_cuda.MOST_TOKENS
     assert "float64" in why_not(device, torch.float64, 6) and str(most) in why_not(device, torch.float32, most + 1)
     assert "meta" in why_not(torch.device("meta"), torch.float32, 6)
+    assert why_not(device, torch.float32, None) is None and "float64" in why_not(device, torch.float64, None)
+    if device.type == "cuda":
+        assert selective_scan.why_not(device, torch.float32, None) is None
     code = "import selective_scan_cuda as s, torch; print(s.why_not(torch.device('cpu'), torch.float32, 6))"
     for hide, words in (
         ("", "CUDA devices; this is cpu"),
@@ -81,6 +95,85 @@ def test_why_not():
     ):
         result = without_interpreter(hide + code)
         assert words in result.stdout, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("wrong", [torch.float64, "meta"])
+def test_parameters_of_another_kind_are_refused(wrong):
+    net = fused(3, 2, 2, 0).to(device)
+    parameters = [*net._in_order()]
+    for i in (3, 8):
+        mixed = [p.to(wrong) if k == i else p for k, p in enumerate(parameters)]
+        for run in (
+            lambda: selective_scan_cuda.last(torch.ones(4, 3, device=device), *mixed),  # noqa: B023
+            lambda: selective_scan_cuda.tails(torch.ones(2, 5, device=device), [5], None, *mixed),  # noqa: B023
+        ):
+            with pytest.raises(ValueError, match="wants its parameters in float32 and where its input is"):
+                run()
+    with pytest.raises(ValueError, match="wants its parameters"):
+        selective_scan_cuda.tails(torch.ones(2, 5, device=device), [5], torch.ones(1).double(), *parameters)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tails: the flat layout. Chunks of 16 tokens, two programs, blocks of 16 channels.
+
+
+def randn(*shape):
+    return torch.randn(shape, device=device)
+
+
+def test_tails_golden(golden):
+    check_tails_golden(on_triton(golden_net(golden, "flat_odd")), golden, "flat_odd", 33)
+
+
+@pytest.mark.parametrize(
+    "shape, length, layers, has_first",
+    [
+        ((5, 3, 4), 2, [1, 9, 20], True),  # chunks: less than one, more than one, three
+        ((17, 5, 8), 1, [16, 3], False),  # exactly one; two blocks of channels
+        ((3, 16, 8), 1, [16], True),  # one and a token, which the convolution of the next chunk needs
+        ((1, 1, 1), 4, [1, 2], False),
+        ((4, 9, 2), 3, [13, 1], True),
+    ],
+)
+def test_tails_equals_the_recurrence(shape, length, layers, has_first):
+    net = on_triton(fused(*shape, 0))
+    first = randn(len(layers)) if has_first else None
+    check_tails(net, randn(length, sum(layers)), layers, first, randn(sum(layers)))
+
+
+def test_tails_does_not_read_what_is_forgotten():
+    """Channels that remember for 1 to 3 tokens. Then one that remembers, and nothing is left out."""
+    net = on_triton(fused(18, 2, 3, 0, 9.0))
+    past, v, first = randn(4, 24), randn(24), randn(1).requires_grad_()
+    _, exact = check_tails(net, past, [24], first, v, lambda book, u: book(u), tolerance=1e-4)
+    assert exact[0].item() == 0, "of `first`"
+    y = net.tails(past, [24], first)
+    past.view(-1)[:46] = torch.nan  # the outputs' two chunks and one before them are tokens 49 to 96; 47, 48: its taps
+    poisoned = net.tails(past, [24], first)
+    assert torch.equal(poisoned, y)
+    for a, b in zip(exact, torch.autograd.grad(poisoned, [first, *net.parameters()], v), strict=True):
+        assert torch.equal(a, b)
+    net.dt_proj.bias.data[7] = -20
+    net.dt_proj.weight.data[7] = 0
+    assert net.tails(past, [24], first).isnan().all()
+
+
+@pytest.mark.parametrize("scale, dt_shift", [(0.0, 0.0), (1e8, -50.0), (1e4, 50.0), (1e8, 1e4)])
+def test_tails_has_no_nan_where_float64_has_none(scale, dt_shift):
+    check_tails_no_nan(on_triton(fused(7, 5, 4, 0, dt_shift)), scale, 2, [13, 6])
+
+
+def test_tails_gives_the_same_bits_twice_and_where_it_keeps_nothing(monkeypatch):
+    net = on_triton(fused(17, 3, 2, 0))
+    layers = [18, 2] if device.type == "cpu" else [50_000, 5]
+    past, first, v = randn(2, sum(layers)), randn(2).requires_grad_(), randn(sum(layers))
+    results = []
+    for most in (selective_scan_cuda.MOST_KEPT, selective_scan_cuda.MOST_KEPT, 0):
+        monkeypatch.setattr(selective_scan_cuda, "MOST_KEPT", most)
+        y = net.tails(past, layers, first)
+        results.append([y, *torch.autograd.grad(y, [first, *net.parameters()], v)])
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
 
 
 def without_interpreter(code, *arguments, **variables):
@@ -92,32 +185,57 @@ COMPILE = """
 import sys, triton, selective_scan_cuda as s
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-constants = dict(L=6, K=6, n=16, N=16, BLOCK_D=s.BLOCK_D, BLOCK_B=s.BLOCK_B)
-for kernel in (s._forward, s._backward):
-    kind = lambda name: "constexpr" if name in constants else "i32" if name in ("rows", "d") else "*fp32"
-    source = ASTSource(kernel, {name: kind(name) for name in kernel.arg_names}, constants)
+integers = ("rows", "d", "scratch_size", "chunks", "weights", "steps", "T")
+last = dict(L=6, K=6, n=16, N=16, BLOCK_D=s.BLOCK_D, BLOCK_B=s.BLOCK_B)
+tails = dict(K=8, n=16, N=16, LAYERS=32, BLOCKS=8, FIRST=1)
+stages = {  # with None for what the stage is called without
+    name: (s._tails, dict(tails, STAGE=i) | dict.fromkeys(("states", "adjoints", "y", "gfirst", "sums")[used:]))
+    for i, (name, used) in enumerate(zip(STAGES, (0, 1, 3, 3, 5)))
+}
+stages["OUTPUTS"][1]["adjoints"] = None
+kernels = {"_forward": (s._forward, last), "_backward": (s._backward, last), "_plan": (s._plan, tails), **stages}
+for name, (kernel, constants) in dict(kernels, _carry=(s._carry, dict(tails, BACK=True))).items():
+    constants = {a: value for a, value in constants.items() if a in kernel.arg_names}
+    others = dict.fromkeys(integers, "i32") | dict(layers="*i64", plan="*i32") | dict.fromkeys(constants, "constexpr")
+    arguments = {a: others.get(a, "*fp32") for a in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(arguments) if arguments[a][0] == "*" or a == "T"}
+    source = ASTSource(kernel, arguments, constants, aligned if constants.get("LAYERS") else None)
     target = GPUTarget("cuda", int(sys.argv[1]), 32)
-    built = triton.compile(source, target=target, options=dict(num_warps=1, enable_fp_fusion=True))
-    open(sys.argv[2] + kernel.__name__, "wb").write(built.asm["cubin"])
-    print(kernel.__name__, built.asm["ptx"].count("ex2.approx"))
+    options = dict(num_warps=1, enable_fp_fusion=True) | (dict(num_stages=1) if "LAYERS" in constants else {})
+    built = triton.compile(source, target=target, options=options)
+    open(sys.argv[2] + name, "wb").write(built.asm["cubin"])
+    print(name, built.asm["ptx"].count("ex2.approx"))
 """
+STAGES = ("MEANS", "ENDS", "OUTPUTS", "ADJOINT", "BACKWARD")
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_kernels_compile_for_a_gpu_without_waste(tmp_path, capability):
     """At the paper's size. Exponentials: (L − 1) n of the scan, L in each loop for silu, L for softplus, 1 of the gate.
-    Nothing spills forward. Backward, B and C may, which wait for the second loop, and about a third of that again."""
+    Nothing spills forward. Backward, B and C may, which wait for the second loop, and about a third of that again. Of
+    `tails`, nothing to speak of spills but in BACKWARD, whose pointers do."""
     import triton
 
-    found = without_interpreter(COMPILE, str(capability), str(tmp_path / "_"), TRITON_CACHE_DIR=str(tmp_path))
+    code = f"STAGES = {STAGES}{COMPILE}"
+    found = without_interpreter(code, str(capability), str(tmp_path / "_"), TRITON_CACHE_DIR=str(tmp_path))
     assert found.returncode == 0, found.stderr
     scan, silu, softplus, gate = 5 * 16, 6, 6, 1
     exponentials = {name: int(count) for name, count in map(str.split, found.stdout.splitlines())}
+    tile, four = 16 * 16 // 32, 4 * 16 * 16 // 32  # a thread's share of a tile; of four tokens of the scan
     assert exponentials == {
         "_forward": scan + 2 * silu + softplus + gate,
         "_backward": scan + 3 * silu + softplus + gate,
+        "_plan": tile,
+        "_carry": four,
+        "MEANS": tile,  # silu
+        "ENDS": 3 * tile + four,  # silu, silu, softplus
+        "OUTPUTS": 5 * tile + four,  # silu, silu, softplus, silu, gate
+        "ADJOINT": 4 * tile + four,  # silu, silu, softplus, gate
+        "BACKWARD": 8 * tile + 2 * four,  # as ADJOINT; silu, softplus, gate; silu
     }
-    for name, registers, stack in (("_forward", 224, 0), ("_backward", 255, 1280)):
+    limits = [("_forward", 224, 0), ("_backward", 255, 1280), ("_plan", 128, 0), ("_carry", 255, 0), ("MEANS", 160, 0)]
+    limits += [("ENDS", 255, 64), ("OUTPUTS", 255, 64), ("ADJOINT", 255, 64), ("BACKWARD", 255, 1024)]
+    for name, registers, stack in limits:
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", tmp_path / f"_{name}"]
         usage = subprocess.run(command, capture_output=True, text=True).stdout
         used = [int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK")]
