@@ -32,8 +32,10 @@ Everything per weight lives in flat tensors of length N, the number of binary we
 
 import itertools
 import math
+from typing import ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -434,11 +436,15 @@ class Generator(nn.Module):
 
     layers: modules with a `.weight` (the latent weight, on its final device) and a `.quantizer` ('dorefa', 'bwn' or
     'bwn-f'; one kind for all). Raises ValueError when there is none, or for another kind.
+
+    Several processes (torch.distributed, as DistributedDataParallel uses it): each is given 1/K of the N weights, in
+    all that is flat below N stands for that part, and what the processes made is gathered into G. Every process calls
+    generate() and state_dict(). The latter, the same in all, is of all weights: any number of processes can load it.
     """
 
     learned = False  # has hypernetworks to train
 
-    def __init__(self, layers: list[nn.Module]):
+    def __init__(self, layers: list[nn.Module], shared: bool = False, whole_layers: bool = False):
         super().__init__()
         kinds = sorted({layer.quantizer for layer in layers})
         if not layers:
@@ -447,22 +453,29 @@ class Generator(nn.Module):
             raise ValueError(f"all layers must share one quantizer, dorefa, bwn or bwn-f; they have {', '.join(kinds)}")
         self.kind = kinds[0]
         self.weights = [layer.weight for layer in layers]  # a plain list: they are the model's parameters, not ours
-        self.sizes = [w.numel() for w in self.weights]
         like = self.weights[0].detach()
-        n, count = sum(self.sizes), torch.tensor(self.sizes, device=like.device)
-        self.register_buffer("layer_of", torch.arange(len(layers), device=like.device).repeat_interleave(count), False)
-        self.register_buffer("layer_size", count, False)
+        count = [w.numel() for w in self.weights]
+        # This process's part is [begin, end) of all weights, laid end to end; sizes are the layers' parts of it.
+        self.processes = dist.get_world_size() if shared and dist.is_available() and dist.is_initialized() else 1
+        self.cuts = shares(count, self.processes, whole_layers)
+        self.begin, self.end = self.cuts[dist.get_rank() if self.processes > 1 else 0]
+        starts = [sum(count[:i]) for i in range(len(count))]
+        self.sizes = [
+            max(0, min(start + n, self.end) - max(start, self.begin)) for start, n in zip(starts, count, strict=True)
+        ]
+        n, sizes = self.end - self.begin, torch.tensor(self.sizes, device=like.device)
+        self.register_buffer("layer_of", torch.arange(len(layers), device=like.device).repeat_interleave(sizes), False)
+        self.register_buffer("layer_size", torch.tensor(count, device=like.device), False)  # of the whole layers
         self.register_buffer("ghat", like.new_zeros(n), False)
-        self.register_buffer("G", like.new_zeros(n), False)
+        self.register_buffer("G", like.new_zeros(sum(count)), False)  # of all weights
         self.register_buffer("latent", like.new_zeros(n), self.learned)
+        self.register_buffer("top", like.new_zeros(len(layers)), self.learned)  # max|W| of each layer
         self._make_views()
 
     def _make_views(self) -> None:
-        """Windows into the flat buffers with each weight's shape: copying in and out is one call for all layers."""
-        self._ghat_views, self._G_views, self._latent_views = (
-            [part.as_strided(w.shape, w.stride()) for part, w in zip(flat.split(self.sizes), self.weights, strict=True)]
-            for flat in (self.ghat, self.G, self.latent)
-        )
+        """Windows into the flat buffer with each weight's shape: copying in and out is one call for all layers."""
+        parts = self.G.split([w.numel() for w in self.weights])
+        self._G_views = [part.as_strided(w.shape, w.stride()) for part, w in zip(parts, self.weights, strict=True)]
 
     def _apply(self, fn, recurse=True):  # .to(), .double(): the buffers are new ones, so are their windows
         super()._apply(fn, recurse)
@@ -473,8 +486,7 @@ class Generator(nn.Module):
         """D and W̃ of the flat latent weights, [N] each: quantizers.calibration and pre_quantize, all layers at once."""
         if self.kind != "dorefa":
             return torch.ones_like(self.latent), self.latent.clone()
-        # tanh is monotonic: max|tanh W| = tanh(max|W|), and the largest |W| of each layer is its ∞-norm.
-        top = torch.stack(torch._foreach_norm(self._latent_views, math.inf)).tanh()
+        top = self.top.tanh()  # tanh is monotonic: max|tanh W| = tanh(max|W|)
         top = top.clamp_min(torch.finfo(top.dtype).tiny)[self.layer_of]  # [N]
         t = torch.tanh(self.latent)
         return (1 - t.square()) / top, t / (2 * top) + 0.5
@@ -486,13 +498,85 @@ class Generator(nn.Module):
         if any(g is None for g in grads):
             missing = next(i for i, g in enumerate(grads) if g is None)
             raise RuntimeError(f"binary layer {missing} has no gradient: call loss.backward() before generate()")
-        torch._foreach_copy_(self._ghat_views, grads)
-        torch._foreach_copy_(self._latent_views, self.weights)
+        self._flatten(grads, self.ghat)
+        self.collect_weights()
+
+    @torch.no_grad()
+    def collect_weights(self) -> None:
+        self._flatten(self.weights, self.latent)
+        # The largest |W| of a layer is its ∞-norm.
+        self.top.copy_(torch.stack(torch._foreach_norm([w.detach() for w in self.weights], math.inf)))
+
+    def _flatten(self, tensors: list[Tensor], out: Tensor) -> None:
+        torch._foreach_copy_(self._G_views, tensors)  # G is free until the new one is made
+        out.copy_(self.G[self.begin : self.end])
 
     def hand_back(self) -> None:
         """Let every `w.grad` be its window of the flat buffer G."""
         for w, view in zip(self.weights, self._G_views, strict=True):
             w.grad = view
+
+    # -- several processes ---------------------------------------------------------------------------------------------
+
+    def gather(self, part: Tensor) -> None:
+        """G <- the processes' parts [N] of it."""
+        self.G[self.begin : self.end] = part
+        if self.processes > 1:
+            work = [dist.broadcast(self.G[a:b], rank, async_op=True) for rank, (a, b) in enumerate(self.cuts)]
+            for one in work:
+                one.wait()
+
+    def total(self, part: Tensor) -> Tensor:
+        """The sum of the processes' tensors, in place."""
+        if self.processes > 1:
+            dist.all_reduce(part)
+        return part
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.processes > 1:
+            for name, dim in self.SHARED.items():
+                if prefix + name in destination:
+                    destination[prefix + name] = self._whole(destination[prefix + name], dim)
+
+    def _whole(self, part: Tensor, dim: int) -> Tensor:
+        pieces = []
+        for rank, (a, b) in enumerate(self.cuts):
+            shape = [*part.shape[:dim], b - a, *part.shape[dim + 1 :]]
+            pieces.append(part.contiguous() if a == self.begin else part.new_empty(shape))
+            dist.broadcast(pieces[-1], rank)
+        return torch.cat(pieces, dim)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        own = dict(state_dict)
+        for name, dim in self.SHARED.items():
+            if self.processes > 1 and prefix + name in own:
+                own[prefix + name] = own[prefix + name].narrow(dim, self.begin, self.end - self.begin)
+        super()._load_from_state_dict(own, prefix, *args)
+
+    SHARED: ClassVar = {
+        "latent": 0,
+        "history": 1,
+        "state": 1,
+    }  # buffers of which a process has a part; along which axis
+
+
+def shares(sizes: list[int], processes: int, whole_layers: bool) -> list[tuple[int, int]]:
+    """[begin, end) of each process's part of layers with so many weights, about equal; whole_layers: of none a half.
+
+    Raises ValueError where a process would get nothing.
+    """
+    total = sum(sizes)
+    cuts = [total * rank // processes for rank in range(processes + 1)]
+    if whole_layers:
+        ends = [0, *itertools.accumulate(sizes)]
+        cuts = [min(ends, key=lambda end, cut=cut: abs(end - cut)) for cut in cuts]
+    if len(set(cuts)) <= processes:
+        raise ValueError(
+            f"{len(sizes)} layers of {total} weights cannot be shared by {processes} processes: use fewer of them"
+            + (", or --history per-weight" if whole_layers else "")
+        )
+    return list(itertools.pairwise(cuts))
 
 
 class STE(Generator):
@@ -501,7 +585,7 @@ class STE(Generator):
     def generate(self) -> None:
         """`weight.grad` ← D ⊙ ĝ for every layer."""
         self.collect()
-        torch.mul(self.calibrate()[0], self.ghat, out=self.G)
+        self.gather(self.calibrate()[0] * self.ghat)
         self.hand_back()
 
 
@@ -514,12 +598,12 @@ class Learned(Generator):
 
     learned = True
 
-    def __init__(self, layers: list[nn.Module], length: int = 1):
-        super().__init__(layers)
+    def __init__(self, layers: list[nn.Module], length: int = 1, whole_layers: bool = False):
+        super().__init__(layers, shared=True, whole_layers=whole_layers)
         self.length, self.t = length, 0  # t counts generate() calls
         self.register_buffer("history", self.latent.new_zeros(length, len(self.latent)))  # slot t % length: ĝ_t
         self._graph = None  # G_{t−1}, or the part of it that φ is trained on, with the graph that made it
-        self._chosen = None  # which part: weights' indices [M], or None for all of them
+        self._chosen = None  # which part: weights' indices [M], or None for all of them; _upscale: their N / M
         self._make_views()
         self.register_load_state_dict_post_hook(lambda self, _: self._rebuild())
 
@@ -533,6 +617,9 @@ class Learned(Generator):
     def start(self) -> None:
         """The subclass has made its nets: move them to the weights' device and make φ's optimizer."""
         self.to(device=self.latent.device, dtype=self.latent.dtype)
+        if self.processes > 1:
+            for p in self.parameters():
+                dist.broadcast(p.detach(), 0)
         self.optimizer = torch.optim.Adam(self.parameter_groups())
 
     def parameter_groups(self) -> list[dict]:
@@ -550,11 +637,15 @@ class Learned(Generator):
         Adam does not care for the scale of v, but its eps does, so v is normalised.
         """
         v = -D * self.ghat
-        v /= v.norm().clamp_min(torch.finfo(v.dtype).tiny)
+        v /= self.total(v.square().sum()).sqrt().clamp_min(torch.finfo(v.dtype).tiny)
         if self._chosen is not None:
-            v = v[self._chosen] * (len(v) / len(self._chosen))
+            v = v[self._chosen] * self._upscale
         self.optimizer.zero_grad()
         self._graph.backward(v)
+        if self.processes > 1:
+            grads = [p.grad for p in self.parameters() if p.grad is not None]
+            whole = self.total(torch.cat([g.flatten() for g in grads])).split([g.numel() for g in grads])
+            torch._foreach_copy_(grads, [g.view_as(old) for g, old in zip(whole, grads, strict=True)])
         self.optimizer.step()
         self._graph = None
 
@@ -571,10 +662,7 @@ class Learned(Generator):
         if self._graph is not None:
             self.train_phi(D)
         self.store()
-        if self.t == 1:  # the very first step is plain STE
-            torch.mul(D, self.ghat, out=self.G)
-        else:
-            self.G.copy_(self.build(D, pre))
+        self.gather(D * self.ghat if self.t == 1 else self.build(D, pre))  # the very first step is plain STE
         self.hand_back()
 
     def build(self, D: Tensor, pre: Tensor) -> Tensor:
@@ -755,7 +843,7 @@ class FSG(Learned):
             )
         if hyper_sample < 1 and preset == "released":
             raise ValueError("preset 'released' trains φ on all weights: leave out hyper_sample, or the preset")
-        super().__init__(layers, length)
+        super().__init__(layers, length, whole_layers=history == "flat")
         self.hyper_sample, self.sample_seed = hyper_sample, torch.initial_seed() % 2**31
         self.beta, self.layout, self.normalize, self.released = beta, history, normalize, preset == "released"
         self.lr_fast, self.lr_slow = lr_fast, lr_slow
@@ -795,7 +883,7 @@ class FSG(Learned):
     def layer_rms(self) -> Tensor:
         """Root mean square of the stored window of each layer, unfilled slots counting as 0: [layers]."""
         norms = torch.stack(torch._foreach_norm(self._history_views)).view(self.length, -1)
-        rms = (norms.square().sum(0) / (self.length * self.layer_size)).sqrt()
+        rms = (self.total(norms.square().sum(0)) / (self.length * self.layer_size)).sqrt()
         return rms.clamp_min(torch.finfo(rms.dtype).tiny)
 
     def slow_gradient(self, at=ALL) -> Tensor:
@@ -815,7 +903,8 @@ class FSG(Learned):
                 past = torch.cat([token.unsqueeze(0), past])  # [1 + l, N]
             slow = self.slow.last(past.T.unsqueeze(-1))
         else:
-            slow = self.slow.tails(past, self.sizes, first)  # one sequence a layer
+            here = [i for i, size in enumerate(self.sizes) if size]  # one sequence a layer
+            slow = self.slow.tails(past, [self.sizes[i] for i in here], None if first is None else first[here])
         return slow if rms is None else slow * rms
 
     def build(self, D: Tensor, pre: Tensor) -> Tensor:
@@ -823,8 +912,11 @@ class FSG(Learned):
             return super().build(D, pre)
         # The draw depends on the step alone, so that a resumed run makes the same one.
         random = torch.Generator(D.device).manual_seed(self.sample_seed + self.t)
-        count = max(1, round(self.hyper_sample * len(D)))
-        at = self._chosen = torch.randint(len(D), (count,), device=D.device, generator=random)
+        count = max(1, round(self.hyper_sample * len(self.G)))
+        at = torch.randint(len(self.G), (count,), device=D.device, generator=random)
+        if self.processes > 1:  # all draw the same ones, and each takes those of its part
+            at = at[(at >= self.begin) & (at < self.end)] - self.begin
+        self._chosen, self._upscale = at, len(self.G) / count
         with torch.enable_grad():
             self._graph = self.transform(D[at], pre[at], at)
         with torch.no_grad():
@@ -850,15 +942,15 @@ class FSG(Learned):
             raise RuntimeError("look_ahead() was called twice: call it once before each forward pass")
         if not self.released or self._graph is None:
             return
-        torch._foreach_copy_(self._latent_views, self.weights)
+        self.collect_weights()
         D, _ = self.calibrate()
         fast, slow = self._terms
         with torch.enable_grad():
             self._graph = (1 - self.beta) * D * fast + self.beta * slow  # what φ is trained on at the next step
         self._persistent_G = D * fast.detach()
         self._displaced = [w.detach().clone() for w in self.weights]
-        self.latent.sub_(lr * self._graph.detach())
-        torch._foreach_copy_([w.detach() for w in self.weights], self._latent_views)
+        self.gather(self._graph.detach())
+        torch._foreach_sub_([w.detach() for w in self.weights], torch._foreach_mul(self._G_views, lr))
 
     @torch.no_grad()
     def generate(self) -> None:
@@ -870,10 +962,10 @@ class FSG(Learned):
         self.collect()
         D, pre = self.calibrate()  # at the look-ahead point, where ĝ was measured
         if self._displaced is None:
-            torch.mul(D, self.ghat, out=self.G)  # the first step: plain STE
+            self.gather(D * self.ghat)  # the first step: plain STE
         else:
             self.train_phi(D)
-            self.G.copy_(self._persistent_G)
+            self.gather(self._persistent_G)
             torch._foreach_copy_([w.detach() for w in self.weights], self._displaced)
             self._displaced = None
         self.store()

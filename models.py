@@ -7,6 +7,7 @@ Copy this file with quantizers.py.
     for layer in binary_layers(model): print(layer.weight.shape)  # what FSG(layers) in hypernet.py takes
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -14,6 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantizers import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS, step_activation
+
+
+class ModelError(ValueError):
+    """There is no such network; the message is one sentence that says why and what to do."""
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Binary layers: the usual layer with Ŵ = Q(W) in place of W. `weight` stays the latent weight W, so optimizers,
@@ -24,7 +30,7 @@ class _Binary:
     """What BinaryConv2d and BinaryLinear share.
 
     quantizer, act: names (quantizers.py). options: the quantizer's keyword arguments, such as {"ratio": 0.5}.
-    unit: the latent weight that counts as 1 for the quantizer; scale: a constant that multiplies what comes out.
+    unit, scale: constants in Ŵ = scale · Q(W / unit).
     With act 'si' a layer has two parameters more, theta and delta [C_in], and the constant rho.
     """
 
@@ -91,19 +97,19 @@ def binarize_(
     first, last: whether the first and the last of these layers, in module order, become binary too. They are left in
         full precision by default, as nearly every BNN paper does.
     The layer objects stay the same ones: parameters, hooks and optimizers that hold them are not disturbed.
-    Returns the model. Raises ValueError for an unknown name or when nothing is left to binarize.
+    Returns the model. Raises ModelError for an unknown name or when nothing is left to binarize.
     """
     if quantizer != "none" and quantizer not in WEIGHT_QUANTIZERS:
-        raise ValueError(f"no quantizer is called {quantizer!r}: use one of none, {', '.join(WEIGHT_QUANTIZERS)}")
+        raise ModelError(f"no quantizer is called {quantizer!r}: use one of none, {', '.join(WEIGHT_QUANTIZERS)}")
     if act not in ACTIVATION_QUANTIZERS:
-        raise ValueError(f"no activation is called {act!r}: use one of {', '.join(ACTIVATION_QUANTIZERS)}")
+        raise ModelError(f"no activation is called {act!r}: use one of {', '.join(ACTIVATION_QUANTIZERS)}")
     if quantizer == "none":
         return model
     twin = {nn.Conv2d: BinaryConv2d, nn.Linear: BinaryLinear, BinaryConv2d: BinaryConv2d, BinaryLinear: BinaryLinear}
     layers = [m for m in model.modules() if type(m) in twin]
     layers = layers[0 if first else 1 : None if last else -1]
     if not layers:
-        raise ValueError("nothing to binarize: the model has no Conv2d or Linear between its first and its last one")
+        raise ModelError("nothing to binarize: the model has no Conv2d or Linear between its first and its last one")
     for layer in layers:
         layer.__class__ = twin[type(layer)]  # same data, other forward
         layer.quantizer, layer.act = quantizer, act
@@ -221,9 +227,9 @@ IMAGENET_RESNETS = {"resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3]}
 class PlainNet(nn.Module):
     """Convolutions, then fully connected layers: x [B, in_channels, H, W] -> logits [B, num_classes].
 
-    features: what stands behind each other: C is a 3×3 convolution to C channels, (C, k, stride) a k×k one, 'M' a 2×2
-        and 'P' a 3×3 max-pool of stride 2. Each convolution comes with [pool,] [BatchNorm,] nonlinearity, in this
-        order: a pool of binary values would be nearly all 1, so it stands before the next layer's quantizer.
+    features: what stands behind each other: C is a 3×3 convolution to C channels, (C, k, stride, padding) a k×k one,
+        'M' a 2×2 and 'P' a 3×3 max-pool of stride 2. Each convolution comes with [pool,] [BatchNorm,] nonlinearity, in
+        this order: a pool of binary values would be nearly all 1, so it stands before the next layer's quantizer.
     side: pixels a side of what the fully connected layers see; pictures of another size are pooled to it.
     hidden: widths of the fully connected layers before the classifier.
     """
@@ -239,14 +245,15 @@ class PlainNet(nn.Module):
         nonlinearity: Nonlinearity,
     ):
         super().__init__()
-        pools = {"M": lambda: nn.MaxPool2d(2), "P": lambda: nn.MaxPool2d(3, 2, padding=1)}
+        # ceil_mode: of tiny pictures something is left.
+        pools = {"M": lambda: nn.MaxPool2d(2, ceil_mode=True), "P": lambda: nn.MaxPool2d(3, 2, ceil_mode=True)}
         self.features, self.classifier = nn.Sequential(), nn.Sequential()
         c = in_channels
         for i, feature in enumerate(features):
             if feature in pools:
                 continue
-            width, k, stride = feature if isinstance(feature, tuple) else (feature, 3, 1)
-            self.features.append(nn.Conv2d(c, width, k, stride, padding=k // 2, bias=not norm))
+            width, k, stride, padding = feature if isinstance(feature, tuple) else (feature, 3, 1, 1)
+            self.features.append(nn.Conv2d(c, width, k, stride, padding, bias=not norm))
             if i + 1 < len(features) and features[i + 1] in pools:
                 self.features.append(pools[features[i + 1]]())
             if norm:
@@ -268,9 +275,9 @@ class PlainNet(nn.Module):
 
 
 VGG16 = [64, 64, "M", 128, 128, "M", *[256] * 3, "M", *[512] * 3, "M", *[512] * 3, "M"]
-ALEXNET = [(96, 11, 4), "P", (256, 5, 1), "P", 384, 384, 256, "P"]
+ALEXNET = [(96, 11, 4, 2), "P", (256, 5, 1, 2), "P", 384, 384, 256, "P"]
 PLAIN_NETS = {  # features, side, hidden, norm
-    "lenet": ([(32, 5, 1), "M", (64, 5, 1), "M"], 7, [512], True),  # MNIST
+    "lenet": ([(32, 5, 1, 2), "M", (64, 5, 1, 2), "M"], 7, [512], True),  # MNIST
     "vgg-small": ([128, 128, "M", 256, 256, "M", 512, 512, "M"], 4, [], True),  # CIFAR
     "vgg16": (VGG16, 1, [], True),
     "alexnet": (ALEXNET, 6, [4096, 4096], True),  # ImageNet
@@ -284,6 +291,7 @@ PLAIN_NETS = {  # features, side, hidden, norm
 # ---------------------------------------------------------------------------------------------------------------------
 # All of them, by name.
 
+UNNORMALISED = [name for name, (*_, norm) in PLAIN_NETS.items() if not norm]
 BIREAL_NETS = [f"birealnet{depth}{prelu}" for depth in (8, 18, 20, 34) for prelu in ("", "-prelu")]
 ARCHS = [*CIFAR_RESNETS, *IMAGENET_RESNETS, *BIREAL_NETS, *PLAIN_NETS]
 # The sign of a ReLU's output is always +1, so with sign activations the bounded linear unit takes its place. Si-BNN's
@@ -314,12 +322,15 @@ def build(
     binarize_all: the first convolution and the classifier become binary too (MetaQuant's setting).
     image_size: pixels a side. Up to 96, the networks of 18 and 34 layers begin with a 3×3 convolution, as they do on
         CIFAR; otherwise with ImageNet's 7×7 one and a max-pool.
-    Raises ValueError for an unknown name.
+    In conv2/4/6/8, where no normalisation follows a layer, bits are multiplied by `he_scale`.
+    Raises ModelError for an unknown name, and for AlexNet on pictures that it would shrink to nothing.
     """
     if arch not in ARCHS:
-        raise ValueError(f"no network is called {arch!r}: use one of {', '.join(ARCHS)}")
+        raise ModelError(f"no network is called {arch!r}: use one of {', '.join(ARCHS)}")
     if act not in NONLINEARITIES:
-        raise ValueError(f"no activation is called {act!r}: use one of {', '.join(NONLINEARITIES)}")
+        raise ModelError(f"no activation is called {act!r}: use one of {', '.join(NONLINEARITIES)}")
+    if arch == "alexnet" and image_size and image_size < 63:
+        raise ModelError(f"alexnet wants pictures of at least 63 pixels a side; these have {image_size}: use vgg-small")
     nonlinearity = NONLINEARITIES[act]
     if arch in PLAIN_NETS:
         net = PlainNet(*PLAIN_NETS[arch], num_classes, in_channels, nonlinearity)
@@ -341,7 +352,16 @@ def build(
     for m in net.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-    return binarize_(net, quantizer, act, first=binarize_all, last=binarize_all)
+    binarize_(net, quantizer, act, first=binarize_all, last=binarize_all)
+    if arch in UNNORMALISED and quantizer not in ("bwn-f", "identity"):
+        for layer in binary_layers(net):
+            layer.scale = he_scale(layer)
+    return net
+
+
+def he_scale(layer: nn.Module) -> float:
+    """√2/√fan_in. Signs times this keep the variance of what passes through layers and ReLUs (He et al., 2015)."""
+    return math.sqrt(2 / layer.weight[0].numel())
 
 
 @torch.no_grad()

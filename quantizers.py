@@ -8,8 +8,8 @@ D = ∂Ŵ/∂W, taken straight through Q (as if Q were the identity), is the *ca
 
 Most weight quantizers hand the incoming gradient ∂L/∂Ŵ to the latent weight unchanged. So after `loss.backward()` a
 latent weight's `.grad` is ĝ = ∂L/∂Ŵ, and whoever updates the weight decides what to make of it: D ⊙ ĝ is the classical
-straight-through estimator (STE); FSG learns something else (hypernet.py). Those of BNN, BNN+ and BNN++ have a backward
-quantizer of their own, which their docstrings name.
+straight-through estimator (STE); FSG learns something else (hypernet.py). The exceptions are BNN's, BNN+'s and BNN++'s
+quantizers, whose backward pass is part of the method; their docstrings say what it is.
 sign(0) is +1 everywhere, so a binary weight is never 0 (a pruned one may be: `bihalf_prune`).
 """
 
@@ -96,11 +96,11 @@ class _Ranked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, w: Tensor, low: int, high: int) -> Tensor:
         # A selection costs a fifth of sorting. topk takes exactly as many as it is told, also among equal weights.
-        n = w.shape[1]
-        if low + high == n:
-            return torch.full_like(w, -1).scatter_(1, w.topk(high, sorted=False).indices, 1.0)
-        out = torch.zeros_like(w).scatter_(1, w.topk(n - low, sorted=False).indices, 1.0).sub_(1)  # the smallest: −1
-        return out.scatter_add_(1, w.topk(high, sorted=False).indices, torch.ones_like(w[:, :high]))
+        values, at = w.topk(w.shape[1] - low, sorted=False)
+        if values.shape[1] == high:
+            return torch.full_like(w, -1).scatter_(1, at, 1.0)
+        largest = at.gather(1, values.topk(high, sorted=False).indices)
+        return torch.full_like(w, -1).scatter_(1, at, 0.0).scatter_(1, largest, 1.0)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -186,6 +186,8 @@ def sign_with_cut(w: Tensor) -> Tensor:
 
 
 class _LinearQuantizer(torch.autograd.Function):
+    """Forward: L_ρ(w). Backward: the identity."""
+
     @staticmethod
     def forward(ctx, w: Tensor, rho) -> Tensor:
         size = (w.abs() + rho).clamp_max_(1.0)

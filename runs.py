@@ -46,45 +46,66 @@ class RunError(Exception):
 # Flags.
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Help that leaves the description's lines as they are, and says where a default depends on other flags."""
+
+    def _expand_help(self, action) -> str:
+        return super()._expand_help(action).replace("(default: None)", "(default: by other flags, see the top)")
+
+
 def common_flags(script: str, description: str, **defaults) -> argparse.ArgumentParser:
     """A parser with the flags that all trainers share; a trainer adds its paper's own.
 
     script: the trainer's file name. defaults: the paper's values for these flags, by name.
     """
-    parser = argparse.ArgumentParser(
-        script, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(script, description=description, formatter_class=Help, allow_abbrev=False)
     data = parser.add_argument_group("data and network")
-    data.add_argument("--arch", default="resnet20", help="network, see models.ARCHS (default: resnet20)")
+    data.add_argument("--arch", default="resnet20", help="network, see models.ARCHS (default: %(default)s)")
     data.add_argument(
         "--dataset",
         default="cifar10",
         choices=["cifar10", "cifar100", "mnist", "digits", "imagenet", "folder"],
         help="cifar10, cifar100, mnist: downloaded; digits: comes with scikit-learn; "
-        "folder: DATA_DIR/train/CLASS/*.png and DATA_DIR/test/CLASS/* (default: cifar10)",
+        "folder: DATA_DIR/train/CLASS/*.png and DATA_DIR/test/CLASS/* (default: %(default)s)",
     )
-    data.add_argument("--data-dir", default="data", help="where the pictures are or are downloaded to (default: data)")
+    data.add_argument(
+        "--data-dir", default="data", help="where the pictures are or are downloaded to (default: %(default)s)"
+    )
     data.add_argument("--image-size", type=int, help="pixels a side, for --dataset folder and imagenet")
     data.add_argument(
         "--no-crop", action="store_true", help="no random crops of the training pictures (up to 96 pixels)"
     )
     data.add_argument("--no-flip", action="store_true", help="no mirroring of the training pictures")
-    data.add_argument("--workers", type=int, default=8, help="processes that decode large pictures (default: 8)")
+    data.add_argument(
+        "--workers", type=int, default=8, help="processes that decode large pictures (default: %(default)s)"
+    )
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=int, default=100, help="passes over the training pictures (default: 100)")
-    training.add_argument("--limit-steps", type=int, help="stop after so many steps")
-    training.add_argument("--batch-size", type=int, default=128, help="pictures a step (default: 128)")
-    training.add_argument("--opt", default="adam", choices=["adam", "sgd", "sgdm"], help="sgdm: momentum 0.9")
-    training.add_argument("--lr", type=float, help="learning rate (default: by --opt, see the top of the trainer)")
-    training.add_argument("--weight-decay", type=float, default=0.0, help="L2 on all parameters (default: 0)")
+    training.add_argument(
+        "--epochs", type=int, default=100, help="passes over the training pictures (default: %(default)s)"
+    )
+    training.add_argument("--limit-steps", type=int, help="train so many steps at most")
+    training.add_argument("--batch-size", type=int, default=128, help="pictures a step (default: %(default)s)")
+    training.add_argument(
+        "--opt", default="adam", choices=["adam", "sgd", "sgdm"], help="sgdm: momentum 0.9 (default: %(default)s)"
+    )
+    training.add_argument("--lr", type=float, help="learning rate (default: %(default)s)")
+    training.add_argument("--weight-decay", type=float, default=0.0, help="L2 (default: %(default)s)")
     training.add_argument(
         "--schedule",
         default="step",
         choices=["step", "cosine", "none"],
-        help="of --lr (default: step, by --milestones)",
+        help="of --lr over all steps; step: by --milestones (default: %(default)s)",
     )
-    training.add_argument("--milestones", type=int, nargs="*", default=[30, 60, 90], help="epochs at which lr /= 10")
-    training.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default: 0)")
+    training.add_argument(
+        "--milestones",
+        type=int,
+        nargs="*",
+        default=[30, 60, 90],
+        help="epochs at which lr /= 10 (default: %(default)s)",
+    )
+    training.add_argument(
+        "--seed", type=int, default=0, help="of weights, order and augmentation (default: %(default)s)"
+    )
     training.add_argument("--pretrained", metavar="FILE", help="start from this checkpoint's weights")
     machine = parser.add_argument_group("machine and run")
     machine.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
@@ -143,10 +164,11 @@ def pick_device(name: str) -> torch.device:
     """'auto' is the first CUDA device, or the CPU."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
         torch.backends.cudnn.deterministic = True  # so that a resumed run is the same run
-    except (RuntimeError, AssertionError) as e:
-        raise RunError(f"--device {name} cannot be used here ({str(e).splitlines()[0]}): try --device cpu") from None
+    except (RuntimeError, AssertionError, ImportError) as e:
+        reason = str(e).splitlines()[0][:100]
+        raise RunError(f"--device {name} cannot be used here ({reason}): try --device cpu") from None
     return device
 
 
@@ -239,13 +261,17 @@ def load_pretrained(model: torch.nn.Module, path: str, args) -> None:
             "checkpoint"
         )
     if args.eval_only:  # training may start from other weights, but a test must be of the network that was trained
-        for name in ("quantizer", "act", "binarize_all"):
+        for name in ("script", "quantizer", "method", "act", "binarize_all", "ratio", "prune", "rho"):
             if theirs.get(name, getattr(args, name, None)) != getattr(args, name, None):
                 raise RunError(
                     f"{path} was trained with {name} {theirs[name]}: test it with --eval-only --resume {path}, which "
                     "takes its flags too"
                 )
-    load_model(model, checkpoint.get("model", checkpoint), path)
+    state = checkpoint.get("model", checkpoint)
+    if not args.eval_only and isinstance(state, dict):  # Si-BNN's thresholds, which other networks do not have
+        own = model.state_dict()
+        state = {name: own[name] for name in own if name.endswith((".theta", ".delta"))} | state
+    load_model(model, state, path)
 
 
 def load_model(model: torch.nn.Module, state: dict, path: Path | str) -> None:
@@ -346,6 +372,8 @@ class Run:
             self.totals.copy_(resumed["totals"])
             self.bits = resumed["bits"].to(self.bits.device)
             torch.set_rng_state(resumed["rng"])
+            if "cuda_rng" in resumed and self.totals.is_cuda:
+                torch.cuda.set_rng_state(resumed["cuda_rng"], self.totals.device)
         except (RuntimeError, ValueError, KeyError, TypeError) as e:
             reason = " ".join(str(e).split())[:200]
             raise RunError(f"{source} is not a run of this trainer and these flags ({reason})") from None
@@ -491,7 +519,8 @@ class Run:
         last = self.folder / "last.pt"
         kept = f"the last good checkpoint is {last}" if last.exists() else "there was no checkpoint yet"
         where = f"in epoch {self.epoch + 1}, by step {self.step}"
-        raise RunError(f"{problem} {where}: {kept}; try a smaller --lr (or --lr-fast, of FSG)")
+        fast = " or --lr-fast" if hasattr(self.args, "lr_fast") else ""
+        raise RunError(f"{problem} {where}: {kept}; try a smaller --lr{fast}")
 
     def _model(self) -> dict:
         return {
@@ -504,24 +533,31 @@ class Run:
         """last.pt: all that the rest of the run depends on."""
         place = {k: getattr(self, k) for k in ("epoch", "batch", "step", "seconds", "rows", "totals", "bits")}
         parts = {name: part.state_dict() for name, part in self.parts.items()}
-        save(self.folder / "last.pt", {**self._model(), **parts, **place, "rng": torch.get_rng_state()})
+        random = {"rng": torch.get_rng_state()}
+        if self.totals.is_cuda:
+            random["cuda_rng"] = torch.cuda.get_rng_state(self.totals.device)
+        save(self.folder / "last.pt", {**self._model(), **parts, **place, **random})
 
     @property
     def best(self) -> float:
         return max((row["test_acc"] for row in self.rows), default=-1.0)
 
     def _add(self, row: dict) -> None:
-        """One epoch's metrics, to metrics.csv and to the terminal; there without the columns NAME/LAYER."""
-        extra = [name for name in row if name not in METRICS and "/" not in name]
+        """One epoch's metrics, to metrics.csv and to the terminal; there without the columns NAME/LAYER, and shares of
+        a whole in %."""
+        extra = {name: 1 if name.endswith("loss") else 100 for name in row if name not in METRICS and "/" not in name}
         if not self.rows:
-            more = "".join(f"  {name:>10}" for name in extra)
+            more = "".join(f"  {name + ' %' * (factor == 100):>10}" for name, factor in extra.items())
             console.print(
                 f"epoch     step  train loss   acc %   test loss   acc %        lr   img/s  flips %  plus %{more}"
             )
         is_best = row["test_acc"] > self.best
         self.rows.append(row)
         self._write_rows()
-        more = "".join(f"  {row[name]:{max(10, len(name))}.4f}" for name in extra)
+        more = "".join(
+            f"  {factor * row[name]:{max(10, len(name) + 2 * (factor == 100))}.{2 if factor == 100 else 4}f}"
+            for name, factor in extra.items()
+        )
         console.print(
             f"{row['epoch']:5d} {row['step']:8d}  {row['train_loss']:10.4f}  {100 * row['train_acc']:6.2f}  "
             f"{row['test_loss']:10.4f}  {100 * row['test_acc']:6.2f}{'*' if is_best else ' '} {row['lr']:9.2e} "

@@ -24,7 +24,6 @@ Copy with: models.py, quantizers.py, data.py, runs.py.
 """
 
 import itertools
-import math
 from pathlib import Path
 
 import torch
@@ -176,17 +175,21 @@ def main(argv=None) -> int:
     sizes = [layer.weight.numel() for layer in layers]
     for layer in layers:
         layer.options = {"bihalf": {"ratio": args.ratio}, "bihalf-prune": {"prune": args.prune}}.get(quantizer, {})
-        layer.scale = math.sqrt(2 / layer.weight[0].numel())  # a ReLU's gain, over √fan_in
+        layer.scale = models.he_scale(layer)
     if args.eval_only:
         return runs.report(*runs.evaluate(model, test, device, args.amp), test.size)
 
     optimizer = runs.make_optimizer(net.parameters(), args)
 
     # The run: at the start, or exactly where the resumed one stopped.
-    kind = args.quantizer + (f"-{args.ratio:g}" if args.ratio != 0.5 else f"-prune{args.prune:g}" * bool(args.prune))
+    kind = args.quantizer
+    if args.prune:
+        kind += f"-prune{args.prune:g}"
+    elif args.ratio != 0.5:
+        kind += f"-{args.ratio:g}"
+    about = f"weights: {kind}"
     parts = {"model": net, "optimizer": optimizer}
-    bits = models.sign_bits(layers)
-    run = runs.Run(args, kind, f"weights: {kind}", (train, test), device, bits, resumed, **parts)
+    run = runs.Run(args, kind, about, (train, test), device, models.sign_bits(layers), resumed, **parts)
 
     net.train()
     with run:
@@ -210,4 +213,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    runs.command(main, data.DataError)
+    runs.command(main, data.DataError, models.ModelError)

@@ -206,4 +206,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    runs.command(main, data.DataError)
+    runs.command(main, data.DataError, models.ModelError)

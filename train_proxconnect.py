@@ -4,7 +4,8 @@
     python train_proxconnect.py --dataset digits --arch resnet8 --epochs 12 --batch-size 64
     python train_proxconnect.py --arch resnet20 --method bnn++           # CIFAR-10
     python train_proxconnect.py --arch resnet20 --method pc              # or fp, bc, bnn, bnn+, pq, rpc
-    python train_proxconnect.py --arch resnet20 --pretrained runs/fp32/best.pt             # fine-tuning, 100 epochs
+    python train_proxconnect.py --arch resnet20 --method fp --name fp                      # full precision, and
+    python train_proxconnect.py --arch resnet20 --pretrained runs/fp/best.pt               # fine-tuning, 100 epochs
     # Vision transformers (pip install timm), end to end or from timm's weights:
     python train_proxconnect.py --arch deit_tiny_patch16_224 --dataset imagenet --data-dir my/imagenet
     python train_proxconnect.py --arch vit_base_patch16_224 --dataset imagenet --data-dir my/imagenet --pretrained-timm
@@ -23,6 +24,7 @@ Methods that learn binary weights differ in what they compute with and in what t
     bnn      sign     |w*| ≤ 1   bnn++    SS_μ     SS′_μ, μ from 5 to 30
     pc       L_ρ      1          fp       –        –  (full precision)
     pq: ProxQuant, w ← L_ρ(w − η ∂L/∂w)                 rpc: its reverse, w* ← L_ρ(w*) − η ∂L/∂w*
+    (these two quantize the weights themselves, again and again; their ρ is divided by the number of steps)
 
 SS_μ (sign-Swish) and L_ρ (piecewise linear) are soft signs, which harden as μ and ρ grow (quantizers.py). BNN++ uses
 one and its own derivative: F and B then fit together as the paper's theory wants. What is tested is always the network
@@ -34,7 +36,6 @@ Copy with: models.py, quantizers.py, data.py, runs.py.
 """
 
 import contextlib
-import math
 
 import torch
 from torch.nn import functional as F
@@ -46,11 +47,12 @@ import runs
 
 # The quantizer of the forward and the backward pass, by method.
 METHODS = {
-    **{"fp": "identity", "bc": "bwn", "bnn": "bnn", "pc": "pc"},
+    **{"fp": "none", "bc": "bwn", "bnn": "bnn", "pc": "pc"},
     **{"bnn+": "bnn+", "bnn++": "bnn++", "pq": "identity", "rpc": "identity"},
 }
-DEFAULT_LR = {"adam": 1e-3, "sgd": 0.1, "sgdm": 0.1}
-FINE_TUNING = 0.1  # of these
+# What the paper does not say is ours: the learning rates, and fine-tuning's share of them.
+DEFAULT_LR = {"adam": 1e-3, "adam, transformer": 5e-4, "sgd": 0.1, "sgdm": 0.1}
+FINE_TUNING = 0.1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,7 +66,7 @@ def flags():
     bnn.add_argument(
         "--mu", type=float, nargs=2, default=[5, 30], help="μ at the start and at the end; bnn+: the first"
     )
-    bnn.add_argument("--rho", type=float, nargs=2, default=[0.01, 10], help="ρ at the start and at the end")
+    bnn.add_argument("--rho", type=float, nargs=2, default=[0.01, 10.0], help="ρ of pc, pq, rpc at the start and end")
     bnn.add_argument("--act", default="none", choices=["none", "sign"], help="sign: binary activations too (W1A1)")
     bnn.add_argument("--binarize-all", action="store_true", help="the first and the last layer too")
     bnn.add_argument("--patch-size", type=int, help="pixels a side of a transformer's patch (default: the model's)")
@@ -75,52 +77,85 @@ def flags():
 def complete(args) -> None:
     """Defaults that depend on other flags, and combinations that make no sense."""
     is_transformer, fine_tuning = args.arch not in models.ARCHS, args.pretrained or args.pretrained_timm
-    if not is_transformer and (args.patch_size or args.pretrained_timm):
-        raise runs.RunError(f"--patch-size and --pretrained-timm are for transformers: leave them out with {args.arch}")
-    if args.pretrained and args.pretrained_timm:
-        raise runs.RunError("--pretrained and --pretrained-timm are two places to start from: give one of them")
-    for name in ("mu", "rho"):
-        if not all(0 < value < 1e6 for value in getattr(args, name)):
-            raise runs.RunError(f"--{name} wants two positive numbers, for the start and the end of training")
     if args.epochs is None:
         args.epochs = 100 if fine_tuning else 300
     if args.opt is None:
         args.opt = "adam" if is_transformer else "sgdm"
     if args.lr is None:
-        args.lr = DEFAULT_LR[args.opt] * (FINE_TUNING if fine_tuning else 1)
+        kind = "adam, transformer" if is_transformer and args.opt == "adam" else args.opt
+        args.lr = DEFAULT_LR[kind] * (FINE_TUNING if fine_tuning else 1)
+    if is_transformer and not import_timm(args.arch).is_model(args.arch):
+        raise runs.RunError(
+            f"--arch {args.arch} is not known: use one of {', '.join(models.ARCHS)}, or a vision transformer of timm's"
+        )
+    if not is_transformer and (args.patch_size is not None or args.pretrained_timm):
+        raise runs.RunError(f"--patch-size and --pretrained-timm are for transformers: leave them out with {args.arch}")
+    if args.patch_size is not None and args.patch_size < 1:
+        raise runs.RunError(f"--patch-size must be at least 1; it is {args.patch_size}")
+    if args.pretrained and args.pretrained_timm:
+        raise runs.RunError("--pretrained and --pretrained-timm are two places to start from: give one of them")
+    if args.method == "fp" and (args.act != "none" or args.binarize_all):
+        raise runs.RunError("--method fp is full precision: leave out --act and --binarize-all")
+    for name in ("mu", "rho"):
+        if not all(0 < value < 1e6 for value in getattr(args, name)):
+            raise runs.RunError(f"--{name} wants two positive numbers, for the start and the end of training")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Network.
 
 
-def build(args, num_classes: int, shape: tuple[int, int, int], pretrained: bool) -> torch.nn.Module:
-    """One of models.ARCHS, or else a vision transformer of timm's, its linear layers binary."""
-    quantizer = METHODS[args.method]
-    if args.arch in models.ARCHS:
-        return models.build(args.arch, num_classes, quantizer, args.act, args.binarize_all, *shape[:2])
+def import_timm(arch: str):
     data.torchvision_module("models")  # timm imports it too, and data.py knows what to do where that fails
     try:
         import timm
     except ImportError:
         raise runs.RunError(
-            f"--arch {args.arch} is none of {', '.join(models.ARCHS)}; for a transformer of timm's, pip install timm"
+            f"--arch {arch} is none of {', '.join(models.ARCHS)}; for a vision transformer of timm's, pip install timm"
         ) from None
-    patch = {"patch_size": args.patch_size} if args.patch_size else {}
-    try:
-        net = timm.create_model(
-            args.arch, pretrained, num_classes=num_classes, in_chans=shape[0], img_size=shape[1], **patch
-        )
-    except Exception as e:  # unknown name, a network without img_size, no connection, …: each its own kind of error
-        reason = " ".join(str(e).split())[:150]
-        where = " with its weights" if pretrained else ""
-        raise runs.RunError(f"timm cannot make --arch {args.arch}{where} for {shape[1]} pixels ({reason})") from None
-    models.binarize_(net, quantizer, args.act, args.binarize_all, args.binarize_all)
-    if args.method != "fp":
-        # No normalisation stands behind these layers, and outputs of ±1 weights would be √C_in times too large. So
-        # weights are measured in units of 1/√C_in: Ŵ = F(√C_in·w)/√C_in.
+    return timm
+
+
+def build(args, num_classes: int, shape: tuple[int, int, int], pretrained: bool) -> torch.nn.Module:
+    """One of models.ARCHS, or else a vision transformer of timm's, its linear layers binary. shape: [C, H, W]."""
+    quantizer = METHODS[args.method]
+    if args.arch in models.ARCHS:
+        net = models.build(args.arch, num_classes, quantizer, args.act, args.binarize_all, *shape[:2])
+    else:
+        net = build_transformer(args, num_classes, quantizer, shape, pretrained)
+    # Where no normalisation stands behind a layer, outputs of ±1 weights would be √fan_in times too large; so there
+    # weights are measured in a unit, √2/√fan_in, and Ŵ = unit · F(w / unit). And pq and rpc pull the weights themselves
+    # to ±1 unit, which must not be far from where they start.
+    if args.arch not in models.ARCHS or args.arch in models.UNNORMALISED or args.method in ("pq", "rpc"):
         for layer in models.binary_layers(net):
-            layer.unit = layer.scale = 1 / math.sqrt(layer.weight[0].numel())
+            layer.unit = layer.scale = models.he_scale(layer)
+    return net
+
+
+def build_transformer(args, num_classes: int, quantizer: str, shape: tuple, pretrained: bool) -> torch.nn.Module:
+    patch = {"patch_size": args.patch_size} if args.patch_size else {}
+    sizes = dict(num_classes=num_classes, in_chans=shape[0], img_size=shape[1], **patch)
+    called = set()
+    try:
+        net = import_timm(args.arch).create_model(args.arch, pretrained, **sizes)
+        hooks = [m.register_forward_hook(lambda m, *_: called.add(m)) for m in net.modules()]
+        net.eval()(torch.zeros(1, *shape))
+        for hook in hooks:
+            hook.remove()
+        models.binarize_(net, quantizer, args.act, first=args.binarize_all, last=args.binarize_all)
+    except Exception as e:  # a network without img_size, a patch that does not fit, no connection, …: all kinds
+        reason = " ".join(str(e).split())[:150]
+        weights = " with its weights" if pretrained else ""
+        raise runs.RunError(
+            f"timm's {args.arch} cannot be made{weights} for pictures of {shape[1]} pixels ({reason}): choose another "
+            "vision transformer, or another --patch-size"
+        ) from None
+    # Swin v2 and BEiT compute with qkv.weight by themselves, past the layer.
+    if not called.issuperset(models.binary_layers(net)) or isinstance(net.get_classifier(), tuple):
+        raise runs.RunError(
+            f"timm's {args.arch} does not call all its linear layers, or has two heads: use a ViT or a DeiT that is "
+            "not distilled"
+        )
     return net
 
 
@@ -137,9 +172,11 @@ def true_signs(layers):
     relaxed = [(layer.quantizer, layer.options) for layer in layers]
     for layer in layers:
         layer.quantizer, layer.options = "bwn", {}
-    yield
-    for layer, (quantizer, options) in zip(layers, relaxed, strict=True):
-        layer.quantizer, layer.options = quantizer, options
+    try:
+        yield
+    finally:
+        for layer, (quantizer, options) in zip(layers, relaxed, strict=True):
+            layer.quantizer, layer.options = quantizer, options
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,42 +201,40 @@ def main(argv=None) -> int:
     runs.load_weights(net, args, resumed)
     model = torch.compile(net) if args.compile else net
     layers = models.binary_layers(net)
-    mu, rho = torch.tensor(args.mu[0], device=device), torch.tensor(args.rho[0], device=device)
+    mu, rho = torch.zeros((), device=device), torch.zeros((), device=device)
     for layer in layers:
         layer.options = {"bnn+": {"mu": mu}, "bnn++": {"mu": mu}, "pc": {"rho": rho}}.get(args.method, {})
     if args.eval_only:
-        with true_signs(layers if args.method != "fp" else []):
+        with true_signs(layers):
             return runs.report(*runs.evaluate(model, test, device, args.amp), test.size)
 
     optimizer = runs.make_optimizer(net.parameters(), args)
 
     # The run: at the start, or exactly where the resumed one stopped.
-    bits = models.sign_bits(layers)
+    kind, about = args.method, f"method: {args.method}"
     parts = {"model": net, "optimizer": optimizer}
-    run = runs.Run(args, args.method, f"method: {args.method}", (train, test), device, bits, resumed, **parts)
-    whole = args.epochs * len(train)  # steps of all training
+    run = runs.Run(args, kind, about, (train, test), device, models.sign_bits(layers), resumed, **parts)
 
     net.train()
     with run:
         while run.goes_on():
             for images, labels in run.batches():
                 run.set_learning_rate(optimizer)
-                time = run.step / whole  # 0 to 1
-                if args.method == "bnn++":
-                    mu.fill_(args.mu[0] + time * (args.mu[1] - args.mu[0]))
-                rho.fill_(args.rho[0] + time * (args.rho[1] - args.rho[0]))
+                progress = run.step / run.total_steps if args.method != "bnn+" else 0.0  # bnn+'s μ is constant
+                mu.fill_(args.mu[0] + progress * (args.mu[1] - args.mu[0]))
+                rho.fill_(args.rho[0] + progress * (args.rho[1] - args.rho[0]))
                 optimizer.zero_grad()
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                     logits = model(images)
                 loss = F.cross_entropy(logits.float(), labels)
                 loss.backward()  # every binary layer's weight.grad is now B(w*) ⊙ ∂L/∂w
-                # pq and rpc quantize the weights themselves, so that each step's shift adds to those before: ρ is
-                # what they get in all of training, not at once.
+                # pq and rpc quantize the weights themselves, so that each step's shift adds to those before: with ρ
+                # undivided all weights would be at ±1, never to change sign again, within 100 steps.
                 if args.method == "rpc":
-                    apply_linear_quantizer(layers, rho / whole)
+                    apply_linear_quantizer(layers, rho / run.total_steps)
                 optimizer.step()
                 if args.method == "pq":
-                    apply_linear_quantizer(layers, rho / whole)
+                    apply_linear_quantizer(layers, rho / run.total_steps)
                 run.count(loss, logits, labels)
             if run.leaving:
                 break
@@ -213,4 +248,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    runs.command(main, data.DataError)
+    runs.command(main, data.DataError, models.ModelError)

@@ -32,13 +32,16 @@ import data
 import models
 import runs
 
+DEFAULT_LR = {"adam": 1e-3, "sgd": 0.1, "sgdm": 0.1}  # Adam's is the paper's
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Flags.
 
 
 def flags():
-    paper = dict(arch="birealnet20", epochs=100, batch_size=256, opt="adam", lr=1e-3, weight_decay=1e-6)
-    parser = runs.common_flags("train_sibnn.py", __doc__, milestones=[40, 80], **paper)
+    paper = dict(epochs=100, batch_size=256, opt="adam", weight_decay=1e-6, schedule="step", milestones=[40, 80])
+    parser = runs.common_flags("train_sibnn.py", __doc__, arch="birealnet20", **paper)
     bnn = parser.add_argument_group("binary network")
     bnn.add_argument("--act", default="si", choices=["si", "sign", "none"], help="si: 0 and 1 (default); sign: ±1")
     bnn.add_argument("--rho", type=float, default=0.3, help="ρ, width of the window below θ, 0 to 1 (default: 0.3)")
@@ -47,11 +50,13 @@ def flags():
 
 
 def complete(args) -> None:
-    """Flags that make no sense."""
-    if not 0 <= args.rho <= 1:
-        raise runs.RunError(f"--rho must lie in [0, 1]; it is {args.rho}")
+    """Defaults that depend on other flags, and combinations that make no sense."""
+    if args.lr is None:
+        args.lr = DEFAULT_LR[args.opt]
     if args.arch not in models.ARCHS:
         raise runs.RunError(f"--arch {args.arch} is not known: use one of {', '.join(models.ARCHS)}")
+    if not 0 <= args.rho <= 1:
+        raise runs.RunError(f"--rho must lie in [0, 1]; it is {args.rho}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -62,19 +67,21 @@ def complete(args) -> None:
 def counting_zeros(net):
     """Within it the network is tested; afterwards a dictionary holds each layer's share of activations that are 0."""
     layers, zeros = dict(zip(models.binary_layer_names(net), models.binary_layers(net), strict=True)), {}
-    sums = {name: torch.zeros(2, device=layer.weight.device) for name, layer in layers.items()}  # zeros, all
+    sums = {name: torch.zeros(2, dtype=torch.float64, device=layer.weight.device) for name, layer in layers.items()}
 
     def hook(name):
         def count(layer, inputs):
-            off = layer.binary_input(inputs[0]) == 0
-            sums[name] += torch.stack([off.sum(), torch.full_like(off.sum(), off.numel())])
+            off = (layer.binary_input(inputs[0]) == 0).sum()
+            sums[name] += torch.stack([off, torch.full_like(off, inputs[0].numel())])
 
         return count
 
     hooks = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    yield zeros
-    for handle in hooks:
-        handle.remove()
+    try:
+        yield zeros
+    finally:
+        for handle in hooks:
+            handle.remove()
     zeros.update({f"zeros/{name}": (off / seen).item() for name, (off, seen) in sums.items()})
 
 
@@ -113,11 +120,9 @@ def main(argv=None) -> int:
     optimizer = runs.make_optimizer(groups, args)
 
     # The run: at the start, or exactly where the resumed one stopped.
-    about = f"activations: {args.act}"
-    bits = models.sign_bits(layers)
-    run = runs.Run(
-        args, f"sibnn-{args.act}", about, (train, test), device, bits, resumed, model=net, optimizer=optimizer
-    )
+    kind, about = f"sibnn-{args.act}", f"activations: {args.act}"
+    parts = {"model": net, "optimizer": optimizer}
+    run = runs.Run(args, kind, about, (train, test), device, models.sign_bits(layers), resumed, **parts)
 
     net.train()
     with run:
@@ -144,4 +149,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    runs.command(main, data.DataError)
+    runs.command(main, data.DataError, models.ModelError)

@@ -131,6 +131,14 @@ def test_bihalf_prune_zeroes_the_middle_ranks(shape, scale, prune, seed):
         assert torch.equal(out, quantizers.bihalf(w, 0.5))
 
 
+@pytest.mark.parametrize("n, prune", [(4608, 0.99), (576, 0.99), (1000, 0.01), (4608, 0.5)])
+def test_bihalf_prune_is_exact_among_thousands_of_ties(n, prune):
+    i, j = (math.floor((1 + sign * exactly(prune)) / 2 * n) for sign in (-1, 1))
+    for w in (torch.zeros(2, n), (torch.randn(2, n) * 2).round()):
+        for bits in quantizers.bihalf_prune(w, prune):
+            assert [(bits == b).sum().item() for b in (-1, 0, 1)] == [i, j - i, n - j]
+
+
 def test_bihalf_of_distinct_weights_by_hand():
     w = torch.tensor([[0.3, -2.0, 0.1, 5.0, 0.2], [9.0, 8.0, 7.0, 6.0, 5.0]])
     assert quantizers.bihalf(w).tolist() == [[1, -1, -1, 1, 1], [1, 1, 1, -1, -1]]  # ⌊5/2⌋ are −1
@@ -337,14 +345,26 @@ def test_build(act, binarize_all):
 
 
 @pytest.mark.parametrize("arch", models.ARCHS)
+@pytest.mark.parametrize("size", [1, 8, 28, 64])
+def test_every_network_takes_small_pictures_too(arch, size):
+    with torch.device("meta"):
+        if arch == "alexnet" and size < 63:
+            with pytest.raises(models.ModelError, match="at least 63 pixels"):
+                models.build(arch, 7, image_size=size)
+        else:
+            assert models.build(arch, 7, image_size=size)(torch.empty(2, 3, size, size)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("arch", models.ARCHS)
 @pytest.mark.parametrize("act", ["none", "sign", "si"])
 def test_every_network_takes_every_activation(arch, act):
     with torch.device("meta"):
-        net = models.build(arch, 7, "bwn", act, in_channels=3, image_size=32)
-        assert net(torch.empty(2, 3, 32, 32)).shape == (2, 7)
+        net = models.build(arch, 7, "bwn", act, image_size=64)
+        assert net(torch.empty(2, 3, 64, 64)).shape == (2, 7)
     names = models.binary_layer_names(net)
     first = "features.0" if arch in models.PLAIN_NETS else "conv1"
-    assert first not in names and not [n for n in names if n.startswith("fc")]
+    last = [name for name, m in net.named_modules() if isinstance(m, nn.Linear)][-1]
+    assert names and first not in names and last not in names
     if arch in models.BIREAL_NETS:
         assert not [n for n in names if "downsample" in n], "Bi-Real Net's shortcuts are full precision"
         assert ("prelu" in arch) == any(isinstance(m, nn.PReLU) for m in net.modules())
@@ -355,6 +375,8 @@ def test_imagenet_networks_at_224_pixels(arch, million):
     with torch.device("meta"):
         net = models.build(arch, 1000)
         assert net(torch.empty(2, 3, 224, 224)).shape == (2, 1000)
+        if arch == "alexnet":
+            assert net.features(torch.empty(2, 3, 224, 224)).shape[1:] == (256, 6, 6), "as Krizhevsky's"
     assert abs(sum(p.numel() for p in net.parameters()) / 1e6 - million) < 0.05
 
 
@@ -369,10 +391,9 @@ def test_conv_nets_have_the_published_sizes():
 def test_a_network_without_normalisation_keeps_its_scale_with_bihalf():
     """√2/√fan_in keeps the variance of what passes through ReLUs, as He's initialisation does."""
     torch.manual_seed(0)
-    net = models.build("conv8", 10, "bihalf")
-    for layer in models.binary_layers(net):
-        layer.scale = math.sqrt(2 / layer.weight[0].numel())
-    assert 0.05 < net(torch.randn(8, 3, 32, 32)).std() < 5
+    for quantizer in ("bihalf", "bwn", "dorefa"):
+        net = models.build("conv8", 10, quantizer)
+        assert 0.05 < net(torch.randn(8, 3, 32, 32)).std() < 5
 
 
 def test_sign_bits():
