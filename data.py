@@ -36,7 +36,23 @@ class DataError(Exception):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Batches. Both classes have: num_classes, shape (C, H, W), size (pictures), len() (batches an epoch), epoch().
+# Batches. Both classes have: num_classes, shape (C, H, W), size (pictures), len() (batches an epoch), epoch(). With
+# several processes `part` is (this one's rank, their number), and each gets its part of every batch.
+
+
+def check_share(batch_size: int, processes: int) -> None:
+    if batch_size % processes:
+        less = batch_size - batch_size % processes
+        raise DataError(
+            f"{processes} processes cannot share batches of {batch_size} pictures evenly: use --batch-size "
+            f"{less or less + processes} or {less + processes}"
+        )
+
+
+def share(b: int, batch_size: int, size: int, part: tuple[int, int]) -> slice:
+    """Where this process's part of batch b lies among the `size` pictures of an epoch."""
+    begin, end = b * batch_size, min((b + 1) * batch_size, size)
+    return slice(*(begin + (end - begin) * (part[0] + i) // part[1] for i in (0, 1)))
 
 
 class ResidentBatches:
@@ -47,12 +63,17 @@ class ResidentBatches:
     crop: pixels of zero padding of the random crop (0: none). flip: whether to mirror half of the pictures.
     """
 
-    def __init__(self, images, labels, mean, std, num_classes, batch_size, train, seed=0, crop=0, flip=False):
+    def __init__(
+        self, images, labels, mean, std, num_classes, batch_size, train, seed=0, crop=0, flip=False, part=(0, 1)
+    ):
         self.images, self.labels = images, labels
         self.scale, self.shift = (1 / std).view(-1, 1, 1), (-mean / std).view(-1, 1, 1)
         self.num_classes, self.shape, self.size = num_classes, tuple(images.shape[1:]), len(images)
         self.batch_size = min(batch_size, self.size)
         self.train, self.seed, self.crop, self.flip = train, seed, crop if train else 0, flip and train
+        self.part = part
+        if train:
+            check_share(self.batch_size, part[1])
 
     def __len__(self) -> int:
         return self.size // self.batch_size if self.train else -(-self.size // self.batch_size)
@@ -67,7 +88,9 @@ class ResidentBatches:
         mirror = (torch.rand(self.size, generator=rng) < 0.5).to(device) if self.flip else None
         order = order.to(device)
         for b in range(skip, len(self)):
-            at = slice(b * self.batch_size, (b + 1) * self.batch_size)
+            at = share(b, self.batch_size, self.size, self.part)
+            if at.start == at.stop:
+                continue
             images = self.images[order[at]]
             if shifts is not None:
                 images = random_crop(images, self.crop, *shifts[:, at])
@@ -91,12 +114,26 @@ class StreamedBatches:
     short side to S·8/7 and cuts the centre. Every picture's crop depends on (seed, epoch, picture) alone.
     """
 
-    def __init__(self, files, labels, num_classes, image_size, batch_size, train, device, seed=0, workers=2, flip=True):
+    def __init__(
+        self,
+        files,
+        labels,
+        num_classes,
+        image_size,
+        batch_size,
+        train,
+        device,
+        seed=0,
+        workers=2,
+        flip=True,
+        part=(0, 1),
+    ):
         transforms = torchvision_module("transforms.v2")
         self.files, self.labels, self.num_classes, self.size = files, labels, num_classes, len(files)
         self.shape, self.batch_size = (3, image_size, image_size), min(batch_size, len(files))
-        self.train, self.device, self.seed, self.workers = train, torch.device(device), seed, workers
+        self.train, self.device, self.seed, self.workers, self.part = train, torch.device(device), seed, workers, part
         if train:
+            check_share(self.batch_size, part[1])
             steps = [transforms.RandomResizedCrop(image_size, antialias=True)]
             steps += [transforms.RandomHorizontalFlip()] if flip else []
         else:
@@ -119,10 +156,10 @@ class StreamedBatches:
         """The batches (images, labels) of that epoch, from batch `skip` on."""
         rng = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         order = (torch.randperm(self.size, generator=rng) if self.train else torch.arange(self.size)).tolist()
-        batches = [order[b * self.batch_size : (b + 1) * self.batch_size] for b in range(skip, len(self))]
+        batches = [order[share(b, self.batch_size, self.size, self.part)] for b in range(skip, len(self))]
         loader = torch.utils.data.DataLoader(
             self,
-            batch_sampler=[[(number, i) for i in batch] for batch in batches],
+            batch_sampler=[[(number, i) for i in batch] for batch in batches if batch],
             num_workers=self.workers,
             worker_init_fn=ignore_ctrl_c,
             generator=rng,  # else it would draw its workers' seed from the global generator
@@ -157,6 +194,7 @@ def load(
     image_size: int | None = None,
     workers: int = 2,
     log=print,
+    part: tuple[int, int] = (0, 1),
 ) -> tuple[ResidentBatches | StreamedBatches, ResidentBatches | StreamedBatches]:
     """The training and the test batches of a data set.
 
@@ -167,6 +205,7 @@ def load(
         every other one (never digits). Large pictures are always cropped, by RandomResizedCrop.
     image_size: for 'folder', pixels a side; default: that of the first picture, if it is square and at most 96, else
         224. 'imagenet' is 224 unless told otherwise.
+    part: (rank, number of processes) of torch.distributed; batch_size is that of all together.
     Raises DataError, whose message is one sentence for the user; ValueError for an unknown name.
     """
     if name not in DATASETS:
@@ -178,16 +217,21 @@ def load(
         if image_size > RESIDENT_UP_TO:
             return tuple(
                 StreamedBatches(
-                    *splits[s], len(classes), image_size, batch_size, s == "train", device, seed, workers, flip
+                    *splits[s], len(classes), image_size, batch_size, s == "train", device, seed, workers, flip, part
                 )
                 for s in ("train", "test")
             )
+    if part[0] > 0:
+        torch.distributed.barrier()  # until the first process has downloaded and decoded everything
+    if name in ("imagenet", "folder"):
         train, test = (decode_all(Path(data_dir), s, *splits[s], image_size, log) for s in ("train", "test"))
         num_classes = len(classes)
     elif name == "digits":
         train, test, num_classes = *digits(), 10
     else:
         train, test, num_classes = *downloaded(name, Path(data_dir)), 100 if name == "cifar100" else 10
+    if part[0] == 0 and part[1] > 1:
+        torch.distributed.barrier()
     if name in ("digits", "mnist"):
         flip = False
     # Mean and standard deviation of each channel over the training pictures, in 0…255. By slices, to spare memory.
@@ -198,7 +242,7 @@ def load(
     pad = max(1, train[0].shape[-1] // 8) if crop else 0
     mean, std = mean.float().to(device), std.float().to(device)
     return tuple(
-        ResidentBatches(x.to(device), y.to(device), mean, std, num_classes, batch, is_train, seed, pad, flip)
+        ResidentBatches(x.to(device), y.to(device), mean, std, num_classes, batch, is_train, seed, pad, flip, part)
         for (x, y), batch, is_train in ((train, batch_size, True), (test, max(batch_size, 500), False))
     )
 

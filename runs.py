@@ -17,9 +17,11 @@ import os
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -161,15 +163,60 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
 
 
 def pick_device(name: str) -> torch.device:
-    """'auto' is the first CUDA device, or the CPU."""
+    """'auto' is the first CUDA device, or the CPU. Started by torchrun, each process takes the GPU of its number."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()
         torch.backends.cudnn.deterministic = True  # so that a resumed run is the same run
     except (RuntimeError, AssertionError, ImportError) as e:
         reason = str(e).splitlines()[0][:100]
         raise RunError(f"--device {name} cannot be used here ({reason}): try --device cpu") from None
     return device
+
+
+def start_processes(device: torch.device) -> tuple[int, int]:
+    """Meet the other processes that torchrun has started, if it has: this one's rank, and how many there are.
+
+    Rank 0 alone speaks, and writes files.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        # gloo too on GPUs: what the processes say to each other on the host need not wait for the device.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    console.quiet = rank() > 0
+    return rank(), processes()
+
+
+def rank() -> int:
+    return dist.get_rank() if processes() > 1 else 0
+
+
+def processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def total(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of all processes' tensors, in place."""
+    if processes() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def parallel(net: torch.nn.Module, args, device: torch.device) -> torch.nn.Module:
+    """What the training step calls: the network, compiled with --compile, its gradients averaged over the processes.
+
+    On GPUs BatchNorm then normalises by the statistics of the whole batch, on CPUs each process by those of its part.
+    """
+    if processes() > 1 and device.type == "cuda":
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    model = torch.compile(net) if args.compile else net
+    if processes() > 1:
+        with warnings.catch_warnings():  # that the argument has another name since torch 2.13
+            warnings.simplefilter("ignore", FutureWarning)
+            model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    return model
 
 
 def make_optimizer(params, args) -> torch.optim.Optimizer:
@@ -202,7 +249,7 @@ class Interrupt:
             signal.signal(which, handler)
 
     def _ask(self, which, frame):
-        if self.signal is not None:
+        if self.signal is not None and processes() == 1:  # torchrun passes on what the terminal has sent already
             raise KeyboardInterrupt
         self.signal = which
 
@@ -215,7 +262,10 @@ class Interrupt:
 
 
 def save(path: Path, state: dict) -> None:
-    """Write a checkpoint so that `path` is at any moment the old one or the new one, whole."""
+    """Write a checkpoint so that `path` is at any moment the old one or the new one, whole. Of several processes the
+    first writes."""
+    if rank():
+        return
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as f:
@@ -305,7 +355,7 @@ def evaluate(model: torch.nn.Module, batches, device: torch.device, amp: bool) -
         loss = F.cross_entropy(logits.float(), labels, reduction="sum")
         totals += torch.stack([loss, (logits.argmax(1) == labels).sum()])
     model.train()
-    loss, correct = (totals / batches.size).tolist()
+    loss, correct = (total(totals) / batches.size).tolist()
     return loss, correct
 
 
@@ -353,10 +403,12 @@ class Run:
         if resumed:
             self._restore(resumed)
         self.folder = Path(args.out) / (args.name or f"{kind}-{args.arch}-{args.dataset}-{args.opt}-seed{args.seed}")
-        self._make_folder(resumed is not None)
+        if rank() == 0:
+            self._make_folder(resumed is not None)
+        where = f"{device}" if processes() == 1 else f"{processes()} processes on {device.type}"
         parameters = sum(p.numel() for p in parts["model"].parameters())
         console.print(
-            f"{self.folder}: {args.arch} on {args.dataset} ({self.train.size:,} + {test.size:,} pictures), {device}, "
+            f"{self.folder}: {args.arch} on {args.dataset} ({self.train.size:,} + {test.size:,} pictures), {where}, "
             f"{parameters:,} parameters, {len(bits):,} of them binary; {about}"
         )
 
@@ -369,7 +421,8 @@ class Run:
                     part.load_state_dict(resumed[name])
             self.epoch, self.batch, self.step = (resumed[k] for k in ("epoch", "batch", "step"))
             self.seconds, self.rows = resumed["seconds"], resumed["rows"]
-            self.totals.copy_(resumed["totals"])
+            if rank() == 0:  # the others' are among them
+                self.totals.copy_(resumed["totals"])
             self.bits = resumed["bits"].to(self.bits.device)
             torch.set_rng_state(resumed["rng"])
             if "cuda_rng" in resumed and self.totals.is_cuda:
@@ -433,18 +486,20 @@ class Run:
             yield images, labels
             self.seconds = time.perf_counter() - started
             done = self.step == self.total_steps
-            if self.bar.due() or self.interrupt or done:
-                loss_sum, correct, seen = self.totals.tolist()
+            interrupted, due = self._any(self.interrupt, rank() == 0 and self.bar.due())
+            if due or interrupted or done:
+                loss_sum, correct, seen = self._sums()
                 self.check_finite(loss_sum)
                 epoch = f"epoch {self.epoch + 1}/{self.args.epochs}"
                 self.bar.show(epoch, self.step, loss_sum / seen, correct / seen, seen / self.seconds)
-            if self.interrupt and self.batch < len(self.train) and not done:
-                self.leaving = True
-                self.save()
+            self.leaving = interrupted and self.batch < len(self.train) and not done
             if self.leaving or done:
                 break
-        self.totals.tolist()  # the device has caught up, and the epoch's time is known
+        self._average_statistics()
+        self._sums()  # the device has caught up, and the epoch's time is known
         self.seconds = time.perf_counter() - started
+        if self.leaving:
+            self.save()
 
     def set_learning_rate(self, optimizer: torch.optim.Optimizer) -> float:
         """This step's learning rate, by --schedule; all of the optimizer's groups get it."""
@@ -462,7 +517,7 @@ class Run:
 
     def end_epoch(self, test_loss: float, test_acc: float, bits: torch.Tensor, **extra: float) -> None:
         """One row of metrics, and the checkpoints. bits: as in __init__, now. extra: the paper's own columns."""
-        loss_sum, correct, seen = self.totals.tolist()
+        loss_sum, correct, seen = self._sums()
         self.check_finite(loss_sum)
         self.check_finite(test_loss)
         row = dict(
@@ -492,7 +547,7 @@ class Run:
         else:
             self.save()
             self._add(row)
-        self.leaving = bool(self.interrupt) and self.step < self.total_steps
+        self.leaving = self._any(self.interrupt)[0] and self.step < self.total_steps
 
     def finish(self) -> int:
         """The last words, and the exit code: 0, or what shells expect of a program that a signal ended."""
@@ -500,11 +555,29 @@ class Run:
             console.print(
                 f"stopped after step {self.step:,}; to go on: python {self.args.script} --resume {self.folder}"
             )
-            return 128 + self.interrupt.signal
+            return 128 + (self.interrupt.signal or signal.SIGTERM)  # which another process may have got
         self._summary()
         return 0
 
     # Its parts.
+
+    def _any(self, *facts) -> list[bool]:
+        """Which of the facts are true in any process: all must leave the loop at the same step."""
+        if processes() == 1:
+            return [bool(fact) for fact in facts]
+        facts = torch.tensor([int(bool(fact)) for fact in facts])
+        return [bool(fact) for fact in total(facts).tolist()]
+
+    def _sums(self) -> list[float]:
+        """Of this epoch so far: Σ loss, correct, seen."""
+        return total(self.totals.clone()).tolist()
+
+    def _average_statistics(self) -> None:
+        """BatchNorm's running statistics, which each process has of its part of the batches, become their average."""
+        norms = [m for m in self.parts["model"].modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+        for m in norms if processes() > 1 else []:
+            for statistic in (m.running_mean, m.running_var):
+                total(statistic).div_(processes())
 
     def check_finite(self, loss: float) -> None:
         """Raise RunError where the loss or a weight is not finite any more."""
@@ -530,8 +603,9 @@ class Run:
         }
 
     def save(self) -> None:
-        """last.pt: all that the rest of the run depends on."""
-        place = {k: getattr(self, k) for k in ("epoch", "batch", "step", "seconds", "rows", "totals", "bits")}
+        """last.pt: all that the rest of the run depends on. All processes take part."""
+        place = {k: getattr(self, k) for k in ("epoch", "batch", "step", "seconds", "rows", "bits")}
+        place["totals"] = total(self.totals.clone())
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         random = {"rng": torch.get_rng_state()}
         if self.totals.is_cuda:
@@ -565,6 +639,8 @@ class Run:
         )
 
     def _write_rows(self) -> None:
+        if rank():
+            return
         temporary, path = self.folder / "metrics.tmp", self.folder / "metrics.csv"
         columns = self.rows[0] if self.rows else METRICS
         try:
@@ -622,7 +698,7 @@ class Bar:
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            disable=not console.is_terminal,
+            disable=rank() > 0 or not console.is_terminal,
         )
         self.task = self.progress.add_task("", total=total_steps, completed=step, loss=math.nan, acc=0.0, speed=0.0)
         self.next = 0.0
@@ -653,4 +729,8 @@ def command(main, *errors: type[Exception]) -> None:
         code = f"error: {e}"
     except KeyboardInterrupt:  # before training has begun, or the second one: last.pt is as it was saved last
         code = 128 + signal.SIGINT
+    if isinstance(code, str) and rank():
+        code = 1  # the first process says why
+    elif code == 0 and processes() > 1:
+        dist.destroy_process_group()
     sys.exit(code)

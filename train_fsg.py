@@ -155,19 +155,20 @@ def main(argv=None) -> int:
     args, resumed = runs.parse(flags(), argv)
     complete(args)
     device = runs.pick_device(args.device)
+    part = runs.start_processes(device)
     torch.manual_seed(args.seed)
 
     # Data.
     train, test = data.load(
         *(args.dataset, args.data_dir, device, args.batch_size, args.seed, not args.no_crop, not args.no_flip),
-        *(args.image_size, args.workers, runs.console.print),
+        *(args.image_size, args.workers, runs.console.print, part),
     )
 
     # Network. The latent weights are its parameters; its binary layers quantize them in the forward pass.
     net = models.build(args.arch, train.num_classes, args.quantizer, args.act, args.binarize_all, *train.shape[:2])
     net.to(device)
     runs.load_weights(net, args, resumed)
-    model = torch.compile(net) if args.compile else net
+    model = runs.parallel(net, args, device)
     layers = models.binary_layers(net)
     if args.eval_only:
         return runs.report(*runs.evaluate(model, test, device, args.amp), test.size)

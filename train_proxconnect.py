@@ -187,19 +187,20 @@ def main(argv=None) -> int:
     args, resumed = runs.parse(flags(), argv)
     complete(args)
     device = runs.pick_device(args.device)
+    part = runs.start_processes(device)
     torch.manual_seed(args.seed)
 
     # Data.
     train, test = data.load(
         *(args.dataset, args.data_dir, device, args.batch_size, args.seed, not args.no_crop, not args.no_flip),
-        *(args.image_size, args.workers, runs.console.print),
+        *(args.image_size, args.workers, runs.console.print, part),
     )
 
     # Network. The latent weights are its parameters. μ and ρ are tensors that all layers share.
     net = build(args, train.num_classes, train.shape, args.pretrained_timm and not resumed)
     net.to(device)
     runs.load_weights(net, args, resumed)
-    model = torch.compile(net) if args.compile else net
+    model = runs.parallel(net, args, device)
     layers = models.binary_layers(net)
     mu, rho = torch.zeros((), device=device), torch.zeros((), device=device)
     for layer in layers:

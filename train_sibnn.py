@@ -82,7 +82,8 @@ def counting_zeros(net):
     finally:
         for handle in hooks:
             handle.remove()
-    zeros.update({f"zeros/{name}": (off / seen).item() for name, (off, seen) in sums.items()})
+    for name, (off, seen) in ((name, runs.total(both)) for name, both in sums.items()):
+        zeros[f"zeros/{name}"] = (off / seen).item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,19 +94,20 @@ def main(argv=None) -> int:
     args, resumed = runs.parse(flags(), argv)
     complete(args)
     device = runs.pick_device(args.device)
+    part = runs.start_processes(device)
     torch.manual_seed(args.seed)
 
     # Data.
     train, test = data.load(
         *(args.dataset, args.data_dir, device, args.batch_size, args.seed, not args.no_crop, not args.no_flip),
-        *(args.image_size, args.workers, runs.console.print),
+        *(args.image_size, args.workers, runs.console.print, part),
     )
 
     # Network. The latent weights are its parameters; so are θ and Δ.
     net = models.build(args.arch, train.num_classes, "bwn-f", args.act, args.binarize_all, *train.shape[:2])
     net.to(device)
     runs.load_weights(net, args, resumed)
-    model = torch.compile(net) if args.compile else net
+    model = runs.parallel(net, args, device)
     layers = models.binary_layers(net)
     for layer in layers:
         layer.rho = args.rho

@@ -1,14 +1,20 @@
 """Several processes (gloo, on this CPU) do what one does: generators share their work, trainers their batches."""
 
+import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 import torch
 from conftest import ROOT
+
+import data
 
 VARIANTS = {
     "ste": "STE(layers)",
@@ -64,8 +70,8 @@ GENERATOR = """
 """
 
 
-def launch(processes, *command, **kwargs):
-    """Run a command in so many processes that know of each other, as torchrun does; the finished processes."""
+def launch(processes, *command, meanwhile=None):
+    """Run a command in so many processes that know of each other, as torchrun does: their exit codes and outputs."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -76,7 +82,9 @@ def launch(processes, *command, **kwargs):
             env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        started.append(subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, **pipes, **kwargs))
+        started.append(subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, **pipes))
+    if meanwhile:
+        meanwhile(started)
     outputs = [process.communicate(timeout=240)[0] for process in started]
     return [process.returncode for process in started], outputs
 
@@ -118,3 +126,112 @@ def test_generators_share_the_weights_and_make_the_same_gradients(generated, nam
     assert one["G"].abs().max() > 0
     for other in others:
         assert_close(one, other)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole trainers, on a small network without BatchNorm, which on CPUs normalises by the statistics of a process's part.
+
+MANY_RUNS = """
+    import importlib, json, sys
+    import models
+    models.PLAIN_NETS["tiny"] = ([8, "M", 8], 4, [16], False)
+    models.ARCHS.append("tiny"), models.UNNORMALISED.append("tiny")
+    for script, *argv in json.loads(sys.argv[1]):
+        assert importlib.import_module(script[:-3]).main(argv) == 0
+"""
+DIGITS = ["--dataset", "digits", "--batch-size", "60", "--epochs", "2", "--device", "cpu"]
+TRAINERS = {
+    "fsg-mamba": ["train_fsg.py", "--expand", "2", "--d-state", "2"],
+    "fsg-lstm": ["train_fsg.py", "--hgs", "lstm", "--hidden", "3"],
+    "sibnn": ["train_sibnn.py"],
+    "bnn+": ["train_proxconnect.py", "--method", "bnn+", "--lr", "0.01"],
+    "bihalf": ["train_bihalf.py", "--lr", "0.01"],
+}
+
+
+def compare(folder, *names):
+    states = [torch.load(folder / name / "last.pt", weights_only=True) for name in names]
+    for key in ("model", "generator", "optimizer", "step", "epoch", "batch", "bits", "totals"):
+        if key in states[0]:
+            assert_close(states[0][key], states[1][key], key)
+    rows = [state["rows"] for state in states]
+    assert len(rows[0]) == len(rows[1])
+    for one, other in zip(*rows, strict=True):
+        for column in one.keys() - {"seconds", "images_per_s"}:
+            assert abs(one[column] - other[column]) <= 1e-3 * max(1.0, abs(one[column])), column
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with the runs NAME-K of every trainer in K processes, and NAME-parts, begun in two and ended in one."""
+    out = tmp_path_factory.mktemp("trained")
+
+    def run(processes, *runs):
+        codes, outputs = launch(processes, "-c", textwrap.dedent(MANY_RUNS), json.dumps(runs))
+        assert codes == [0] * processes, outputs
+        assert all(output == "" for output in outputs[1:]), "rank 0 alone speaks"
+
+    def runs(label, steps):
+        common = [*DIGITS, "--arch", "tiny", "--schedule", "none", "--limit-steps", steps, "--out", str(out), "--name"]
+        return [[*argv, *common, f"{name}-{label}"] for name, argv in TRAINERS.items()]
+
+    run(1, *runs(1, "30"))
+    run(2, *runs(2, "30"), *runs("parts", "27"))
+    run(3, *runs(3, "30"))
+    more = ["--limit-steps", "30", "--resume"]
+    run(1, *([argv[0], *more, str(out / f"{name}-parts")] for name, argv in TRAINERS.items()))
+    return out
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("other", ["2", "3", "parts"])
+def test_several_processes_train_what_one_does(trained, name, other):
+    compare(trained, f"{name}-1", f"{name}-{other}")
+    assert len(list(trained.iterdir())) == 4 * len(TRAINERS)
+
+
+def test_one_process_that_is_told_to_stop_stops_all_at_the_same_step(tmp_path):
+    argv = ["train_sibnn.py", *DIGITS, "--arch", "resnet8", "--epochs", "500", "--out", str(tmp_path), "--name", "cut"]
+
+    def tell(processes):
+        while not (tmp_path / "cut" / "best.pt").exists():
+            assert all(p.poll() is None for p in processes), [p.communicate() for p in processes]
+            time.sleep(0.05)
+        time.sleep(0.3)
+        processes[1].send_signal(signal.SIGTERM)
+
+    codes, outputs = launch(2, *argv, meanwhile=tell)
+    assert codes == [128 + signal.SIGTERM] * 2 and "Traceback" not in "".join(outputs)
+    stopped = int(re.search(r"stopped after step ([\d,]+)", outputs[0])[1].replace(",", ""))
+    assert torch.load(tmp_path / "cut" / "last.pt", weights_only=True)["step"] == stopped
+
+
+def test_batches_that_cannot_be_shared(tmp_path):
+    codes, outputs = launch(
+        2, "train_sibnn.py", *DIGITS, "--arch", "lenet", "--batch-size", "61", "--out", str(tmp_path)
+    )
+    assert 0 not in codes and outputs[1] == ""
+    assert (
+        outputs[0].strip().endswith("2 processes cannot share batches of 61 pictures evenly: use --batch-size 60 or 62")
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size, batch, processes", [(100, 12, 1), (100, 12, 3), (7, 12, 4), (25, 12, 4)])
+def test_the_parts_of_a_batch_are_the_batch(size, batch, processes):
+    images, labels = torch.arange(size).to(torch.uint8).view(-1, 1, 1, 1), torch.arange(size)
+    one = torch.ones(1)
+    for train in (True, False):
+        make = lambda part: data.ResidentBatches(images, labels, 0 * one, one, 10, batch, train, part=part)  # noqa: B023
+        if train and size % batch % processes and size < batch:
+            with pytest.raises(data.DataError, match="cannot share"):
+                make((0, processes))
+            continue
+        whole = [sorted(y.tolist()) for _, y in make((0, 1)).epoch(3)]
+        parts = [list(make((rank, processes)).epoch(3)) for rank in range(processes)]
+        together = sorted(y for part in parts for _, ys in part for y in ys.tolist())
+        assert together == sorted(y for ys in whole for y in ys), "every picture once"
+        if train:
+            for b, batch_labels in enumerate(whole):
+                assert sorted(y for part in parts for y in part[b][1].tolist()) == batch_labels
+                assert {len(part[b][1]) for part in parts} == {len(batch_labels) // processes}
