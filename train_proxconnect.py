@@ -202,7 +202,7 @@ def main(argv=None) -> int:
     runs.load_weights(net, args, resumed)
     model = runs.parallel(net, args, device)
     layers = models.binary_layers(net)
-    mu, rho = torch.zeros((), device=device), torch.zeros((), device=device)
+    mu, rho = (torch.tensor(float(start), device=device) for start in (args.mu[0], args.rho[0]))
     for layer in layers:
         layer.options = {"bnn+": {"mu": mu}, "bnn++": {"mu": mu}, "pc": {"rho": rho}}.get(args.method, {})
     if args.eval_only:

@@ -115,6 +115,8 @@ def test_the_sibling_papers_learn_digits(tmp_path, trainer, extra, capsys):
     assert rows[-1]["train_loss"] < 0.7 * rows[0]["train_loss"]
     assert rows[-1]["test_acc"] > 0.55
     assert tuple(rows[0])[: len(runs.METRICS)] == runs.METRICS
+    if "fp" not in extra:
+        assert 0 < rows[0]["flip_ratio"] < 0.3 and 0.2 < rows[0]["plus_ratio"] < 0.8
     assert f"python {trainer.__name__}.py --eval-only --resume" in capsys.readouterr().out
 
     best = max(r["test_acc"] for r in rows)
