@@ -16,7 +16,7 @@ demo: .venv/ready
 	$(PY) plot.py runs/demo
 
 test: .venv/ready
-	$(PY) -m pytest -q -n auto tests
+	$(PY) -m pytest -q -n auto --dist loadgroup tests
 
 lint: .venv/ready
 	$(PY) -m ruff check .

@@ -189,6 +189,13 @@ def start_processes(device: torch.device) -> tuple[int, int]:
     return rank(), processes()
 
 
+def end_processes() -> None:
+    """All processes have come to the end: none may go while another one still talks to it."""
+    if processes() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def rank() -> int:
     return dist.get_rank() if processes() > 1 else 0
 
@@ -729,8 +736,8 @@ def command(main, *errors: type[Exception]) -> None:
         code = f"error: {e}"
     except KeyboardInterrupt:  # before training has begun, or the second one: last.pt is as it was saved last
         code = 128 + signal.SIGINT
-    if isinstance(code, str) and rank():
-        code = 1  # the first process says why
-    elif code == 0 and processes() > 1:
-        dist.destroy_process_group()
+    if isinstance(code, str):
+        code = 1 if rank() else code  # the first process says why
+    else:
+        end_processes()
     sys.exit(code)

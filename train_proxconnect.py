@@ -64,7 +64,7 @@ def flags():
     bnn = parser.add_argument_group("binary network")
     bnn.add_argument("--method", default="bnn++", choices=METHODS, help="(default: bnn++)")
     bnn.add_argument(
-        "--mu", type=float, nargs=2, default=[5, 30], help="μ at the start and at the end; bnn+: the first"
+        "--mu", type=float, nargs=2, default=[5.0, 30.0], help="μ at the start and at the end; bnn+: the first"
     )
     bnn.add_argument("--rho", type=float, nargs=2, default=[0.01, 10.0], help="ρ of pc, pq, rpc at the start and end")
     bnn.add_argument("--act", default="none", choices=["none", "sign"], help="sign: binary activations too (W1A1)")

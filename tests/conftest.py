@@ -12,6 +12,7 @@ from hypothesis import settings
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: there is one test a core
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton, which looks when it is imported
 

@@ -88,7 +88,7 @@ def test_bench_measures_and_writes_json(tmp_path):
 def run_alone(folder, files, code):
     for file in files:
         shutil.copy(ROOT / file, folder)
-    env = {"PATH": "/usr/bin:/bin", "HOME": str(folder)}
+    env = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], cwd=folder, env=env, capture_output=True, text=True, timeout=300
     )

@@ -67,6 +67,7 @@ GENERATOR = """
     before = torch.load(saved) if world > 1 else {}
     found = {maker: run(maker, before.get(maker, {}).get("sixth")) for maker in makers}
     if int(os.environ.get("RANK", 0)) == 0: torch.save(found, file)
+    if world > 1: dist.barrier(), dist.destroy_process_group()
 """
 
 
@@ -120,6 +121,7 @@ def generated(tmp_path_factory):
     return {processes: torch.load(folder / f"{processes}.pt", weights_only=True) for processes in (1, 2, 3)}
 
 
+@pytest.mark.xdist_group("generated")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_generators_share_the_weights_and_make_the_same_gradients(generated, name):
     one, *others = (found[VARIANTS[name]] for found in generated.values())
@@ -133,11 +135,12 @@ def test_generators_share_the_weights_and_make_the_same_gradients(generated, nam
 
 MANY_RUNS = """
     import importlib, json, sys
-    import models
+    import models, runs
     models.PLAIN_NETS["tiny"] = ([8, "M", 8], 4, [16], False)
     models.ARCHS.append("tiny"), models.UNNORMALISED.append("tiny")
     for script, *argv in json.loads(sys.argv[1]):
         assert importlib.import_module(script[:-3]).main(argv) == 0
+    runs.end_processes()
 """
 DIGITS = ["--dataset", "digits", "--batch-size", "60", "--epochs", "2", "--device", "cpu"]
 TRAINERS = {
@@ -183,6 +186,7 @@ def trained(tmp_path_factory):
     return out
 
 
+@pytest.mark.xdist_group("trained")
 @pytest.mark.parametrize("name", TRAINERS)
 @pytest.mark.parametrize("other", ["2", "3", "parts"])
 def test_several_processes_train_what_one_does(trained, name, other):
