@@ -110,7 +110,7 @@ def assert_close(a, b, where=""):
         assert a == b, where
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def generated(tmp_path_factory):
     """What one, two and three processes found, by number of processes."""
     folder = tmp_path_factory.mktemp("generated")
@@ -164,7 +164,7 @@ def compare(folder, *names):
             assert abs(one[column] - other[column]) <= 1e-3 * max(1.0, abs(one[column])), column
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A folder with the runs NAME-K of every trainer in K processes, and NAME-parts, begun in two and ended in one."""
     out = tmp_path_factory.mktemp("trained")
