@@ -146,9 +146,10 @@ def build_transformer(args, num_classes: int, quantizer: str, shape: tuple, pret
     except Exception as e:  # a network without img_size, a patch that does not fit, no connection, …: all kinds
         reason = " ".join(str(e).split())[:150]
         weights = " with its weights" if pretrained else ""
+        advice = "go where there is a network, or leave out --pretrained-timm, or choose" if pretrained else "choose"
         raise runs.RunError(
-            f"timm's {args.arch} cannot be made{weights} for pictures of {shape[1]} pixels ({reason}): choose another "
-            "vision transformer, or another --patch-size"
+            f"timm's {args.arch} cannot be made{weights} for pictures of {shape[1]} pixels ({reason}): {advice} "
+            "another vision transformer or --patch-size"
         ) from None
     # Swin v2 and BEiT compute with qkv.weight by themselves, past the layer.
     if not called.issuperset(models.binary_layers(net)) or isinstance(net.get_classifier(), tuple):

@@ -372,7 +372,7 @@ def test_wrong_flags(tmp_path, extra, says):
         (train_sibnn, ["--arch", "resnet21"], "birealnet20"),
         (train_proxconnect, ["--arch", "no_such_vit"], "is not known"),
         (train_proxconnect, ["--arch", "test_convnext"], "choose another vision transformer"),
-        (train_proxconnect, ["--arch", "test_vit"], "another --patch-size"),
+        (train_proxconnect, ["--arch", "test_vit"], "another vision transformer or --patch-size"),
         (train_proxconnect, ["--arch", "test_vit", "--patch-size", "0"], "at least 1"),
         (train_proxconnect, ["--arch", "beit_base_patch16_224", "--patch-size", "4"], "does not call all"),
         (train_proxconnect, ["--arch", "deit_tiny_distilled_patch16_224", "--patch-size", "4"], "two heads"),
@@ -712,7 +712,7 @@ def test_transformers(tmp_path, monkeypatch):
 
     monkeypatch.setattr("timm.create_model", no_network)
     says = sentence([*SMALL, *vit, "--pretrained-timm", "--out", str(tmp_path)], train_proxconnect)
-    assert "with its weights" in says and "no route to host" in says
+    assert "with its weights" in says and "no route to host" in says and "leave out --pretrained-timm" in says
     monkeypatch.setitem(sys.modules, "timm", None)
     assert "pip install timm" in sentence([*SMALL, *vit, "--out", str(tmp_path)], train_proxconnect)
 
