@@ -443,6 +443,7 @@ class Generator(nn.Module):
     """
 
     learned = False  # has hypernetworks to train
+    SHARED: ClassVar = {"latent": 0, "history": 1, "state": 1}  # buffers that processes have parts of; along which axis
 
     def __init__(self, layers: list[nn.Module], shared: bool = False, whole_layers: bool = False):
         super().__init__()
@@ -459,10 +460,8 @@ class Generator(nn.Module):
         self.processes = dist.get_world_size() if shared and dist.is_available() and dist.is_initialized() else 1
         self.cuts = shares(count, self.processes, whole_layers)
         self.begin, self.end = self.cuts[dist.get_rank() if self.processes > 1 else 0]
-        starts = [sum(count[:i]) for i in range(len(count))]
-        self.sizes = [
-            max(0, min(start + n, self.end) - max(start, self.begin)) for start, n in zip(starts, count, strict=True)
-        ]
+        ends = itertools.accumulate(count, initial=0)
+        self.sizes = [max(0, min(b, self.end) - max(a, self.begin)) for a, b in itertools.pairwise(ends)]
         n, sizes = self.end - self.begin, torch.tensor(self.sizes, device=like.device)
         self.register_buffer("layer_of", torch.arange(len(layers), device=like.device).repeat_interleave(sizes), False)
         self.register_buffer("layer_size", torch.tensor(count, device=like.device), False)  # of the whole layers
@@ -553,12 +552,6 @@ class Generator(nn.Module):
             if self.processes > 1 and prefix + name in own:
                 own[prefix + name] = own[prefix + name].narrow(dim, self.begin, self.end - self.begin)
         super()._load_from_state_dict(own, prefix, *args)
-
-    SHARED: ClassVar = {
-        "latent": 0,
-        "history": 1,
-        "state": 1,
-    }  # buffers of which a process has a part; along which axis
 
 
 def shares(sizes: list[int], processes: int, whole_layers: bool) -> list[tuple[int, int]]:

@@ -19,12 +19,16 @@ import torch
 from torch import Tensor
 
 
+def _signs(x: Tensor) -> Tensor:
+    return (x >= 0).to(x.dtype).mul_(2).sub_(1)
+
+
 class _Sign(torch.autograd.Function):
     """Forward: +1 where x ≥ 0, else −1. Backward: the identity."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        return (x >= 0).to(x.dtype).mul_(2).sub_(1)
+        return _signs(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
@@ -49,7 +53,7 @@ class _SignWithCut(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         ctx.save_for_backward(x.abs() <= 1)
-        return (x >= 0).to(x.dtype).mul_(2).sub_(1)
+        return _signs(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
@@ -154,7 +158,7 @@ class _SignSwish(torch.autograd.Function):
         mu = torch.as_tensor(mu, dtype=x.dtype, device=x.device)
         ctx.save_for_backward(x, mu)
         if hard:
-            return (x >= 0).to(x.dtype).mul_(2).sub_(1)
+            return _signs(x)
         z = (mu * x).clamp_(-1e3, 1e3)  # where both formulas are at their limits
         t = torch.tanh(z / 2)  # 2σ(z) − 1
         return t + z * (1 - t * t) / 2

@@ -300,15 +300,18 @@ def load(path: Path | str) -> dict:
     return state
 
 
-def load_weights(model: torch.nn.Module, args, resumed: dict | None) -> None:
-    """The weights that the run starts or goes on from: --resume's, --pretrained's, or the model's own."""
+def load_weights(model: torch.nn.Module, args, resumed: dict | None, may_lack: tuple[str, ...] = ()) -> None:
+    """The weights that the run starts or goes on from: --resume's, --pretrained's, or the model's own.
+
+    may_lack: endings of parameters that a --pretrained network of another kind need not have.
+    """
     if resumed:
         load_model(model, resumed["model"], args.resume)
     elif args.pretrained:
-        load_pretrained(model, args.pretrained, args)
+        load_pretrained(model, args.pretrained, args, may_lack)
 
 
-def load_pretrained(model: torch.nn.Module, path: str, args) -> None:
+def load_pretrained(model: torch.nn.Module, path: str, args, may_lack: tuple[str, ...]) -> None:
     """Start from the weights in a checkpoint of ours or in a plain state dict."""
     checkpoint = load(path)
     theirs = checkpoint.get("args", {})
@@ -325,9 +328,8 @@ def load_pretrained(model: torch.nn.Module, path: str, args) -> None:
                     "takes its flags too"
                 )
     state = checkpoint.get("model", checkpoint)
-    if not args.eval_only and isinstance(state, dict):  # Si-BNN's thresholds, which other networks do not have
-        own = model.state_dict()
-        state = {name: own[name] for name in own if name.endswith((".theta", ".delta"))} | state
+    if not args.eval_only and isinstance(state, dict):
+        state = {name: own for name, own in model.state_dict().items() if name.endswith(may_lack)} | state
     load_model(model, state, path)
 
 
@@ -481,6 +483,8 @@ class Run:
     def __exit__(self, *error):
         self.bar.__exit__(*error)
         self.interrupt.__exit__(*error)
+        if rank() and error[1] and not isinstance(error[1], RunError):  # of these the first process knows nothing
+            print(f"error in process {rank()}: {error[1]}", file=sys.stderr)
 
     def goes_on(self) -> bool:
         return self.step < self.total_steps and not self.leaving
@@ -503,7 +507,7 @@ class Run:
             if self.leaving or done:
                 break
         self._average_statistics()
-        self._sums()  # the device has caught up, and the epoch's time is known
+        self.totals.tolist()  # the device has caught up, and the epoch's time is known
         self.seconds = time.perf_counter() - started
         if self.leaving:
             self.save()

@@ -72,7 +72,7 @@ def complete(args) -> None:
         raise runs.RunError("--ratio and --prune are for --quantizer bihalf: leave them out with sign")
     if args.prune and args.ratio != 0.5:
         raise runs.RunError("--prune takes as many weights from either side: leave out --ratio with it")
-    kind = "conv" if args.arch in ("conv2", "conv4", "conv6", "conv8") else args.dataset
+    kind = "conv" if args.arch in models.UNNORMALISED else args.dataset
     for name, value in RECIPES.get(kind, RECIPES["other"]).items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -139,7 +139,8 @@ def build_transformer(args, num_classes: int, quantizer: str, shape: tuple, pret
     try:
         net = import_timm(args.arch).create_model(args.arch, pretrained, **sizes)
         hooks = [m.register_forward_hook(lambda m, *_: called.add(m)) for m in net.modules()]
-        net.eval()(torch.zeros(1, *shape))
+        with torch.no_grad():
+            net.eval()(torch.zeros(1, *shape))
         for hook in hooks:
             hook.remove()
         models.binarize_(net, quantizer, args.act, first=args.binarize_all, last=args.binarize_all)

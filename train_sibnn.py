@@ -33,6 +33,7 @@ import models
 import runs
 
 DEFAULT_LR = {"adam": 1e-3, "sgd": 0.1, "sgdm": 0.1}  # Adam's is the paper's
+THRESHOLDS = (".theta", ".delta")  # what these parameters' names end with
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,7 +107,7 @@ def main(argv=None) -> int:
     # Network. The latent weights are its parameters; so are θ and Δ.
     net = models.build(args.arch, train.num_classes, "bwn-f", args.act, args.binarize_all, *train.shape[:2])
     net.to(device)
-    runs.load_weights(net, args, resumed)
+    runs.load_weights(net, args, resumed, may_lack=THRESHOLDS)
     model = runs.parallel(net, args, device)
     layers = models.binary_layers(net)
     for layer in layers:
@@ -116,8 +117,8 @@ def main(argv=None) -> int:
 
     # Weight decay would pull the thresholds back to 0 and close their windows, so it is not for them.
     named = dict(net.named_parameters())
-    thresholds = [p for name, p in named.items() if name.endswith((".theta", ".delta"))]
-    others = [p for name, p in named.items() if not name.endswith((".theta", ".delta"))]
+    thresholds = [p for name, p in named.items() if name.endswith(THRESHOLDS)]
+    others = [p for name, p in named.items() if not name.endswith(THRESHOLDS)]
     groups = [{"params": others}, {"params": thresholds, "weight_decay": 0.0}]
     optimizer = runs.make_optimizer(groups, args)
 
