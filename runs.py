@@ -6,14 +6,18 @@ Copy this file with any train_*.py. A run writes a folder runs/NAME/:
     metrics.csv   one row an epoch (METRICS below)
     last.pt       all that is needed to go on exactly where it stopped
     best.pt       the model with the best test accuracy so far
+
+Whatever happens at whatever moment, last.pt is whole: it is written to another file first, which then takes its name.
 """
 
 import argparse
+import contextlib
 import csv
 import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -31,12 +35,13 @@ METRICS = (
     *("epoch", "step", "train_loss", "train_acc", "test_loss", "test_acc", "lr", "seconds", "images_per_s"),
     *("flip_ratio", "plus_ratio"),  # share of binary weights that changed sign in the epoch; share that are +1
 )
+NEVER = 2**62  # a step that does not come
 console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)  # names may hold [ ] and : :
 
 # What may be given anew with --resume; everything else would make it another run.
 MAY_CHANGE = {
     *("epochs", "limit_steps", "lr", "schedule", "milestones", "data_dir", "workers", "device", "compile"),
-    *("out", "name", "resume", "eval_only", "pretrained"),
+    *("accumulate", "save_every", "out", "name", "resume", "eval_only", "pretrained"),
 }
 
 
@@ -88,6 +93,13 @@ def common_flags(script: str, description: str, **defaults) -> argparse.Argument
     training.add_argument("--limit-steps", type=int, help="train so many steps at most")
     training.add_argument("--batch-size", type=int, default=128, help="pictures a step (default: %(default)s)")
     training.add_argument(
+        "--accumulate",
+        type=int,
+        default=1,
+        metavar="N",
+        help="compute each batch in N parts, one after another: the same step in less memory (default: %(default)s)",
+    )
+    training.add_argument(
         "--opt", default="adam", choices=["adam", "sgd", "sgdm"], help="sgdm: momentum 0.9 (default: %(default)s)"
     )
     training.add_argument("--lr", type=float, help="learning rate (default: %(default)s)")
@@ -113,6 +125,13 @@ def common_flags(script: str, description: str, **defaults) -> argparse.Argument
     machine.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
     machine.add_argument("--amp", action="store_true", help="the network's forward pass in bfloat16")
     machine.add_argument("--compile", action="store_true", help="torch.compile the network")
+    machine.add_argument(
+        "--save-every",
+        type=float,
+        default=10.0,
+        metavar="MINUTES",
+        help="checkpoint within an epoch too, so often (default: %(default)s)",
+    )
     machine.add_argument("--out", default="runs", help="folder of the run folders (default: runs)")
     machine.add_argument("--name", help="name of the run (default: made from the flags)")
     machine.add_argument("--resume", metavar="RUN", help="go on with this run (its folder), with its flags")
@@ -147,8 +166,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
                     f"--{name.replace('_', '-')} cannot change within a run (it was {before[name]}): leave it out, or "
                     f"start another run from these weights with --pretrained {path.parent / 'best.pt'}"
                 )
-    least = {"epochs": 1, "batch_size": 2, "limit_steps": 1, "image_size": 8}
-    for name in (*least, "workers", "seed", "weight_decay", "lr", "lr_fast", "lr_slow"):
+    least = {"epochs": 1, "batch_size": 2, "limit_steps": 1, "image_size": 8, "accumulate": 1}
+    for name in (*least, "workers", "seed", "save_every", "weight_decay", "lr", "lr_fast", "lr_slow"):
         value = getattr(args, name, None)
         most = 1e30 if isinstance(value, float) else 2**63 - 1
         if value is not None and not least.get(name, 0) <= value <= most:
@@ -218,12 +237,27 @@ def parallel(net: torch.nn.Module, args, device: torch.device) -> torch.nn.Modul
     """
     if processes() > 1 and device.type == "cuda":
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    model = torch.compile(net) if args.compile else net
+    # CUDA graphs, which spare the launch of each kernel, hold one step's gradients until the next step begins: these
+    # must not be added to, nor waited for by other processes.
+    graphs = device.type == "cuda" and processes() == args.accumulate == 1
+    model = torch.compile(net, mode="reduce-overhead" if graphs else "default") if args.compile else net
     if processes() > 1:
         with warnings.catch_warnings():  # that the argument has another name since torch 2.13
             warnings.simplefilter("ignore", FutureWarning)
             model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     return model
+
+
+def parts(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, accumulate: int):
+    """A batch in so many parts (--accumulate): of each its images, its labels, and its share of the batch.
+
+    Between processes gradients are averaged once, after the last part.
+    """
+    pieces = list(zip(images.chunk(accumulate), labels.chunk(accumulate), strict=True))
+    for i, (x, y) in enumerate(pieces, 1):
+        alone = processes() == 1 or i == len(pieces)
+        with contextlib.nullcontext() if alone else model.no_sync():
+            yield x, y, len(y) / len(labels)
 
 
 def make_optimizer(params, args) -> torch.optim.Optimizer:
@@ -280,10 +314,14 @@ def save(path: Path, state: dict) -> None:
             f.flush()
             os.fsync(f.fileno())
         temporary.replace(path)
-    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as e:  # of a full disk torch.save only says that it is at an "unexpected pos"
+        left = shutil.disk_usage(path.parent).free >> 20
         temporary.unlink(missing_ok=True)
-        kept = f"; the one before it is untouched: {path}" if path.exists() else ""
-        raise RunError(f"the checkpoint {path} could not be written ({str(e).splitlines()[0]}){kept}") from None
+        kept = "the one before it is untouched" if path.exists() else "there was none before it"
+        raise RunError(
+            f"the checkpoint {path} could not be written ({str(e).splitlines()[0]}; {left:,} MB are free): make room "
+            f"there; {kept}"
+        ) from None
 
 
 def load(path: Path | str) -> dict:
@@ -385,8 +423,7 @@ class Run:
         with run:  # Ctrl-C and SIGTERM now wait for the end of the step
             while run.goes_on():
                 for images, labels in run.batches():
-                    ...  # a training step
-                    run.count(loss, logits, labels)
+                    ...  # a training step, which tells what it saw: run.count(loss, logits, labels)
                 if run.leaving:  # asked to stop within the epoch: all is saved
                     break
                 run.end_epoch(test_loss, test_acc, bits)
@@ -406,6 +443,9 @@ class Run:
         self.epoch = self.batch = self.step = 0  # whole epochs; batches of this epoch; steps in all
         self.seconds = 0.0  # of training in this epoch
         self.totals = torch.zeros(3, dtype=torch.float64, device=device)  # of this epoch: Σ loss, correct, seen
+        self.names, self.weights = zip(*parts["model"].named_parameters(), strict=True)
+        # The first step whose loss (in front), or whose gradient of each of the weights, was NaN or infinite.
+        self.broken = torch.full((1 + len(self.names),), NEVER, device=device)
         self.bits = bits  # at the start of this epoch
         self.rows: list[dict] = []
         self.leaving = False
@@ -414,6 +454,7 @@ class Run:
         self.folder = Path(args.out) / (args.name or f"{kind}-{args.arch}-{args.dataset}-{args.opt}-seed{args.seed}")
         if rank() == 0:
             self._make_folder(resumed is not None)
+            self._mend_best()
         where = f"{device}" if processes() == 1 else f"{processes()} processes on {device.type}"
         parameters = sum(p.numel() for p in parts["model"].parameters())
         console.print(
@@ -451,6 +492,8 @@ class Run:
                 self.folder.mkdir(parents=True, exist_ok=True)
             else:
                 self._find_free_folder()
+            for file in self.folder.glob("*.tmp"):  # of a process that was killed while it wrote
+                file.unlink()
             if not exists and any((self.folder / file).exists() for file in ("last.pt", "best.pt")):
                 raise RunError(
                     f"{self.folder} holds a run already: go on with it (--resume {self.folder}), or choose another "
@@ -474,9 +517,18 @@ class Run:
                 continue
             return
 
+    def _mend_best(self) -> None:
+        """A process that is killed just after last.pt was written has not written best.pt yet."""
+        best, before = self.folder / "best.pt", max((row["test_acc"] for row in self.rows[:-1]), default=-1.0)
+        if self.rows and self.batch == 0 and self.rows[-1]["test_acc"] > before:
+            written = load(best).get("step", self.step) if best.exists() else -1
+            if written < self.step:
+                save(best, self._model())
+
     # The training loop, in the order in which the trainer calls it.
 
     def __enter__(self):
+        self.saved = time.perf_counter()
         self.interrupt, self.bar = Interrupt().__enter__(), Bar(self.total_steps, self.step).__enter__()
         return self
 
@@ -490,22 +542,28 @@ class Run:
         return self.step < self.total_steps and not self.leaving
 
     def batches(self):
-        """This epoch's training batches (images, labels), from where the run is. After each the trainer has called
-        count(). When the user wants to stop, all is saved and the batches end; `leaving` is then True."""
+        """This epoch's training batches (images, labels), from where the run is. When the user wants to stop, all is
+        saved and the batches end; `leaving` is then True."""
         started = time.perf_counter() - self.seconds
         for images, labels in self.train.epoch(self.epoch, self.batch):
             yield images, labels
-            self.seconds = time.perf_counter() - started
-            done = self.step == self.total_steps
-            interrupted, due = self._any(self.interrupt, rank() == 0 and self.bar.due())
+            self.step, self.batch = self.step + 1, self.batch + 1
+            self._watch()
+            now = time.perf_counter()
+            self.seconds = now - started
+            done, whole_epoch = self.step == self.total_steps, self.batch == len(self.train)
+            old = now - self.saved > 60 * self.args.save_every
+            interrupted, due, old = self._any(self.interrupt, *((self.bar.due(), old) if rank() == 0 else (0, 0)))
             if due or interrupted or done:
+                self.check_finite()
                 loss_sum, correct, seen = self._sums()
-                self.check_finite(loss_sum)
                 epoch = f"epoch {self.epoch + 1}/{self.args.epochs}"
                 self.bar.show(epoch, self.step, loss_sum / seen, correct / seen, seen / self.seconds)
-            self.leaving = interrupted and self.batch < len(self.train) and not done
+            self.leaving = interrupted and not whole_epoch and not done
             if self.leaving or done:
                 break
+            if old and not whole_epoch:
+                self.save()
         self._average_statistics()
         self.totals.tolist()  # the device has caught up, and the epoch's time is known
         self.seconds = time.perf_counter() - started
@@ -521,16 +579,14 @@ class Run:
 
     @torch.no_grad()
     def count(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """The step is done: loss [], logits [B, classes], labels [B]. Nothing here waits for the device."""
+        """Of a step, or a part of it: mean loss [], logits [B, classes], labels [B]. Does not wait for the device."""
         correct = (logits.argmax(1) == labels).sum()
         self.totals += torch.stack([loss * len(labels), correct, torch.full_like(correct, len(labels))])
-        self.step, self.batch = self.step + 1, self.batch + 1
 
     def end_epoch(self, test_loss: float, test_acc: float, bits: torch.Tensor, **extra: float) -> None:
         """One row of metrics, and the checkpoints. bits: as in __init__, now. extra: the paper's own columns."""
-        loss_sum, correct, seen = self._sums()
-        self.check_finite(loss_sum)
         self.check_finite(test_loss)
+        loss_sum, correct, seen = self._sums()
         row = dict(
             epoch=self.epoch + 1,
             step=self.step,
@@ -548,8 +604,7 @@ class Run:
         # --limit-steps may end within an epoch. Resumed with a higher limit, the run goes on there as if it had never
         # stopped, and then this test has not been.
         whole_epoch, best = self.batch == len(self.train), self.folder / "best.pt"
-        if test_acc > self.best and (whole_epoch or not best.exists()):
-            save(best, self._model())
+        is_best = test_acc > self.best and (whole_epoch or not best.exists())
         if whole_epoch:
             self._add(row)
             self.epoch, self.batch, self.seconds, self.bits = self.epoch + 1, 0, 0.0, bits
@@ -558,6 +613,8 @@ class Run:
         else:
             self.save()
             self._add(row)
+        if is_best:
+            save(best, self._model())
         self.leaving = self._any(self.interrupt)[0] and self.step < self.total_steps
 
     def finish(self) -> int:
@@ -590,31 +647,49 @@ class Run:
             for statistic in (m.running_mean, m.running_var):
                 total(statistic).div_(processes())
 
-    def check_finite(self, loss: float) -> None:
-        """Raise RunError where the loss or a weight is not finite any more."""
-        # sign(NaN) is −1: a binary network of NaN weights still has a finite loss, so look at the weights too.
-        weights = [p.detach() for p in self.parts["model"].parameters()]
-        if not math.isfinite(loss):
-            problem = f"the loss became {loss}"
-        elif not torch.stack(torch._foreach_norm(weights)).isfinite().all():
-            problem = "the weights became NaN or infinite"
+    @torch.no_grad()
+    def _watch(self) -> None:
+        """Note on the device which of this step's loss and gradients are not finite, for check_finite(), which waits
+        for the device and so is not called every step."""
+        grads = [w.detach() if w.grad is None else w.grad for w in self.weights]
+        largest = torch.stack([self.totals[0].float(), *torch._foreach_norm(grads, math.inf)])
+        self.broken.clamp_max_(torch.where(largest.isfinite(), NEVER, self.step))
+
+    def check_finite(self, test_loss: float = 0.0) -> None:
+        """Raise RunError where the loss, a gradient or a weight has been NaN or infinite; it names the first."""
+        if processes() > 1:
+            dist.all_reduce(self.broken, dist.ReduceOp.MIN)
+        broken = self.broken.tolist()
+        # The weights too: a finite step can overflow them, and as sign(NaN) is −1, the loss stays finite.
+        finite = torch.stack(torch._foreach_norm([w.detach() for w in self.weights], math.inf)).isfinite().tolist()
+        if (step := min(broken)) < NEVER:
+            problem = ("the loss", *(f"the gradient of {name}" for name in self.names))[broken.index(step)]
+        elif not all(finite):
+            problem, step = self.names[finite.index(False)], self.step
+        elif not math.isfinite(test_loss):
+            problem, step = "the test loss", self.step
         else:
             return
         last = self.folder / "last.pt"
         kept = f"the last good checkpoint is {last}" if last.exists() else "there was no checkpoint yet"
-        where = f"in epoch {self.epoch + 1}, by step {self.step}"
         fast = " or --lr-fast" if hasattr(self.args, "lr_fast") else ""
-        raise RunError(f"{problem} {where}: {kept}; try a smaller --lr{fast}")
+        raise RunError(
+            f"{problem} became NaN or infinite in step {step:,}, epoch {self.epoch + 1}: {kept}; try a smaller "
+            f"--lr{fast}"
+        )
 
     def _model(self) -> dict:
         return {
             "args": vars(self.args),
             "num_classes": self.train.num_classes,
+            "step": self.step,
             "model": self.parts["model"].state_dict(),
         }
 
     def save(self) -> None:
         """last.pt: all that the rest of the run depends on. All processes take part."""
+        self._average_statistics()
+        self.check_finite()
         place = {k: getattr(self, k) for k in ("epoch", "batch", "step", "seconds", "rows", "bits")}
         place["totals"] = total(self.totals.clone())
         parts = {name: part.state_dict() for name, part in self.parts.items()}
@@ -622,6 +697,7 @@ class Run:
         if self.totals.is_cuda:
             random["cuda_rng"] = torch.cuda.get_rng_state(self.totals.device)
         save(self.folder / "last.pt", {**self._model(), **parts, **place, **random})
+        self.saved = time.perf_counter()
 
     @property
     def best(self) -> float:
@@ -738,6 +814,11 @@ def command(main, *errors: type[Exception]) -> None:
         code = main()
     except (RunError, *errors) as e:
         code = f"error: {e}"
+    except Exception as e:
+        if not type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason = str(e).splitlines()[0][:150]
+        code = f"error: --compile failed ({reason}): it needs a C++ compiler, on a GPU Triton; or leave it out"
     except KeyboardInterrupt:  # before training has begun, or the second one: last.pt is as it was saved last
         code = 128 + signal.SIGINT
     if isinstance(code, str):

@@ -195,15 +195,16 @@ def main(argv=None) -> int:
     net.train()
     with run:
         while run.goes_on():
-            for images, labels in run.batches():
+            for batch in run.batches():
                 run.set_learning_rate(optimizer)
                 optimizer.zero_grad()
-                with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                    logits = model(images)
-                loss = F.cross_entropy(logits.float(), labels)
-                loss.backward()  # straight through: every latent weight's gradient is that of its bit
+                for images, labels, share in runs.parts(model, *batch, args.accumulate):
+                    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                        logits = model(images)
+                    loss = F.cross_entropy(logits.float(), labels)
+                    (share * loss).backward()  # straight through: every latent weight's gradient is that of its bit
+                    run.count(loss, logits, labels)
                 optimizer.step()
-                run.count(loss, logits, labels)
             if run.leaving:
                 break
             bits = models.sign_bits(layers)

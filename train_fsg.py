@@ -187,19 +187,20 @@ def main(argv=None) -> int:
     net.train()
     with run:
         while run.goes_on():
-            for images, labels in run.batches():
+            for batch in run.batches():
                 lr = run.set_learning_rate(optimizer)
                 if args.preset == "released":
                     generator.look_ahead(lr)  # that code measures ĝ where the update before would lead
                 optimizer.zero_grad()
-                with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                    logits = model(images)
-                loss = F.cross_entropy(logits.float(), labels)
-                loss.backward()  # every binary layer's weight.grad is now ĝ
+                for images, labels, share in runs.parts(model, *batch, args.accumulate):
+                    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                        logits = model(images)
+                    loss = F.cross_entropy(logits.float(), labels)
+                    (share * loss).backward()  # every binary layer's weight.grad is now ĝ
+                    run.count(loss, logits, labels)
                 if generator:
                     generator.generate()  # … and now G; also trains the hypernetworks
                 optimizer.step()
-                run.count(loss, logits, labels)
             if run.leaving:
                 break
             run.end_epoch(*runs.evaluate(model, test, device, args.amp), models.sign_bits(layers))

@@ -221,16 +221,18 @@ def main(argv=None) -> int:
     net.train()
     with run:
         while run.goes_on():
-            for images, labels in run.batches():
+            for batch in run.batches():
                 run.set_learning_rate(optimizer)
                 progress = run.step / run.total_steps if args.method != "bnn+" else 0.0  # bnn+'s μ is constant
                 mu.fill_(args.mu[0] + progress * (args.mu[1] - args.mu[0]))
                 rho.fill_(args.rho[0] + progress * (args.rho[1] - args.rho[0]))
                 optimizer.zero_grad()
-                with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                    logits = model(images)
-                loss = F.cross_entropy(logits.float(), labels)
-                loss.backward()  # every binary layer's weight.grad is now B(w*) ⊙ ∂L/∂w
+                for images, labels, share in runs.parts(model, *batch, args.accumulate):
+                    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                        logits = model(images)
+                    loss = F.cross_entropy(logits.float(), labels)
+                    (share * loss).backward()  # every binary layer's weight.grad is now B(w*) ⊙ ∂L/∂w
+                    run.count(loss, logits, labels)
                 # pq and rpc quantize the weights themselves, so that each step's shift adds to those before: with ρ
                 # undivided all weights would be at ±1, never to change sign again, within 100 steps.
                 if args.method == "rpc":
@@ -238,7 +240,6 @@ def main(argv=None) -> int:
                 optimizer.step()
                 if args.method == "pq":
                     apply_linear_quantizer(layers, rho / run.total_steps)
-                run.count(loss, logits, labels)
             if run.leaving:
                 break
             relaxed_loss, relaxed_acc = test_loss, test_acc = runs.evaluate(model, test, device, args.amp)

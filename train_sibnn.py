@@ -130,18 +130,19 @@ def main(argv=None) -> int:
     net.train()
     with run:
         while run.goes_on():
-            for images, labels in run.batches():
+            for batch in run.batches():
                 run.set_learning_rate(optimizer)
                 optimizer.zero_grad()
-                with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                    logits = model(images)
-                loss = F.cross_entropy(logits.float(), labels)
-                loss.backward()
+                for images, labels, share in runs.parts(model, *batch, args.accumulate):
+                    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                        logits = model(images)
+                    loss = F.cross_entropy(logits.float(), labels)
+                    (share * loss).backward()
+                    run.count(loss, logits, labels)
                 optimizer.step()
                 with torch.no_grad():
                     for layer in layers:
                         layer.weight.clamp_(-1, 1)
-                run.count(loss, logits, labels)
             if run.leaving:
                 break
             with counting_zeros(net) as zeros:  # by hooks, which a compiled model would not call

@@ -166,7 +166,8 @@ def compare(folder, *names):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A folder with the runs NAME-K of every trainer in K processes, and NAME-parts, begun in two and ended in one."""
+    """A folder with the runs NAME-K of every trainer in K processes, and NAME-parts, begun in two and ended in one. Two
+    processes compute their halves of a batch in three parts each."""
     out = tmp_path_factory.mktemp("trained")
 
     def run(processes, *runs):
@@ -174,12 +175,24 @@ def trained(tmp_path_factory):
         assert codes == [0] * processes, outputs
         assert all(output == "" for output in outputs[1:]), "rank 0 alone speaks"
 
-    def runs(label, steps):
-        common = [*DIGITS, "--arch", "tiny", "--schedule", "none", "--limit-steps", steps, "--out", str(out), "--name"]
+    def runs(label, steps, *more):
+        common = [
+            *DIGITS,
+            "--arch",
+            "tiny",
+            "--schedule",
+            "none",
+            "--limit-steps",
+            steps,
+            "--out",
+            str(out),
+            *more,
+            "--name",
+        ]
         return [[*argv, *common, f"{name}-{label}"] for name, argv in TRAINERS.items()]
 
     run(1, *runs(1, "30"))
-    run(2, *runs(2, "30"), *runs("parts", "27"))
+    run(2, *runs(2, "30", "--accumulate", "3"), *runs("parts", "27"))
     run(3, *runs(3, "30"))
     more = ["--limit-steps", "30", "--resume"]
     run(1, *([argv[0], *more, str(out / f"{name}-parts")] for name, argv in TRAINERS.items()))

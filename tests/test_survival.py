@@ -1,0 +1,272 @@
+"""Runs that are killed, on full disks, or that diverge: nothing is lost, and what went wrong is said."""
+
+import re
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from conftest import ROOT
+
+import runs
+import train_fsg
+
+DIGITS = ["--dataset", "digits", "--arch", "resnet8", "--batch-size", "60", "--device", "cpu", "--epochs", "2"]
+FSG = ["--expand", "2", "--d-state", "2", "--save-every", "0"]  # a checkpoint every step
+
+
+def assert_same_run(a, b):
+    """Two checkpoints of the same moment: the same bits, all but the clock's."""
+    a, b = (torch.load(path, weights_only=True) for path in (a, b))
+
+    def check(x, y, where):
+        assert type(x) is type(y), where
+        if isinstance(x, dict):
+            assert x.keys() == y.keys(), where
+            for k in x.keys() - {"seconds", "images_per_s", "args"}:
+                check(x[k], y[k], f"{where}.{k}")
+        elif isinstance(x, list | tuple):
+            assert len(x) == len(y), where
+            for i, pair in enumerate(zip(x, y, strict=True)):
+                check(*pair, f"{where}[{i}]")
+        else:
+            assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y, where
+
+    check(a, b, "")
+
+
+# Runs the trainer in forks of one process, so that PyTorch is loaded once. Every second one writes its checkpoints in
+# two halves and is killed between them, the others at any moment; a step takes 20 ms at least, so that they are not
+# done before.
+KILLER = """
+    import os, random, signal, sys, time, pathlib
+    import torch
+    torch.set_num_threads(1)
+    import runs, train_fsg
+    folder, argv = pathlib.Path(sys.argv[1]), sys.argv[2:]
+    random.seed(0)
+    real_save = torch.save
+
+    def slow_save(state, file):
+        import io
+        memory = io.BytesIO()
+        real_save(state, memory)
+        data = memory.getvalue()
+        file.write(data[: len(data) // 2])
+        file.flush()
+        if random.random() < 0.2:
+            (folder / "writing").write_text("")
+            time.sleep(60)
+        file.write(data[len(data) // 2 :])
+
+    def steady_save(state, file):
+        time.sleep(0.02)
+        real_save(state, file)
+
+    def start(slow):
+        again = ["--resume", str(folder)] if (folder / "last.pt").exists() else argv
+        pid = os.fork()
+        if pid == 0:
+            random.seed(time.perf_counter())
+            torch.save = slow_save if slow else steady_save
+            code = 9
+            try: code = train_fsg.main(again)
+            finally: os._exit(code)
+        return pid
+
+    kills, in_writes = 0, 0
+    while kills < 10:
+        slow, marker = kills % 2 == 0, folder / "writing"
+        pid = start(slow)
+        until = time.perf_counter() + (60 if slow else random.uniform(0.1, 0.8))
+        while time.perf_counter() < until and not marker.exists(): time.sleep(0.01)
+        if os.waitpid(pid, os.WNOHANG) != (0, 0):
+            break  # done before it could be killed
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        kills += 1
+        if marker.exists():
+            in_writes += any(folder.glob("*.tmp"))
+            marker.unlink()
+        step = runs.load(folder / "last.pt")["step"] if (folder / "last.pt").exists() else 0  # whole, or it raises
+        print("killed at", step, "in a write" if slow else "", flush=True)
+    _, status = os.waitpid(start(False), 0)
+    print("ended with", status, "after", kills, "kills,", in_writes, "in writes")
+"""
+
+
+def test_killed_ten_times_the_run_is_the_same_run(tmp_path):
+    argv = [*DIGITS, *FSG, "--epochs", "10", "--out", str(tmp_path), "--name"]
+    assert train_fsg.main([*argv, "whole"]) == 0
+    (tmp_path / "killed").mkdir()
+    command = [sys.executable, "-c", textwrap.dedent(KILLER), str(tmp_path / "killed"), *argv, "killed"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    kills, in_writes = map(int, re.search(r"ended with 0 after (\d+) kills, (\d+) in writes", process.stdout).groups())
+    assert kills == 10 and in_writes == 5, process.stdout + process.stderr
+    for file in ("last.pt", "best.pt"):
+        assert_same_run(tmp_path / "whole" / file, tmp_path / "killed" / file)
+    assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == ["args.json", "best.pt", "last.pt", "metrics.csv"]
+
+
+# The kernel refuses to let files grow past a limit, as on a full disk or beyond a quota.
+FULL_DISK = """
+    import resource, sys
+    import torch
+    import runs, train_fsg
+    real_save = runs.save
+
+    def save(path, state):
+        if state.get("step", 0) >= 15 and path.name == "last.pt":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        real_save(path, state)
+
+    runs.save = save
+    runs.command(lambda: train_fsg.main(sys.argv[1:]))
+"""
+
+
+def test_a_full_disk(tmp_path):
+    argv = [*DIGITS, *FSG, "--out", str(tmp_path), "--name", "run"]
+    process = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(FULL_DISK), *argv], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    folder = tmp_path / "run"
+    assert process.returncode == 1 and "Traceback" not in process.stderr
+    last_line = process.stderr.strip().splitlines()[-1]
+    assert re.fullmatch(
+        r"error: the checkpoint .*last\.pt could not be written \(.*\): make room there; the one before .*", last_line
+    )
+    assert runs.load(folder / "last.pt")["step"] == 14 and not list(folder.glob("*.tmp"))
+    assert train_fsg.main(["--resume", str(folder)]) == 0, "with room again, it goes on"
+
+
+def test_best_is_written_again_if_the_process_died_just_before(tmp_path):
+    argv = [*DIGITS, "--grad", "ste", "--out", str(tmp_path), "--name", "run"]
+    assert train_fsg.main([*argv, "--epochs", "1"]) == 0
+    best = tmp_path / "run" / "best.pt"
+    before = torch.load(best, weights_only=True)
+    best.unlink()
+    more = ["--resume", str(tmp_path / "run"), "--epochs", "2", "--limit-steps", "24"]
+    assert train_fsg.main(more) == 0
+    state = torch.load(best, weights_only=True)
+    assert state["step"] == 23 and all(torch.equal(state["model"][k], v) for k, v in before["model"].items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Divergence.
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient", "weight"])
+def test_what_diverges_first_is_named(tmp_path, monkeypatch, where):
+    """At step 8 a loss, one layer's gradient or one weight breaks; the checkpoint of step 7 stays."""
+    steps = []
+    real_zero_grad, real_step = torch.optim.Adam.zero_grad, torch.optim.Adam.step
+
+    def zero_grad(self, *args):
+        real_zero_grad(self, *args)
+        steps.append(0)
+
+    def step(self, *args):
+        weight = [p for p in self.param_groups[0]["params"] if p.dim() == 4][1]  # the first binary layer's
+        if len(steps) == 8 and where == "gradient":
+            weight.grad[0, 0] = -torch.inf
+        real_step(self, *args)
+        if len(steps) == 8 and where == "weight":
+            weight.data[0, 0] = torch.inf
+
+    monkeypatch.setattr(torch.optim.Adam, "zero_grad", zero_grad)
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    if where == "loss":
+        real = torch.nn.functional.cross_entropy
+        monkeypatch.setattr(train_fsg.F, "cross_entropy", lambda *a: real(*a) * (torch.nan if len(steps) == 8 else 1))
+    with pytest.raises(runs.RunError) as error:
+        train_fsg.main([*DIGITS, "--grad", "ste", "--save-every", "0", "--out", str(tmp_path), "--name", "run"])
+    name = "layer1.0.conv1.weight"
+    what = {"loss": "the loss", "gradient": f"the gradient of {name}", "weight": name}[where]
+    last = tmp_path / "run" / "last.pt"
+    assert str(error.value).startswith(f"{what} became NaN or infinite in step 8, epoch 1")
+    assert f"the last good checkpoint is {last}" in str(error.value)
+    assert runs.load(last)["step"] == 7
+
+
+def test_watching_for_divergence_waits_for_the_device_only_now_and_then(tmp_path, monkeypatch):
+    """Reading a number off a device is `tolist` or `item`; a step does neither."""
+    reads, steps = [], []
+    for name in ("tolist", "item"):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, real=real: (reads.append(len(steps)), real(self))[1])
+    monkeypatch.setattr(runs.Bar, "due", lambda self: len(steps) % 10 == 0)
+    real_count = runs.Run.count
+    monkeypatch.setattr(runs.Run, "count", lambda *a: (steps.append(0), real_count(*a))[1])
+    argv = [*DIGITS, "--grad", "ste", "--opt", "sgd", "--lr", "0.1", "--out", str(tmp_path), "--name", "run"]
+    assert train_fsg.main([*argv, "--epochs", "1"]) == 0
+    assert set(reads) - {0, 23} == {10, 20}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --accumulate, --save-every, --compile.
+
+
+def test_accumulated_parts_are_the_batch(tmp_path, monkeypatch):
+    """On a network without BatchNorm; 7 parts of 60 pictures are not equally large."""
+    import models
+
+    monkeypatch.setitem(models.PLAIN_NETS, "tiny", ([8, "M", 8], 4, [16], False))
+    monkeypatch.setattr(models, "ARCHS", [*models.ARCHS, "tiny"])
+    monkeypatch.setattr(models, "UNNORMALISED", [*models.UNNORMALISED, "tiny"])
+    states = []
+    for accumulate in ("1", "7"):
+        argv = [*DIGITS, *FSG, "--arch", "tiny", "--accumulate", accumulate, "--schedule", "none"]
+        assert train_fsg.main([*argv, "--limit-steps", "25", "--out", str(tmp_path), "--name", accumulate]) == 0
+        states.append(torch.load(tmp_path / accumulate / "last.pt", weights_only=True))
+    for one, seven in zip(*(state["model"].values() for state in states), strict=True):
+        assert (one - seven).abs().max() <= 1e-4 * one.abs().max()
+    assert states[0]["step"] == states[1]["step"] == 25
+    assert states[0]["totals"].tolist() == pytest.approx(states[1]["totals"].tolist(), rel=1e-4)
+
+
+def test_timed_checkpoints(tmp_path, monkeypatch):
+    saved = []
+    real = runs.Run.save
+    monkeypatch.setattr(runs.Run, "save", lambda self: (saved.append(self.step), real(self))[1])
+    argv = [*DIGITS, "--grad", "ste", "--out", str(tmp_path), "--limit-steps", "30"]
+    assert train_fsg.main([*argv, "--name", "none"]) == 0
+    assert saved == [23, 30], "minutes have not passed"
+    saved.clear()
+    assert train_fsg.main([*argv, "--name", "all", "--save-every", "0"]) == 0
+    assert saved == list(range(1, 31)), "each step once, the last ones of an epoch after its test"
+
+
+def test_compiled_and_in_bfloat16_a_run_learns_as_well(tmp_path):
+    losses = {}
+    for name, flags in (("plain", []), ("amp", ["--amp"]), ("compile", ["--compile"])):
+        argv = [
+            *DIGITS,
+            "--arch",
+            "lenet",
+            "--grad",
+            "ste",
+            "--epochs",
+            "1",
+            "--out",
+            str(tmp_path),
+            "--name",
+            name,
+            *flags,
+        ]
+        assert train_fsg.main(argv) == 0
+        losses[name] = runs.load(tmp_path / name / "last.pt")["rows"][0]["train_loss"]
+    assert abs(losses["amp"] - losses["plain"]) < 0.1 * losses["plain"]
+    assert abs(losses["compile"] - losses["plain"]) < 0.1 * losses["plain"]
+
+
+def test_compile_without_a_compiler(tmp_path):
+    argv = [*DIGITS, "--grad", "ste", "--limit-steps", "1", "--compile", "--out", str(tmp_path)]
+    env = {"CXX": "no-such-compiler", "PATH": "/nowhere", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "train_fsg.py", *argv]
+    process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 1 and "Traceback" not in process.stderr
+    assert re.search(
+        r"error: --compile failed \(.*\): it needs a C\+\+ compiler.* leave it out$", process.stderr.strip()
+    )
