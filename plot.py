@@ -1,20 +1,27 @@
-"""Compare runs: one picture of training loss, test accuracy and sign flips, by epoch and by training time.
+"""Compare runs: one picture of training loss, test accuracy and sign flips, by epoch and by training time; or a table.
 
     python plot.py runs/A runs/B                              # writes runs/curves.png
     python plot.py runs/*/ --out compare.png --title "CIFAR-10, ResNet-20, Adam"
+    python plot.py --table runs/*                             # Markdown: mean ± standard deviation over the seeds
+
+Runs that differ in nothing but --seed (by their args.json) are one curve, their mean, with a band of ± one standard
+deviation, and one row of the table, up to the epoch that all of them have reached.
 
 Two columns, because a method that learns its gradients costs more per step: it may win by epoch and lose by time.
 Training time is the sum of the epochs' training seconds; the tests after each epoch are not in it.
 Flips are the binary weights whose sign differs between the beginning and the end of an epoch. Where they die out, the
 binary network stands still, whatever its latent weights do. A full-precision run has none, and no curve there.
 
-Needs matplotlib. It reads metrics.csv and nothing else, so this file works alone, and while the runs still go on.
+The picture needs matplotlib. This file reads metrics.csv and args.json and nothing else, so it works alone, and while
+the runs still go on.
 """
 
 import argparse
 import csv
 import io
+import json
 import os
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -22,6 +29,10 @@ from pathlib import Path
 import numpy as np
 
 COLUMNS = ("epoch", "seconds", "train_loss", "test_acc", "flip_ratio")  # what we need of metrics.csv
+
+# Flags in which runs may differ and still be the same experiment.
+NOT_THE_EXPERIMENT = {"seed", "name", "out", "resume", "eval_only", "workers", "save_every"}
+LAST = 10  # epochs at the end, over which the table averages
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart (without its yellow: too pale on white). When the
 # colours are used up they start again with another dash and marker.
@@ -109,6 +120,70 @@ def label_runs(folders: list[Path]) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Several seeds.
+
+
+def group_runs(folders: list[Path]) -> list[list[int]]:
+    """Which of these runs belong together, by index: those with the same flags and different seeds.
+
+    Without an args.json that can be read, a run stands alone.
+    """
+    groups, seen = {}, {}
+    for i, folder in enumerate(folders):
+        try:
+            flags = json.loads((folder / "args.json").read_text())
+            experiment = json.dumps({k: v for k, v in flags.items() if k not in NOT_THE_EXPERIMENT}, sort_keys=True)
+            repeats = seen.setdefault((experiment, flags.get("seed")), [])  # of one seed: they do not tell its spread
+        except (OSError, ValueError, AttributeError):
+            experiment, repeats = f"{i}", []
+        groups.setdefault((experiment, len(repeats)), []).append(i)
+        repeats.append(i)
+    return list(groups.values())
+
+
+def label_group(labels: list[str]) -> str:
+    """What its runs' labels have in common: ste-seed0, ste-seed1  →  'ste, 2 seeds'."""
+    if len(labels) == 1:
+        return labels[0]
+    common = os.path.commonprefix(labels)  # noqa: RUF071 (of characters, not folders)
+    common = re.sub(r"[-_ ,.]*(seeds?|s)?[-_ ,.]*$", "", common, flags=re.IGNORECASE)
+    return f"{common or labels[0]}, {len(labels)} seeds"
+
+
+def average(runs: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The mean of runs as read_run() gives them, and under `NAME_sd` each curve's standard deviation over more than one
+    of them; as long as the shortest."""
+    epochs = min(len(run["epoch"]) for run in runs)
+    stacks = {name: np.stack([run[name][:epochs] for run in runs]) for name in runs[0]}
+    mean = {name: stack.mean(0) for name, stack in stacks.items()}
+    if len(runs) > 1:
+        mean |= {f"{name}_sd": stack.std(0, ddof=1) for name, stack in stacks.items()}
+    return mean
+
+
+def table(groups: dict[str, list[dict]]) -> str:
+    """Markdown, one row a group {label: [read_run(folder), …]}: accuracies in %, mean ± standard deviation."""
+
+    def cell(values: list[float], digits: int) -> str:
+        spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+        return f"{np.mean(values):.{digits}f}{spread}"
+
+    rows = ["| run | seeds | epochs | best test acc. % | last epochs % | training loss | hours |", "| --- " * 7 + "|"]
+    last = 1
+    for label, runs in groups.items():
+        epochs = min(len(run["epoch"]) for run in runs)
+        runs = [{name: curve[:epochs] for name, curve in run.items()} for run in runs]
+        last = max(last, min(LAST, epochs))
+        best = cell([100 * run["test_acc"].max() for run in runs], 2)
+        end = cell([100 * run["test_acc"][-LAST:].mean() for run in runs], 2)
+        loss = cell([run["train_loss"][-1] for run in runs], 4)
+        hours = np.mean([run["time"][-1] for run in runs]) / 3600
+        label = label.replace("|", "\\|")
+        rows.append(f"| {label} | {len(runs)} | {epochs} | {best} | {end} | {loss} | {hours:.2f} |")
+    return "\n".join(rows).replace("last epochs %", f"last {last} epochs %" if last > 1 else "last epoch %")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Drawing.
 
 
@@ -122,8 +197,8 @@ def time_unit(seconds: float) -> tuple[str, float]:
 
 
 def draw(runs: dict[str, dict], title: str = ""):
-    """A matplotlib Figure of the runs {label: read_run(folder)}: axes [3, 2], the rows loss, accuracy and flips, the
-    columns by epoch and by time. Raises PlotError without matplotlib, or for more runs than can be told apart.
+    """A matplotlib Figure of the runs {label: average([read_run(folder), …])}: axes [3, 2], the rows loss, accuracy and
+    flips, the columns by epoch and by time. Raises PlotError without matplotlib, or for more runs than can be told apart.
     """
     if len(runs) > len(COLORS) * len(STYLES):
         most = len(COLORS) * len(STYLES)
@@ -141,10 +216,12 @@ def draw(runs: dict[str, dict], title: str = ""):
     axes = figure.subplots(3, 2, sharex="col", sharey="row")
     unit, unit_seconds = time_unit(max(run["time"][-1] for run in runs.values()))
     for i, run in enumerate(runs.values()):
-        loss = np.where(np.isfinite(run["train_loss"]) & (run["train_loss"] > 0), run["train_loss"], np.nan)
-        for row, y in enumerate((loss, 100 * run["test_acc"], 100 * run["flip_ratio"])):
+        for row, (name, factor) in enumerate((("train_loss", 1), ("test_acc", 100), ("flip_ratio", 100))):
+            y, spread = factor * run[name], run.get(f"{name}_sd")
+            if row == 0:
+                y = np.where(np.isfinite(y) & (y > 0), y, np.nan)  # what a log scale can show
             for column, x in enumerate((run["epoch"], run["time"] / unit_seconds)):
-                draw_curve(axes[row, column], x, y, i)
+                draw_curve(axes[row, column], x, y, i, None if spread is None else factor * spread)
 
     set_log_scale(axes[0, 0])
     if not any(np.isfinite(run["flip_ratio"]).any() for run in runs.values()):
@@ -170,13 +247,15 @@ def draw(runs: dict[str, dict], title: str = ""):
     return figure
 
 
-def draw_curve(ax, x: np.ndarray, y: np.ndarray, i: int) -> None:
-    """Run number i's curve; nan is a gap."""
+def draw_curve(ax, x: np.ndarray, y: np.ndarray, i: int, spread: np.ndarray | None) -> None:
+    """Run number i's curve; nan is a gap. spread: half the height of a band around it."""
     color = COLORS[i % len(COLORS)]
     linestyle, marker = STYLES[i // len(COLORS)]
     if np.isfinite(y).sum() > FEW:
         marker = ""
     ax.plot(x, y, color=color, linestyle=linestyle, linewidth=1.6, marker=marker, markersize=4)
+    if spread is not None:  # no curve here can be below 0, and on a log scale no band can reach it
+        ax.fill_between(x, np.maximum(y - spread, 0.2 * y), y + spread, color=color, alpha=0.2, linewidth=0)
 
 
 def set_log_scale(ax) -> None:
@@ -238,6 +317,7 @@ def flags():
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, such as runs/NAME")
     parser.add_argument("--out", metavar="FILE.png", help="(default: curves.png beside the first run)")
+    parser.add_argument("--table", action="store_true", help="print a table in Markdown, and draw nothing")
     parser.add_argument("--title", metavar="TEXT", default="", help="line above the picture")
     return parser
 
@@ -246,16 +326,25 @@ def main(argv=None) -> int:
     """The exit code: 0, or 1 after one sentence on standard error."""
     args = flags().parse_args(argv)
     try:
-        # `runs/*` matches our own picture of last time too, which is no run. And each folder is drawn once.
-        names = [name for name in args.runs if not (name.endswith(".png") and os.path.isfile(name))]
+        # `runs/*` matches the picture of last time and bench.py's files too. And each folder is drawn once.
+        names = [name for name in args.runs if not (name.endswith((".png", ".json")) and os.path.isfile(name))]
         folders = list({os.path.abspath(name): Path(name) for name in names}.values())
         if not folders:
             raise PlotError("there is no run to draw: give the folder of a run, such as runs/NAME")
         out = Path(args.out or os.path.normpath(folders[0] / ".."))  # `..` rather than .parent: RUN may be "."
         if out.is_dir():
             out = out / "curves.png"
-        runs = dict(zip(label_runs(folders), [read_run(folder) for folder in folders], strict=True))
-        save(draw(runs, args.title), out)
+        labels, runs = label_runs(folders), [read_run(folder) for folder in folders]
+        groups = {}
+        for group in group_runs(folders):
+            label = label_group([labels[i] for i in group])
+            if label in groups:  # the names say nothing of what differs
+                label = f"{labels[group[0]]}, {len(group)} seeds"
+            groups[label] = [runs[i] for i in group]
+        if args.table:
+            print(table(groups))
+            return 0
+        save(draw({label: average(group) for label, group in groups.items()}, args.title), out)
     except PlotError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1

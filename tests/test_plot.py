@@ -1,5 +1,6 @@
 """plot.py from the outside: run folders in, one picture or one sentence out."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -311,3 +312,66 @@ def test_starts_fast(tmp_path):
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several seeds.
+
+
+def make_seeds(folder: Path, name: str, accuracies: list[list[float]], **flags) -> list[str]:
+    """Runs name-seed0, name-seed1, … with these test accuracies."""
+    folders = []
+    for seed, accs in enumerate(accuracies):
+        text = HEADER + "".join(row(e, 2 / e + seed, acc) for e, acc in enumerate(accs, 1))
+        folders.append(make_run(folder / f"{name}-seed{seed}", text=text))
+        named = {"seed": seed, "name": f"{name}-seed{seed}", "lr": 0.1, **flags}
+        (Path(folders[-1]) / "args.json").write_text(json.dumps(named))
+    return folders
+
+
+def test_the_table_gives_mean_and_standard_deviation_over_seeds(tmp_path, capsys):
+    many = make_seeds(tmp_path, "ste", [[0.2 + i / 100 for i in range(12)], [0.3 + i / 100 for i in range(13)]])
+    one = make_seeds(tmp_path, "other", [[0.5, 0.7, 0.6]], lr=0.2)
+    (tmp_path / "curves.png").write_text("")
+    assert plot.main(["--table", *many, *one, str(tmp_path / "curves.png")]) == 0
+    head, line, *rows = capsys.readouterr().out.strip().split("\n")
+    cells = [[cell.strip() for cell in text.strip("|").split("|")] for text in (head, line, *rows)]
+    assert len({len(c) for c in cells}) == 1 and set(cells[1]) == {"---"}
+    assert cells[0][4] == "last 10 epochs %"
+    # 12 epochs in both: best 31 and 41, last ten 20 + mean(2 … 11) and 10 more; 10/√2 = 7.07
+    assert cells[2][:6] == ["ste, 2 seeds", "2", "12", "36.00 ± 7.07", "31.50 ± 7.07", "0.6667 ± 0.7071"]
+    assert cells[3][:5] == ["other-seed0", "1", "3", "70.00", "60.00"]
+
+
+@pytest.mark.parametrize("flags", [{"lr": 0.2}, {"arch": "resnet8"}])
+def test_only_the_seed_may_differ_within_a_group(tmp_path, flags):
+    a, b = make_seeds(tmp_path, "a", [[0.5], [0.5]]), make_seeds(tmp_path, "b", [[0.5], [0.5]], **flags)
+    folders = [Path(folder) for folder in (*a, *b)]
+    assert plot.group_runs(folders) == [[0, 1], [2, 3]]
+    (folders[1] / "args.json").write_text("damaged")
+    assert plot.group_runs(folders) == [[0], [1], [2, 3]]
+    shutil.copy(folders[2] / "args.json", folders[3] / "args.json")
+    assert plot.group_runs(folders) == [[0], [1], [2], [3]], "a seed run twice says nothing of the spread"
+
+
+def test_a_group_is_drawn_as_its_mean_with_a_band(tmp_path, capsys):
+    folders = make_seeds(tmp_path, "ste", [[0.2, 0.4, 0.6], [0.4, 0.8]]) + make_seeds(tmp_path, "b", [[0.5]], lr=0.2)
+    runs = [plot.read_run(folder) for folder in folders]
+    mean = plot.average(runs[:2])
+    assert np.allclose(mean["test_acc"], [0.3, 0.6]) and np.allclose(mean["test_acc_sd"], [0.1 * 2**0.5, 0.2 * 2**0.5])
+    axes = plot.draw({"two": mean, "one": plot.average(runs[2:])}).axes
+    for ax in axes[2:4]:
+        (band,) = ax.collections
+        top = band.get_paths()[0].vertices[:, 1].max()
+        assert np.isclose(top, 60 + 20 * 2**0.5)
+    assert (axes[0].collections[0].get_paths()[0].vertices[:, 1] > 0).all()
+    assert plot.main(folders) == 0
+    check_png(tmp_path / "curves.png")
+
+
+def test_groups_whose_runs_are_named_alike(tmp_path, capsys):
+    a, b = make_seeds(tmp_path / "a", "run", [[0.5], [0.6]]), make_seeds(tmp_path / "b", "run", [[0.5], [0.6]], lr=1)
+    assert plot.main(["--table", a[0], b[0], a[1], b[1]]) == 0
+    rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert rows == ["a/run, 2 seeds", "b/run, 2 seeds"]
+    assert plot.label_group(["x1", "y2"]) == "x1, 2 seeds"
