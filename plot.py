@@ -142,12 +142,12 @@ def group_runs(folders: list[Path]) -> list[list[int]]:
 
 
 def label_group(labels: list[str]) -> str:
-    """What its runs' labels have in common: ste-seed0, ste-seed1  →  'ste, 2 seeds'."""
+    """What its runs' labels have in common: ste-seed0, ste-seed1  →  'ste'."""
     if len(labels) == 1:
         return labels[0]
     common = os.path.commonprefix(labels)  # noqa: RUF071 (of characters, not folders)
     common = re.sub(r"[-_ ,.]*(seeds?|s)?[-_ ,.]*$", "", common, flags=re.IGNORECASE)
-    return f"{common or labels[0]}, {len(labels)} seeds"
+    return common or labels[0]
 
 
 def average(runs: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -198,7 +198,7 @@ def time_unit(seconds: float) -> tuple[str, float]:
 
 def draw(runs: dict[str, dict], title: str = ""):
     """A matplotlib Figure of the runs {label: average([read_run(folder), …])}: axes [3, 2], the rows loss, accuracy and
-    flips, the columns by epoch and by time. Raises PlotError without matplotlib, or for more runs than can be told apart.
+    flips, the columns by epoch and by time. Raises PlotError without matplotlib, or for too many runs to tell apart.
     """
     if len(runs) > len(COLORS) * len(STYLES):
         most = len(COLORS) * len(STYLES)
@@ -338,13 +338,13 @@ def main(argv=None) -> int:
         groups = {}
         for group in group_runs(folders):
             label = label_group([labels[i] for i in group])
-            if label in groups:  # the names say nothing of what differs
-                label = f"{labels[group[0]]}, {len(group)} seeds"
+            label = labels[group[0]] if label in groups else label  # some names say nothing of what differs
             groups[label] = [runs[i] for i in group]
         if args.table:
             print(table(groups))
             return 0
-        save(draw({label: average(group) for label, group in groups.items()}, args.title), out)
+        seeds = {label: f", {len(group)} seeds" if len(group) > 1 else "" for label, group in groups.items()}
+        save(draw({f"{label}{seeds[label]}": average(group) for label, group in groups.items()}, args.title), out)
     except PlotError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
