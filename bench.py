@@ -1,10 +1,11 @@
-"""How long a training step takes, and what takes it; how fast the selective scan is, and the quantizers.
+"""How long a training step takes, and what takes it; how fast the selective scan is, the quantizers, many processes.
 
     python bench.py step                                        # ResNet-20, batch 128, every generator
     python bench.py step --arch resnet20 resnet56 resnet110 --grads ste fsg-mamba fsg-flat --rounds 7
-    python bench.py step --device cuda --amp
+    python bench.py step --device cuda --grads ste ste+amp ste+compile fsg-mamba fsg-mamba+amp+compile
     python bench.py scan                                        # Mamba alone, on ResNet-20's weights: six minutes
     python bench.py quantizers                                  # every weight quantizer on one large layer
+    python bench.py scale                                       # a generator shared by 1, 2 and 4 processes, on CPUs
 
 The variants run in turn, one step each, round after round, so that a machine whose speed drifts slows all of them
 alike. Given are medians, and the median of the ratio to the first row's (`ste`, `fused`) within a round. `plain` is the
@@ -19,10 +20,12 @@ import json
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from torch.nn import functional as F
@@ -38,7 +41,7 @@ try:
 except ImportError:
     triton = None
 
-# fsg-sampled is fsg-mamba with --hyper-sample, fsg-flat with --history flat.
+# fsg-sampled is fsg-mamba with --hyper-sample, fsg-flat with --history flat. +amp, +compile: the trainers' flags.
 GRADS = ("plain", "ste", "fcgrad", "multifc", "lstmfc", "fsg-lstm", "fsg-mamba", "fsg-sampled", "fsg-flat")
 console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
 
@@ -121,15 +124,18 @@ def make_generator(grad: str, layers, args):
 def make_step(grad: str, arch: str, args, device):
     """A function that takes one training step as the trainer does, and returns its parts' seconds."""
     torch.manual_seed(0)
+    grad, *how = grad.split("+")
     net = models.build(arch, 10, "none" if grad == "plain" else "dorefa").to(device)
+    mode = "reduce-overhead" if device.type == "cuda" else "default"  # as in runs.py
+    model = torch.compile(net, mode=mode) if "compile" in how else net
     generator = make_generator(grad, models.binary_layers(net), args)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
 
     def step(images, labels):
         watch = Stopwatch(device)
         optimizer.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            logits = net(images)
+        with torch.autocast(device.type, torch.bfloat16, enabled="amp" in how):
+            logits = model(images)
         F.cross_entropy(logits.float(), labels).backward()
         watch.lap("network")
         if generator:
@@ -334,6 +340,71 @@ def bench_quantizers(args, device: torch.device) -> dict:
     return {"variants": rows}
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# A generator shared by several processes.
+
+
+def share_generator(rank: int, processes: int, grad: str, args, folder: str) -> None:
+    """One of the processes; its figures go to a file in the folder."""
+    torch.set_num_threads(1)
+    if processes > 1:
+        dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=processes)
+    torch.manual_seed(0)
+    layers = models.binary_layers(models.build(args.arch[0], 10, "dorefa"))
+    generator = make_generator(grad, layers, args)
+    talking = []
+
+    def timed(function):  # what the processes say to each other, waiting for the slowest included
+        def call(part):
+            began = time.perf_counter()
+            out = function(part)
+            talking.append(time.perf_counter() - began)
+            return out
+
+        return call
+
+    generator.gather, generator.total = timed(generator.gather), timed(generator.total)
+
+    def step():
+        for layer in layers:
+            layer.weight.grad = torch.randn_like(layer.weight)
+        if processes > 1:
+            dist.barrier()
+        talking.clear()
+        wall, own = time.perf_counter(), time.process_time()
+        generator.generate()
+        return {"ms": time.perf_counter() - wall, "cpu_ms": time.process_time() - own, "talking": sum(talking)}
+
+    rounds = [step() for _ in range(3 + args.rounds)][3:]
+    row = {key: 1e3 * statistics.median(r[key] for r in rounds) for key in rounds[0]}
+    row["talking"] /= row["ms"]
+    row["history"] = generator.history.shape[1]
+    row["MB_held"] = sum(b.numel() * b.element_size() for b in generator.buffers()) / 2**20
+    row["MB_peak"] = peak_memory(torch.device("cpu"), step)
+    Path(folder, f"{rank}.json").write_text(json.dumps(row))
+    if processes > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def bench_scale(args) -> dict:
+    """generate() of each generator in 1, 2, … processes of one thread; of every figure the largest of all processes."""
+    rows = {}
+    for grad in args.grads:
+        for processes in args.processes:
+            with tempfile.TemporaryDirectory() as folder:
+                inputs = (processes, grad, args, folder)
+                torch.multiprocessing.spawn(share_generator, inputs, nprocs=processes)
+                found = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(processes)]
+            known = {key: [f[key] for f in found if f[key] is not None] for key in found[0]}
+            rows[f"{grad}, {processes}"] = {key: max(values, default=None) for key, values in known.items()}
+    title = (
+        f"{args.arch[0]}: generate(), processes of 1 thread on {torch.get_num_threads()} cores, median of {args.rounds}"
+    )
+    table(title, rows, ms=".0f", cpu_ms=".0f", talking=".1%", history=",d", MB_held=".1f", MB_peak=".1f")
+    return {"variants": rows}
+
+
 def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -342,19 +413,26 @@ def describe(device: torch.device) -> str:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["step", "scan", "quantizers"])
-    parser.add_argument("--arch", nargs="+", default=["resnet20"], choices=models.ARCHS, help="scan takes the first")
+    parser.add_argument("what", choices=["step", "scan", "quantizers", "scale"])
+    parser.add_argument("--arch", nargs="+", default=["resnet20"], choices=models.ARCHS, help="scan, scale: the first")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, help="to measure, after the warm-up (default: 20; scan 5)")
     parser.add_argument("--seconds", type=float, default=300, help="step: begin no round after this time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--amp", action="store_true")
     parser.add_argument("--hidden", type=int, default=100)
     parser.add_argument("--d-state", type=int, default=16)
     parser.add_argument("--d-conv", type=int, default=8)
     parser.add_argument("--expand", type=int, default=100)
     parser.add_argument("--length", type=int, default=5, help="scan: gradients of history a weight")
-    parser.add_argument("--grads", nargs="+", default=list(GRADS), choices=GRADS, help="step: the variants")
+    known = [f"{grad}{more}" for more in ("", "+amp", "+compile", "+amp+compile") for grad in GRADS]
+    parser.add_argument(
+        "--grads",
+        nargs="+",
+        choices=known,
+        metavar="GRAD",
+        help=f"step, scale: {', '.join(GRADS)}; step: with +amp, +compile",
+    )
+    parser.add_argument("--processes", nargs="+", type=int, default=[1, 2, 4], help="scale")
     parser.add_argument("--hyper-sample", type=float, default=0.125, help="step: of fsg-sampled (default: 0.125)")
     parser.add_argument("--scan", default="auto", choices=["auto", "fused", "mamba-ssm", "reference"], help="step")
     scans = ["fused", "reference", "mamba-ssm"]
@@ -362,7 +440,12 @@ def main(argv=None) -> int:
     parser.add_argument("--lstm", action="store_true", help="scan: the LSTM too, against nn.LSTM, which takes 11 GB")
     parser.add_argument("--json", help="where the figures go (default: runs/bench-step.json, …)")
     args = parser.parse_args(argv)
+    shared = ["fsg-mamba", "fsg-flat", "multifc"]
+    args.grads = args.grads or (shared if args.what == "scale" else list(GRADS))
     args.rounds = (5 if args.what == "scan" else 20) if args.rounds is None else args.rounds
+    for grad in args.grads if args.what == "scale" else ():
+        if grad not in GRADS or grad in ("plain", "ste"):
+            parser.error(f"{grad} has no hypernetworks to share: use generators such as {', '.join(shared)}")
     if args.rounds < 1:
         parser.error(f"--rounds must be at least 1; it is {args.rounds}")
     device, file = torch.device(args.device), Path(args.json or f"runs/bench-{args.what}.json")
@@ -371,6 +454,8 @@ def main(argv=None) -> int:
         result |= bench_scan(args, device)
     elif args.what == "quantizers":
         result |= bench_quantizers(args, device)
+    elif args.what == "scale":
+        result |= bench_scale(args)
     else:
         result["archs"] = {arch: bench_step(arch, args, device) for arch in args.arch}
     file.parent.mkdir(parents=True, exist_ok=True)

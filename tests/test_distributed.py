@@ -207,6 +207,16 @@ def test_several_processes_train_what_one_does(trained, name, other):
     assert len(list(trained.iterdir())) == 4 * len(TRAINERS)
 
 
+def test_the_benchmark_of_shared_generators(tmp_path):
+    """Memory falls with the number of processes."""
+    command = ["bench.py", "scale", "--arch", "resnet8", "--expand", "4", "--d-state", "2", "--rounds", "1"]
+    codes, outputs = launch(1, *command, "--grads", "fsg-mamba", "--processes", "1", "2", "--json", str(tmp_path / "f"))
+    assert codes == [0], outputs
+    one, two = json.loads((tmp_path / "f").read_text())["variants"].values()
+    assert one["history"] == 76_288 and two["history"] == one["history"] // 2
+    assert two["MB_held"] < 0.6 * one["MB_held"] and 0 < two["talking"] < 1
+
+
 def test_one_process_that_is_told_to_stop_stops_all_at_the_same_step(tmp_path):
     argv = ["train_sibnn.py", *DIGITS, "--arch", "resnet8", "--epochs", "500", "--out", str(tmp_path), "--name", "cut"]
 
