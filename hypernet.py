@@ -515,6 +515,21 @@ class Generator(nn.Module):
         for w, view in zip(self.weights, self._G_views, strict=True):
             w.grad = view
 
+    @torch.no_grad()
+    def measure(self, lr: float) -> dict[str, float]:
+        """What the last step did, to be called after optimizer.step() with its learning rate, now and then: training
+        does not depend on it. Every process calls it.
+
+        cosine: between G and D ⊙ ĝ, the straight-through gradient. step: mean |ΔW| / lr.
+        """
+        straight, G, now = self.calibrate()[0] * self.ghat, self.G.clone(), torch.empty_like(self.latent)
+        self._flatten(self.weights, now)
+        self.G.copy_(G)
+        G, change = G[self.begin : self.end], now - self.latent
+        sums = (G * straight).sum(), G.square().sum(), straight.square().sum(), change.abs().sum()
+        dot, ours, theirs, moved = self.total(torch.stack(sums)).tolist()
+        return {"cosine": dot / max(math.sqrt(ours * theirs), 1e-300), "step": moved / (len(self.G) * max(lr, 1e-300))}
+
     # -- several processes ---------------------------------------------------------------------------------------------
 
     def gather(self, part: Tensor) -> None:
@@ -922,6 +937,16 @@ class FSG(Learned):
             self._terms = fast, slow  # look_ahead() mixes them, with the calibration of the weights it finds
             return fast
         return D * ((1 - self.beta) * fast + self.beta * slow)
+
+    @torch.no_grad()
+    def measure(self, lr: float) -> dict[str, float]:
+        """As Generator's, and of the two terms of G, with their weights D, β and 1 − β: the RMS of each, and the slow
+        one's share of their energy, Σ slow² / Σ (slow² + fast²). Costs one forward pass of the nets."""
+        D, pre = self.calibrate()
+        fast, slow = (1 - self.beta) * D * self.newest * self.fast(pre), self.beta * D * self.slow_gradient()
+        fast, slow = self.total(torch.stack([fast.square().sum(), slow.square().sum()])).tolist()
+        rms = {"fast_rms": math.sqrt(fast / len(self.G)), "slow_rms": math.sqrt(slow / len(self.G))}
+        return {**super().measure(lr), **rms, "slow_share": slow / max(fast + slow, 1e-300)}
 
     # -- the released code's look-ahead -------------------------------------------------------------------------------
 

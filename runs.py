@@ -704,7 +704,7 @@ class Run:
         return max((row["test_acc"] for row in self.rows), default=-1.0)
 
     def _add(self, row: dict) -> None:
-        """One epoch's metrics, to metrics.csv and to the terminal; there without the columns NAME/LAYER, and shares of
+        """One epoch's metrics, to metrics.csv and to the terminal; there without the columns NAME/DETAIL, and shares of
         a whole in %."""
         extra = {name: 1 if name.endswith("loss") else 100 for name in row if name not in METRICS and "/" not in name}
         if not self.rows:
@@ -729,7 +729,7 @@ class Run:
         if rank():
             return
         temporary, path = self.folder / "metrics.tmp", self.folder / "metrics.csv"
-        columns = self.rows[0] if self.rows else METRICS
+        columns = dict.fromkeys((*METRICS, *(column for row in self.rows for column in row)))
         try:
             with open(temporary, "w", newline="") as f:
                 writer = csv.DictWriter(f, columns)
@@ -759,11 +759,11 @@ class Run:
             )
         console.print(table)
         for name in dict.fromkeys(column.split("/")[0] for column in last if "/" in column):
-            table = Table(title=f"{name}, by layer, at the end", title_justify="left")
-            table.add_column("layer"), table.add_column(name, justify="right")
+            table = Table(title=f"{name}, at the end", title_justify="left")
+            table.add_column(""), table.add_column(name, justify="right")
             for column, value in last.items():
                 if column.startswith(f"{name}/"):
-                    table.add_row(column.partition("/")[2], f"{value:.4f}")
+                    table.add_row(column.partition("/")[2], f"{value:.4g}")
             console.print(table)
         seconds, script = sum(row["seconds"] for row in self.rows), self.args.script
         console.print(

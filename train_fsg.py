@@ -203,7 +203,8 @@ def main(argv=None) -> int:
                 optimizer.step()
             if run.leaving:
                 break
-            run.end_epoch(*runs.evaluate(model, test, device, args.amp), models.sign_bits(layers))
+            steps = {f"gradient/{name}": x for name, x in generator.measure(lr).items()} if generator else {}
+            run.end_epoch(*runs.evaluate(model, test, device, args.amp), models.sign_bits(layers), **steps)
     return run.finish()
 
 

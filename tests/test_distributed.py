@@ -62,7 +62,8 @@ GENERATOR = """
             assert len(generator.latent) < sum(layer.weight.numel() for layer in layers) / world + 30
         grads = torch.cat([layer.weight.grad.flatten() for layer in layers])
         weights = [layer.weight.detach() for layer in layers]
-        return {"G": grads, "weights": weights, "state": generator.state_dict(), "sixth": sixth}
+        found = {"measured": generator.measure(0.05), "G": grads, "weights": weights}
+        return {**found, "state": generator.state_dict(), "sixth": sixth}
 
     before = torch.load(saved) if world > 1 else {}
     found = {maker: run(maker, before.get(maker, {}).get("sixth")) for maker in makers}

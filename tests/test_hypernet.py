@@ -529,6 +529,40 @@ def test_ste():
         assert all(torch.equal(a, b) for a, b in zip(others, rest, strict=True)), "only binary weights are touched"
 
 
+@pytest.mark.parametrize("name", ["ste", *MAKERS])
+def test_what_is_measured_of_a_step(name):
+    net = network()
+    layers = models.binary_layers(net)
+    gen = STE(layers) if name == "ste" else MAKERS[name](layers)
+    if name != "ste":
+        nudge(gen)
+    for t in range(3):
+        backward(net, t)
+        latents, ghats = [w.weight.detach().clone() for w in layers], [w.weight.grad.clone() for w in layers]
+        gen.generate()
+        for layer in layers:
+            layer.weight.data -= 0.1 * layer.weight.grad
+    G = [layer.weight.grad.clone() for layer in layers]
+    found = gen.measure(0.1)
+    assert all(torch.equal(layer.weight.grad, g) for layer, g in zip(layers, G, strict=True)), "nothing is touched"
+    flat = lambda tensors: torch.cat([t.flatten() for t in tensors])
+    D = flat(quantizers.calibration(w, "dorefa") for w in latents)
+    expected = {
+        "cosine": F.cosine_similarity(flat(G), D * flat(ghats), dim=0),
+        "step": flat(G).abs().mean(),  # as ΔW = −lr G here
+    }
+    if isinstance(gen, FSG):
+        with torch.no_grad():
+            slow = gen.beta * D * gen.slow_gradient()
+        fast = flat(G) - slow
+        expected |= {"fast_rms": fast.square().mean().sqrt(), "slow_rms": slow.square().mean().sqrt()}
+        expected["slow_share"] = slow.square().sum() / (slow.square().sum() + fast.square().sum())
+        assert 0 < found["slow_share"] < 1
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert math.isclose(found[key], value, rel_tol=1e-9), key
+
+
 @pytest.mark.parametrize("name", ["fsg-mamba", "multifc"])
 def test_how_gradients_are_kept_does_not_matter(name):
     """zero_grad to None or to zeros, channels_last weights, gradients accumulated over two backward passes."""
