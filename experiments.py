@@ -54,7 +54,9 @@ GRIDS = {
     # The paper's ablations.
     "beta": grid(*(f"{FSG} --beta {beta}" for beta in (0.1, 0.3, 0.5, 0.7, 0.9))),
     "length": grid(*(f"{FSG} --length {length}" for length in range(3, 8))),
+    # Is the layer embedding used, and the history?
     "lre": grid(FSG, f"{FSG} --no-lre", seeds=(0, 1, 2)),
+    "history": grid(FSG, f"{FSG} --history newest", seeds=(0, 1, 2)),
 }
 COLUMNS = ("command", "seed", "best_test_acc", "test_acc", "train_loss", "seconds")
 

@@ -781,7 +781,8 @@ class FSG(Learned):
     hgs: the slow-net, 'mamba' or 'lstm'. length: l, gradients of history a weight. beta: β in [0, 1].
     history: 'per-weight' (every weight is a sequence [LRE, ĝ_{t−l+1}, …, ĝ_t]; the slow gradient is the net's last
         output) or 'flat' (the released code: every *layer* is one sequence, [LRE, all n gradients of the oldest step,
-        …, all n of the newest]; the slow gradient is the last n outputs).
+        …, all n of the newest]; the slow gradient is the last n outputs), or 'newest' (per-weight with zeros in place
+        of all older gradients: what does the history do?).
     normalize: 'layer-rms' divides the history by its RMS over the layer and multiplies the slow-net's output by it, so
         that slow scales as the gradient does (an SSM is polynomial in its input, and gradients are 1e-3 to 1e-6);
         'none' does not.
@@ -825,7 +826,7 @@ class FSG(Learned):
     ):
         for name, value, known in (
             ("slow-net (hgs)", hgs, ("mamba", "lstm")),
-            ("history layout", history, ("per-weight", "flat")),
+            ("history layout", history, ("per-weight", "flat", "newest")),
             ("normalisation", normalize, ("layer-rms", "none")),
             ("preset", preset, ("none", "released")),
         ):
@@ -898,11 +899,13 @@ class FSG(Learned):
         """SlowNet(LRE, history): [N], or [M] for the weights `at`, with the graph to φ."""
         oldest = self.t % self.length
         past = torch.cat([self.history[oldest:, at], self.history[:oldest, at]])  # [l, N], oldest first
+        if self.layout == "newest":
+            past[:-1] = 0
         rms, first = None, None if self.lre is None else self.lre.weight[:, 0]  # [layers]
         if self.normalize == "layer-rms":
             rms = self.layer_rms()[self.layer_of[at]]  # [N]
             past = past / rms
-        if self.layout == "per-weight":
+        if self.layout != "flat":
             if first is not None:
                 if at is ALL:  # what nn.Embedding gives, whose backward pass is slow on a CPU
                     token = torch.cat([e.expand(n) for e, n in zip(first, self.sizes, strict=True)])

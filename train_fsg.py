@@ -56,7 +56,12 @@ def flags():
         help="what latent weights are updated with: FSG, one of MetaQuant's three, or straight-through (default: fsg)",
     )
     fsg.add_argument("--hgs", default="mamba", choices=["mamba", "lstm"], help="slow-net over the gradient history")
-    fsg.add_argument("--history", default="per-weight", choices=["per-weight", "flat"], help="layout of the history")
+    fsg.add_argument(
+        "--history",
+        default="per-weight",
+        choices=["per-weight", "flat", "newest"],
+        help="its layout; newest: per-weight, older gradients replaced by zeros (default: per-weight)",
+    )
     fsg.add_argument("--length", type=int, default=5, help="l, past gradients a weight (default: 5)")
     fsg.add_argument("--beta", type=float, default=0.9, help="share of the slow gradient, 0 to 1 (default: 0.9)")
     fsg.add_argument("--normalize", default="layer-rms", choices=["layer-rms", "none"], help="scaling of the history")

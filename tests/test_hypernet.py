@@ -328,6 +328,7 @@ MAKERS = {
     "fsg-lstm": lambda layers: small_fsg(layers, hgs="lstm"),
     "fsg-flat": lambda layers: small_fsg(layers, history="flat"),
     "fsg-raw-no-lre": lambda layers: small_fsg(layers, normalize="none", lre=False, fast_act="relu", beta=0.4),
+    "fsg-newest": lambda layers: small_fsg(layers, history="newest"),
     "fsg-tanh": lambda layers: small_fsg(layers, fast_act="tanh", length=1),
     "fsg-sampled": lambda layers: small_fsg(layers, hyper_sample=0.3),
     "fcgrad": lambda layers: FCGrad(layers, 6, "tanh"),
@@ -363,8 +364,10 @@ def formula(name, gen, layers, latents, grads, states=None):
         past = torch.stack([p.flatten() for p in past])  # [l, n]
         rms = past.square().mean().sqrt() if gen.normalize == "layer-rms" else torch.ones(())
         past = past / rms
+        if gen.layout == "newest":
+            past = torch.cat([torch.zeros_like(past[:-1]), past[-1:]])
         token = gen.lre.weight[i].view(1, 1) if gen.lre is not None else None
-        if gen.layout == "per-weight":
+        if gen.layout != "flat":
             u = past.T if token is None else torch.cat([token.expand(past.shape[1], 1), past.T], dim=1)
             slow = gen.slow(u.unsqueeze(-1))[:, -1, 0]
         else:
