@@ -446,6 +446,8 @@ def main(argv=None) -> int:
     for grad in args.grads if args.what == "scale" else ():
         if grad not in GRADS or grad in ("plain", "ste"):
             parser.error(f"{grad} has no hypernetworks to share: use generators such as {', '.join(shared)}")
+    if min(args.processes) < 1:
+        parser.error(f"--processes must be at least 1; it is {min(args.processes)}")
     if args.rounds < 1:
         parser.error(f"--rounds must be at least 1; it is {args.rounds}")
     device, file = torch.device(args.device), Path(args.json or f"runs/bench-{args.what}.json")

@@ -16,6 +16,7 @@ seeds of a command: mean ± standard deviation.
 import argparse
 import concurrent.futures
 import csv
+import hashlib
 import os
 import queue
 import re
@@ -23,6 +24,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -73,45 +75,70 @@ class Interrupted(Exception):
     """Somebody wants to stop; the runs have saved what they did."""
 
 
-def run_one(flags: str, out: Path, slots: queue.Queue, running: set) -> dict:
-    """Run a command line, or go on with it where it was interrupted: its row.
+class Slots:
+    """Where runs can go on at the same time: a GPU each, or equal shares of the cores. As environments."""
 
-    slots: environments, one for each run that may go on at a time. running: the processes that do.
-    """
-    name = re.sub(r"[^\w.]+", "-", flags).strip("-")[-200:]
-    more = ["--resume", str(out / name)] if (out / name / "last.pt").exists() else ["--name", name, "--out", str(out)]
-    command = [sys.executable, "train_fsg.py", *(more if "--resume" in more else shlex.split(flags) + more)]
-    slot = slots.get()
-    # In a session of its own, so that Ctrl-C does not reach it twice: from the terminal, and from us.
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    process = subprocess.Popen(command, env={**os.environ, **slot}, cwd=Path(__file__).parent, **pipes)
-    running.add(process)
-    _, errors = process.communicate()
-    running.discard(process)
-    slots.put(slot)
-    if process.returncode in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-        raise Interrupted
-    errors = errors.strip().splitlines()[-1:] or ["it ended without a word"]
-    diverged = process.returncode and "became NaN or infinite" in errors[0]
-    finished = process.returncode == 0 or "has done its" in errors[0]  # and only the row was not written
-    if not finished and not diverged:
-        raise ExperimentError(f"python train_fsg.py {flags} cannot be run ({errors[0].removeprefix('error: ')})")
-    row = {"command": f"python train_fsg.py {flags}", "seed": re.search(r"--seed (\d+)", flags)[1]}
+    def __init__(self, jobs: int | None):
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        if gpus == [""]:
+            gpus = [str(i) for i in range(torch.cuda.device_count())]
+        self.jobs = jobs or (len(gpus) if torch.cuda.is_available() else 2)
+        self.free, self.running, self.stopping = queue.Queue(), set(), threading.Event()
+        for i in range(self.jobs):
+            threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs))}
+            gpu = {"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if torch.cuda.is_available() else {}
+            self.free.put({**os.environ, **threads, **gpu})
+
+    def run(self, command: list[str]) -> tuple[int, str]:
+        """The command's exit code and the last line of its standard error. Raises Interrupted after stop()."""
+        environment = self.free.get()
+        try:
+            if self.stopping.is_set():
+                raise Interrupted
+            # In a session of its own, so that Ctrl-C does not reach it twice: from the terminal, and from us.
+            pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+            process = subprocess.Popen(command, env=environment, **pipes)
+            self.running.add(process)
+            if self.stopping.is_set():
+                process.terminate()
+            errors = process.communicate()[1].strip().splitlines()
+            self.running.discard(process)
+            return process.returncode, (errors or ["it ended without a word"])[-1]
+        finally:
+            self.free.put(environment)
+
+    def stop(self) -> None:
+        """Nothing more is begun; what runs saves its state, and ends."""
+        self.stopping.set()
+        for process in list(self.running):
+            process.terminate()
+
+
+def run_one(flags: str, out: Path, slots: Slots) -> dict:
+    """Run a command line, or go on with it where it was interrupted: its row."""
+    name = re.sub(r"[^\w.]+", "-", flags)[:150].strip("-") + "-" + hashlib.sha256(flags.encode()).hexdigest()[:8]
+    begun = (out / name / "last.pt").exists()
+    more = ["--resume", str(out / name)] if begun else [*shlex.split(flags), "--name", name, "--out", str(out)]
     try:
+        code, error = slots.run([sys.executable, str(Path(__file__).with_name("train_fsg.py")), *more])
+        if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            raise Interrupted
+        diverged = "became NaN or infinite" in error
+        if code and not diverged and "has done its" not in error:  # done, but its row was not written
+            raise ExperimentError(f"python train_fsg.py {flags} cannot be run ({error.removeprefix('error: ')})")
+        row = {"command": f"python train_fsg.py {flags}", "seed": re.search(r"--seed (\d+)", flags)[1]}
+        if diverged:
+            return {**row, **dict.fromkeys(COLUMNS[2:], "nan")}
         curves = plot.read_run(out / name)
-    except plot.PlotError:  # diverged in its first epoch
-        return row | {"best_test_acc": "nan", "test_acc": "nan", "train_loss": "nan", "seconds": "nan"}
-    accuracies, loss = curves["test_acc"], "nan" if diverged else f"{curves['train_loss'][-1]:.4f}"
+    except plot.PlotError as e:
+        slots.stop()
+        raise ExperimentError(str(e)) from None
+    except (Interrupted, ExperimentError):
+        slots.stop()
+        raise
+    accuracies = curves["test_acc"]
     row |= {"best_test_acc": f"{accuracies.max():.4f}", "test_acc": f"{accuracies[-1]:.4f}"}
-    return row | {"train_loss": loss, "seconds": f"{curves['time'][-1]:.0f}"}
-
-
-def environments(jobs: int | None) -> list[dict]:
-    """What each of the runs that go on at a time finds in its environment: a GPU, or a share of the cores."""
-    if torch.cuda.is_available() and jobs is None:
-        return [{"CUDA_VISIBLE_DEVICES": str(i)} for i in range(torch.cuda.device_count())]
-    jobs = 2 if jobs is None else jobs
-    return [{"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} for _ in range(jobs)]
+    return row | {"train_loss": f"{curves['train_loss'][-1]:.4f}", "seconds": f"{curves['time'][-1]:.0f}"}
 
 
 def run_grid(name: str, commands: list[str], results: Path, out: Path, jobs: int | None) -> None:
@@ -119,11 +146,9 @@ def run_grid(name: str, commands: list[str], results: Path, out: Path, jobs: int
     file = results / f"{name}.csv"
     rows = read_results(file)
     left = [flags for flags in commands if f"python train_fsg.py {flags}" not in rows]
-    slots, running = queue.Queue(), set()
-    for environment in environments(jobs):
-        slots.put(environment)
-    with concurrent.futures.ThreadPoolExecutor(slots.qsize()) as pool:
-        waiting = [pool.submit(run_one, flags, out / name, slots, running) for flags in left]
+    slots = Slots(jobs)
+    with concurrent.futures.ThreadPoolExecutor(slots.jobs) as pool:
+        waiting = [pool.submit(run_one, flags, out / name, slots) for flags in left]
         try:
             for done in concurrent.futures.as_completed(waiting):
                 row = done.result()
@@ -131,11 +156,11 @@ def run_grid(name: str, commands: list[str], results: Path, out: Path, jobs: int
                 write(file, rows.values(), commands)
                 print(f"{len(rows)} done: {row['command']}: {row['test_acc']}", flush=True)
         except BaseException:
+            slots.stop()
             for future in waiting:
                 future.cancel()
-            for process in list(running):
-                process.terminate()  # saves, and ends
             raise
+    write(file, rows.values(), commands)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,7 +226,7 @@ def main(argv=None) -> int:
     parser.add_argument("grid", choices=GRIDS)
     parser.add_argument("--list", action="store_true", help="the commands, and which are done; run nothing")
     parser.add_argument("--jobs", type=int, help="runs at a time (default: one a GPU, or 2 on CPUs)")
-    parser.add_argument("--out", default="runs/experiments", help="folder of the run folders (default: %(default)s)")
+    parser.add_argument("--out", default="results/runs", help="folder of the run folders (default: %(default)s)")
     parser.add_argument(
         "--results", default="results", help="folder of the CSV files and tables (default: %(default)s)"
     )
@@ -211,6 +236,8 @@ def main(argv=None) -> int:
     commands = [shlex.join([*shlex.split(command), *more]) for command in GRIDS[args.grid]]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        if "--seed" in more:
+            raise ExperimentError("the grid has the seeds: leave out --seed")
         if args.jobs is not None and args.jobs < 1:
             raise ExperimentError(f"--jobs must be at least 1; it is {args.jobs}")
         if args.list:

@@ -892,6 +892,8 @@ class FSG(Learned):
     def layer_rms(self) -> Tensor:
         """Root mean square of the stored window of each layer, unfilled slots counting as 0: [layers]."""
         norms = torch.stack(torch._foreach_norm(self._history_views)).view(self.length, -1)
+        if self.layout == "newest":
+            norms = norms[(self.t - 1) % self.length].unsqueeze(0)
         rms = (self.total(norms.square().sum(0)) / (self.length * self.layer_size)).sqrt()
         return rms.clamp_min(torch.finfo(rms.dtype).tiny)
 
@@ -944,7 +946,10 @@ class FSG(Learned):
     @torch.no_grad()
     def measure(self, lr: float) -> dict[str, float]:
         """As Generator's, and of the two terms of G, with their weights D, β and 1 − β: the RMS of each, and the slow
-        one's share of their energy, Σ slow² / Σ (slow² + fast²). Costs one forward pass of the nets."""
+        one's share of their energy, Σ slow² / Σ (slow² + fast²). Costs one forward pass of the nets. Empty for the
+        preset 'released', whose update has one term."""
+        if self.released:
+            return {}
         D, pre = self.calibrate()
         fast, slow = (1 - self.beta) * D * self.newest * self.fast(pre), self.beta * D * self.slow_gradient()
         fast, slow = self.total(torch.stack([fast.square().sum(), slow.square().sum()])).tolist()

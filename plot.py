@@ -31,7 +31,7 @@ import numpy as np
 COLUMNS = ("epoch", "seconds", "train_loss", "test_acc", "flip_ratio")  # what we need of metrics.csv
 
 # Flags in which runs may differ and still be the same experiment.
-NOT_THE_EXPERIMENT = {"seed", "name", "out", "resume", "eval_only", "workers", "save_every"}
+NOT_THE_EXPERIMENT = {"seed", "name", "out", "resume", "eval_only", "workers", "save_every", "device"}
 LAST = 10  # epochs at the end, over which the table averages
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart (without its yellow: too pale on white). When the
@@ -146,7 +146,7 @@ def label_group(labels: list[str]) -> str:
     if len(labels) == 1:
         return labels[0]
     common = os.path.commonprefix(labels)  # noqa: RUF071 (of characters, not folders)
-    common = re.sub(r"[-_ ,.]*(seeds?|s)?[-_ ,.]*$", "", common, flags=re.IGNORECASE)
+    common = re.sub(r"([-_ ,.]+(seeds?|s)\d*)?[-_ ,.]*$", "", common, flags=re.IGNORECASE)
     return common or labels[0]
 
 
@@ -338,7 +338,8 @@ def main(argv=None) -> int:
         groups = {}
         for group in group_runs(folders):
             label = label_group([labels[i] for i in group])
-            label = labels[group[0]] if label in groups else label  # some names say nothing of what differs
+            if label in groups or (len(group) > 1 and label in labels):  # it would say nothing of what differs
+                label = labels[group[0]]
             groups[label] = [runs[i] for i in group]
         if args.table:
             print(table(groups))

@@ -22,7 +22,13 @@ import signal
 import sys
 import time
 import warnings
+import weakref
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 import torch
 import torch.distributed as dist
@@ -253,7 +259,8 @@ def parts(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, ac
 
     Between processes gradients are averaged once, after the last part.
     """
-    pieces = list(zip(images.chunk(accumulate), labels.chunk(accumulate), strict=True))
+    count = max(1, min(accumulate, len(labels) // 2))  # BatchNorm can make nothing of a single picture
+    pieces = list(zip(images.tensor_split(count), labels.tensor_split(count), strict=True))
     for i, (x, y) in enumerate(pieces, 1):
         alone = processes() == 1 or i == len(pieces)
         with contextlib.nullcontext() if alone else model.no_sync():
@@ -302,26 +309,33 @@ class Interrupt:
 # Checkpoints: dictionaries of tensors, numbers, strings, lists and dictionaries, so they load with weights_only=True.
 
 
-def save(path: Path, state: dict) -> None:
-    """Write a checkpoint so that `path` is at any moment the old one or the new one, whole. Of several processes the
-    first writes."""
-    if rank():
-        return
+@contextlib.contextmanager
+def replacing(path: Path, mode: str = "w"):
+    """A file to write to, which takes the place of `path` when it is done: at any moment that is the old one or the new
+    one, whole. Raises RunError where it cannot be written; `path` is then as it was."""
     temporary = path.with_suffix(".tmp")
     try:
-        with open(temporary, "wb") as f:
-            torch.save(state, f)
+        with open(temporary, mode, newline=None if "b" in mode else "") as f:
+            yield f
             f.flush()
             os.fsync(f.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as e:  # of a full disk torch.save only says that it is at an "unexpected pos"
-        left = shutil.disk_usage(path.parent).free >> 20
-        temporary.unlink(missing_ok=True)
+        reason = str(e).splitlines()[0]
+        with contextlib.suppress(OSError):
+            reason += f"; {shutil.disk_usage(path.parent).free >> 20:,} MB are free"
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         kept = "the one before it is untouched" if path.exists() else "there was none before it"
         raise RunError(
-            f"the checkpoint {path} could not be written ({str(e).splitlines()[0]}; {left:,} MB are free): make room "
-            f"there; {kept}"
+            f"{path} could not be written ({reason}): make room there, or make it writable; {kept}"
         ) from None
+
+
+def save(path: Path, state: dict) -> None:
+    """Write a checkpoint. Raises RunError where it cannot be written."""
+    with replacing(path, "wb") as f:
+        torch.save(state, f)
 
 
 def load(path: Path | str) -> dict:
@@ -444,6 +458,8 @@ class Run:
         self.seconds = 0.0  # of training in this epoch
         self.totals = torch.zeros(3, dtype=torch.float64, device=device)  # of this epoch: Σ loss, correct, seen
         self.names, self.weights = zip(*parts["model"].named_parameters(), strict=True)
+        generator = parts.get("generator")
+        self.phi = [] if generator is None else list(generator.named_parameters())
         # The first step whose loss (in front), or whose gradient of each of the weights, was NaN or infinite.
         self.broken = torch.full((1 + len(self.names),), NEVER, device=device)
         self.bits = bits  # at the start of this epoch
@@ -452,9 +468,8 @@ class Run:
         if resumed:
             self._restore(resumed)
         self.folder = Path(args.out) / (args.name or f"{kind}-{args.arch}-{args.dataset}-{args.opt}-seed{args.seed}")
-        if rank() == 0:
-            self._make_folder(resumed is not None)
-            self._mend_best()
+        self._first_writes(self._make_folder, resumed is not None)
+        self._first_writes(self._mend_best)
         where = f"{device}" if processes() == 1 else f"{processes()} processes on {device.type}"
         parameters = sum(p.numel() for p in parts["model"].parameters())
         console.print(
@@ -492,18 +507,31 @@ class Run:
                 self.folder.mkdir(parents=True, exist_ok=True)
             else:
                 self._find_free_folder()
+            self._lock()
+            if not exists and any((self.folder / file).exists() for file in ("last.pt", "best.pt")):
+                go_on = f"go on with it (--resume {self.folder}), or " if (self.folder / "last.pt").exists() else ""
+                raise RunError(f"{self.folder} holds a run already: {go_on}choose another --name")
             for file in self.folder.glob("*.tmp"):  # of a process that was killed while it wrote
                 file.unlink()
-            if not exists and any((self.folder / file).exists() for file in ("last.pt", "best.pt")):
-                raise RunError(
-                    f"{self.folder} holds a run already: go on with it (--resume {self.folder}), or choose another "
-                    "--name"
-                )
-            args.name = self.folder.name
-            (self.folder / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
-            self._write_rows()
         except OSError as e:
             raise RunError(f"the run folder {self.folder} cannot be written ({e}): choose another --out") from None
+        args.name = self.folder.name
+        with replacing(self.folder / "args.json") as f:
+            f.write(json.dumps(vars(args), indent=1) + "\n")
+        self._write_rows()
+
+    def _lock(self) -> None:
+        """No two processes may train in one folder. The system unlocks it when this one ends, however it ends."""
+        if fcntl is None:
+            return
+        self.lock = os.open(self.folder, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.lock)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"another process trains in {self.folder}: wait for it, or choose another --name") from None
+        except OSError:  # a file system without locks
+            pass
 
     def _find_free_folder(self) -> None:
         """Make OUT/name, or OUT/name-2, … where that is taken."""
@@ -535,6 +563,8 @@ class Run:
     def __exit__(self, *error):
         self.bar.__exit__(*error)
         self.interrupt.__exit__(*error)
+        if hasattr(self, "lock"):
+            fcntl.flock(self.lock, fcntl.LOCK_UN)
         if rank() and error[1] and not isinstance(error[1], RunError):  # of these the first process knows nothing
             print(f"error in process {rank()}: {error[1]}", file=sys.stderr)
 
@@ -563,12 +593,12 @@ class Run:
             if self.leaving or done:
                 break
             if old and not whole_epoch:
-                self.save()
+                self.save(self.rows)
         self._average_statistics()
         self.totals.tolist()  # the device has caught up, and the epoch's time is known
         self.seconds = time.perf_counter() - started
         if self.leaving:
-            self.save()
+            self.save(self.rows)
 
     def set_learning_rate(self, optimizer: torch.optim.Optimizer) -> float:
         """This step's learning rate, by --schedule; all of the optimizer's groups get it."""
@@ -605,16 +635,15 @@ class Run:
         # stopped, and then this test has not been.
         whole_epoch, best = self.batch == len(self.train), self.folder / "best.pt"
         is_best = test_acc > self.best and (whole_epoch or not best.exists())
+        self._add(row)
         if whole_epoch:
-            self._add(row)
             self.epoch, self.batch, self.seconds, self.bits = self.epoch + 1, 0, 0.0, bits
             self.totals.zero_()
-            self.save()
-        else:
-            self.save()
-            self._add(row)
+            self.save(self.rows)
         if is_best:
-            save(best, self._model())
+            self._first_writes(save, best, self._model())
+        if not whole_epoch:
+            self.save(self.rows[:-1])
         self.leaving = self._any(self.interrupt)[0] and self.step < self.total_steps
 
     def finish(self) -> int:
@@ -635,6 +664,17 @@ class Run:
             return [bool(fact) for fact in facts]
         facts = torch.tensor([int(bool(fact)) for fact in facts])
         return [bool(fact) for fact in total(facts).tolist()]
+
+    def _first_writes(self, write, *arguments) -> None:
+        """The first process writes; where it cannot, all end."""
+        error = None
+        try:
+            if rank() == 0:
+                write(*arguments)
+        except RunError as e:
+            error = e
+        if self._any(error)[0]:
+            raise error or RunError("the first process could not write")
 
     def _sums(self) -> list[float]:
         """Of this epoch so far: Σ loss, correct, seen."""
@@ -661,20 +701,21 @@ class Run:
             dist.all_reduce(self.broken, dist.ReduceOp.MIN)
         broken = self.broken.tolist()
         # The weights too: a finite step can overflow them, and as sign(NaN) is −1, the loss stays finite.
-        finite = torch.stack(torch._foreach_norm([w.detach() for w in self.weights], math.inf)).isfinite().tolist()
+        values = [*zip(self.names, self.weights, strict=True), *self.phi]
+        finite = torch.stack(torch._foreach_norm([w.detach() for _, w in values], math.inf)).isfinite().tolist()
         if (step := min(broken)) < NEVER:
-            problem = ("the loss", *(f"the gradient of {name}" for name in self.names))[broken.index(step)]
+            problem, when = ("the loss", *(f"the gradient of {name}" for name in self.names))[broken.index(step)], "in"
         elif not all(finite):
-            problem, step = self.names[finite.index(False)], self.step
+            problem, step, when = values[finite.index(False)][0], self.step, "by"
         elif not math.isfinite(test_loss):
-            problem, step = "the test loss", self.step
+            problem, step, when = "the test loss", self.step, "after"
         else:
             return
         last = self.folder / "last.pt"
         kept = f"the last good checkpoint is {last}" if last.exists() else "there was no checkpoint yet"
         fast = " or --lr-fast" if hasattr(self.args, "lr_fast") else ""
         raise RunError(
-            f"{problem} became NaN or infinite in step {step:,}, epoch {self.epoch + 1}: {kept}; try a smaller "
+            f"{problem} became NaN or infinite {when} step {step:,}, epoch {self.epoch + 1}: {kept}; try a smaller "
             f"--lr{fast}"
         )
 
@@ -686,17 +727,17 @@ class Run:
             "model": self.parts["model"].state_dict(),
         }
 
-    def save(self) -> None:
-        """last.pt: all that the rest of the run depends on. All processes take part."""
+    def save(self, rows: list[dict]) -> None:
+        """last.pt: all that the rest of the run depends on, with these rows of metrics. All processes take part."""
         self._average_statistics()
         self.check_finite()
-        place = {k: getattr(self, k) for k in ("epoch", "batch", "step", "seconds", "rows", "bits")}
-        place["totals"] = total(self.totals.clone())
+        place = {k: getattr(self, k) for k in ("epoch", "batch", "step", "seconds", "bits")}
+        place |= {"rows": rows, "totals": total(self.totals.clone())}
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         random = {"rng": torch.get_rng_state()}
         if self.totals.is_cuda:
             random["cuda_rng"] = torch.cuda.get_rng_state(self.totals.device)
-        save(self.folder / "last.pt", {**self._model(), **parts, **place, **random})
+        self._first_writes(save, self.folder / "last.pt", {**self._model(), **parts, **place, **random})
         self.saved = time.perf_counter()
 
     @property
@@ -714,7 +755,7 @@ class Run:
             )
         is_best = row["test_acc"] > self.best
         self.rows.append(row)
-        self._write_rows()
+        self._first_writes(self._write_rows)
         more = "".join(
             f"  {factor * row[name]:{max(10, len(name) + 2 * (factor == 100))}.{2 if factor == 100 else 4}f}"
             for name, factor in extra.items()
@@ -726,19 +767,12 @@ class Run:
         )
 
     def _write_rows(self) -> None:
-        if rank():
-            return
-        temporary, path = self.folder / "metrics.tmp", self.folder / "metrics.csv"
         columns = dict.fromkeys((*METRICS, *(column for row in self.rows for column in row)))
-        try:
-            with open(temporary, "w", newline="") as f:
-                writer = csv.DictWriter(f, columns)
-                writer.writeheader()
-                for row in self.rows:
-                    writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-            temporary.replace(path)
-        except OSError as e:
-            raise RunError(f"{path} cannot be written ({e}): make room, then --resume {self.folder}") from None
+        with replacing(self.folder / "metrics.csv") as f:
+            writer = csv.DictWriter(f, columns)
+            writer.writeheader()
+            for row in self.rows:
+                writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
 
     def _summary(self) -> None:
         """The table at the end: what was reached, in which time, and where it is."""
@@ -817,8 +851,8 @@ def command(main, *errors: type[Exception]) -> None:
     except Exception as e:
         if not type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
-        reason = str(e).splitlines()[0][:150]
-        code = f"error: --compile failed ({reason}): it needs a C++ compiler, on a GPU Triton; or leave it out"
+        reason = " ".join(str(e).split())[:150]
+        code = f"error: --compile failed ({reason}): leave it out; it needs a C++ compiler, on a GPU Triton"
     except KeyboardInterrupt:  # before training has begun, or the second one: last.pt is as it was saved last
         code = 128 + signal.SIGINT
     if isinstance(code, str):

@@ -234,6 +234,18 @@ def test_one_process_that_is_told_to_stop_stops_all_at_the_same_step(tmp_path):
     assert torch.load(tmp_path / "cut" / "last.pt", weights_only=True)["step"] == stopped
 
 
+def test_a_checkpoint_that_cannot_be_written_ends_all_processes_with_one_sentence(tmp_path):
+    code = """
+        import sys, runs, train_sibnn
+        def save(path, state): raise runs.RunError("the disk is full")
+        runs.save = save
+        runs.command(lambda: train_sibnn.main(sys.argv[1:]))
+    """
+    argv = [*DIGITS, "--arch", "resnet8", "--out", str(tmp_path), "--name", "full"]
+    codes, outputs = launch(2, "-c", textwrap.dedent(code), *argv)
+    assert codes == [1, 1] and outputs[1] == "" and outputs[0].endswith("error: the disk is full\n"), outputs
+
+
 def test_batches_that_cannot_be_shared(tmp_path):
     codes, outputs = launch(
         2, "train_sibnn.py", *DIGITS, "--arch", "lenet", "--batch-size", "61", "--out", str(tmp_path)

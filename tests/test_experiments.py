@@ -95,6 +95,7 @@ sys.exit(experiments.main(["rates", "--results", r"{tmp_path}/results", "--out",
     [
         ([f"{SMALL} --seed 0 --beta 7 --grad fsg"], [], "beta is the share"),
         ([f"{SMALL} --seed 0"], ["--jobs", "0"], "--jobs must be at least 1"),
+        ([f"{SMALL} --seed 0"], ["--", "--seed", "1"], "leave out --seed"),
         ([f"{SMALL} --seed 0 --no-such-flag"], [], "no-such-flag"),
     ],
 )
@@ -109,3 +110,16 @@ def test_damaged_results(tmp_path, monkeypatch, capsys):
     (tmp_path / "results" / "rates.csv").write_text("command,seed\na,0\n")
     assert run(monkeypatch, tmp_path, [f"{SMALL} --seed 0"]) == 1
     assert "damaged or of another version" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_stops_the_others(tmp_path, monkeypatch, capsys):
+    commands = [f"{SMALL} --seed 0 --beta 7 --grad fsg", f"{SMALL} --epochs 100000 --seed 0"]
+    assert run(monkeypatch, tmp_path, commands, "--jobs", "1") == 1
+    assert "beta is the share" in capsys.readouterr().err
+    assert not list(tmp_path.glob("runs/rates/*100000*/metrics.csv"))
+
+
+def test_commands_that_differ_only_early_have_runs_of_their_own(tmp_path, monkeypatch):
+    long = f"{SMALL} --limit-steps 1 --milestones {' '.join(str(i) for i in range(30, 130))} --seed 0"
+    assert run(monkeypatch, tmp_path, [long, long.replace("resnet8", "lenet")]) == 0
+    assert len(list(tmp_path.glob("runs/rates/*/args.json"))) == len(rows(tmp_path)) == 2

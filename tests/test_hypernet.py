@@ -361,11 +361,11 @@ def formula(name, gen, layers, latents, grads, states=None):
             continue
         past = [step[i] for step in grads[-gen.length :]]
         past = [torch.zeros_like(g)] * (gen.length - len(past)) + past  # unfilled slots are zero
+        if gen.layout == "newest":
+            past = [torch.zeros_like(g)] * (gen.length - 1) + past[-1:]
         past = torch.stack([p.flatten() for p in past])  # [l, n]
         rms = past.square().mean().sqrt() if gen.normalize == "layer-rms" else torch.ones(())
         past = past / rms
-        if gen.layout == "newest":
-            past = torch.cat([torch.zeros_like(past[:-1]), past[-1:]])
         token = gen.lre.weight[i].view(1, 1) if gen.lre is not None else None
         if gen.layout != "flat":
             u = past.T if token is None else torch.cat([token.expand(past.shape[1], 1), past.T], dim=1)

@@ -375,3 +375,12 @@ def test_groups_whose_runs_are_named_alike(tmp_path, capsys):
     rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()[2:]]
     assert rows == ["a/run", "b/run"]
     assert plot.label_group(["x1", "y2"]) == "x1"
+    assert plot.label_group(["ste-seed1", "ste-seed10", "ste-seed11"]) == "ste"
+    assert plot.label_group(["ours-1", "ours-2"]) == "ours"
+
+
+def test_a_group_and_a_run_of_its_name_are_both_shown(tmp_path, capsys):
+    folders = make_seeds(tmp_path, "ste", [[0.5], [0.6]])
+    assert plot.main(["--table", *folders, make_run(tmp_path / "ste")]) == 0
+    rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert rows == ["ste-seed0", "ste"]
