@@ -276,15 +276,14 @@ AVX512 static void threshold_avx512(
 
 // What a kernel does for each vector, on registers alone: n times exclusive-or, popcount and addition.
 AVX512 static int64_t peak(int64_t n) {
-    __m512i count[16], weight[4], a = _mm512_set1_epi64(n);
-    for (int i = 0; i < 16; i++) count[i] = _mm512_set1_epi64(i);
-    for (int b = 0; b < 4; b++) weight[b] = _mm512_set1_epi64(3 * b + n);
-    for (int64_t done = 0; done < n; done += 16) {
-        for (int i = 0; i < 16; i++)
-            count[i] = _mm512_add_epi64(count[i], _mm512_popcnt_epi64(_mm512_xor_si512(a, weight[i % 4])));
+    __m512i count[12], weight[12], a = _mm512_set1_epi64(n);
+    for (int i = 0; i < 12; i++) count[i] = weight[i] = _mm512_set1_epi64(3 * i + n);
+    for (int64_t done = 0; done < n; done += 12) {
+        for (int i = 0; i < 12; i++)
+            count[i] = _mm512_add_epi64(count[i], _mm512_popcnt_epi64(_mm512_xor_si512(a, weight[i])));
         asm volatile("" : "+v"(a));  // or the compiler would see that nothing changes
     }
-    for (int i = 1; i < 16; i++) count[0] = _mm512_add_epi64(count[0], count[i]);
+    for (int i = 1; i < 12; i++) count[0] = _mm512_add_epi64(count[0], count[i]);
     return _mm512_reduce_add_epi64(count[0]);
 }
 #endif

@@ -17,7 +17,8 @@ A .safetensors file holds, for each binary layer L with weights [C_out, C_in, k,
 and all other parameters and buffers under their names, in float32 or, with --half, float16. Metadata: arch, quantizer,
 act, shape (of a picture), num_classes, args (the trainer's flags, JSON), format. With --half logits differ a little.
 
-Copy with: models.py, quantizers.py, data.py, runs.py, the trainers' files, binary_conv.cpp.
+Copy with: binary_conv.cpp, models.py, quantizers.py, data.py, runs.py, and the trainers whose runs are exported:
+train_fsg.py (with hypernet.py), train_sibnn.py, train_proxconnect.py, train_bihalf.py.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import functools
 import hashlib
 import importlib
 import json
+import math
 import operator
 import os
 import shutil
@@ -40,6 +42,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
@@ -723,11 +726,11 @@ static inline void floats_row(const Shape *s, const float *x, const float *w, co
                 int end = (s->width - 1 + left) / s->stride + 1;
                 if (s->width - 1 + left < 0) end = 0;
                 if (end > width) end = width;
-                const float *in = x + ((row * s->stride - s->padding + ky) * s->width - left) * channels;
+                const int in = ((row * s->stride - s->padding + ky) * s->width - left) * channels;
                 const int step = s->stride * channels;
                 for (; column + 4 <= end; column += 4)
-                    multiply_4(in + column * step, step, t, channels, acc + column * LANES);
-                for (; column < end; column++) multiply_1(in + column * step, t, channels, acc + column * LANES);
+                    multiply_4(x + (in + column * step), step, t, channels, acc + column * LANES);
+                for (; column < end; column++) multiply_1(x + (in + column * step), t, channels, acc + column * LANES);
             }
         for (int column = 0; column < width; column++)
             for (int f = 0; f < LANES && block * LANES + f < s->filters; f++)
@@ -986,13 +989,14 @@ class CFile:
 
 
 def compiled(source: Path, *flags: str) -> ctypes.CDLL:
-    """A C file of ours as a library, by the machine's C compiler. Raises RunError where there is none."""
+    """A C file of ours as a library, by the C compiler here ($CC, $CFLAGS). Raises RunError where there is none."""
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
     if compiler is None:
         raise RunError("there is no C compiler here (cc): install one, such as gcc")
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "network.so"
-        command = [compiler, "-O3", "-std=c99", "-shared", "-fPIC", str(source), "-o", str(library), *flags, "-lm"]
+        options = ["-O3", "-std=c99", "-shared", "-fPIC", *os.environ.get("CFLAGS", "").split()]
+        command = [compiler, *options, str(source), "-o", str(library), *flags, "-lm"]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
         except (subprocess.CalledProcessError, OSError) as e:
@@ -1089,7 +1093,7 @@ def compare(trained: Trained, test, other, what: str, limit: int | None) -> tupl
     place among all pictures -> logits), of how many, and the largest difference of logits."""
     equal = count = 0
     largest = 0.0
-    with runs.Progress(console=runs.console, transient=True, disable=not runs.console.is_terminal) as bar:
+    with Progress(console=runs.console, transient=True, disable=not runs.console.is_terminal) as bar:
         task = bar.add_task(f"checking {what}", total=min(test.size, limit or test.size))
         for images, _ in test.epoch():
             images = images[: max(0, (limit or test.size) - count)]
@@ -1141,9 +1145,9 @@ def alternating(functions: dict, rounds: int) -> dict[str, float]:
     found = {name: [] for name in functions}
     for r in range(rounds + 1):
         for name, function in functions.items():
+            function()
+            time.sleep(0.01)  # until the threads of the one before have stopped waiting for work
             found[name] += [seconds(function)] if r else []
-            if not r:
-                function()
     return {name: statistics.median(times) for name, times in found.items()}
 
 
@@ -1232,7 +1236,8 @@ def bench_layers(trained: Trained, rounds: int, results: dict) -> None:
         bits, signs = torch.rand(c, h, w) < 0.5, torch.randint(2, (filters, c, k, k), dtype=torch.int8) * 2 - 1
         shape = Shape(h, w, c, filters, k, stride, padding, XNOR)
         x, weights = packed_activations(bits), binary_weights(signs)
-        out_h, out_w = ((size + 2 * padding - k) // stride + 1 for size in (h, w))
+        sides = [(size, (size + 2 * padding - k) // stride + 1) for size in (h, w)]
+        out_h, out_w = (out for _, out in sides)
         low, high = torch.zeros(filters, dtype=torch.int32), torch.full((filters,), 2**30, dtype=torch.int32)
         out = np.empty((out_h, out_w, -(-filters // 64)), dtype=np.uint64)
         arguments = ctypes.byref(shape), *(pointer(a) for a in (x, weights, low, high, out))
@@ -1246,7 +1251,11 @@ def bench_layers(trained: Trained, rounds: int, results: dict) -> None:
             },
             rounds,
         )
-        vectors = out_h * out_w * -(-filters // 8) * k * k * -(-c // 64)  # as if no tap lay outside
+        # Of 8 filters by 64 channels: what there is to count, without the taps that lie outside.
+        inside = [
+            sum(0 <= o * stride - padding + tap < size for o in range(out) for tap in range(k)) for size, out in sides
+        ]
+        vectors = math.prod(inside) * -(-filters // 8) * -(-c // 64)
         share = f"{100 * vectors / times['ours'] / peak:.0f} %" if peak else ""
         results["layers"].append({"input": [c, h, w], "filters": filters, "kernel": k, "stride": stride, **times})
         table.add_row(

