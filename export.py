@@ -478,7 +478,7 @@ def onnx_module(name: str):
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise RunError(f"--to onnx needs {name}: pip install onnx onnxruntime") from None
+        raise RunError(f"this needs {name}: pip install onnx onnxruntime") from None
 
 
 def write_onnx(trained: Trained, path: Path) -> None:
