@@ -198,6 +198,24 @@ def test_bits_are_the_checkpoint_bit_for_bit(network, capsys):
     assert size < weights * planes / 8 + padding_and_scales + rest + 12_000, "and a header"
 
 
+def test_onnx_predicts_the_same(network, capsys):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    assert export.main([str(network), "--to", "onnx"]) == 0
+    found = capsys.readouterr().out
+    assert "359 of 359 test pictures" in found
+    assert float(found.split("differ by ")[1].split()[0]) < 2e-3, "a bit that differs would show"
+    graph = onnx.load(network / "run.onnx").graph
+    kinds = [node.op_type for node in graph.node]
+    layers = export.read(network).layers().values()
+    assert kinds.count("DequantizeLinear") == len(layers) and "BatchNormalization" not in kinds
+    weights = [onnx.numpy_helper.to_array(v) for v in graph.initializer if v.data_type == onnx.TensorProto.INT8]
+    weights = [w for w in weights if w.ndim == 4]
+    assert sum(w.size for w in weights) == sum(layer.weight.numel() for layer in layers)
+    assert {-1, 1} <= set(np.concatenate([np.unique(w) for w in weights])) <= {-1, 0, 1}
+    assert all(not node.domain for node in graph.node), "no custom operators"
+
+
 @needs_compiler
 def test_c_predicts_the_same(network, capsys, monkeypatch):
     monkeypatch.setenv("CFLAGS", "-O1")  # which compiles faster than -O3
