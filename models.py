@@ -52,6 +52,22 @@ class _Binary:
         channels = (-1, 1, 1) if isinstance(self, nn.Conv2d) else (-1,)
         return step_activation(x, self.theta.view(channels), self.delta.view(channels), self.rho)
 
+    def apply_weight(self, function: Callable, x: Tensor) -> Tensor:
+        """function(binary input, Ŵ, bias), function being the layer's convolution or product.
+
+        In eval mode binary inputs are summed first and multiplied by the filter's scale afterwards: a sum of −1, 0 and
+        +1 is exact in every order, a sum of ±0.0123 is not. So what the next binary activation compares with its
+        threshold does not depend on the batch size, the library or the machine, nor on the format (export.py).
+        """
+        x, w = self.binary_input(x), self.binary_weight()
+        if self.training or self.act == "none":
+            return function(x, w, self.bias)
+        scale = w.detach().abs().flatten(1).amax(1).clamp_min(torch.finfo(w.dtype).tiny)
+        outputs = function(x, w / scale.view(-1, *[1] * (w.dim() - 1)), None)
+        like_outputs = (-1, 1, 1) if isinstance(self, nn.Conv2d) else (-1,)
+        outputs = outputs * scale.view(like_outputs)
+        return outputs if self.bias is None else outputs + self.bias.view(like_outputs)
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, quantizer={self.quantizer}, act={self.act}"
 
@@ -60,14 +76,14 @@ class BinaryConv2d(_Binary, nn.Conv2d):
     """nn.Conv2d whose forward uses binary weights: x [B, C_in, H, W] -> [B, C_out, H', W']."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(self.binary_input(x), self.binary_weight(), self.bias)
+        return self.apply_weight(self._conv_forward, x)
 
 
 class BinaryLinear(_Binary, nn.Linear):
     """nn.Linear whose forward uses binary weights: x [..., F_in] -> [..., F_out]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.binary_input(x), self.binary_weight(), self.bias)
+        return self.apply_weight(F.linear, x)
 
 
 class FloatConv2d(nn.Conv2d):

@@ -723,6 +723,7 @@ class Run:
         return {
             "args": vars(self.args),
             "num_classes": self.train.num_classes,
+            "shape": tuple(self.train.shape),  # of a picture: [C, H, W]
             "step": self.step,
             "model": self.parts["model"].state_dict(),
         }

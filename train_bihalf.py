@@ -83,6 +83,20 @@ def complete(args) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Network.
+
+
+def network(args, num_classes: int, shape: tuple[int, int, int]) -> torch.nn.Module:
+    """The network that is trained, freshly initialised: pictures [B, *shape] -> logits [B, num_classes]."""
+    quantizer = "bwn" if args.quantizer == "sign" else "bihalf-prune" if args.prune else "bihalf"
+    net = models.build(args.arch, num_classes, quantizer, args.act, args.binarize_all, *shape[:2])
+    for layer in models.binary_layers(net):
+        layer.options = {"bihalf": {"ratio": args.ratio}, "bihalf-prune": {"prune": args.prune}}.get(quantizer, {})
+        layer.scale = models.he_scale(layer)
+    return net
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The paper's toy example: what equal bits cost, and what they leave.
 
 
@@ -167,16 +181,12 @@ def main(argv=None) -> int:
     )
 
     # Network. The latent weights are its parameters; its binary layers quantize them in the forward pass.
-    quantizer = "bwn" if args.quantizer == "sign" else "bihalf-prune" if args.prune else "bihalf"
-    net = models.build(args.arch, train.num_classes, quantizer, args.act, args.binarize_all, *train.shape[:2])
+    net = network(args, train.num_classes, train.shape)
     net.to(device)
     runs.load_weights(net, args, resumed)
     model = runs.parallel(net, args, device)
     layers = models.binary_layers(net)
     sizes = [layer.weight.numel() for layer in layers]
-    for layer in layers:
-        layer.options = {"bihalf": {"ratio": args.ratio}, "bihalf-prune": {"prune": args.prune}}.get(quantizer, {})
-        layer.scale = models.he_scale(layer)
     if args.eval_only:
         return runs.report(*runs.evaluate(model, test, device, args.amp), test.size)
 

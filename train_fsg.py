@@ -113,6 +113,11 @@ def complete(args) -> None:
             raise runs.RunError(f"--{name.replace('_', '-')} must be at least 1; it is {getattr(args, name)}")
 
 
+def network(args, num_classes: int, shape: tuple[int, int, int]) -> torch.nn.Module:
+    """The network that is trained, freshly initialised: pictures [B, *shape] -> logits [B, num_classes]."""
+    return models.build(args.arch, num_classes, args.quantizer, args.act, args.binarize_all, *shape[:2])
+
+
 def make_generator(args, layers):
     """The gradient generator that --grad names, for the network's binary layers (none at full precision)."""
     if args.quantizer == "none":
@@ -170,7 +175,7 @@ def main(argv=None) -> int:
     )
 
     # Network. The latent weights are its parameters; its binary layers quantize them in the forward pass.
-    net = models.build(args.arch, train.num_classes, args.quantizer, args.act, args.binarize_all, *train.shape[:2])
+    net = network(args, train.num_classes, train.shape)
     net.to(device)
     runs.load_weights(net, args, resumed)
     model = runs.parallel(net, args, device)

@@ -116,8 +116,11 @@ def import_timm(arch: str):
     return timm
 
 
-def build(args, num_classes: int, shape: tuple[int, int, int], pretrained: bool) -> torch.nn.Module:
-    """One of models.ARCHS, or else a vision transformer of timm's, its linear layers binary. shape: [C, H, W]."""
+def network(args, num_classes: int, shape: tuple[int, int, int], pretrained: bool = False) -> torch.nn.Module:
+    """The network that is trained, freshly initialised: pictures [B, *shape] -> logits [B, num_classes].
+
+    One of models.ARCHS, or else a vision transformer of timm's (pretrained: with its weights), linear layers binary.
+    """
     quantizer = METHODS[args.method]
     if args.arch in models.ARCHS:
         net = models.build(args.arch, num_classes, quantizer, args.act, args.binarize_all, *shape[:2])
@@ -199,7 +202,7 @@ def main(argv=None) -> int:
     )
 
     # Network. The latent weights are its parameters. μ and ρ are tensors that all layers share.
-    net = build(args, train.num_classes, train.shape, args.pretrained_timm and not resumed)
+    net = network(args, train.num_classes, train.shape, args.pretrained_timm and not resumed)
     net.to(device)
     runs.load_weights(net, args, resumed)
     model = runs.parallel(net, args, device)

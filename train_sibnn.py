@@ -61,6 +61,18 @@ def complete(args) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Network.
+
+
+def network(args, num_classes: int, shape: tuple[int, int, int]) -> torch.nn.Module:
+    """The network that is trained, freshly initialised: pictures [B, *shape] -> logits [B, num_classes]."""
+    net = models.build(args.arch, num_classes, "bwn-f", args.act, args.binarize_all, *shape[:2])
+    for layer in models.binary_layers(net):
+        layer.rho = args.rho
+    return net
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Evaluation.
 
 
@@ -105,13 +117,11 @@ def main(argv=None) -> int:
     )
 
     # Network. The latent weights are its parameters; so are θ and Δ.
-    net = models.build(args.arch, train.num_classes, "bwn-f", args.act, args.binarize_all, *train.shape[:2])
+    net = network(args, train.num_classes, train.shape)
     net.to(device)
     runs.load_weights(net, args, resumed, may_lack=THRESHOLDS)
     model = runs.parallel(net, args, device)
     layers = models.binary_layers(net)
-    for layer in layers:
-        layer.rho = args.rho
     if args.eval_only:
         return runs.report(*runs.evaluate(model, test, device, args.amp), test.size)
 

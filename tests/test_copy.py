@@ -44,6 +44,18 @@ COPIES = {
         ["selective_scan_cpu.cpp", "selective_scan_cuda.py"],
         "import selective_scan as s; print(s.library(6))",
     ),
+    "export.py": (
+        [
+            *("train_fsg.py", "train_sibnn.py", "train_proxconnect.py", "train_bihalf.py", "binary_conv.cpp"),
+            *("models.py", "quantizers.py", "hypernet.py", "data.py", "runs.py"),
+        ],
+        """
+        import export, train_fsg
+        train_fsg.main("--dataset digits --arch resnet8 --limit-steps 3 --grad ste --act sign --name a".split())
+        export.main(["runs/a", "--to", "bits"])
+        print(export.load("runs/a/a.safetensors"), export.CFile)
+        """,
+    ),
     "selective_scan_cuda.py": (
         [],
         "import torch, selective_scan_cuda as s; print(s.why_not(torch.device('cpu'), torch.float32, 6))",

@@ -701,7 +701,7 @@ def test_transformers(tmp_path, monkeypatch):
     assert rows[-1]["train_loss"] < 0.97 * rows[0]["train_loss"] and rows[0]["flip_ratio"] > 0.01
     assert train_proxconnect.main(["--resume", str(tmp_path / "bc"), "--epochs", "6"]) == 0
     args = train_proxconnect.flags().parse_args([*vit, "--method", "bc"])
-    net = train_proxconnect.build(args, 10, (1, 8, 8), False)
+    net = train_proxconnect.network(args, 10, (1, 8, 8))
     blocks = [name for name, m in net.named_modules() if isinstance(m, torch.nn.Linear) and name.startswith("blocks")]
     assert models.binary_layer_names(net) == blocks, "all linear layers of the blocks, and nothing else"
     w = models.binary_layers(net)[0]

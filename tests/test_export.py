@@ -1,0 +1,343 @@
+"""The trained bits: packing, binary convolution, and every format of every trainer's networks against PyTorch."""
+
+import ctypes
+import importlib.util
+import shutil
+import struct
+import subprocess
+import sys
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+import data
+import export
+import models
+import runs
+import train_bihalf
+import train_fsg
+import train_proxconnect
+import train_sibnn
+
+DIGITS = ["--dataset", "digits", "--batch-size", "64", "--device", "cpu", "--epochs", "1"]
+# One of each paper and of each kind of layer: shortcuts, pools, biases, PReLUs, binary linear layers, three values.
+NETWORKS = {
+    "fsg": (train_fsg, "--arch resnet8 --grad ste"),
+    "fsg, all layers, both binary": (
+        train_fsg,
+        "--arch resnet8 --grad ste --quantizer bwn-f --act sign --binarize-all",
+    ),
+    "sibnn": (train_sibnn, "--arch birealnet8"),
+    "sibnn, pools": (train_sibnn, "--arch lenet"),
+    "sibnn, floats": (train_sibnn, "--arch lenet --act none"),
+    "bnn++": (train_proxconnect, "--arch resnet8"),
+    "proxquant": (train_proxconnect, "--arch birealnet8 --act sign --method pq"),
+    "bihalf": (train_bihalf, "--arch birealnet8-prelu"),
+    "bihalf, no BatchNorm": (train_bihalf, "--arch conv4 --act sign"),
+    "pruned": (train_bihalf, "--arch resnet8 --prune 0.4"),
+    "pruned, both binary": (train_bihalf, "--arch birealnet8 --prune 0.4"),
+}
+needs_compiler = pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler (cc) here")
+
+
+def trained(folder, trainer, extra, steps=4):
+    """A run's folder. Its BatchNorms and thresholds are made as uneven as long training would."""
+    argv = [*DIGITS, "--limit-steps", str(steps), "--out", str(folder), "--name", "run", *extra.split()]
+    assert trainer.main(argv) == 0
+    path = folder / "run" / "best.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    rng = torch.Generator().manual_seed(1)
+    for name, value in checkpoint["model"].items():
+        if value.dim() == 1 and value.is_floating_point() and not name.endswith(("running_mean", "running_var")):
+            value += 1.2 * torch.randn(value.shape, generator=rng)  # some factors become negative
+            if name.endswith(("relu.weight", "relu1.weight", "relu2.weight")):
+                value.abs_()
+    torch.save(checkpoint, path)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module", params=NETWORKS, ids=lambda name: name.replace(", ", "-").replace(" ", "_"))
+def network(request, tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("network"), *NETWORKS[request.param])
+
+
+@pytest.fixture(scope="module")
+def binary_run(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("network"), train_fsg, "--arch resnet8 --grad ste --act sign")
+
+
+def sentence(*argv):
+    """What the command says instead of working."""
+    with pytest.raises(runs.RunError) as error:
+        export.main([str(a) for a in argv])
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def pictures(found):
+    return torch.cat([images for images, _ in export.load_test(found, None).epoch()])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bits.
+
+
+@given(st.integers(1, 9), st.integers(1, 300), st.integers(0, 2**32))
+@settings(deadline=None)
+def test_packing_and_back_for_any_shape(rows, n, seed):
+    bits = torch.rand(rows, n, generator=torch.Generator().manual_seed(seed)) < 0.5
+    packed = export.pack(bits)
+    assert packed.dtype == torch.uint8 and packed.shape == (rows, -(-n // 64) * 8)
+    assert torch.equal(export.unpack(packed, n), bits)
+    for row, found in zip(bits.tolist(), packed, strict=True):
+        words = struct.unpack(f"<{-(-n // 64)}Q", bytes(found.tolist()))
+        assert [words[i // 64] >> (i % 64) & 1 for i in range(n)] == row, "as the file's description says"
+        assert sum(word.bit_count() for word in words) == sum(row), "the padding is 0"
+
+
+@needs_compiler
+@given(
+    *(st.integers(1, 140), st.integers(1, 40), st.sampled_from([1, 2, 3, 5]), st.integers(1, 3), st.integers(0, 3)),
+    *(st.integers(1, 11), st.integers(1, 11), st.sampled_from([0, 1, 2]), st.integers(0, 2**32)),
+)
+@settings(deadline=None, max_examples=60)
+def test_binary_convolution_is_conv2d(channels, filters, kernel, stride, padding, height, width, kind, seed):
+    """With every unit of vectors that is here; zero padding is neither −1 nor +1."""
+    if min(height, width) + 2 * padding < kernel:
+        return
+    rng = torch.Generator().manual_seed(seed)
+    bits = torch.rand(channels, height, width, generator=rng) < 0.5
+    least = -1 if kind == export.MASKED else 0
+    signs = torch.randint(least, 2, (filters, channels, kernel, kernel), generator=rng, dtype=torch.int8)
+    signs = signs if kind == export.MASKED else signs * 2 - 1
+    signs.view(-1)[0] = 0 if kind == export.MASKED else 1
+    x = bits.float() if kind == export.AND else bits.float() * 2 - 1
+    expected = F.conv2d(x[None], signs.float(), None, stride, padding)[0].int()
+    for level in range(export.kernels().binary_conv_best() + 1):
+        found = export.binary_conv2d(bits, signs, stride, padding, kind, level)
+        assert torch.equal(found, expected), export.LEVELS[level]
+
+
+@needs_compiler
+@pytest.mark.parametrize("filters", [5, 64, 100])
+def test_bits_in_bits_out(filters):
+    """The whole layer with its thresholds, by every unit of vectors."""
+    bits, signs = torch.rand(70, 9, 7) < 0.5, torch.randint(2, (filters, 70, 3, 3), dtype=torch.int8) * 2 - 1
+    low = torch.randint(-20, 10, (filters,), dtype=torch.int32)
+    high = low + torch.randint(0, 60, (filters,), dtype=torch.int32)
+    low[0], high[0] = 1, 0  # never
+    sums = F.conv2d(bits[None].float() * 2 - 1, signs.float(), padding=1)[0]
+    expected = (sums >= low.view(-1, 1, 1)) & (sums <= high.view(-1, 1, 1))
+    shape = export.Shape(9, 7, 70, filters, 3, 1, 1, export.XNOR)
+    x, weights, lib = export.packed_activations(bits), export.binary_weights(signs), export.kernels()
+    for level in range(lib.binary_conv_best() + 1):
+        out = np.empty((9, 7, -(-filters // 64)), dtype=np.uint64)
+        lib.binary_conv_use(level)
+        lib.binary_conv_bits(ctypes.byref(shape), *(export.pointer(a) for a in (x, weights, low, high, out)))
+        assert np.array_equal(out, export.packed_activations(expected)), export.LEVELS[level]
+    lib.binary_conv_use(len(export.LEVELS))
+
+
+@pytest.mark.parametrize("act", ["sign", "si"])
+def test_binary_layers_sum_whole_numbers_when_tested(act):
+    """So their results are the same in every order of summation, here that of float64; training is as ever."""
+    torch.manual_seed(0)
+    net = models.binarize_(
+        torch.nn.Sequential(torch.nn.Conv2d(200, 8, 3), torch.nn.Flatten(), torch.nn.Linear(72, 5)),
+        "bwn-f",
+        act,
+        True,
+        True,
+    )
+    for layer, x in ((net[0], torch.randn(16, 200, 5, 5)), (net[2], torch.randn(16, 72))):
+        function = layer._conv_forward if layer is net[0] else F.linear
+        bits, w, bias = layer.binary_input(x).double(), layer.binary_weight().detach(), layer.bias.detach()
+        scale = w.abs().flatten(1).amax(1)
+        shape = (-1, 1, 1) if layer is net[0] else (-1,)
+        sums = function(bits, w.sign().double(), None).float()
+        exact = sums * scale.view(shape) + bias.view(shape)
+        assert torch.equal(layer.eval()(x), exact)
+        trained_with = layer.train()(x)
+        assert torch.equal(trained_with, function(bits.float(), w, bias)) and torch.allclose(
+            trained_with, exact, atol=1e-5
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every format of every paper's networks.
+
+
+def test_bits_are_the_checkpoint_bit_for_bit(network, capsys):
+    assert export.main([str(network), "--to", "bits"]) == 0
+    out = capsys.readouterr().out
+    assert "359 of 359 test pictures" in out and "differ by 0.0e+00" in out and "in all" in out
+    # The checkpoint's network as its trainer tests it, past all of export.py.
+    checkpoint = torch.load(network / "best.pt", weights_only=True)
+    args = Namespace(**checkpoint["args"])
+    trainer = importlib.import_module(args.script.removesuffix(".py"))
+    net = trainer.network(args, 10, (1, 8, 8)).eval()
+    net.load_state_dict(checkpoint["model"])
+    layers = models.binary_layers(net)
+    if trainer is train_proxconnect:
+        for layer in layers:
+            layer.quantizer, layer.options = "bwn", {}
+    images = pictures(export.read(network))
+    with torch.no_grad():
+        assert torch.equal(net(images), export.load(network / "run.safetensors")(images))
+    weights = sum(layer.weight.numel() for layer in layers)
+    planes = 2 if getattr(args, "prune", 0) else 1
+    rest = sum(v.numel() * v.element_size() for v in net.state_dict().values()) - 4 * weights
+    padding_and_scales = sum(len(layer.weight) for layer in layers) * (8 * planes + 4)
+    size = (network / "run.safetensors").stat().st_size
+    assert size < weights * planes / 8 + padding_and_scales + rest + 12_000, "and a header"
+
+
+def test_onnx_predicts_the_same(network, capsys):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    assert export.main([str(network), "--to", "onnx"]) == 0
+    found = capsys.readouterr().out
+    assert "359 of 359 test pictures" in found
+    assert float(found.split("differ by ")[1].split()[0]) < 2e-3, "a bit that differs would show"
+    graph = onnx.load(network / "run.onnx").graph
+    kinds = [node.op_type for node in graph.node]
+    layers = export.read(network).layers().values()
+    assert kinds.count("DequantizeLinear") == len(layers) and "BatchNormalization" not in kinds
+    weights = [onnx.numpy_helper.to_array(v) for v in graph.initializer if v.data_type == onnx.TensorProto.INT8]
+    weights = [w for w in weights if w.ndim == 4]
+    assert sum(w.size for w in weights) == sum(layer.weight.numel() for layer in layers)
+    assert {-1, 1} <= set(np.concatenate([np.unique(w) for w in weights])) <= {-1, 0, 1}
+    assert all(not node.domain for node in graph.node), "no custom operators"
+
+
+@needs_compiler
+def test_c_predicts_the_same(network, capsys, monkeypatch):
+    monkeypatch.setenv("CFLAGS", "-O1")  # which compiles faster than -O3
+    assert export.main([str(network), "--to", "c"]) == 0
+    found = capsys.readouterr().out
+    assert "359 of 359 test pictures" in found
+    assert float(found.split("differ by ")[1].split()[0]) < 2e-3, "a bit that differs would show"
+    command = ["cc", "-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic", "-fsyntax-only", str(network / "run.c")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_batchnorm_before_a_binary_activation_is_a_comparison_of_sums(tmp_path):
+    """In a ResNet's blocks between the two convolutions; at the blocks' ends the shortcut is in between."""
+    found = export.read(trained(tmp_path, train_fsg, "--arch resnet8 --grad ste --act sign"))
+    text = export.CFile(found, torch.ones(1), torch.zeros(1)).text()
+    calls = text.split("void predict(const float *image, float *logits) {")[1]
+    assert calls.count("THRESHOLD(sums") == 3 and calls.count("pack(out") == 3
+    for group in export.fused(ops := export.operations(found)):
+        for activation in [op for op in export.consumers(ops)[group.result] if op.kind == "sign"]:
+            where = export.interval(group, activation)
+            if where is None:
+                continue
+            bn = found.net.get_submodule(group.ops[1].name.removesuffix("_affine").replace("_", "."))
+            assert (bn.weight < 0).any() and (bn.weight > 0).any()
+            sums = torch.arange(-group.most, group.most + 1.0).view(-1, 1, 1, 1).expand(-1, len(bn.weight), 1, 1)
+            expected = bn(sums).flatten(1) >= 0
+            assert torch.equal((sums.flatten(1) >= where[0]) & (sums.flatten(1) <= where[1]), expected)
+
+
+def test_half(network, capsys):
+    whole, half = network / "whole.safetensors", network / "half.safetensors"
+    assert export.main([str(network), "--to", "bits", "--out", str(whole)]) == 0
+    assert export.main([str(network), "--to", "bits", "--half", "--out", str(half)]) == 0
+    assert half.stat().st_size < whole.stat().st_size
+    for a, b in zip(export.read(whole).layers().values(), export.read(half).layers().values(), strict=True):
+        assert torch.equal(a.weight, b.weight), "bits and scales are the same"
+
+
+def test_a_packed_file_is_exported_like_a_checkpoint(binary_run, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    file = tmp_path / "a.safetensors"
+    assert export.main([str(binary_run), "--to", "bits", "--out", str(file)]) == 0
+    assert export.main([str(file), "--to", "onnx", "--out", str(tmp_path / "a.onnx")]) == 0
+    assert capsys.readouterr().out.count("359 of 359") == 2
+
+
+def test_transformers_have_bits_alone(tmp_path, capsys):
+    if not importlib.util.find_spec("timm"):
+        pytest.skip("timm is not installed")
+    folder = trained(tmp_path, train_proxconnect, "--arch test_vit --patch-size 2", steps=2)
+    assert export.main([str(folder), "--to", "bits"]) == 0
+    assert "differ by 0.0e+00" in capsys.readouterr().out
+    assert "--to bits only" in sentence(folder, "--to", "c")
+    assert "--to bits only" in sentence(folder, "--to", "onnx")
+
+
+@needs_compiler
+def test_bench_measures(binary_run, capsys, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(export, "IMAGENET_LAYERS", ((64, 14),))
+    results = export.bench(export.read(binary_run), 1)
+    assert {(row["cores"], row["batch"]) for row in results["networks"]} >= {(1, 1), (1, 32)}
+    assert all(row[name] > 0 for row in results["networks"] for name in ("pytorch", "onnxruntime", "ours"))
+    assert [64, 14, 14] in [row["input"] for row in results["layers"]]
+    assert "PyTorch" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: one sentence that says what to do.
+
+
+def test_bad_input(binary_run, tmp_path, monkeypatch, capsys):
+    assert "--to bits" in sentence(binary_run, "--to", "tflite") and "--bench" in sentence(binary_run)
+    assert "there is no checkpoint" in sentence(tmp_path / "nothing.pt", "--to", "bits")
+    assert "full-precision" in sentence(trained(tmp_path, train_fsg, "--arch resnet8 --quantizer none"), "--to", "c")
+    (tmp_path / "fp").mkdir()
+    fp = trained(tmp_path / "fp", train_proxconnect, "--arch resnet8 --method fp")
+    assert "full-precision" in sentence(fp, "--to", "bits")
+    (tmp_path / "empty").mkdir()
+    assert "train it first" in sentence(tmp_path / "empty", "--to", "bits")
+    shutil.copy(binary_run / "last.pt", tmp_path / "empty")
+    assert "go on with it (--resume" in sentence(tmp_path / "empty", "--to", "bits")
+    torch.save({"model": {}}, tmp_path / "state.pt")
+    assert "not a checkpoint of a run" in sentence(tmp_path / "state.pt", "--to", "onnx")
+    old = torch.load(binary_run / "best.pt", weights_only=True)
+    del old["shape"]
+    torch.save(old, tmp_path / "old.pt")
+    assert "shape of pictures" in sentence(tmp_path / "old.pt", "--to", "bits")
+    torch.save(old | {"shape": (1, 8, 8), "args": old["args"] | {"script": "os"}}, tmp_path / "foreign.pt")
+    assert "only runs of train_fsg.py" in sentence(tmp_path / "foreign.pt", "--to", "bits")
+    whole = tmp_path / "whole.safetensors"
+    assert export.main([str(binary_run), "--to", "bits", "--out", str(whole)]) == 0
+    for size in (0, 5, 300, whole.stat().st_size - 100):
+        (tmp_path / "cut.safetensors").write_bytes(whole.read_bytes()[:size])
+        assert "export it again" in sentence(tmp_path / "cut.safetensors", "--to", "c")
+    assert "there is no file" in sentence(tmp_path / "none.safetensors", "--to", "c")
+    assert "--half" in sentence(binary_run, "--to", "c", "--half")
+    assert "--pictures" in sentence(binary_run, "--to", "c", "--pictures", "0")
+    assert "cannot be written" in sentence(binary_run, "--to", "bits", "--out", tmp_path / "no" / "folder")
+
+    def no_data(*_):
+        raise data.DataError("no pictures")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "load_test", no_data)
+        assert export.main([str(binary_run), "--to", "bits", "--out", str(whole)]) == 0
+        assert "is not checked: no pictures" in capsys.readouterr().out
+        assert "no pictures" in sentence(binary_run, "--to", "c")
+    monkeypatch.setenv("CC", str(tmp_path / "no-compiler"))
+    capsys.readouterr()
+    assert export.main([str(binary_run), "--to", "c", "--out", str(tmp_path / "a.c")]) == 0
+    assert "is not checked" in capsys.readouterr().out and (tmp_path / "a.c").exists()
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert "pip install onnx" in sentence(binary_run, "--to", "onnx")
+
+
+def test_the_command_ends_with_a_sentence(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "export.py", str(tmp_path), "--to", "bits"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
