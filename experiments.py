@@ -11,6 +11,8 @@ at a time share the cores (--jobs); on GPUs there is one on each.
 results/NAME.csv has one row a run: the exact command, its seed, the best and the last test accuracy, the training loss
 of the last epoch ("nan" for a run that diverged), and the seconds of training. results/NAME.md has one row for all
 seeds of a command: mean ± standard deviation.
+
+Copy with: plot.py, and train_fsg.py with what it needs: models.py, quantizers.py, hypernet.py, data.py, runs.py.
 """
 
 import argparse
@@ -37,11 +39,8 @@ import plot
 
 BUDGET = "--arch resnet20 --epochs 2 --schedule cosine"  # 780 steps of CIFAR-10
 FSG = "--grad fsg --hyper-sample 0.125"  # φ is trained on an eighth of the weights each step: 2.6 times STE's price
-METHODS = [
-    *("--grad ste", "--grad multifc", "--grad fcgrad", FSG, "--grad fsg --history flat", "--preset released"),
-    "--grad lstmfc --hidden 16",
-    "--grad fsg --hgs lstm --hidden 16 --hyper-sample 0.125",
-]
+METHODS = ("--grad ste", "--grad multifc", "--grad fcgrad", FSG, "--grad fsg --history flat", "--preset released")
+SLOW = ("--grad lstmfc --hidden 16", "--hgs lstm --hidden 16 --hyper-sample 0.125")
 
 
 def grid(*commands: str, seeds=(0,)) -> list[str]:
@@ -51,7 +50,8 @@ def grid(*commands: str, seeds=(0,)) -> list[str]:
 
 GRIDS = {
     # Every method at each of its learning rates, one seed.
-    "rates": grid(*(f"{method} --lr {lr}" for lr in ("1e-3", "3e-3", "3e-4", "1e-2") for method in METHODS)),
+    "rates": grid(*(f"{method} --lr {lr}" for lr in ("1e-3", "3e-3", "1e-2", "3e-4") for method in METHODS)),
+    "rates-lstm": grid(*(f"{method} --lr {lr}" for lr in ("1e-3", "3e-3", "1e-2") for method in SLOW)),
     "rates-sgd": grid(*(f"{method} --opt sgd --lr {lr}" for lr in ("0.3", "1", "0.1") for method in METHODS)),
     # The paper's ablations.
     "beta": grid(*(f"{FSG} --beta {beta}" for beta in (0.1, 0.3, 0.5, 0.7, 0.9))),

@@ -64,6 +64,11 @@ COPIES = {
         ["models.py", "quantizers.py", "hypernet.py", "data.py", "runs.py"],
         "import train_fsg; train_fsg.main('--dataset digits --arch resnet8 --limit-steps 3 --expand 2'.split())",
     ),
+    "experiments.py": (
+        ["plot.py", "train_fsg.py", "models.py", "quantizers.py", "hypernet.py", "data.py", "runs.py"],
+        "import experiments as e; small = '--dataset digits --arch resnet8 --limit-steps 3 --grad ste --seed 0'; "
+        "e.GRIDS['rates'] = [small]; assert e.main(['rates']) == 0",
+    ),
     **{
         f"{trainer}.py": (
             ["models.py", "quantizers.py", "data.py", "runs.py"],
