@@ -36,8 +36,9 @@ class DataError(Exception):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Batches. Both classes have: num_classes, shape (C, H, W), size (pictures), len() (batches an epoch), epoch(). With
-# several processes `part` is (this one's rank, their number), and each gets its part of every batch.
+# Batches. Both classes have: num_classes, shape (C, H, W), size (pictures), len() (batches an epoch), epoch(), and
+# scale and shift [C, 1, 1], which normalise pixels of 0…255. With several processes `part` is (this one's rank, their
+# number), and each gets its part of every batch.
 
 
 def check_share(batch_size: int, processes: int) -> None:
@@ -140,6 +141,9 @@ class StreamedBatches:
             steps = [transforms.Resize(image_size * 8 // 7, antialias=True), transforms.CenterCrop(image_size)]
         to_float = [transforms.PILToTensor(), transforms.ToDtype(torch.float32, scale=True)]
         self.transform = transforms.Compose([*steps, *to_float, transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+        # The same as numbers for 0…255, as ResidentBatches has them.
+        mean, std = 255 * torch.tensor(IMAGENET_MEAN), 255 * torch.tensor(IMAGENET_STD)
+        self.scale, self.shift = (1 / std).view(-1, 1, 1), (-mean / std).view(-1, 1, 1)
 
     def __len__(self) -> int:
         return self.size // self.batch_size if self.train else -(-self.size // self.batch_size)

@@ -15,7 +15,9 @@ A .safetensors file holds, for each binary layer L with weights [C_out, C_in, k,
     L.weight.nonzero   the same, only where some weights are 0 (pruned): 1 where the weight is not 0. 2 bits a weight
     L.weight.scale     float32 [C_out]; Ŵ = scale · (±1 or 0), exactly
 and all other parameters and buffers under their names, in float32 or, with --half, float16. Metadata: arch, quantizer,
-act, shape (of a picture), num_classes, args (the trainer's flags, JSON), format. With --half logits differ a little.
+act, shape (of a picture), num_classes, normalisation (of pixels 0…255, by channel: factors, then what is added), args
+(the trainer's flags, JSON), format. The PyTorch model and the ONNX file take normalised pictures, the C file 0…255.
+With --half logits differ a little, and where activations are binary some bits do.
 
 Copy with: binary_conv.cpp, models.py, quantizers.py, data.py, runs.py, and the trainers whose runs are exported:
 train_fsg.py (with hypernet.py), train_sibnn.py, train_proxconnect.py, train_bihalf.py.
@@ -31,6 +33,7 @@ import json
 import math
 import operator
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -96,6 +99,7 @@ class Trained:
     args: argparse.Namespace
     num_classes: int
     shape: tuple[int, int, int]
+    normalisation: list[list[float]]
     quantizer: str
     path: Path
 
@@ -119,14 +123,17 @@ def read(path: Path | str) -> Trained:
     checkpoint = runs.load(path)
     if not {"args", "model", "num_classes"} <= checkpoint.keys():
         raise RunError(f"{path} is not a checkpoint of a run: give a run's folder, or its best.pt or last.pt")
-    if "shape" not in checkpoint:
+    if not {"shape", "normalisation"} <= checkpoint.keys():
         raise RunError(
-            f"{path} is from before checkpoints held the shape of pictures: go on with the run for an epoch "
-            f"(--resume {path.parent} --epochs N), which writes it anew"
+            f"{path} is from before checkpoints held the pictures' shape and normalisation: go on with the run for an "
+            f"epoch (--resume {path.parent} --epochs N), which writes it anew"
         )
     args = argparse.Namespace(**checkpoint["args"])
     net = rebuild(args, checkpoint["num_classes"], checkpoint["shape"], path)
     runs.load_model(net, checkpoint["model"], path)
+    broken = [name for name, v in net.state_dict().items() if not v.isfinite().all()]
+    if broken:
+        raise RunError(f"{path} has numbers that are NaN or infinite in {broken[0]}: give another checkpoint")
     layers = models.binary_layers(net)
     if not layers:
         raise RunError(f"{path} is a full-precision network, which has no bits: give a run with binary weights")
@@ -137,7 +144,8 @@ def read(path: Path | str) -> Trained:
     with torch.no_grad():
         for name, layer in zip(models.binary_layer_names(net), layers, strict=True):
             freeze(layer, *factors(layer.binary_weight(), name))
-    return Trained(net.eval(), args, checkpoint["num_classes"], tuple(checkpoint["shape"]), quantizer, path)
+    shape, normalisation = tuple(checkpoint["shape"]), checkpoint["normalisation"]
+    return Trained(net.eval(), args, checkpoint["num_classes"], shape, normalisation, quantizer, path)
 
 
 def rebuild(args, num_classes: int, shape: tuple[int, int, int], path: Path) -> nn.Module:
@@ -145,7 +153,12 @@ def rebuild(args, num_classes: int, shape: tuple[int, int, int], path: Path) -> 
     script = getattr(args, "script", None)
     if script not in TRAINERS:
         raise RunError(f"{path} was written by {script}: only runs of {', '.join(TRAINERS)} can be exported")
-    return importlib.import_module(Path(script).stem).network(args, num_classes, tuple(shape))
+    trainer = importlib.import_module(Path(script).stem)
+    flags = vars(trainer.flags().parse_args([])) | vars(args)  # an older run lacks the newer flags
+    try:
+        return trainer.network(argparse.Namespace(**flags), num_classes, tuple(shape))
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise RunError(f"{path} is damaged: its flags do not make a network ({e})") from None
 
 
 def factors(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -184,7 +197,8 @@ def write_bits(trained: Trained, path: Path, half: bool = False) -> None:
     for name, value in trained.net.state_dict().items():
         layer = layers.get(name.removesuffix(".weight"))
         if layer is None or not name.endswith(".weight"):
-            tensors[name] = value.half() if half and value.is_floating_point() else value
+            fits = half and value.is_floating_point() and value.half().isfinite().all()
+            tensors[name] = value.half() if fits else value
             continue
         rows = layer.signs.flatten(1)
         tensors[f"{name}.bits"], tensors[f"{name}.scale"] = pack(rows > 0), layer.filter_scale
@@ -194,6 +208,7 @@ def write_bits(trained: Trained, path: Path, half: bool = False) -> None:
     metadata = {
         **{"format": "bnn-bits-1", "arch": trained.args.arch, "quantizer": trained.quantizer},
         **{"act": trained.args.act, "shape": json.dumps(trained.shape), "num_classes": str(trained.num_classes)},
+        "normalisation": json.dumps(trained.normalisation),
         "args": json.dumps(flags),
     }
     contents = safetensors().torch.save({k: v.contiguous() for k, v in tensors.items()}, metadata)
@@ -202,13 +217,10 @@ def write_bits(trained: Trained, path: Path, half: bool = False) -> None:
 
 def write(path: Path, contents: bytes) -> None:
     """`path` is at any moment the old file or the new one, whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(contents)
-        temporary.replace(path)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise RunError(f"{path} cannot be written ({e.strerror}): choose another --out") from None
+    if not path.name:
+        raise RunError(f"--out {path} is a folder: give the name of a file")
+    with runs.replacing(path, "wb") as f:
+        f.write(contents)
 
 
 def read_bits(path: Path | str) -> Trained:
@@ -223,22 +235,29 @@ def read_bits(path: Path | str) -> Trained:
         raise RunError(f"{path} is damaged or not a .safetensors file ({e}): export it again") from None
     if metadata.get("format") != "bnn-bits-1":
         raise RunError(f"{path} is a .safetensors file, but not one of packed bits: export one with --to bits")
-    args = argparse.Namespace(**json.loads(metadata["args"]))
-    shape, num_classes = tuple(json.loads(metadata["shape"])), int(metadata["num_classes"])
-    net = rebuild(args, num_classes, shape, path)
     try:
+        args = argparse.Namespace(**json.loads(metadata["args"]))
+        shape, num_classes = tuple(json.loads(metadata["shape"])), int(metadata["num_classes"])
+        normalisation, quantizer = json.loads(metadata["normalisation"]), metadata["quantizer"]
+        net = rebuild(args, num_classes, shape, path)
         for name, layer in zip(models.binary_layer_names(net), models.binary_layers(net), strict=True):
             bits, nonzero = (tensors.pop(f"{name}.weight.{part}", None) for part in ("bits", "nonzero"))
-            n = layer.weight[0].numel()
+            n, rows = layer.weight[0].numel(), len(layer.weight)
+            scale = tensors.pop(f"{name}.weight.scale")
+            planes = [bits, *([] if nonzero is None else [nonzero])]
+            if any(p.dtype != torch.uint8 or p.shape != (rows, -(-n // 64) * 8) for p in planes):
+                raise ValueError
+            if scale.dtype != torch.float32 or scale.shape != (rows,):
+                raise ValueError
             signs = unpack(bits, n).to(torch.int8) * 2 - 1
             if nonzero is not None:
                 signs *= unpack(nonzero, n)
-            freeze(layer, signs.view(layer.weight.shape), tensors.pop(f"{name}.weight.scale"))
+            freeze(layer, signs.view(layer.weight.shape), scale)
             tensors[f"{name}.weight"] = layer.weight
         net.load_state_dict(tensors)
-    except (KeyError, AttributeError, RuntimeError):
-        raise RunError(f"{path} does not hold the weights of a {args.arch}: export it again") from None
-    return Trained(net.eval(), args, num_classes, shape, metadata["quantizer"], path)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+        raise RunError(f"{path} is damaged, or not of the network that it names: export it again") from None
+    return Trained(net.eval(), args, num_classes, shape, normalisation, quantizer, path)
 
 
 def load(path: Path | str) -> nn.Module:
@@ -253,7 +272,7 @@ def sizes(trained: Trained, half: bool) -> Table:
     """Bytes before (float32) and after, by layer and in all."""
     table = Table(title=f"{trained.args.arch}, weights by {trained.quantizer}", title_justify="left")
     for column in ("", "weights", "float32 bytes", "packed bytes", "ratio", "+1 %", "0 %"):
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(column, justify="right" if column else "left", overflow="fold")
 
     def row(name: str, count: int, before: int, after: int, *shares: float, **style) -> None:
         shares = [f"{100 * share:.1f}" for share in shares] or ["", ""]
@@ -339,6 +358,8 @@ def operations(trained: Trained) -> list[Op]:
         inputs = [ops[arg] for arg in node.args if isinstance(arg, fx.Node)]
         if node.op == "output":
             return found
+        if "tensor_meta" not in node.meta:
+            raise unknown(trained, f"there is no rule for {node.target}")
         shape = tuple(node.meta["tensor_meta"].shape[1:])
         shape += (1,) * (3 - len(shape))
         m = traced.get_submodule(node.target) if node.op == "call_module" else None
@@ -542,7 +563,9 @@ def write_onnx(trained: Trained, path: Path) -> None:
         return node("Conv", x, weight, *extra, name=op.name, kernel_shape=[k, k], strides=[s, s], pads=[p] * 4)
 
     def pool(op: Op) -> str:
-        x, sizes = result[op.inputs[0]], dict(kernel_shape=[op.kernel] * 2, strides=[op.stride] * 2, ceil_mode=1)
+        whole = (op.inputs[0].shape[1] + 2 * op.padding - op.kernel) // max(op.stride, 1) + 1  # without a part window
+        sizes = dict(kernel_shape=[op.kernel] * 2, strides=[op.stride] * 2, ceil_mode=int(op.shape[1] != whole))
+        x = result[op.inputs[0]]
         if op.kind == "max":
             return node("MaxPool", x, name=op.name, pads=[op.padding] * 4, **sizes)
         if op.kernel:
@@ -613,6 +636,8 @@ def write_onnx(trained: Trained, path: Path) -> None:
     io = [value("image", *trained.shape)], [value("logits", trained.num_classes)]
     graph = helper.make_graph(kept, trained.args.arch, *io, [v for name, v in constants.items() if name in needed])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    for name, values in zip(("scale", "shift"), trained.normalisation, strict=True):  # of pixels 0…255
+        model.metadata_props.add(key=name, value=json.dumps(values))
     onnx.checker.check_model(model)
     write(path, model.SerializeToString())
 
@@ -809,12 +834,12 @@ IN_C = {
 
 
 class CFile:
-    """The C file of a network. factor, shift [C]: a picture's channels, 0…255, are multiplied and then added to."""
+    """The C file of a network."""
 
-    def __init__(self, trained: Trained, factor: Tensor, shift: Tensor):
+    def __init__(self, trained: Trained):
         self.ops = operations(trained)
         self.uses, groups = consumers(self.ops), fused(self.ops)
-        self.normalisation = factor.flatten(), shift.flatten()
+        self.normalisation = [torch.tensor(values) for values in trained.normalisation]
         self.constants, self.code = [], []
         self.buffers, self.free = {}, []  # name -> how many numbers it holds; those that are unused now
         self.value = {}  # operation -> where its result is
@@ -996,14 +1021,15 @@ def compiled(source: Path, *flags: str) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "network.so"
         options = ["-O3", "-std=c99", "-shared", "-fPIC", *os.environ.get("CFLAGS", "").split()]
-        command = [compiler, *options, str(source), "-o", str(library), *flags, "-lm"]
+        inputs = ["-x", "c", str(source.resolve()), "-x", "none"]  # whatever its name ends with
+        command = [*shlex.split(compiler), *options, *inputs, "-o", str(library), *flags, "-lm"]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
-        except (subprocess.CalledProcessError, OSError) as e:
+            return ctypes.CDLL(str(library))
+        except (subprocess.CalledProcessError, OSError) as e:  # the latter also for a library of another machine
             lines = (getattr(e, "stderr", None) or str(e)).splitlines()
             reason = next((line for line in lines if "error:" in line), lines[0])[:150]
             raise RunError(f"{source} could not be compiled by {compiler} ({reason}): try another one, CC=…") from None
-        return ctypes.CDLL(str(library))
 
 
 def predict(library: ctypes.CDLL, images: Tensor, num_classes: int) -> Tensor:
@@ -1032,7 +1058,7 @@ LEVELS = ("portable", "AVX2", "AVX-512 VPOPCNTDQ")
 @functools.cache
 def kernels() -> ctypes.CDLL:
     """binary_conv.cpp, compiled at first use by torch's extension loader. Raises RunError where that cannot be."""
-    path = os.environ["PATH"]
+    path = os.environ.get("PATH", os.defpath)
     # ninja, which the loader calls, lies beside python in a virtual environment, activated or not.
     os.environ["PATH"] = os.pathsep.join([path, str(Path(sys.executable).parent)])
     try:
@@ -1084,7 +1110,14 @@ def load_test(trained: Trained, data_dir: str | None):
     """The test batches that the network was trained for. Raises DataError where they are not there."""
     args = trained.args
     where = data_dir or getattr(args, "data_dir", "data")
-    return data.load(args.dataset, where, image_size=getattr(args, "image_size", None), log=runs.console.print)[1]
+    size = trained.shape[1] if args.dataset in ("folder", "imagenet") else None
+    test = data.load(args.dataset, where, image_size=size, log=runs.console.print)[1]
+    if test.shape != trained.shape or test.num_classes != trained.num_classes:
+        raise RunError(
+            f"{where} has pictures of {test.shape}, {test.num_classes} classes, and the network is for "
+            f"{trained.shape}, {trained.num_classes}: give its own --data-dir"
+        )
+    return test
 
 
 @torch.no_grad()
@@ -1100,8 +1133,8 @@ def compare(trained: Trained, test, other, what: str, limit: int | None) -> tupl
             if not len(images):
                 break
             ours, theirs = trained.net(images), other(images, slice(count, count + len(images)))
-            equal += (ours.argmax(1) == theirs.argmax(1)).sum().item()
-            largest = max(largest, (ours - theirs).abs().max().item())
+            equal += ((ours.argmax(1) == theirs.argmax(1)) & theirs.isfinite().all(1)).sum().item()
+            largest = max(largest, (ours - theirs).abs().nan_to_num(math.inf).max().item())
             count += len(images)
             bar.update(task, completed=count)
     runs.console.print(
@@ -1169,10 +1202,8 @@ def bench(trained: Trained, rounds: int) -> dict:
     results: dict = {"networks": [], "layers": []}
     with session_dir:
         write_onnx(trained, folder / "network.onnx")
-        channels = trained.shape[0]
-        (folder / "network.c").write_text(
-            CFile(trained, torch.full((channels,), 0.02), torch.full((channels,), -2.5)).text()
-        )
+        (folder / "network.c").write_text(CFile(trained).text())
+        scale, shift = (torch.tensor(values).view(-1, 1, 1) for values in trained.normalisation)
         ours = compiled(folder / "network.c", "-march=native", "-fopenmp", "-DBINARY_CONV", library_path)
         net, before = plain(trained), torch.get_num_threads()
         table = Table(title=f"{trained.args.arch}, ms a picture (median of {rounds}, in turn)", title_justify="left")
@@ -1192,7 +1223,7 @@ def bench(trained: Trained, rounds: int) -> dict:
             ours.omp_set_num_threads(threads)
             for batch in (1, 32):
                 pictures = torch.randint(256, (batch, *trained.shape)).float()
-                images = (pictures * 0.02 - 2.5).contiguous(memory_format=torch.channels_last)
+                images = (pictures * scale + shift).contiguous(memory_format=torch.channels_last)
                 feed = {"image": images.contiguous().numpy()}
                 times = alternating(
                     {
@@ -1280,7 +1311,10 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--to", metavar="FORMAT", help=f"one of {', '.join(FORMATS)}")
     parser.add_argument("--out", metavar="FILE", help="(default: in the run's folder, under its name)")
     parser.add_argument("--half", action="store_true", help="bits: all that is not binary in float16")
-    parser.add_argument("--data-dir", help="where the test pictures are (default: where they were in training)")
+    parser.add_argument(
+        "--data-dir",
+        help="where the test pictures are (default: where they were in training; for a .safetensors file, data)",
+    )
     parser.add_argument("--pictures", type=int, help="check on the first so many test pictures (default: all)")
     parser.add_argument("--bench", action="store_true", help="how fast it is, against PyTorch and onnxruntime")
     parser.add_argument("--rounds", type=int, default=9, help="of --bench (default: 9)")
@@ -1302,16 +1336,13 @@ def main(argv=None) -> int:
     if args.bench:
         bench(trained, args.rounds)
         return 0
-    folder = trained.path.parent
-    path = Path(args.out) if args.out else folder / f"{folder.name}{FORMATS[args.to]}"
+    source = trained.path.resolve()
+    name = source.parent.name if source.name == "best.pt" else source.stem
+    path = Path(args.out) if args.out else source.with_name(f"{name}{FORMATS[args.to]}")
     test = reason = None
     try:
         test = load_test(trained, args.data_dir)
     except data.DataError as e:
-        if args.to == "c":
-            raise RunError(
-                f"--to c writes the training pictures' mean into the file, and they are missing: {e}"
-            ) from None
         reason = str(e)
     if args.to == "bits":
         write_bits(trained, path, args.half)
@@ -1319,19 +1350,22 @@ def main(argv=None) -> int:
     elif args.to == "onnx":
         write_onnx(trained, path)
     else:
-        write(path, CFile(trained, test.scale, test.shift).text().encode())
+        write(path, CFile(trained).text().encode())
     runs.console.print(f"{path}: {path.stat().st_size:,} bytes")
+    equal = count = 0
     try:
         if test is None:
             raise RunError(reason)
-        check(trained, test, args.to, path, args.pictures)
+        equal, count, _ = check(trained, test, args.to, path, args.pictures)
     except RunError as e:
         runs.console.print(f"{path} is not checked: {e}")
+    if equal < count and not args.half:
+        raise RunError(f"{path} says something else than {args.run} of {count - equal:,} pictures: do not use it")
     return 0
 
 
 def check_is_small(trained: Trained) -> None:
-    if trained.args.dataset == "imagenet" or max(trained.shape) > 512 or trained.shape[1] > data.RESIDENT_UP_TO:
+    if trained.shape[1] > data.RESIDENT_UP_TO:
         raise RunError(
             f"--to c and --bench are for networks of small pictures, up to {data.RESIDENT_UP_TO} pixels a side"
         )

@@ -63,7 +63,8 @@ class _Binary:
         if self.training or self.act == "none":
             return function(x, w, self.bias)
         scale = w.detach().abs().flatten(1).amax(1).clamp_min(torch.finfo(w.dtype).tiny)
-        outputs = function(x, w / scale.view(-1, *[1] * (w.dim() - 1)), None)
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 has not the digits of a large sum
+            outputs = function(x.float(), w / scale.view(-1, *[1] * (w.dim() - 1)), None)
         like_outputs = (-1, 1, 1) if isinstance(self, nn.Conv2d) else (-1,)
         outputs = outputs * scale.view(like_outputs)
         return outputs if self.bias is None else outputs + self.bias.view(like_outputs)

@@ -326,7 +326,7 @@ def replacing(path: Path, mode: str = "w"):
             reason += f"; {shutil.disk_usage(path.parent).free >> 20:,} MB are free"
         with contextlib.suppress(OSError):
             temporary.unlink()
-        kept = "the one before it is untouched" if path.exists() else "there was none before it"
+        kept = "the one before it is untouched" if os.path.exists(path) else "there was none before it"
         raise RunError(
             f"{path} could not be written ({reason}): make room there, or make it writable; {kept}"
         ) from None
@@ -724,6 +724,8 @@ class Run:
             "args": vars(self.args),
             "num_classes": self.train.num_classes,
             "shape": tuple(self.train.shape),  # of a picture: [C, H, W]
+            # What a picture's numbers, 0…255, are multiplied by, and what is added then: by channel.
+            "normalisation": [v.flatten().tolist() for v in (self.train.scale, self.train.shift)],
             "step": self.step,
             "model": self.parts["model"].state_dict(),
         }

@@ -231,7 +231,7 @@ def test_c_predicts_the_same(network, capsys, monkeypatch):
 def test_a_batchnorm_before_a_binary_activation_is_a_comparison_of_sums(tmp_path):
     """In a ResNet's blocks between the two convolutions; at the blocks' ends the shortcut is in between."""
     found = export.read(trained(tmp_path, train_fsg, "--arch resnet8 --grad ste --act sign"))
-    text = export.CFile(found, torch.ones(1), torch.zeros(1)).text()
+    text = export.CFile(found).text()
     calls = text.split("void predict(const float *image, float *logits) {")[1]
     assert calls.count("THRESHOLD(sums") == 3 and calls.count("pack(out") == 3
     for group in export.fused(ops := export.operations(found)):
@@ -304,7 +304,7 @@ def test_bad_input(binary_run, tmp_path, monkeypatch, capsys):
     old = torch.load(binary_run / "best.pt", weights_only=True)
     del old["shape"]
     torch.save(old, tmp_path / "old.pt")
-    assert "shape of pictures" in sentence(tmp_path / "old.pt", "--to", "bits")
+    assert "pictures' shape" in sentence(tmp_path / "old.pt", "--to", "bits")
     torch.save(old | {"shape": (1, 8, 8), "args": old["args"] | {"script": "os"}}, tmp_path / "foreign.pt")
     assert "only runs of train_fsg.py" in sentence(tmp_path / "foreign.pt", "--to", "bits")
     whole = tmp_path / "whole.safetensors"
@@ -315,7 +315,9 @@ def test_bad_input(binary_run, tmp_path, monkeypatch, capsys):
     assert "there is no file" in sentence(tmp_path / "none.safetensors", "--to", "c")
     assert "--half" in sentence(binary_run, "--to", "c", "--half")
     assert "--pictures" in sentence(binary_run, "--to", "c", "--pictures", "0")
-    assert "cannot be written" in sentence(binary_run, "--to", "bits", "--out", tmp_path / "no" / "folder")
+    assert "could not be written" in sentence(binary_run, "--to", "bits", "--out", tmp_path / "no" / "folder")
+    assert "could not be written" in sentence(binary_run, "--to", "bits", "--out", tmp_path / ("x" * 300))
+    assert "name of a file" in sentence(binary_run, "--to", "bits", "--out", "/")
 
     def no_data(*_):
         raise data.DataError("no pictures")
@@ -341,3 +343,85 @@ def test_the_command_ends_with_a_sentence(tmp_path):
         text=True,
     )
     assert result.returncode == 1 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks that were never trained: checkpoints made by hand.
+
+
+def checkpoint(path, trainer, shape, *flags):
+    """A checkpoint of a fresh network, its BatchNorms' statistics not the initial ones."""
+    torch.manual_seed(0)
+    args = trainer.flags().parse_args(["--dataset", "folder", *flags])
+    trainer.complete(args)
+    net = trainer.network(args, 4, shape)
+    for m in net.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.running_mean.normal_(), m.running_var.uniform_(1, 9)
+    normalisation = [[0.02] * shape[0], [-2.5] * shape[0]]
+    known = {"args": vars(args), "num_classes": 4, "shape": shape, "normalisation": normalisation}
+    torch.save({**known, "model": net.state_dict()}, path)
+    return path
+
+
+@pytest.mark.parametrize("size", [65, 98])
+def test_onnx_of_large_pictures_whose_pools_leave_out_the_rest(tmp_path, size):
+    pytest.importorskip("onnxruntime")
+    path = checkpoint(tmp_path / "last.pt", train_fsg, (3, size, size), "--arch", "resnet18", "--grad", "ste")
+    found = export.read(path)
+    export.write_onnx(found, tmp_path / "net.onnx")
+    images = torch.randn(2, 3, size, size)
+    (logits,) = export.onnx_session(tmp_path / "net.onnx").run(None, {"image": images.numpy()})
+    with torch.no_grad():
+        expected = found.net(images)
+    assert (torch.from_numpy(logits) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_numbers_that_are_not_finite_are_refused(tmp_path, capsys):
+    path = checkpoint(tmp_path / "last.pt", train_fsg, (1, 8, 8), "--arch", "resnet8", "--grad", "ste")
+    state = torch.load(path, weights_only=True)
+    state["model"]["bn1.running_var"][0] = torch.inf
+    torch.save(state, path)
+    with pytest.raises(runs.RunError, match=r"NaN or infinite in bn1\.running_var"):
+        export.read(path)
+
+
+def test_half_keeps_what_float16_cannot_hold(tmp_path):
+    path = checkpoint(tmp_path / "last.pt", train_fsg, (1, 8, 8), "--arch", "resnet8", "--grad", "ste")
+    state = torch.load(path, weights_only=True)
+    state["model"]["bn1.running_var"][0] = 1e6
+    torch.save(state, path)
+    export.write_bits(export.read(path), tmp_path / "net.safetensors", half=True)
+    assert export.load(tmp_path / "net.safetensors").bn1.running_var[0] == 1e6
+
+
+@pytest.mark.parametrize("change", ["bits", "scale", "args", "normalisation"])
+def test_a_file_whose_parts_do_not_fit_is_refused(tmp_path, change):
+    import safetensors.torch
+
+    path = checkpoint(tmp_path / "last.pt", train_fsg, (1, 8, 8), "--arch", "resnet8", "--grad", "ste")
+    file = tmp_path / "net.safetensors"
+    export.write_bits(export.read(path), file)
+    with safetensors.safe_open(file, "pt") as f:
+        metadata, tensors = f.metadata(), {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    if change in metadata:
+        metadata[change] = "{"
+    else:
+        name = next(name for name in tensors if name.endswith(f".weight.{change}"))
+        tensors[name] = tensors[name][..., :8].contiguous()
+    safetensors.torch.save_file(tensors, file, metadata)
+    with pytest.raises(runs.RunError, match="export it again"):
+        export.load(file)
+
+
+def test_a_format_that_says_something_else_ends_with_an_error(binary_run, tmp_path, monkeypatch):
+    real = export.check
+    monkeypatch.setattr(export, "check", lambda *args: (real(*args)[0] - 1, *real(*args)[1:]))
+    with pytest.raises(runs.RunError, match=r"says something else .* of 1 pictures"):
+        export.main([str(binary_run), "--to", "bits", "--out", str(tmp_path / "net.safetensors")])
+
+
+def test_the_file_is_named_after_the_run_or_the_checkpoint(binary_run, monkeypatch):
+    monkeypatch.chdir(binary_run)
+    assert export.main([".", "--to", "bits"]) == 0 and (binary_run / f"{binary_run.name}.safetensors").exists()
+    assert export.main(["last.pt", "--to", "bits"]) == 0 and (binary_run / "last.safetensors").exists()
