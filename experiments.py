@@ -29,16 +29,16 @@ import sys
 import threading
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import plot
+from runs import RunError, replacing
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The grids: lists of flags for train_fsg.py.
 
 BUDGET = "--arch resnet20 --epochs 2 --schedule cosine"  # 780 steps of CIFAR-10
-FSG = "--grad fsg --hyper-sample 0.125"  # φ is trained on an eighth of the weights each step: 2.6 times STE's price
+FSG = "--grad fsg --hyper-sample 0.125"  # φ is trained on an eighth of the weights each step: 2.7 times STE's price
 METHODS = ("--grad ste", "--grad multifc", "--grad fcgrad", FSG, "--grad fsg --history flat")
 SLOW = ("--preset released", "--grad lstmfc --hidden 16", "--hgs lstm --hidden 16 --hyper-sample 0.125")
 
@@ -60,15 +60,12 @@ GRIDS = {
     "lre": grid(FSG, f"{FSG} --no-lre", seeds=(0, 1, 2)),
     "history": grid(FSG, f"{FSG} --history newest", seeds=(0, 1, 2)),
 }
+TRAIN = "python train_fsg.py "
 COLUMNS = ("command", "seed", "best_test_acc", "test_acc", "train_loss", "seconds")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Running them.
-
-
-class ExperimentError(Exception):
-    """The grid cannot go on; the message is one sentence that says why and what to do."""
 
 
 class Interrupted(Exception):
@@ -114,8 +111,9 @@ class Slots:
             process.terminate()
 
 
-def run_one(flags: str, out: Path, slots: Slots) -> dict:
-    """Run a command line, or go on with it where it was interrupted: its row."""
+def run_one(command: str, out: Path, slots: Slots) -> dict:
+    """Run a command, or go on with it where it was interrupted: its row."""
+    flags = command.removeprefix(TRAIN)
     name = re.sub(r"[^\w.]+", "-", flags)[:150].strip("-") + "-" + hashlib.sha256(flags.encode()).hexdigest()[:8]
     begun = (out / name / "last.pt").exists()
     more = ["--resume", str(out / name)] if begun else [*shlex.split(flags), "--name", name, "--out", str(out)]
@@ -125,15 +123,12 @@ def run_one(flags: str, out: Path, slots: Slots) -> dict:
             raise Interrupted
         diverged = "became NaN or infinite" in error
         if code and not diverged and "has done its" not in error:  # done, but its row was not written
-            raise ExperimentError(f"python train_fsg.py {flags} cannot be run ({error.removeprefix('error: ')})")
-        row = {"command": f"python train_fsg.py {flags}", "seed": re.search(r"--seed (\d+)", flags)[1]}
+            raise RunError(f"{command} cannot be run ({error.removeprefix('error: ')})")
+        row = {"command": command, "seed": re.search(r"--seed (\d+)", flags)[1]}
         if diverged:
             return {**row, **dict.fromkeys(COLUMNS[2:], "nan")}
         curves = plot.read_run(out / name)
-    except plot.PlotError as e:
-        slots.stop()
-        raise ExperimentError(str(e)) from None
-    except (Interrupted, ExperimentError):
+    except Exception:
         slots.stop()
         raise
     accuracies = curves["test_acc"]
@@ -144,11 +139,9 @@ def run_one(flags: str, out: Path, slots: Slots) -> dict:
 def run_grid(name: str, commands: list[str], results: Path, out: Path, jobs: int | None) -> None:
     """Run what of the grid is not in its CSV file yet; after each run both files are written."""
     file = results / f"{name}.csv"
-    rows = read_results(file)
-    left = [flags for flags in commands if f"python train_fsg.py {flags}" not in rows]
-    slots = Slots(jobs)
+    rows, slots = read_results(file), Slots(jobs)
     with concurrent.futures.ThreadPoolExecutor(slots.jobs) as pool:
-        waiting = [pool.submit(run_one, flags, out / name, slots) for flags in left]
+        waiting = [pool.submit(run_one, command, out / name, slots) for command in commands if command not in rows]
         try:
             for done in concurrent.futures.as_completed(waiting):
                 row = done.result()
@@ -174,46 +167,41 @@ def read_results(file: Path) -> dict[str, dict]:
     with open(file, newline="") as f:
         rows = list(csv.DictReader(f))
     if any(set(row) != set(COLUMNS) or None in row.values() for row in rows):
-        raise ExperimentError(f"{file} is damaged or of another version: move it away")
+        raise RunError(f"{file} is damaged or of another version: move it away")
     return {row["command"]: row for row in rows}
 
 
 def write(file: Path, rows, commands: list[str]) -> None:
     """The CSV file and the Markdown table beside it, in the grid's order."""
-    order = {f"python train_fsg.py {flags}": i for i, flags in enumerate(commands)}
-    rows = sorted(rows, key=lambda row: order.get(row["command"], len(order)))
-    temporary = file.with_suffix(".tmp")
+    rows = sorted(rows, key=lambda row: commands.index(row["command"]) if row["command"] in commands else len(commands))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", newline="") as f:
-            writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        temporary.replace(file)
-        file.with_suffix(".md").write_text(table(rows))
     except OSError as e:
-        raise ExperimentError(f"{file} cannot be written ({e}): choose another --results") from None
+        raise RunError(f"{file} cannot be written ({e}): choose another --results") from None
+    with replacing(file) as f:
+        writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    with replacing(file.with_suffix(".md")) as f:
+        f.write(table(rows))
 
 
 def table(rows: list[dict]) -> str:
     """Markdown: a row for all seeds of a command; accuracies in %, mean ± standard deviation."""
-
-    def cell(name: str, factor: float, digits: int) -> str:
-        values = factor * np.array([float(row[name]) for row in group])
-        return f"{values.mean():.{digits}f}" + (f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else "")
-
     groups = {}
     for row in rows:
         groups.setdefault(re.sub(r" --seed \d+", "", row["command"]), []).append(row)
     lines = ["| command | seeds | best test acc. % | test acc. % | training loss | seconds |", "| --- " * 6 + "|"]
     for command, group in groups.items():
-        cells = (
-            cell("best_test_acc", 100, 1),
-            cell("test_acc", 100, 1),
-            cell("train_loss", 1, 3),
-            cell("seconds", 1, 0),
-        )
-        lines.append(f"| `{command}` | {len(group)} | {' | '.join(cells)} |")
+        cells = [f"`{command}`", str(len(group))]
+        for name, factor, digits in (
+            ("best_test_acc", 100, 1),
+            ("test_acc", 100, 1),
+            ("train_loss", 1, 3),
+            ("seconds", 1, 0),
+        ):
+            cells.append(plot.mean_and_spread([factor * float(row[name]) for row in group], digits))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -233,23 +221,23 @@ def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     end = argv.index("--") if "--" in argv else len(argv)
     args, more = parser.parse_args(argv[:end]), argv[end + 1 :]
-    commands = [shlex.join([*shlex.split(command), *more]) for command in GRIDS[args.grid]]
+    commands = [TRAIN + shlex.join([*shlex.split(flags), *more]) for flags in GRIDS[args.grid]]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if "--seed" in more:
-            raise ExperimentError("the grid has the seeds: leave out --seed")
+            raise RunError("the grid has the seeds: leave out --seed")
         if args.jobs is not None and args.jobs < 1:
-            raise ExperimentError(f"--jobs must be at least 1; it is {args.jobs}")
+            raise RunError(f"--jobs must be at least 1; it is {args.jobs}")
         if args.list:
             done = read_results(Path(args.results, f"{args.grid}.csv"))
-            for command in (f"python train_fsg.py {flags}" for flags in commands):
+            for command in commands:
                 print("done" if command in done else "    ", command)
             return 0
         run_grid(args.grid, commands, Path(args.results), Path(args.out).resolve(), args.jobs)
     except (KeyboardInterrupt, Interrupted):
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
-    except ExperimentError as e:
+    except (RunError, plot.PlotError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
     print(Path(args.results, f"{args.grid}.md").read_text(), end="")

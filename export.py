@@ -1196,26 +1196,18 @@ def plain(trained: Trained) -> nn.Module:
 @torch.inference_mode()
 def bench(trained: Trained, rounds: int) -> dict:
     """Print, and return, how fast the network is, and its binary layers by themselves."""
-    library_path = kernels()._name
-    session_dir = tempfile.TemporaryDirectory()
-    folder, cores = Path(session_dir.name), os.cpu_count() or 1
+    library_path, cores = kernels()._name, os.cpu_count() or 1
     results: dict = {"networks": [], "layers": []}
-    with session_dir:
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
         write_onnx(trained, folder / "network.onnx")
         (folder / "network.c").write_text(CFile(trained).text())
         scale, shift = (torch.tensor(values).view(-1, 1, 1) for values in trained.normalisation)
         ours = compiled(folder / "network.c", "-march=native", "-fopenmp", "-DBINARY_CONV", library_path)
         net, before = plain(trained), torch.get_num_threads()
         table = Table(title=f"{trained.args.arch}, ms a picture (median of {rounds}, in turn)", title_justify="left")
-        for column in (
-            "cores",
-            "batch",
-            "PyTorch float32",
-            "onnxruntime",
-            "ours",
-            "PyTorch / ours",
-            "onnxruntime / ours",
-        ):
+        others = "PyTorch float32", "onnxruntime", "ours", "PyTorch / ours", "onnxruntime / ours"
+        for column in ("cores", "batch", *others):
             table.add_column(column, justify="right")
         for threads in sorted({1, cores}):
             session = onnx_session(folder / "network.onnx", threads)

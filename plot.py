@@ -161,26 +161,28 @@ def average(runs: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return mean
 
 
+def mean_and_spread(values: list[float], digits: int) -> str:
+    """'91.11 ± 0.29', the standard deviation being that of more than one value."""
+    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}"
+
+
 def table(groups: dict[str, list[dict]]) -> str:
     """Markdown, one row a group {label: [read_run(folder), …]}: accuracies in %, mean ± standard deviation."""
-
-    def cell(values: list[float], digits: int) -> str:
-        spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-        return f"{np.mean(values):.{digits}f}{spread}"
-
-    rows = ["| run | seeds | epochs | best test acc. % | last epochs % | training loss | hours |", "| --- " * 7 + "|"]
-    last = 1
+    rows, last = [], 1
     for label, runs in groups.items():
         epochs = min(len(run["epoch"]) for run in runs)
         runs = [{name: curve[:epochs] for name, curve in run.items()} for run in runs]
         last = max(last, min(LAST, epochs))
-        best = cell([100 * run["test_acc"].max() for run in runs], 2)
-        end = cell([100 * run["test_acc"][-LAST:].mean() for run in runs], 2)
-        loss = cell([run["train_loss"][-1] for run in runs], 4)
+        best = mean_and_spread([100 * run["test_acc"].max() for run in runs], 2)
+        end = mean_and_spread([100 * run["test_acc"][-LAST:].mean() for run in runs], 2)
+        loss = mean_and_spread([run["train_loss"][-1] for run in runs], 4)
         hours = np.mean([run["time"][-1] for run in runs]) / 3600
         label = label.replace("|", "\\|")
         rows.append(f"| {label} | {len(runs)} | {epochs} | {best} | {end} | {loss} | {hours:.2f} |")
-    return "\n".join(rows).replace("last epochs %", f"last {last} epochs %" if last > 1 else "last epoch %")
+    ending = f"last {last} epochs %" if last > 1 else "last epoch %"
+    head = f"| run | seeds | epochs | best test acc. % | {ending} | training loss | hours |"
+    return "\n".join([head, "| --- " * 7 + "|", *rows])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -593,6 +593,7 @@ class Run:
             if self.leaving or done:
                 break
             if old and not whole_epoch:
+                self._average_statistics()
                 self.save(self.rows)
         self._average_statistics()
         self.totals.tolist()  # the device has caught up, and the epoch's time is known
@@ -732,7 +733,6 @@ class Run:
 
     def save(self, rows: list[dict]) -> None:
         """last.pt: all that the rest of the run depends on, with these rows of metrics. All processes take part."""
-        self._average_statistics()
         self.check_finite()
         place = {k: getattr(self, k) for k in ("epoch", "batch", "step", "seconds", "bits")}
         place |= {"rows": rows, "totals": total(self.totals.clone())}
