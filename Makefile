@@ -1,4 +1,4 @@
-# make demo   set up everything in .venv, train FSG on handwritten digits, draw the curves (a few minutes)
+# make demo   set up everything in .venv, train FSG with Mamba on handwritten digits, draw the curves (a few minutes)
 # make test   set up everything in .venv, run the tests
 # make lint   ruff
 # make gpu-check   the tests and benchmarks that need a CUDA GPU
@@ -12,7 +12,8 @@ TORCH ?= torch==2.13.0 torchvision==0.28.0
 
 demo: .venv/ready
 	rm -rf runs/demo
-	$(PY) train_fsg.py --dataset digits --arch resnet8 --epochs 12 --batch-size 64 --schedule cosine --name demo
+	$(PY) train_fsg.py --dataset digits --arch resnet8 --hgs mamba --epochs 12 --batch-size 64 --schedule cosine \
+		--name demo
 	$(PY) plot.py runs/demo
 
 test: .venv/ready

@@ -42,7 +42,7 @@ except ImportError:
     triton = None
 
 # fsg-sampled is fsg-mamba with --hyper-sample, fsg-flat with --history flat. +amp, +compile: the trainers' flags.
-GRADS = ("plain", "ste", "fcgrad", "multifc", "lstmfc", "fsg-lstm", "fsg-mamba", "fsg-sampled", "fsg-flat")
+GRADS = ("plain", "ste", "fcgrad", "multifc", "lstmfc", "fsg-gate", "fsg-lstm", "fsg-mamba", "fsg-sampled", "fsg-flat")
 console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
 
 
@@ -113,6 +113,7 @@ def make_generator(grad: str, layers, args):
         "fcgrad": lambda: hypernet.FCGrad(layers, args.hidden),
         "multifc": lambda: hypernet.MultiFC(layers, args.hidden),
         "lstmfc": lambda: hypernet.LSTMFC(layers, args.hidden),
+        "fsg-gate": lambda: hypernet.GatedHistory(layers),
         "fsg-lstm": lambda: hypernet.FSG(layers, hgs="lstm", **size),
         "fsg-mamba": lambda: hypernet.FSG(layers, **mamba),
         "fsg-sampled": lambda: hypernet.FSG(layers, hyper_sample=args.hyper_sample, **mamba),

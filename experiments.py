@@ -40,6 +40,7 @@ from runs import RunError, replacing
 BUDGET = "--arch resnet20 --epochs 2 --schedule cosine"  # 780 steps of CIFAR-10
 FSG = "--grad fsg --hyper-sample 0.125"  # φ is trained on an eighth of the weights each step: 2.7 times STE's price
 METHODS = ("--grad ste", "--grad multifc", "--grad fcgrad", FSG, "--grad fsg --history flat")
+GATE = ("--grad ste", "--hgs gate", "--hgs gate --history newest")  # newest: the gate with no history
 SLOW = ("--preset released", "--grad lstmfc --hidden 16", "--hgs lstm --hidden 16 --hyper-sample 0.125")
 
 
@@ -53,6 +54,15 @@ GRIDS = {
     "rates": grid(*(f"{method} --lr {lr}" for lr in ("1e-3", "3e-3", "1e-2", "3e-4") for method in METHODS)),
     "rates-slow": grid(*(f"{method} --lr {lr}" for lr in ("1e-3", "3e-3", "1e-2") for method in SLOW)),
     "rates-sgd": grid(*(f"{method} --opt sgd --lr {lr}" for lr in ("0.3", "1", "0.1") for method in METHODS)),
+    # The gate against straight-through, and against itself without its history; then the best of each at more seeds.
+    "gate": [
+        *grid(*(f"{method} --lr {lr}" for lr in ("6e-3", "1.2e-2", "3e-3") for method in GATE)),
+        *grid(*(f"{method} --lr 6e-3" for method in GATE), seeds=(1, 2)),
+    ],
+    # The same at a quarter of the price, with its numbers learned by FSG's objective.
+    "gate-16": grid(
+        *(f"--image-size 16 {method} --lr 6e-3" for method in (*GATE, "--hgs gate --lr-slow 1e-2")), seeds=range(5)
+    ),
     # The paper's ablations.
     "beta": grid(*(f"{FSG} --beta {beta}" for beta in (0.1, 0.3, 0.5, 0.7, 0.9))),
     "length": grid(*(f"{FSG} --length {length}" for length in range(3, 8))),

@@ -21,6 +21,7 @@ parameters φ turn ĝ into G,
 
 The last l gradients of every weight are the *historical gradient storage* (HGS). The *layer recognition embedding*
 (LRE) is one learned number a layer, put in front of the history as its first token, that tells layers apart.
+`FSG` is that. `GatedHistory` has the same two terms in closed form, and trains better (README).
 
 How φ learns. G_{t−1} moved the weights to where ĝ_t is measured, by −lr·G_{t−1} to first order, which changed the loss
 by −lr·⟨D_t ⊙ ĝ_t, G_{t−1}⟩. So one step later the loss's gradient with respect to G_{t−1} is known, up to a factor:
@@ -520,15 +521,28 @@ class Generator(nn.Module):
         """What the last step did, to be called after optimizer.step() with its learning rate, now and then: training
         does not depend on it. Every process calls it.
 
-        cosine: between G and D ⊙ ĝ, the straight-through gradient. step: mean |ΔW| / lr.
+        cosine: between G and D ⊙ ĝ, the straight-through gradient. step: mean |ΔW| / lr. Where G has two terms (see
+        `terms`), fast_rms and slow_rms: the RMS of each; slow_share: the slow one's share of their energy,
+        Σ slow² / Σ (slow² + fast²).
         """
         straight, G, now = self.calibrate()[0] * self.ghat, self.G.clone(), torch.empty_like(self.latent)
         self._flatten(self.weights, now)
         self.G.copy_(G)
         G, change = G[self.begin : self.end], now - self.latent
-        sums = (G * straight).sum(), G.square().sum(), straight.square().sum(), change.abs().sum()
-        dot, ours, theirs, moved = self.total(torch.stack(sums)).tolist()
-        return {"cosine": dot / max(math.sqrt(ours * theirs), 1e-300), "step": moved / (len(self.G) * max(lr, 1e-300))}
+        sums = [(G * straight).sum(), G.square().sum(), straight.square().sum(), change.abs().sum()]
+        sums += [term.square().sum() for term in self.terms()]
+        dot, ours, theirs, moved, *energy = self.total(torch.stack(sums)).tolist()
+        n = len(self.G)
+        found = {"cosine": dot / max(math.sqrt(ours * theirs), 1e-300), "step": moved / (n * max(lr, 1e-300))}
+        if energy:
+            fast, slow = energy
+            found |= {"fast_rms": math.sqrt(fast / n), "slow_rms": math.sqrt(slow / n)}
+            found["slow_share"] = slow / max(fast + slow, 1e-300)
+        return found
+
+    def terms(self) -> tuple[Tensor, ...]:
+        """The fast and the slow term of G, [N] each with all that they are multiplied by; () where G is one term."""
+        return ()
 
     # -- several processes ---------------------------------------------------------------------------------------------
 
@@ -770,6 +784,77 @@ class LSTMFC(Learned):
         return D * self.newest * out[:, 0]
 
 
+class GatedHistory(Learned):
+    """Fast and slow gradients without networks: G = D ⊙ (ĝ_t + gate ⊙ Σ_k a_k ĝ_{t−k}) / (ε + r), k = 1 … l − 1.
+
+    r = |W| / RMS(W) is how far a weight is from the threshold where its sign changes, in units of its layer, and
+    gate = r / (κ + r), from 0 at the threshold to 1. The very first step is plain STE.
+
+    *Fast: 1 / (ε + r).* A weight that comes close to the threshold leaps over it instead of trembling about it. (Adam
+    divides out what scales a weight's gradient for good; what counts is that the factor grows as a weight comes near.)
+    *Slow: the weight's past gradients, as far as it is from the threshold.* Far away, nothing happens soon: averaging
+    over the past cancels noise and oscillation. Near it, the past was measured at the weight's other sign, or is about
+    to be, and momentum carries over what is no longer so. So use it with an optimizer without momentum of its own.
+
+    φ = (ε, κ, a) are 2 + (l − 1) numbers, found once, by comparing whole training runs, and not trained, unless `lr`,
+    their rate for FSG's objective, is above 0. That objective asks whether G_{t−1} lowers the loss at the very next
+    step, and so prefers small or even reversed steps: where training goes fastest, noise and curvature make successive
+    gradients *anti*-correlated (short-horizon bias; Wu et al., ICLR 2018).
+
+    layers: as everywhere. length: l, gradients of history a weight; 1 is none. epsilon, kappa: ε and κ, where they
+    start, in units of RMS(W). memory: a_1 … a_{l−1}, where they start. lr: Adam's learning rate for φ.
+    Raises ValueError for a length below 1, or an ε or κ that is not positive. Memory: about (length + 14) N numbers.
+    """
+
+    def __init__(
+        self,
+        layers: list[nn.Module],
+        length: int = 5,
+        epsilon: float = 0.35,
+        kappa: float = 0.7,
+        memory: float = 0.5,
+        lr: float = 0.0,
+    ):
+        if length < 1:
+            raise ValueError(f"length, the number of gradients in the history, must be at least 1; it is {length}")
+        if epsilon <= 0 or kappa <= 0:
+            raise ValueError(f"epsilon and kappa must be above 0; they are {epsilon} and {kappa}")
+        super().__init__(layers, length)
+        self.lr = lr
+        self.log_epsilon = nn.Parameter(torch.tensor(math.log(epsilon)))
+        self.log_kappa = nn.Parameter(torch.tensor(math.log(kappa)))
+        self.memory = nn.Parameter(torch.full((length - 1,), memory))  # a_1 …, the newest first
+        self.start()
+
+    def distance(self) -> Tensor:
+        """r = |W| / RMS(W) over each weight's layer: [N]. Under all quantizers the threshold is W = 0."""
+        norms = torch.stack(torch._foreach_norm(self.latent.split(self.sizes)))
+        rms = (self.total(norms.square()) / self.layer_size).sqrt().clamp_min(torch.finfo(norms.dtype).tiny)
+        return self.latent.abs() / rms[self.layer_of]
+
+    def fast_and_slow(self, D: Tensor) -> tuple[Tensor, Tensor]:
+        """The two terms of G, [N] each, for the calibration D [N]."""
+        r, past = self.distance(), torch.zeros_like(D)
+        for k, a in enumerate(self.memory, 1):
+            past = past + a * self.history[(self.t - 1 - k) % self.length]
+        scale, gate = D / (self.log_epsilon.exp() + r), r / (self.log_kappa.exp() + r)
+        return scale * self.newest, scale * gate * past
+
+    def terms(self) -> tuple[Tensor, ...]:
+        return self.fast_and_slow(self.calibrate()[0])
+
+    def transform(self, D: Tensor, pre: Tensor) -> Tensor:
+        fast, slow = self.fast_and_slow(D)
+        return fast + slow
+
+    def build(self, D: Tensor, pre: Tensor) -> Tensor:
+        return super().build(D, pre) if self.lr else self.transform(D, pre)  # without a graph φ stays as it is
+
+    def _rebuild(self) -> None:
+        if self.lr:
+            super()._rebuild()
+
+
 ALL = slice(None)  # as an index: every weight
 RELEASED_OPTIONS = {"history": "flat", "normalize": "none", "fast_act": "none", "beta": 0.9, "length": 5}
 
@@ -943,18 +1028,13 @@ class FSG(Learned):
             return fast
         return D * ((1 - self.beta) * fast + self.beta * slow)
 
-    @torch.no_grad()
-    def measure(self, lr: float) -> dict[str, float]:
-        """As Generator's, and of the two terms of G, with their weights D, β and 1 − β: the RMS of each, and the slow
-        one's share of their energy, Σ slow² / Σ (slow² + fast²). Costs one forward pass of the nets. Empty for the
-        preset 'released', whose update has one term."""
-        if self.released:
-            return {}
+    def terms(self) -> tuple[Tensor, ...]:
         D, pre = self.calibrate()
-        fast, slow = (1 - self.beta) * D * self.newest * self.fast(pre), self.beta * D * self.slow_gradient()
-        fast, slow = self.total(torch.stack([fast.square().sum(), slow.square().sum()])).tolist()
-        rms = {"fast_rms": math.sqrt(fast / len(self.G)), "slow_rms": math.sqrt(slow / len(self.G))}
-        return {**super().measure(lr), **rms, "slow_share": slow / max(fast + slow, 1e-300)}
+        return (1 - self.beta) * D * self.newest * self.fast(pre), self.beta * D * self.slow_gradient()
+
+    def measure(self, lr: float) -> dict[str, float]:
+        """As Generator's. Empty for the preset 'released', which measures ĝ elsewhere than where the weights are."""
+        return {} if self.released else super().measure(lr)
 
     # -- the released code's look-ahead -------------------------------------------------------------------------------
 

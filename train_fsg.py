@@ -1,21 +1,24 @@
 """FSG: Fast and Slow Gradient Approximation for Binary Neural Network Optimization (AAAI 2025), in one file.
 
-    # A minute or two on a laptop, nothing to download:
+    # Half a minute on a laptop, nothing to download:
     python train_fsg.py --dataset digits --arch resnet8 --epochs 12 --batch-size 64
-    python train_fsg.py --arch resnet32 --hgs mamba --opt adam           # CIFAR-10
+    python train_fsg.py --arch resnet32 --hgs mamba --opt adam           # the paper, on CIFAR-10
+    python train_fsg.py --arch resnet32                                  # --hgs gate, what trains best here
     python train_fsg.py --grad ste --arch resnet32                       # the baseline to beat
     python train_fsg.py --dataset folder --data-dir my/pictures          # my/pictures/{train,test}/CLASS/*.png
 
     # The paper starts from a full-precision network:
     python train_fsg.py --arch resnet32 --quantizer none --opt sgdm --name fp32
-    python train_fsg.py --arch resnet32 --pretrained runs/fp32/best.pt
+    python train_fsg.py --arch resnet32 --hgs mamba --pretrained runs/fp32/best.pt
 
     python train_fsg.py --resume runs/NAME                               # after Ctrl-C or a crash, bit for bit
     python plot.py runs/A runs/B                                         # curves
 
 A binary network computes with Ŵ = sign(W) while the optimizer moves the latent weights W. The sign has no useful
 derivative, so something must be put in its place on the way back. Straight-through estimators (STE) put a constant.
-FSG *learns* it: two small hypernetworks turn the gradient at the binary weight into the gradient for the latent one.
+FSG *learns* it: two small hypernetworks turn the gradient at the binary weight into the gradient for the latent one
+(`--hgs mamba` or `lstm`). `--hgs gate`, the default, makes it of the same two things, the present and the history of
+past gradients, with a formula in place of the networks; README, "Does a learned gradient help?", says why.
 The whole method is in hypernet.py; here you see where it enters training: one line between backward() and step().
 
     flags → data → network → gradient generator → optimizer → the training loop → evaluation
@@ -33,9 +36,15 @@ import runs
 
 # Learning rates that work, measured (README, "Learning rates"): for the latent weights, by optimizer, …
 DEFAULT_LR = {"adam": 1e-3, "sgd": 0.3, "sgdm": 0.1}
+GATE_LR = 6e-3  # … with Adam under --hgs gate
 # … and for φ: fast-net, slow-net. Nothing bounds the scale of the gradients that φ learns to make. Adam does not care
 # for scale, but under SGD it multiplies the learning rate, so there φ must learn slowly.
-DEFAULT_LR_PHI = {"fsg": (1e-2, 1e-3), "metaquant": (1e-3, None), "sgd": (1e-5, 1e-5)}
+DEFAULT_LR_PHI = {"fsg": (1e-2, 1e-3), "gate": (None, 0.0), "metaquant": (1e-3, None), "sgd": (1e-5, 1e-5)}
+
+
+# Flags of the paper's nets: --hgs gate has no use for them. Those of size are ignored there, as with --grad ste.
+NETS = {"beta": 0.9, "normalize": "layer-rms", "no_lre": False, "fast_act": None, "hyper_sample": 1.0}
+SIZES = {"hidden": 100, "d_state": 16, "d_conv": 8, "expand": 100, "scan": "auto"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -55,32 +64,33 @@ def flags():
         choices=["fsg", "fcgrad", "multifc", "lstmfc", "ste"],
         help="what latent weights are updated with: FSG, one of MetaQuant's three, or straight-through (default: fsg)",
     )
-    fsg.add_argument("--hgs", default="mamba", choices=["mamba", "lstm"], help="slow-net over the gradient history")
+    fsg.add_argument(
+        "--hgs",
+        choices=["gate", "mamba", "lstm"],
+        help="what is made of the gradient history: the paper's slow-net, mamba or lstm, or gate, past gradients as "
+        "far as a weight is from its threshold (default: mamba where a flag of the paper's nets is given, else gate)",
+    )
     fsg.add_argument(
         "--history",
         default="per-weight",
         choices=["per-weight", "flat", "newest"],
-        help="its layout; newest: per-weight, older gradients replaced by zeros (default: per-weight)",
+        help="its layout; newest: per-weight, without the older gradients (default: per-weight)",
     )
     fsg.add_argument("--length", type=int, default=5, help="l, past gradients a weight (default: 5)")
-    fsg.add_argument("--beta", type=float, default=0.9, help="share of the slow gradient, 0 to 1 (default: 0.9)")
-    fsg.add_argument("--normalize", default="layer-rms", choices=["layer-rms", "none"], help="scaling of the history")
+    fsg.add_argument("--beta", type=float, help="share of the slow gradient, 0 to 1 (default: 0.9)")
+    fsg.add_argument("--normalize", choices=["layer-rms", "none"], help="scaling of the history (default: layer-rms)")
     fsg.add_argument("--no-lre", action="store_true", help="no layer recognition embedding")
     fsg.add_argument("--fast-act", choices=["none", "relu", "tanh"], help="default: none; tanh under bwn and bwn-f")
-    fsg.add_argument("--hidden", type=int, default=100, help="width of the fast-net and of the LSTM (default: 100)")
-    fsg.add_argument("--d-state", type=int, default=16, help="Mamba: numbers of state a channel (default: 16)")
-    fsg.add_argument("--d-conv", type=int, default=8, help="Mamba: taps of the convolution (default: 8)")
-    fsg.add_argument("--expand", type=int, default=100, help="Mamba: channels (default: 100)")
-    fsg.add_argument(
-        "--scan", default="auto", choices=["auto", "fused", "mamba-ssm", "reference"], help="Mamba's backend"
-    )
+    fsg.add_argument("--hidden", type=int, help="width of the fast-net and of the LSTM (default: 100)")
+    fsg.add_argument("--d-state", type=int, help="Mamba: numbers of state a channel (default: 16)")
+    fsg.add_argument("--d-conv", type=int, help="Mamba: taps of the convolution (default: 8)")
+    fsg.add_argument("--expand", type=int, help="Mamba: channels (default: 100)")
+    fsg.add_argument("--scan", choices=["auto", "fused", "mamba-ssm", "reference"], help="Mamba's backend")
     fsg.add_argument(
         "--lr-fast", type=float, help="Adam's rate for the fast-net (default: 1e-2; MetaQuant 1e-3; SGD 1e-5)"
     )
-    fsg.add_argument(
-        "--hyper-sample", type=float, default=1.0, help="share of the weights φ is trained on each step (default: 1)"
-    )
-    fsg.add_argument("--lr-slow", type=float, help="Adam's rate for slow-net and LRE (default: 1e-3; under SGD 1e-5)")
+    fsg.add_argument("--hyper-sample", type=float, help="share of the weights φ is trained on each step (default: 1)")
+    fsg.add_argument("--lr-slow", type=float, help="Adam's rate for slow-net and LRE (default: 1e-3; SGD 1e-5; gate 0)")
     fsg.add_argument(
         "--preset",
         default="none",
@@ -93,8 +103,20 @@ def flags():
 
 def complete(args) -> None:
     """Defaults that depend on other flags, and combinations that make no sense."""
+    binary_fsg = args.grad == "fsg" and args.quantizer != "none"
+    asked = [name for name in (*NETS, *SIZES, "lr_fast", "lr_slow") if getattr(args, name) not in (None, False)]
+    asked += ["history"] * (args.history == "flat") + ["preset"] * (args.preset != "none")
+    if args.hgs is None:
+        args.hgs = "gate" if binary_fsg and not asked else "mamba"
+    gate = binary_fsg and args.hgs == "gate"
+    if gate and (foreign := [name for name in asked if name not in SIZES and name != "lr_slow"]):
+        flag = foreign[0].replace("_", "-")
+        raise runs.RunError(f"--{flag} is for the paper's slow-nets: use --hgs mamba or lstm, or leave it out")
+    for name, value in {**NETS, **SIZES}.items():
+        if not gate and getattr(args, name) is None:
+            setattr(args, name, value)
     if args.lr is None:
-        args.lr = DEFAULT_LR[args.opt]
+        args.lr = GATE_LR if gate and args.opt == "adam" else DEFAULT_LR[args.opt]
     if args.quantizer == "none" and (args.act != "none" or args.binarize_all or args.preset != "none"):
         raise runs.RunError("--quantizer none is full precision: leave out --act, --binarize-all and --preset")
     if args.preset == "released":
@@ -103,13 +125,14 @@ def complete(args) -> None:
         vars(args).update(hypernet.RELEASED_OPTIONS, binarize_all=True)
     if args.hyper_sample != 1 and (args.grad != "fsg" or args.quantizer == "none" or args.preset == "released"):
         raise runs.RunError("--hyper-sample is for --grad fsg without --preset and --quantizer none: leave it out")
-    lr_phi = DEFAULT_LR_PHI["sgd" if args.opt != "adam" else "fsg" if args.grad == "fsg" else "metaquant"]
+    kind = "gate" if gate else "sgd" if args.opt != "adam" else "fsg" if args.grad == "fsg" else "metaquant"
+    lr_phi = DEFAULT_LR_PHI[kind]
     args.lr_fast = lr_phi[0] if args.lr_fast is None else args.lr_fast
     args.lr_slow = lr_phi[1] if args.lr_slow is None else args.lr_slow
     if args.arch not in models.ARCHS:
         raise runs.RunError(f"--arch {args.arch} is not known: use one of {', '.join(models.ARCHS)}")
     for name in ("hidden", "d_state", "d_conv", "expand"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise runs.RunError(f"--{name.replace('_', '-')} must be at least 1; it is {getattr(args, name)}")
 
 
@@ -131,6 +154,9 @@ def make_generator(args, layers):
             return hypernet.MultiFC(layers, args.hidden, args.fast_act, args.lr_fast)
         if args.grad == "lstmfc":
             return hypernet.LSTMFC(layers, args.hidden, args.lr_fast)
+        if args.hgs == "gate":
+            length = 1 if args.history == "newest" else args.length
+            return hypernet.GatedHistory(layers, length, lr=args.lr_slow)
         generator = hypernet.FSG(
             layers,
             hgs=args.hgs,
@@ -185,11 +211,17 @@ def main(argv=None) -> int:
 
     # Gradient generator: turns ĝ, the gradient at the binary weights, into G, the one for the latent weights.
     generator = make_generator(args, layers)
-    optimizer = runs.make_optimizer(net.parameters(), args)
+    groups = net.parameters()
+    if isinstance(generator, hypernet.GatedHistory):  # the past gradients are momentum enough for the latent weights
+        latent = [layer.weight for layer in layers]
+        rest = [p for p in net.parameters() if not any(p is w for w in latent)]
+        without = {"betas": (0.0, 0.999)} if args.opt == "adam" else {"momentum": 0.0}
+        groups = [{"params": latent, **without}, {"params": rest}]
+    optimizer = runs.make_optimizer(groups, args)
 
     # The run: at the start, or exactly where the resumed one stopped.
     kind = "fp32" if generator is None else f"fsg-{args.hgs}" if args.grad == "fsg" else args.grad
-    hyper = sum(p.numel() for p in generator.parameters()) if generator else 0
+    hyper = sum(p.numel() for p in generator.parameters()) if args.lr_slow != 0 and generator else 0
     about = f"gradients: {kind}" + (f", {hyper:,} hyper-parameters φ" if hyper else "")
     parts = {"model": net, "optimizer": optimizer} | ({"generator": generator} if generator else {})
     run = runs.Run(args, kind, about, (train, test), device, models.sign_bits(layers), resumed, **parts)

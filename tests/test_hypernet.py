@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import hypernet
 import models
 import quantizers
-from hypernet import FSG, LSTMFC, STE, FastNet, FCGrad, MultiFC, SlowLSTM, SlowMamba
+from hypernet import FSG, LSTMFC, STE, FastNet, FCGrad, GatedHistory, MultiFC, SlowLSTM, SlowMamba
 
 
 def relative(a, b):
@@ -331,6 +331,7 @@ MAKERS = {
     "fsg-newest": lambda layers: small_fsg(layers, history="newest"),
     "fsg-tanh": lambda layers: small_fsg(layers, fast_act="tanh", length=1),
     "fsg-sampled": lambda layers: small_fsg(layers, hyper_sample=0.3),
+    "gate": lambda layers: GatedHistory(layers, 3, lr=1e-2),
     "fcgrad": lambda layers: FCGrad(layers, 6, "tanh"),
     "multifc": lambda layers: MultiFC(layers, 6),
     "lstmfc": lambda layers: LSTMFC(layers, 6),
@@ -354,6 +355,12 @@ def formula(name, gen, layers, latents, grads, states=None):
         if name == "lstmfc":
             h, _ = gen.cell(pre.reshape(-1, 1), states[i])
             out.append(D * g * gen.out(h).view_as(W))
+            continue
+        if name == "gate":
+            r = W.abs() / W.square().mean().sqrt()
+            near, gate = 1 / (gen.log_epsilon.exp() + r), r / (gen.log_kappa.exp() + r)
+            older = [step[i] for step in reversed(grads[-gen.length : -1])]
+            out.append(D * near * (g + gate * sum(a * p for a, p in zip(gen.memory, older, strict=False))))
             continue
         fast = g * gen.fast.mlp(pre.flatten()).view_as(W)
         if name == "multifc":
@@ -425,7 +432,7 @@ def test_later_steps_train_phi_with_the_gradient_of_v_times_the_previous_G(name)
             chosen = gen._chosen
             states = lstm_states(gen, layers) if name == "lstmfc" else None
         for layer, G in zip(layers, record(net, gen, layers, t, latents, grads), strict=True):
-            layer.weight.data -= 0.05 * G
+            layer.weight.data -= 0.02 * G
     found = {k: p.grad.clone() for k, p in gen.named_parameters()}
     after = {k: p.detach().clone() for k, p in gen.named_parameters()}
 
@@ -502,6 +509,36 @@ def test_phi_moves_at_its_learning_rates():
         assert torch.allclose(step, -lr * p.grad[used].sign(), rtol=2e-3), k
 
 
+def test_the_gate_is_fixed_unless_it_gets_a_learning_rate():
+    net = network()
+    layers = models.binary_layers(net)
+    gen = GatedHistory(layers, 3)
+    before = copy.deepcopy(dict(gen.named_parameters()))
+    for t in range(4):
+        backward(net, t)
+        gen.generate()
+    assert all(torch.equal(p, before[k]) and p.grad is None for k, p in gen.named_parameters())
+
+
+def test_the_gate_closes_at_the_threshold():
+    """At W = 0 G is the newest gradient, 1/ε as large; far away it is the sum of all, over r."""
+    net = network("bwn")  # D = 1
+    layers = models.binary_layers(net)
+    gen = GatedHistory(layers, 3, epsilon=0.5, kappa=0.25, memory=1.0)
+    grads = []
+    with torch.no_grad():
+        layers[0].weight.fill_(1.0).view(-1)[:2] = torch.tensor([0.0, 1e6])
+    for _ in range(3):
+        for layer in layers:
+            layer.weight.grad = torch.randn(layer.weight.shape, dtype=torch.float64)
+        grads.append(layers[0].weight.grad.flatten().clone())
+        gen.generate()
+    G = layers[0].weight.grad.flatten()
+    r = math.sqrt(layers[0].weight.numel())  # of the one weight that makes up all of the RMS
+    assert math.isclose(G[0], grads[-1][0] / 0.5, rel_tol=1e-6)  # ε and κ are kept in float32
+    assert math.isclose(G[1], (grads[2] + r / (0.25 + r) * (grads[0] + grads[1]))[1] / (0.5 + r), rel_tol=1e-6)
+
+
 def test_history_is_a_ring():
     net = network()
     layers = models.binary_layers(net)
@@ -554,9 +591,9 @@ def test_what_is_measured_of_a_step(name):
         "cosine": F.cosine_similarity(flat(G), D * flat(ghats), dim=0),
         "step": flat(G).abs().mean(),  # as ΔW = −lr G here
     }
-    if isinstance(gen, FSG):
+    if isinstance(gen, FSG | GatedHistory):
         with torch.no_grad():
-            slow = gen.beta * D * gen.slow_gradient()
+            slow = gen.beta * D * gen.slow_gradient() if isinstance(gen, FSG) else gen.fast_and_slow(D)[1]
         fast = flat(G) - slow
         expected |= {"fast_rms": fast.square().mean().sqrt(), "slow_rms": slow.square().mean().sqrt()}
         expected["slow_share"] = slow.square().sum() / (slow.square().sum() + fast.square().sum())
@@ -667,6 +704,7 @@ def test_released_preset_looks_ahead_and_never_applies_the_slow_gradient():
             assert all(not torch.equal(p, phi[k]) for k, p in gen.named_parameters()), "φ, slow-net included, learns"
         for x in layers:
             x.weight.data -= lr * x.weight.grad
+    assert gen.measure(lr) == {}, "what it would measure is of another place"
 
 
 def test_the_generator_moves_with_its_module():
@@ -714,6 +752,15 @@ def test_impossible_arguments(kwargs, message):
     layers = models.binary_layers(network())
     with pytest.raises(ValueError, match=message):
         small_fsg(layers, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [({"length": 0}, "at least 1"), ({"epsilon": 0.0}, "above 0"), ({"kappa": -1.0}, "above 0")],
+)
+def test_impossible_arguments_of_the_gate(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        GatedHistory(models.binary_layers(network()), **kwargs)
 
 
 def test_impossible_layers():

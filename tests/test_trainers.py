@@ -34,7 +34,9 @@ GRADS = {
     "fcgrad": ["--grad", "fcgrad"],
     "multifc": ["--grad", "multifc"],
     "lstmfc": ["--grad", "lstmfc"],
-    "fsg-mamba": ["--grad", "fsg"],
+    "fsg-gate": ["--hgs", "gate"],
+    "fsg-gate-newest": ["--hgs", "gate", "--history", "newest"],
+    "fsg-mamba": ["--grad", "fsg", "--hgs", "mamba"],
     "fsg-lstm": ["--grad", "fsg", "--hgs", "lstm"],
 }
 TRAINERS = {t.__name__: t for t in (train_fsg, train_sibnn, train_proxconnect, train_bihalf)}
@@ -162,6 +164,40 @@ def test_the_preset_sets_what_it_says():
     train_fsg.complete(args)
     assert (args.history, args.normalize, args.fast_act, args.beta, args.length) == ("flat", "none", "none", 0.9, 5)
     assert args.binarize_all
+
+
+def complete(*argv):
+    args = train_fsg.flags().parse_args(argv)
+    train_fsg.complete(args)
+    return args
+
+
+def test_the_gate_is_the_default_and_flags_of_the_nets_ask_for_mamba():
+    assert complete().hgs == "gate" and complete("--history", "newest", "--length", "3").hgs == "gate"
+    for flags in (
+        ["--beta", "0.9"],
+        ["--expand", "100"],
+        ["--grad", "ste"],
+        ["--lr-slow", "1e-2"],
+        ["--no-lre"],
+        ["--history", "flat"],
+        ["--preset", "released"],
+    ):
+        assert complete(*flags).hgs == "mamba"
+    assert complete("--hgs", "lstm", "--hidden", "3").hgs == "lstm"
+    # Learning rates measured with one generator are no default for another.
+    assert complete().lr == 6e-3 and complete("--hgs", "mamba").lr == complete("--quantizer", "none").lr == 1e-3
+
+
+def test_under_the_gate_latent_weights_have_no_other_momentum(tmp_path):
+    betas = {}
+    for name, flags in (("gate", ["--hgs", "gate"]), ("mamba", ["--hgs", "mamba"])):
+        train(tmp_path, name, *flags, "--limit-steps", "2")
+        groups = torch.load(tmp_path / name / "last.pt", weights_only=True)["optimizer"]["param_groups"]
+        betas[name] = [(group["betas"], len(group["params"])) for group in groups]
+    count = len(models.binary_layers(models.build("resnet8", 10)))
+    (all_betas, total), *none = betas["mamba"]
+    assert not none and betas["gate"] == [((0.0, all_betas[1]), count), (all_betas, total - count)]
 
 
 def test_same_seed_same_run_and_other_seed_another(tmp_path):
@@ -342,6 +378,8 @@ def test_the_command_line_ends_with_one_sentence(tmp_path):
     [
         (["--hgs", "lstm", "--history", "flat"], "--history per-weight"),
         (["--beta", "-0.5"], r"\[0, 1\]"),
+        (["--hgs", "gate", "--beta", "0.5"], "--beta is for the paper's slow-nets"),
+        (["--hgs", "gate", "--history", "flat"], "--history is for the paper's slow-nets"),
         (["--hyper-sample", "1.5"], "at most 1"),
         (["--hyper-sample", "0.5", "--history", "flat"], "per-weight"),
         (["--hyper-sample", "0.5", "--grad", "ste"], "--grad fsg"),
