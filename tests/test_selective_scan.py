@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_hypernet import mamba_by_the_book, relative
 
@@ -190,7 +190,9 @@ def check_tails(net, past, layers, first, v, function=mamba_by_the_book, toleran
     for name, a, b, c in zip(names, [y, *ours], *found, strict=True):
         error, mass = (a - b.sum(0)).abs().max(), b.abs().sum(0).max()
         bound = 1e-5 if name == "y" else tolerance
-        assert error <= bound * mass + 5 * (c.sum(0) - b.sum(0)).abs().max() + 1e-30, (name, error.item(), mass.item())
+        # A first token that has decayed by far more than the outputs' own digits need not keep all of its digits.
+        least = 1e-12 * v.abs().max() if name == "first" else 1e-30
+        assert error <= bound * mass + 5 * (c.sum(0) - b.sum(0)).abs().max() + least, (name, error.item(), mass.item())
     return y, ours
 
 
@@ -203,6 +205,7 @@ def check_tails(net, past, layers, first, v, function=mamba_by_the_book, toleran
     st.sampled_from([-3.0, 0.0, 3.0]),
     st.integers(0, 2**31),
 )
+@example((1, 1, 1), [63], 3, True, 1.0, 3.0, 1)
 @settings(max_examples=14, deadline=None)
 def test_tails_equals_the_recurrence_for_any_shape(shape, layers, length, has_first, scale, dt_shift, seed):
     net = fused(*shape, seed, dt_shift)
