@@ -795,6 +795,7 @@ class GatedHistory(Learned):
     *Slow: the weight's past gradients, as far as it is from the threshold.* Far away, nothing happens soon: averaging
     over the past cancels noise and oscillation. Near it, the past was measured at the weight's other sign, or is about
     to be, and momentum carries over what is no longer so. So use it with an optimizer without momentum of its own.
+    (The first of the two is what was measured to help; the second adds less than seeds differ, see README.)
 
     φ = (ε, κ, a) are 2 + (l − 1) numbers, found once, by comparing whole training runs, and not trained, unless `lr`,
     their rate for FSG's objective, is above 0. That objective asks whether G_{t−1} lowers the loss at the very next
