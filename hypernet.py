@@ -621,6 +621,8 @@ class Learned(Generator):
     learned = True
 
     def __init__(self, layers: list[nn.Module], length: int = 1, whole_layers: bool = False):
+        if length < 1:
+            raise ValueError(f"length, the number of gradients in the history, must be at least 1; it is {length}")
         super().__init__(layers, shared=True, whole_layers=whole_layers)
         self.length, self.t = length, 0  # t counts generate() calls
         self.register_buffer("history", self.latent.new_zeros(length, len(self.latent)))  # slot t % length: ĝ_t
@@ -816,8 +818,6 @@ class GatedHistory(Learned):
         memory: float = 0.5,
         lr: float = 0.0,
     ):
-        if length < 1:
-            raise ValueError(f"length, the number of gradients in the history, must be at least 1; it is {length}")
         if epsilon <= 0 or kappa <= 0:
             raise ValueError(f"epsilon and kappa must be above 0; they are {epsilon} and {kappa}")
         super().__init__(layers, length)
@@ -920,8 +920,6 @@ class FSG(Learned):
                 raise ValueError(f"no {name} is called {value!r}: use {' or '.join(known)}")
         if not 0 <= beta <= 1:
             raise ValueError(f"beta is the share of the slow gradient and must lie in [0, 1]; it is {beta}")
-        if length < 1:
-            raise ValueError(f"length, the number of gradients in the history, must be at least 1; it is {length}")
         if hgs == "lstm" and history == "flat":
             raise ValueError(
                 "an LSTM cannot run over the flat history (one sequence of up to hundreds of thousands of steps): "

@@ -41,7 +41,6 @@ GATE_LR = 6e-3  # … with Adam under --hgs gate
 # for scale, but under SGD it multiplies the learning rate, so there φ must learn slowly.
 DEFAULT_LR_PHI = {"fsg": (1e-2, 1e-3), "gate": (None, 0.0), "metaquant": (1e-3, None), "sgd": (1e-5, 1e-5)}
 
-
 # Flags of the paper's nets: --hgs gate has no use for them. Those of size are ignored there, as with --grad ste.
 NETS = {"beta": 0.9, "normalize": "layer-rms", "no_lre": False, "fast_act": None, "hyper_sample": 1.0}
 SIZES = {"hidden": 100, "d_state": 16, "d_conv": 8, "expand": 100, "scan": "auto"}
@@ -112,9 +111,8 @@ def complete(args) -> None:
     if gate and (foreign := [name for name in asked if name not in SIZES and name != "lr_slow"]):
         flag = foreign[0].replace("_", "-")
         raise runs.RunError(f"--{flag} is for the paper's slow-nets: use --hgs mamba or lstm, or leave it out")
-    for name, value in {**NETS, **SIZES}.items():
-        if not gate and getattr(args, name) is None:
-            setattr(args, name, value)
+    if not gate:
+        vars(args).update({name: value for name, value in {**NETS, **SIZES}.items() if getattr(args, name) is None})
     if args.lr is None:
         args.lr = GATE_LR if gate and args.opt == "adam" else DEFAULT_LR[args.opt]
     if args.quantizer == "none" and (args.act != "none" or args.binarize_all or args.preset != "none"):

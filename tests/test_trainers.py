@@ -159,17 +159,16 @@ def test_flags_in_combination(tmp_path, extra):
         assert math.isnan(rows[-1]["flip_ratio"])
 
 
-def test_the_preset_sets_what_it_says():
-    args = train_fsg.flags().parse_args(["--preset", "released"])
-    train_fsg.complete(args)
-    assert (args.history, args.normalize, args.fast_act, args.beta, args.length) == ("flat", "none", "none", 0.9, 5)
-    assert args.binarize_all
-
-
 def complete(*argv):
     args = train_fsg.flags().parse_args(argv)
     train_fsg.complete(args)
     return args
+
+
+def test_the_preset_sets_what_it_says():
+    args = complete("--preset", "released")
+    assert (args.history, args.normalize, args.fast_act, args.beta, args.length) == ("flat", "none", "none", 0.9, 5)
+    assert args.binarize_all
 
 
 def test_the_gate_is_the_default_and_flags_of_the_nets_ask_for_mamba():
