@@ -37,38 +37,39 @@ from runs import RunError, replacing
 # ---------------------------------------------------------------------------------------------------------------------
 # The grids: lists of flags for train_fsg.py.
 
-BUDGET = "--arch resnet20 --epochs 2 --schedule cosine"  # 780 steps of CIFAR-10
-FSG = "--grad fsg --hyper-sample 0.125"  # φ is trained on an eighth of the weights each step: 2.7 times STE's price
-METHODS = ("--grad ste", "--grad multifc", "--grad fcgrad", FSG, "--grad fsg --history flat")
+SHORT = "--arch resnet20 --epochs 2 --schedule cosine"  # 780 steps of CIFAR-10
+SMALL = f"{SHORT} --image-size 16"  # at a quarter of the network's price
+LONG = "--arch resnet20 --epochs 6 --schedule cosine --image-size 16"
 GATE = ("--grad ste", "--hgs gate", "--hgs gate --history newest")  # newest: the gate with no history
-SLOW = ("--preset released", "--grad lstmfc --hidden 16", "--hgs lstm --hidden 16 --hyper-sample 0.125")
+METAQUANT = ("--grad multifc", "--grad fcgrad")
+MAMBA = "--hgs mamba --hyper-sample 0.125"  # φ is trained on an eighth of the weights each step: half the price
+FLAT = "--hgs mamba --history flat"
+DEAR = (MAMBA, FLAT, "--hgs lstm --hidden 16 --hyper-sample 0.125", "--preset released", "--grad lstmfc --hidden 16")
+TINY = "--hgs mamba --expand 16"  # a Mamba of a sixth of the size, for ablations
 
 
-def grid(*commands: str, seeds=(0,)) -> list[str]:
-    """Each command at each seed."""
-    return [f"{BUDGET} {command} --seed {seed}" for seed in seeds for command in commands]
+def grid(budget: str, hows, lrs=(None,), seeds=(0,)) -> list[str]:
+    """Each method at each learning rate (None: its default) and seed."""
+    rates = [f" --lr {lr}" if lr else "" for lr in lrs]
+    return [f"{budget} {how}{rate} --seed {seed}" for seed in seeds for rate in rates for how in hows]
 
 
 GRIDS = {
-    # Every method at each of its learning rates, one seed.
-    "rates": grid(*(f"{method} --lr {lr}" for lr in ("1e-3", "3e-3", "1e-2", "3e-4") for method in METHODS)),
-    "rates-slow": grid(*(f"{method} --lr {lr}" for lr in ("1e-3", "3e-3", "1e-2") for method in SLOW)),
-    "rates-sgd": grid(*(f"{method} --opt sgd --lr {lr}" for lr in ("0.3", "1", "0.1") for method in METHODS)),
-    # The gate against straight-through, and against itself without its history; then the best of each at more seeds.
-    "gate": [
-        *grid(*(f"{method} --lr {lr}" for lr in ("6e-3", "1.2e-2", "3e-3") for method in GATE)),
-        *grid(*(f"{method} --lr 6e-3" for method in GATE), seeds=(1, 2)),
+    # Every method at each of its learning rates.
+    "rates": [
+        *grid(SMALL, (*GATE, *METAQUANT), ("6e-3", "3e-3", "1.2e-2", "1e-3")),
+        *grid(SMALL, DEAR, ("1e-3", "3e-3", "3e-4")),
     ],
-    # The same at a quarter of the price, with its numbers learned by FSG's objective.
-    "gate-16": grid(
-        *(f"--image-size 16 {method} --lr 6e-3" for method in (*GATE, "--hgs gate --lr-slow 1e-2")), seeds=range(5)
-    ),
-    # The paper's ablations.
-    "beta": grid(*(f"{FSG} --beta {beta}" for beta in (0.1, 0.3, 0.5, 0.7, 0.9))),
-    "length": grid(*(f"{FSG} --length {length}" for length in range(3, 8))),
-    # Is the layer embedding used, and the history?
-    "lre": grid(FSG, f"{FSG} --no-lre", seeds=(0, 1, 2)),
-    "history": grid(FSG, f"{FSG} --history newest", seeds=(0, 1, 2)),
+    "rates-sgd": grid(SMALL, [f"{how} --opt sgd" for how in (*GATE, *METAQUANT, MAMBA, FLAT)], ("0.3", "1", "0.1")),
+    # The gate against straight-through, and against itself without its history: at three rates, then at more seeds.
+    "gate": [*grid(SHORT, GATE, ("6e-3", "1.2e-2", "3e-3")), *grid(SHORT, GATE, ("6e-3",), seeds=(1, 2))],
+    # The same, three times as long, on smaller pictures.
+    "long": [*grid(LONG, GATE, ("6e-3", "3e-3", "1.2e-2")), *grid(LONG, GATE, ("6e-3",), seeds=(1, 2))],
+    # The paper's ablations: the share of the slow gradient and the length of the history. Then, are the layer embedding
+    # and the history used?
+    "beta": grid(SMALL, [f"{TINY} --beta {beta}" for beta in (0.1, 0.3, 0.5, 0.7, 0.9)], seeds=(0, 1, 2)),
+    "length": grid(SMALL, [f"{TINY} --length {length}" for length in range(3, 8)], seeds=(0, 1, 2)),
+    "parts": grid(SMALL, (TINY, f"{TINY} --no-lre", f"{TINY} --history newest"), seeds=(0, 1, 2)),
 }
 TRAIN = "python train_fsg.py "
 COLUMNS = ("command", "seed", "best_test_acc", "test_acc", "train_loss", "seconds")
@@ -127,34 +128,37 @@ def run_one(command: str, out: Path, slots: Slots) -> dict:
     name = re.sub(r"[^\w.]+", "-", flags)[:150].strip("-") + "-" + hashlib.sha256(flags.encode()).hexdigest()[:8]
     begun = (out / name / "last.pt").exists()
     more = ["--resume", str(out / name)] if begun else [*shlex.split(flags), "--name", name, "--out", str(out)]
-    try:
-        code, error = slots.run([sys.executable, str(Path(__file__).with_name("train_fsg.py")), *more])
-        if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-            raise Interrupted
-        diverged = "became NaN or infinite" in error
-        if code and not diverged and "has done its" not in error:  # done, but its row was not written
-            raise RunError(f"{command} cannot be run ({error.removeprefix('error: ')})")
-        row = {"command": command, "seed": re.search(r"--seed (\d+)", flags)[1]}
-        if diverged:
-            return {**row, **dict.fromkeys(COLUMNS[2:], "nan")}
-        curves = plot.read_run(out / name)
-    except Exception:
-        slots.stop()
-        raise
+    code, error = slots.run([sys.executable, str(Path(__file__).with_name("train_fsg.py")), *more])
+    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        raise Interrupted
+    diverged = "became NaN or infinite" in error
+    if code and not diverged and "has done its" not in error:  # done, but its row was not written
+        raise RunError(f"{command} cannot be run ({error.removeprefix('error: ')})")
+    row = {"command": command, "seed": re.search(r"--seed (\d+)", flags)[1]}
+    if diverged:
+        return {**row, **dict.fromkeys(COLUMNS[2:], "nan")}
+    curves = plot.read_run(out / name)
     accuracies = curves["test_acc"]
     row |= {"best_test_acc": f"{accuracies.max():.4f}", "test_acc": f"{accuracies[-1]:.4f}"}
     return row | {"train_loss": f"{curves['train_loss'][-1]:.4f}", "seconds": f"{curves['time'][-1]:.0f}"}
 
 
 def run_grid(name: str, commands: list[str], results: Path, out: Path, jobs: int | None) -> None:
-    """Run what of the grid is not in its CSV file yet; after each run both files are written."""
+    """Run what of the grid is not in its CSV file yet; after each run both files are written.
+
+    Raises RunError, after all the others have run, where some cannot.
+    """
     file = results / f"{name}.csv"
-    rows, slots = read_results(file), Slots(jobs)
+    rows, slots, failed = read_results(file), Slots(jobs), []
     with concurrent.futures.ThreadPoolExecutor(slots.jobs) as pool:
         waiting = [pool.submit(run_one, command, out / name, slots) for command in commands if command not in rows]
         try:
             for done in concurrent.futures.as_completed(waiting):
-                row = done.result()
+                try:
+                    row = done.result()
+                except (RunError, plot.PlotError) as e:
+                    failed.append(str(e))
+                    continue
                 rows[row["command"]] = row
                 write(file, rows.values(), commands)
                 print(f"{len(rows)} done: {row['command']}: {row['test_acc']}", flush=True)
@@ -164,6 +168,9 @@ def run_grid(name: str, commands: list[str], results: Path, out: Path, jobs: int
                 future.cancel()
             raise
     write(file, rows.values(), commands)
+    if failed:
+        others = f"; {len(failed) - 1} more cannot" if failed[1:] else ""
+        raise RunError(failed[0] + others)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ parameters φ turn ĝ into G,
 
 The last l gradients of every weight are the *historical gradient storage* (HGS). The *layer recognition embedding*
 (LRE) is one learned number a layer, put in front of the history as its first token, that tells layers apart.
-`FSG` is that. `GatedHistory` has the same two terms in closed form, and trains better (README).
+`FSG` is that. `GatedHistory` has two such terms in closed form, and trains better (README).
 
 How φ learns. G_{t−1} moved the weights to where ĝ_t is measured, by −lr·G_{t−1} to first order, which changed the loss
 by −lr·⟨D_t ⊙ ĝ_t, G_{t−1}⟩. So one step later the loss's gradient with respect to G_{t−1} is known, up to a factor:
@@ -443,7 +443,7 @@ class Generator(nn.Module):
     generate() and state_dict(). The latter, the same in all, is of all weights: any number of processes can load it.
     """
 
-    learned = False  # has hypernetworks to train
+    keeps_latent = False  # whether the last step's weights are state, part of a checkpoint
     SHARED: ClassVar = {"latent": 0, "history": 1, "state": 1}  # buffers that processes have parts of; along which axis
 
     def __init__(self, layers: list[nn.Module], shared: bool = False, whole_layers: bool = False):
@@ -468,8 +468,8 @@ class Generator(nn.Module):
         self.register_buffer("layer_size", torch.tensor(count, device=like.device), False)  # of the whole layers
         self.register_buffer("ghat", like.new_zeros(n), False)
         self.register_buffer("G", like.new_zeros(sum(count)), False)  # of all weights
-        self.register_buffer("latent", like.new_zeros(n), self.learned)
-        self.register_buffer("top", like.new_zeros(len(layers)), self.learned)  # max|W| of each layer
+        self.register_buffer("latent", like.new_zeros(n), self.keeps_latent)
+        self.register_buffer("top", like.new_zeros(len(layers)), self.keeps_latent)  # max|W| of each layer
         self._make_views()
 
     def _make_views(self) -> None:
@@ -611,6 +611,60 @@ class STE(Generator):
         self.hand_back()
 
 
+class GatedHistory(Generator):
+    """Fast and slow gradients without networks, of the present and of the past since the weight's last flip.
+
+        G    = D ⊙ (fast + slow)
+        h_t  = ĝ_t + λ·[sign W_t = sign W_{t−1}]·h_{t−1}      the history; a flip (a change of sign) shuts the gate
+        fast = ĝ_t / (ε + r)                                  r = |W| / RMS(W), the RMS over the weight's layer
+        slow = (h_t − ĝ_t) / (ε + r)
+
+    *Near the threshold a weight leaps.* r is how far a weight is from W = 0, where its sign changes. With 1 / (ε + r)
+    one that comes close leaps to the other side instead of trembling about the threshold. (Adam divides out what scales
+    a weight's gradient for good; what counts is that the factor grows as a weight comes near.)
+    *A flip forgets.* Averaging over past gradients cancels noise. But those from before a flip were measured at the
+    weight's other sign: carried on, they drive it away from a place it has only just left, back or further. h is the
+    smallest selective state space there is, one state a weight, whose decay is λ or, at a flip, 0. It is momentum
+    enough: use it with an optimizer that has none of its own (Adam with β₁ = 0).
+
+    λ and ε were found by comparing whole training runs (README). FSG's objective would not find them. It asks whether
+    G_{t−1} lowers the loss at the very next step, and so prefers small or even reversed steps: where training goes
+    fastest, noise and curvature make successive gradients *anti*-correlated (short-horizon bias; Wu et al., ICLR 2018).
+
+    layers: as everywhere. memory: λ in [0, 1); 0 is no history. epsilon: ε > 0.
+    Raises ValueError for others. Memory: about 4 N numbers.
+    """
+
+    keeps_latent = True
+    SHARED: ClassVar = {**Generator.SHARED, "past": 0}
+
+    def __init__(self, layers: list[nn.Module], memory: float = 0.8, epsilon: float = 0.35):
+        if not 0 <= memory < 1 or not epsilon > 0:
+            raise ValueError(f"memory must be at least 0 and below 1, epsilon above 0; they are {memory} and {epsilon}")
+        super().__init__(layers, shared=True)
+        self.memory, self.epsilon = memory, epsilon
+        self.register_buffer("past", torch.zeros_like(self.latent))  # h_t
+
+    @torch.no_grad()
+    def generate(self) -> None:
+        """`weight.grad` ← G for every layer."""
+        positive = self.latent >= 0  # one step ago; sign(0) is +1
+        self.collect()
+        self.past.mul_((self.latent >= 0) == positive).mul_(self.memory).add_(self.ghat)
+        self.gather(self.scale() * self.past)
+        self.hand_back()
+
+    def scale(self) -> Tensor:
+        """D / (ε + r): [N]. The threshold is W = 0 under all quantizers."""
+        norms = torch.stack(torch._foreach_norm(self.latent.split(self.sizes)))
+        rms = (self.total(norms.square()) / self.layer_size).sqrt().clamp_min(torch.finfo(norms.dtype).tiny)
+        return self.calibrate()[0] / (self.epsilon + self.latent.abs() / rms[self.layer_of])
+
+    def terms(self) -> tuple[Tensor, ...]:
+        scale = self.scale()
+        return scale * self.ghat, scale * (self.past - self.ghat)
+
+
 class Learned(Generator):
     """A generator with hypernetworks φ: the ring buffer of past gradients (HGS) and the training of φ.
 
@@ -618,7 +672,7 @@ class Learned(Generator):
     graph, a function of the buffers alone, so that after loading a checkpoint the last step's graph can be built again.
     """
 
-    learned = True
+    keeps_latent = True  # to build the last step's graph again
 
     def __init__(self, layers: list[nn.Module], length: int = 1, whole_layers: bool = False):
         if length < 1:
@@ -784,76 +838,6 @@ class LSTMFC(Learned):
         out = in_chunks(self.step, numbers_at_once(pre.device) // self.hidden, self.parameters(), pre, *self.state)
         self._next = out[:, 1:].detach().unflatten(1, (2, self.hidden)).transpose(0, 1)
         return D * self.newest * out[:, 0]
-
-
-class GatedHistory(Learned):
-    """Fast and slow gradients without networks: G = D ⊙ (ĝ_t + gate ⊙ Σ_k a_k ĝ_{t−k}) / (ε + r), k = 1 … l − 1.
-
-    r = |W| / RMS(W) is how far a weight is from the threshold where its sign changes, in units of its layer, and
-    gate = r / (κ + r), from 0 at the threshold to 1. The very first step is plain STE.
-
-    *Fast: 1 / (ε + r).* A weight that comes close to the threshold leaps over it instead of trembling about it. (Adam
-    divides out what scales a weight's gradient for good; what counts is that the factor grows as a weight comes near.)
-    *Slow: the weight's past gradients, as far as it is from the threshold.* Far away, nothing happens soon: averaging
-    over the past cancels noise and oscillation. Near it, the past was measured at the weight's other sign, or is about
-    to be, and momentum carries over what is no longer so. So use it with an optimizer without momentum of its own.
-    (The first of the two is what was measured to help; the second adds less than seeds differ, see README.)
-
-    φ = (ε, κ, a) are 2 + (l − 1) numbers, found once, by comparing whole training runs, and not trained, unless `lr`,
-    their rate for FSG's objective, is above 0. That objective asks whether G_{t−1} lowers the loss at the very next
-    step, and so prefers small or even reversed steps: where training goes fastest, noise and curvature make successive
-    gradients *anti*-correlated (short-horizon bias; Wu et al., ICLR 2018).
-
-    layers: as everywhere. length: l, gradients of history a weight; 1 is none. epsilon, kappa: ε and κ, where they
-    start, in units of RMS(W). memory: a_1 … a_{l−1}, where they start. lr: Adam's learning rate for φ.
-    Raises ValueError for a length below 1, or an ε or κ that is not positive. Memory: about (length + 14) N numbers.
-    """
-
-    def __init__(
-        self,
-        layers: list[nn.Module],
-        length: int = 5,
-        epsilon: float = 0.35,
-        kappa: float = 0.7,
-        memory: float = 0.5,
-        lr: float = 0.0,
-    ):
-        if epsilon <= 0 or kappa <= 0:
-            raise ValueError(f"epsilon and kappa must be above 0; they are {epsilon} and {kappa}")
-        super().__init__(layers, length)
-        self.lr = lr
-        self.log_epsilon = nn.Parameter(torch.tensor(math.log(epsilon)))
-        self.log_kappa = nn.Parameter(torch.tensor(math.log(kappa)))
-        self.memory = nn.Parameter(torch.full((length - 1,), memory))  # a_1 …, the newest first
-        self.start()
-
-    def distance(self) -> Tensor:
-        """r = |W| / RMS(W) over each weight's layer: [N]. Under all quantizers the threshold is W = 0."""
-        norms = torch.stack(torch._foreach_norm(self.latent.split(self.sizes)))
-        rms = (self.total(norms.square()) / self.layer_size).sqrt().clamp_min(torch.finfo(norms.dtype).tiny)
-        return self.latent.abs() / rms[self.layer_of]
-
-    def fast_and_slow(self, D: Tensor) -> tuple[Tensor, Tensor]:
-        """The two terms of G, [N] each, for the calibration D [N]."""
-        r, past = self.distance(), torch.zeros_like(D)
-        for k, a in enumerate(self.memory, 1):
-            past = past + a * self.history[(self.t - 1 - k) % self.length]
-        scale, gate = D / (self.log_epsilon.exp() + r), r / (self.log_kappa.exp() + r)
-        return scale * self.newest, scale * gate * past
-
-    def terms(self) -> tuple[Tensor, ...]:
-        return self.fast_and_slow(self.calibrate()[0])
-
-    def transform(self, D: Tensor, pre: Tensor) -> Tensor:
-        fast, slow = self.fast_and_slow(D)
-        return fast + slow
-
-    def build(self, D: Tensor, pre: Tensor) -> Tensor:
-        return super().build(D, pre) if self.lr else self.transform(D, pre)  # without a graph φ stays as it is
-
-    def _rebuild(self) -> None:
-        if self.lr:
-            super()._rebuild()
 
 
 ALL = slice(None)  # as an index: every weight

@@ -17,8 +17,8 @@
 A binary network computes with Ŵ = sign(W) while the optimizer moves the latent weights W. The sign has no useful
 derivative, so something must be put in its place on the way back. Straight-through estimators (STE) put a constant.
 FSG *learns* it: two small hypernetworks turn the gradient at the binary weight into the gradient for the latent one
-(`--hgs mamba` or `lstm`). `--hgs gate`, the default, makes it of the same two things, the present and the history of
-past gradients, with a formula in place of the networks; README, "Does a learned gradient help?", says why.
+(`--hgs mamba` or `lstm`). `--hgs gate`, the default, makes it of the same two things, the present gradient and the past
+ones, with a formula in place of the networks; README, "Does a learned gradient help?", says why.
 The whole method is in hypernet.py; here you see where it enters training: one line between backward() and step().
 
     flags → data → network → gradient generator → optimizer → the training loop → evaluation
@@ -39,11 +39,11 @@ DEFAULT_LR = {"adam": 1e-3, "sgd": 0.3, "sgdm": 0.1}
 GATE_LR = 6e-3  # … with Adam under --hgs gate
 # … and for φ: fast-net, slow-net. Nothing bounds the scale of the gradients that φ learns to make. Adam does not care
 # for scale, but under SGD it multiplies the learning rate, so there φ must learn slowly.
-DEFAULT_LR_PHI = {"fsg": (1e-2, 1e-3), "gate": (None, 0.0), "metaquant": (1e-3, None), "sgd": (1e-5, 1e-5)}
+DEFAULT_LR_PHI = {"fsg": (1e-2, 1e-3), "metaquant": (1e-3, None), "sgd": (1e-5, 1e-5)}
 
-# Flags of the paper's nets: --hgs gate has no use for them. Those of size are ignored there, as with --grad ste.
-NETS = {"beta": 0.9, "normalize": "layer-rms", "no_lre": False, "fast_act": None, "hyper_sample": 1.0}
-SIZES = {"hidden": 100, "d_state": 16, "d_conv": 8, "expand": 100, "scan": "auto"}
+# Flags of the paper's nets, with their defaults. --hgs gate has no use for them.
+NETS = {"length": 5, "beta": 0.9, "normalize": "layer-rms", "no_lre": False, "fast_act": None, "hyper_sample": 1.0}
+NETS |= {"hidden": 100, "d_state": 16, "d_conv": 8, "expand": 100, "scan": "auto", "lr_fast": None, "lr_slow": None}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,16 +66,16 @@ def flags():
     fsg.add_argument(
         "--hgs",
         choices=["gate", "mamba", "lstm"],
-        help="what is made of the gradient history: the paper's slow-net, mamba or lstm, or gate, past gradients as "
-        "far as a weight is from its threshold (default: mamba where a flag of the paper's nets is given, else gate)",
+        help="what is made of the gradient history: the paper's slow-net, mamba or lstm, or gate, which sums it since "
+        "the weight's last flip (default: mamba where a flag of the paper's nets is given, else gate)",
     )
     fsg.add_argument(
         "--history",
         default="per-weight",
         choices=["per-weight", "flat", "newest"],
-        help="its layout; newest: per-weight, without the older gradients (default: per-weight)",
+        help="its layout; newest: without the older gradients (default: per-weight)",
     )
-    fsg.add_argument("--length", type=int, default=5, help="l, past gradients a weight (default: 5)")
+    fsg.add_argument("--length", type=int, help="l, past gradients a weight (default: 5)")
     fsg.add_argument("--beta", type=float, help="share of the slow gradient, 0 to 1 (default: 0.9)")
     fsg.add_argument("--normalize", choices=["layer-rms", "none"], help="scaling of the history (default: layer-rms)")
     fsg.add_argument("--no-lre", action="store_true", help="no layer recognition embedding")
@@ -89,7 +89,7 @@ def flags():
         "--lr-fast", type=float, help="Adam's rate for the fast-net (default: 1e-2; MetaQuant 1e-3; SGD 1e-5)"
     )
     fsg.add_argument("--hyper-sample", type=float, help="share of the weights φ is trained on each step (default: 1)")
-    fsg.add_argument("--lr-slow", type=float, help="Adam's rate for slow-net and LRE (default: 1e-3; SGD 1e-5; gate 0)")
+    fsg.add_argument("--lr-slow", type=float, help="Adam's rate for slow-net and LRE (default: 1e-3; SGD 1e-5)")
     fsg.add_argument(
         "--preset",
         default="none",
@@ -102,17 +102,15 @@ def flags():
 
 def complete(args) -> None:
     """Defaults that depend on other flags, and combinations that make no sense."""
-    binary_fsg = args.grad == "fsg" and args.quantizer != "none"
-    asked = [name for name in (*NETS, *SIZES, "lr_fast", "lr_slow") if getattr(args, name) not in (None, False)]
+    asked = [name for name in NETS if getattr(args, name) not in (None, False)]
     asked += ["history"] * (args.history == "flat") + ["preset"] * (args.preset != "none")
-    if args.hgs is None:
-        args.hgs = "gate" if binary_fsg and not asked else "mamba"
-    gate = binary_fsg and args.hgs == "gate"
-    if gate and (foreign := [name for name in asked if name not in SIZES and name != "lr_slow"]):
-        flag = foreign[0].replace("_", "-")
+    args.hgs = args.hgs or ("mamba" if asked else "gate")
+    gate = args.grad == "fsg" and args.hgs == "gate" and args.quantizer != "none"
+    if gate and asked:
+        flag = asked[0].replace("_", "-")
         raise runs.RunError(f"--{flag} is for the paper's slow-nets: use --hgs mamba or lstm, or leave it out")
     if not gate:
-        vars(args).update({name: value for name, value in {**NETS, **SIZES}.items() if getattr(args, name) is None})
+        vars(args).update({name: value for name, value in NETS.items() if getattr(args, name) is None})
     if args.lr is None:
         args.lr = GATE_LR if gate and args.opt == "adam" else DEFAULT_LR[args.opt]
     if args.quantizer == "none" and (args.act != "none" or args.binarize_all or args.preset != "none"):
@@ -121,12 +119,12 @@ def complete(args) -> None:
         if args.grad != "fsg" or args.hgs != "mamba":
             raise runs.RunError("--preset released is FSG with Mamba: leave out --grad and --hgs, or the preset")
         vars(args).update(hypernet.RELEASED_OPTIONS, binarize_all=True)
-    if args.hyper_sample != 1 and (args.grad != "fsg" or args.quantizer == "none" or args.preset == "released"):
+    if args.hyper_sample not in (None, 1) and (args.grad != "fsg" or args.quantizer == "none" or args.preset != "none"):
         raise runs.RunError("--hyper-sample is for --grad fsg without --preset and --quantizer none: leave it out")
-    kind = "gate" if gate else "sgd" if args.opt != "adam" else "fsg" if args.grad == "fsg" else "metaquant"
-    lr_phi = DEFAULT_LR_PHI[kind]
-    args.lr_fast = lr_phi[0] if args.lr_fast is None else args.lr_fast
-    args.lr_slow = lr_phi[1] if args.lr_slow is None else args.lr_slow
+    if not gate:
+        fast, slow = DEFAULT_LR_PHI["sgd" if args.opt != "adam" else "fsg" if args.grad == "fsg" else "metaquant"]
+        args.lr_fast = fast if args.lr_fast is None else args.lr_fast
+        args.lr_slow = slow if args.lr_slow is None else args.lr_slow
     if args.arch not in models.ARCHS:
         raise runs.RunError(f"--arch {args.arch} is not known: use one of {', '.join(models.ARCHS)}")
     for name in ("hidden", "d_state", "d_conv", "expand"):
@@ -153,8 +151,7 @@ def make_generator(args, layers):
         if args.grad == "lstmfc":
             return hypernet.LSTMFC(layers, args.hidden, args.lr_fast)
         if args.hgs == "gate":
-            length = 1 if args.history == "newest" else args.length
-            return hypernet.GatedHistory(layers, length, lr=args.lr_slow)
+            return hypernet.GatedHistory(layers, **({"memory": 0.0} if args.history == "newest" else {}))
         generator = hypernet.FSG(
             layers,
             hgs=args.hgs,
@@ -210,7 +207,7 @@ def main(argv=None) -> int:
     # Gradient generator: turns ĝ, the gradient at the binary weights, into G, the one for the latent weights.
     generator = make_generator(args, layers)
     groups = net.parameters()
-    if isinstance(generator, hypernet.GatedHistory):  # the past gradients are momentum enough for the latent weights
+    if isinstance(generator, hypernet.GatedHistory):  # its history is momentum enough for the latent weights
         latent = [layer.weight for layer in layers]
         rest = [p for p in net.parameters() if not any(p is w for w in latent)]
         without = {"betas": (0.0, 0.999)} if args.opt == "adam" else {"momentum": 0.0}
@@ -219,7 +216,7 @@ def main(argv=None) -> int:
 
     # The run: at the start, or exactly where the resumed one stopped.
     kind = "fp32" if generator is None else f"fsg-{args.hgs}" if args.grad == "fsg" else args.grad
-    hyper = sum(p.numel() for p in generator.parameters()) if args.lr_slow != 0 and generator else 0
+    hyper = sum(p.numel() for p in generator.parameters()) if generator else 0
     about = f"gradients: {kind}" + (f", {hyper:,} hyper-parameters φ" if hyper else "")
     parts = {"model": net, "optimizer": optimizer} | ({"generator": generator} if generator else {})
     run = runs.Run(args, kind, about, (train, test), device, models.sign_bits(layers), resumed, **parts)

@@ -24,8 +24,7 @@ VARIANTS = {
     "fsg-mamba": "FSG(layers, expand=4, d_state=3)",
     "fsg-lstm": "FSG(layers, 'lstm', hidden=4, length=3)",
     "fsg-flat": "FSG(layers, history='flat', expand=4, d_state=3)",
-    "gate": "GatedHistory(layers, lr=1e-3)",
-    "gate-newest": "GatedHistory(layers, 1)",
+    "gate": "GatedHistory(layers)",
     "fsg-sampled": "FSG(layers, hyper_sample=0.3, expand=4, d_state=3)",
     "released": "FSG(layers, preset='released', expand=4, d_state=3, **hypernet.RELEASED_OPTIONS)",
 }
@@ -60,7 +59,7 @@ GENERATOR = """
                 layer.weight.grad = (layer.weight.detach() - target) * (1 + torch.sin(10 * target)) / 100
             generator.generate()
             optimizer.step()
-        if world > 1 and generator.learned:
+        if world > 1 and generator.keeps_latent:
             assert len(generator.latent) < sum(layer.weight.numel() for layer in layers) / world + 30
         grads = torch.cat([layer.weight.grad.flatten() for layer in layers])
         weights = [layer.weight.detach() for layer in layers]

@@ -112,11 +112,13 @@ def test_damaged_results(tmp_path, monkeypatch, capsys):
     assert "damaged or of another version" in capsys.readouterr().err
 
 
-def test_a_run_that_fails_stops_the_others(tmp_path, monkeypatch, capsys):
-    commands = [f"{SMALL} --seed 0 --beta 7 --grad fsg", f"{SMALL} --epochs 100000 --seed 0"]
+def test_the_others_run_where_some_fail(tmp_path, monkeypatch, capsys):
+    wrong = f"{SMALL} --beta 7 --grad fsg"
+    commands = [f"{wrong} --seed 0", f"{SMALL} --seed 0", f"{wrong} --seed 1"]
     assert run(monkeypatch, tmp_path, commands, "--jobs", "1") == 1
-    assert "beta is the share" in capsys.readouterr().err
-    assert not list(tmp_path.glob("runs/rates/*100000*/metrics.csv"))
+    error = capsys.readouterr().err
+    assert "beta is the share" in error and error.endswith("; 1 more cannot\n")
+    assert [row["command"] for row in rows(tmp_path)] == [f"python train_fsg.py {commands[1]}"]
 
 
 def test_commands_that_differ_only_early_have_runs_of_their_own(tmp_path, monkeypatch):

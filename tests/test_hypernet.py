@@ -331,11 +331,11 @@ MAKERS = {
     "fsg-newest": lambda layers: small_fsg(layers, history="newest"),
     "fsg-tanh": lambda layers: small_fsg(layers, fast_act="tanh", length=1),
     "fsg-sampled": lambda layers: small_fsg(layers, hyper_sample=0.3),
-    "gate": lambda layers: GatedHistory(layers, 3, lr=1e-2),
     "fcgrad": lambda layers: FCGrad(layers, 6, "tanh"),
     "multifc": lambda layers: MultiFC(layers, 6),
     "lstmfc": lambda layers: LSTMFC(layers, 6),
 }
+UNLEARNED = {"ste": STE, "gate": GatedHistory}
 
 
 def formula(name, gen, layers, latents, grads, states=None):
@@ -355,12 +355,6 @@ def formula(name, gen, layers, latents, grads, states=None):
         if name == "lstmfc":
             h, _ = gen.cell(pre.reshape(-1, 1), states[i])
             out.append(D * g * gen.out(h).view_as(W))
-            continue
-        if name == "gate":
-            r = W.abs() / W.square().mean().sqrt()
-            near, gate = 1 / (gen.log_epsilon.exp() + r), r / (gen.log_kappa.exp() + r)
-            older = [step[i] for step in reversed(grads[-gen.length : -1])]
-            out.append(D * near * (g + gate * sum(a * p for a, p in zip(gen.memory, older, strict=False))))
             continue
         fast = g * gen.fast.mlp(pre.flatten()).view_as(W)
         if name == "multifc":
@@ -509,34 +503,30 @@ def test_phi_moves_at_its_learning_rates():
         assert torch.allclose(step, -lr * p.grad[used].sign(), rtol=2e-3), k
 
 
-def test_the_gate_is_fixed_unless_it_gets_a_learning_rate():
-    net = network()
+@pytest.mark.parametrize("quantizer", ["dorefa", "bwn", "bwn-f"])
+@pytest.mark.parametrize("memory", [0.0, 0.7])
+def test_the_gate_sums_the_gradients_since_the_last_flip(quantizer, memory):
+    """The docstring's formula, as a sum over the steps in which a weight had the sign that it has now."""
+    net = network(quantizer)
     layers = models.binary_layers(net)
-    gen = GatedHistory(layers, 3)
-    before = copy.deepcopy(dict(gen.named_parameters()))
-    for t in range(4):
-        backward(net, t)
-        gen.generate()
-    assert all(torch.equal(p, before[k]) and p.grad is None for k, p in gen.named_parameters())
-
-
-def test_the_gate_closes_at_the_threshold():
-    """At W = 0 G is the newest gradient, 1/ε as large; far away it is the sum of all, over r."""
-    net = network("bwn")  # D = 1
-    layers = models.binary_layers(net)
-    gen = GatedHistory(layers, 3, epsilon=0.5, kappa=0.25, memory=1.0)
-    grads = []
-    with torch.no_grad():
-        layers[0].weight.fill_(1.0).view(-1)[:2] = torch.tensor([0.0, 1e6])
-    for _ in range(3):
-        for layer in layers:
-            layer.weight.grad = torch.randn(layer.weight.shape, dtype=torch.float64)
-        grads.append(layers[0].weight.grad.flatten().clone())
-        gen.generate()
-    G = layers[0].weight.grad.flatten()
-    r = math.sqrt(layers[0].weight.numel())  # of the one weight that makes up all of the RMS
-    assert math.isclose(G[0], grads[-1][0] / 0.5, rel_tol=1e-6)  # ε and κ are kept in float32
-    assert math.isclose(G[1], (grads[2] + r / (0.25 + r) * (grads[0] + grads[1]))[1] / (0.5 + r), rel_tol=1e-6)
+    gen = GatedHistory(layers, memory=memory, epsilon=0.5)
+    latents, grads, lengths = [], [], set()
+    for t in range(8):
+        G = record(net, gen, layers, t, latents, grads)
+        for i, layer in enumerate(layers):
+            W = latents[-1][i]
+            expected, same, age = torch.zeros_like(W), torch.ones_like(W, dtype=bool), torch.zeros_like(W)
+            for k in range(t + 1):
+                same &= (latents[t - k][i] >= 0) == (W >= 0)
+                expected += torch.where(same, memory**k * grads[t - k][i], 0)
+                age += same
+            r = W.abs() / W.square().mean().sqrt()
+            expected *= quantizers.calibration(W, quantizer) / (0.5 + r)
+            assert relative(G[i], expected) < 1e-12
+            lengths |= set(age.flatten().int().tolist())
+            layer.weight.data += 0.5 * W.square().mean().sqrt() * torch.randn(W.shape, dtype=W.dtype)
+            layer.weight.data.view(-1)[t % W.numel()] = 0.0  # sign(0) is +1
+    assert lengths == set(range(1, 9)), "some weights have just flipped, some never"
 
 
 def test_history_is_a_ring():
@@ -569,13 +559,12 @@ def test_ste():
         assert all(torch.equal(a, b) for a, b in zip(others, rest, strict=True)), "only binary weights are touched"
 
 
-@pytest.mark.parametrize("name", ["ste", *MAKERS])
+@pytest.mark.parametrize("name", [*UNLEARNED, *MAKERS])
 def test_what_is_measured_of_a_step(name):
     net = network()
     layers = models.binary_layers(net)
-    gen = STE(layers) if name == "ste" else MAKERS[name](layers)
-    if name != "ste":
-        nudge(gen)
+    gen = (UNLEARNED | MAKERS)[name](layers)
+    nudge(gen)
     for t in range(3):
         backward(net, t)
         latents, ghats = [w.weight.detach().clone() for w in layers], [w.weight.grad.clone() for w in layers]
@@ -593,7 +582,10 @@ def test_what_is_measured_of_a_step(name):
     }
     if isinstance(gen, FSG | GatedHistory):
         with torch.no_grad():
-            slow = gen.beta * D * gen.slow_gradient() if isinstance(gen, FSG) else gen.fast_and_slow(D)[1]
+            if isinstance(gen, FSG):
+                slow = gen.beta * D * gen.slow_gradient()
+            else:
+                slow = flat(G) * (1 - flat(ghats) / gen.past)
         fast = flat(G) - slow
         expected |= {"fast_rms": fast.square().mean().sqrt(), "slow_rms": slow.square().mean().sqrt()}
         expected["slow_share"] = slow.square().sum() / (slow.square().sum() + fast.square().sum())
@@ -628,7 +620,7 @@ def test_how_gradients_are_kept_does_not_matter(name):
         assert all(relative(a, b) < 1e-10 for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("name", [*MAKERS, "released", "ste"])
+@pytest.mark.parametrize("name", [*UNLEARNED, *MAKERS, "released"])
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_state_dict_holds_all_that_matters(name, steps):
     """Saved, loaded into fresh objects, and continued: the same bits as without the interruption."""
@@ -636,11 +628,9 @@ def test_state_dict_holds_all_that_matters(name, steps):
     def fresh():
         net = network(dtype=torch.float32)
         layers = models.binary_layers(net)
-        if name == "ste":
-            return net, STE(layers)
         if name == "released":
             return net, small_fsg(layers, **{**hypernet.RELEASED_OPTIONS, "length": 3}, preset="released")
-        return net, MAKERS[name](layers)
+        return net, (UNLEARNED | MAKERS)[name](layers)
 
     def train(net, gen, first, last):
         for t in range(first, last):
@@ -756,7 +746,7 @@ def test_impossible_arguments(kwargs, message):
 
 @pytest.mark.parametrize(
     "kwargs, message",
-    [({"length": 0}, "at least 1"), ({"epsilon": 0.0}, "above 0"), ({"kappa": -1.0}, "above 0")],
+    [({"memory": 1.0}, "below 1"), ({"memory": -0.1}, "at least 0"), ({"epsilon": 0.0}, "above 0")],
 )
 def test_impossible_arguments_of_the_gate(kwargs, message):
     with pytest.raises(ValueError, match=message):
