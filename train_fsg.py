@@ -110,7 +110,9 @@ def complete(args) -> None:
         flag = asked[0].replace("_", "-")
         raise runs.RunError(f"--{flag} is for the paper's slow-nets: use --hgs mamba or lstm, or leave it out")
     if not gate:
-        vars(args).update({name: value for name, value in NETS.items() if getattr(args, name) is None})
+        fast, slow = DEFAULT_LR_PHI["sgd" if args.opt != "adam" else "fsg" if args.grad == "fsg" else "metaquant"]
+        defaults = {**NETS, "lr_fast": fast, "lr_slow": slow}
+        vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
     if args.lr is None:
         args.lr = GATE_LR if gate and args.opt == "adam" else DEFAULT_LR[args.opt]
     if args.quantizer == "none" and (args.act != "none" or args.binarize_all or args.preset != "none"):
@@ -121,10 +123,6 @@ def complete(args) -> None:
         vars(args).update(hypernet.RELEASED_OPTIONS, binarize_all=True)
     if args.hyper_sample not in (None, 1) and (args.grad != "fsg" or args.quantizer == "none" or args.preset != "none"):
         raise runs.RunError("--hyper-sample is for --grad fsg without --preset and --quantizer none: leave it out")
-    if not gate:
-        fast, slow = DEFAULT_LR_PHI["sgd" if args.opt != "adam" else "fsg" if args.grad == "fsg" else "metaquant"]
-        args.lr_fast = fast if args.lr_fast is None else args.lr_fast
-        args.lr_slow = slow if args.lr_slow is None else args.lr_slow
     if args.arch not in models.ARCHS:
         raise runs.RunError(f"--arch {args.arch} is not known: use one of {', '.join(models.ARCHS)}")
     for name in ("hidden", "d_state", "d_conv", "expand"):
