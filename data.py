@@ -207,8 +207,8 @@ def load(
         data_dir/train/CLASS/ and data_dir/test/CLASS/ or data_dir/val/CLASS/).
     crop, flip: augmentation of the training pictures: pad by H/8 pixels (4 for CIFAR) and crop at random; mirror
         every other one (never digits). Large pictures are always cropped, by RandomResizedCrop.
-    image_size: for 'folder', pixels a side; default: that of the first picture, if it is square and at most 96, else
-        224. 'imagenet' is 224 unless told otherwise.
+    image_size: pixels a side, to which pictures are resized. Default: that of a folder's first picture, if it is square
+        and at most 96, else 224; 224 for 'imagenet'; and their own for the others, which can have up to 96.
     part: (rank, number of processes) of torch.distributed; batch_size is that of all together.
     Raises DataError, whose message is one sentence for the user; ValueError for an unknown name.
     """
@@ -236,6 +236,8 @@ def load(
         train, test, num_classes = *downloaded(name, Path(data_dir)), 100 if name == "cifar100" else 10
     if part[0] == 0 and part[1] > 1:
         torch.distributed.barrier()
+    if image_size not in (None, train[0].shape[-1]):  # a folder's pictures have that size by now
+        train, test = ((resize(images, image_size, name), labels) for images, labels in (train, test))
     if name in ("digits", "mnist"):
         flip = False
     # Mean and standard deviation of each channel over the training pictures, in 0…255. By slices, to spare memory.
@@ -249,6 +251,13 @@ def load(
         ResidentBatches(x.to(device), y.to(device), mean, std, num_classes, batch, is_train, seed, pad, flip, part)
         for (x, y), batch, is_train in ((train, batch_size, True), (test, max(batch_size, 500), False))
     )
+
+
+def resize(images: Tensor, size: int, name: str) -> Tensor:
+    """uint8 [N, C, H, W] -> [N, C, size, size], averaging where that is smaller."""
+    if size > RESIDENT_UP_TO:
+        raise DataError(f"--image-size {size} is too large for {name}, whose pictures are held in memory: up to 96")
+    return torch.cat([F.interpolate(x, (size, size), mode="bilinear", antialias=True) for x in images.split(1000)])
 
 
 def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -444,7 +444,8 @@ class Generator(nn.Module):
     """
 
     keeps_latent = False  # whether the last step's weights are state, part of a checkpoint
-    SHARED: ClassVar = {"latent": 0, "history": 1, "state": 1}  # buffers that processes have parts of; along which axis
+    # Buffers that processes have parts of; along which axis.
+    SHARED: ClassVar = {"latent": 0, "past": 0, "history": 1, "state": 1}
 
     def __init__(self, layers: list[nn.Module], shared: bool = False, whole_layers: bool = False):
         super().__init__()
@@ -623,20 +624,19 @@ class GatedHistory(Generator):
     one that comes close leaps to the other side instead of trembling about the threshold. (Adam divides out what scales
     a weight's gradient for good; what counts is that the factor grows as a weight comes near.)
     *A flip forgets.* Averaging over past gradients cancels noise. But those from before a flip were measured at the
-    weight's other sign: carried on, they drive it away from a place it has only just left, back or further. h is the
-    smallest selective state space there is, one state a weight, whose decay is λ or, at a flip, 0. It is momentum
-    enough: use it with an optimizer that has none of its own (Adam with β₁ = 0).
+    weight's other sign: carried on, they push it further the way that they pushed it across, before anything has been
+    measured on this side. h is the smallest selective state space there is, one state a weight, whose decay is λ or, at
+    a flip, 0. It is momentum enough: use it with an optimizer that has none of its own (Adam with β₁ = 0).
 
     λ and ε were found by comparing whole training runs (README). FSG's objective would not find them. It asks whether
     G_{t−1} lowers the loss at the very next step, and so prefers small or even reversed steps: where training goes
     fastest, noise and curvature make successive gradients *anti*-correlated (short-horizon bias; Wu et al., ICLR 2018).
 
     layers: as everywhere. memory: λ in [0, 1); 0 is no history. epsilon: ε > 0.
-    Raises ValueError for others. Memory: about 4 N numbers.
+    Raises ValueError for others. Memory: about 11 N numbers, 6 N of them between the steps.
     """
 
     keeps_latent = True
-    SHARED: ClassVar = {**Generator.SHARED, "past": 0}
 
     def __init__(self, layers: list[nn.Module], memory: float = 0.8, epsilon: float = 0.35):
         if not 0 <= memory < 1 or not epsilon > 0:

@@ -63,7 +63,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """Help that leaves the description's lines as they are, and says where a default depends on other flags."""
 
     def _expand_help(self, action) -> str:
-        return super()._expand_help(action).replace("(default: None)", "(default: by other flags, see the top)")
+        return super()._expand_help(action).replace("(default: None)", "(default: by other flags, see the file)")
 
 
 def common_flags(script: str, description: str, **defaults) -> argparse.ArgumentParser:
@@ -84,7 +84,7 @@ def common_flags(script: str, description: str, **defaults) -> argparse.Argument
     data.add_argument(
         "--data-dir", default="data", help="where the pictures are or are downloaded to (default: %(default)s)"
     )
-    data.add_argument("--image-size", type=int, help="pixels a side, for --dataset folder and imagenet")
+    data.add_argument("--image-size", type=int, help="pixels a side (default: the pictures' own; large ones 224)")
     data.add_argument(
         "--no-crop", action="store_true", help="no random crops of the training pictures (up to 96 pixels)"
     )
@@ -714,7 +714,7 @@ class Run:
             return
         last = self.folder / "last.pt"
         kept = f"the last good checkpoint is {last}" if last.exists() else "there was no checkpoint yet"
-        fast = " or --lr-fast" if hasattr(self.args, "lr_fast") else ""
+        fast = " or --lr-fast" if self.phi else ""
         raise RunError(
             f"{problem} became NaN or infinite {when} step {step:,}, epoch {self.epoch + 1}: {kept}; try a smaller "
             f"--lr{fast}"

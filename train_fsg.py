@@ -16,9 +16,9 @@
 
 A binary network computes with Ŵ = sign(W) while the optimizer moves the latent weights W. The sign has no useful
 derivative, so something must be put in its place on the way back. Straight-through estimators (STE) put a constant.
-FSG *learns* it: two small hypernetworks turn the gradient at the binary weight into the gradient for the latent one
-(`--hgs mamba` or `lstm`). `--hgs gate`, the default, makes it of the same two things, the present gradient and the past
-ones, with a formula in place of the networks; README, "Does a learned gradient help?", says why.
+FSG *learns* it (`--hgs mamba` or `lstm`): two small hypernetworks turn the gradient at the binary weight into the
+gradient for the latent one; one sees the present gradient, the other the past ones. `--hgs gate`, the default, makes it
+of the same two, with a formula in place of the networks; README, "Does a learned gradient help?", says why.
 The whole method is in hypernet.py; here you see where it enters training: one line between backward() and step().
 
     flags → data → network → gradient generator → optimizer → the training loop → evaluation
@@ -41,7 +41,7 @@ GATE_LR = 6e-3  # … with Adam under --hgs gate
 # for scale, but under SGD it multiplies the learning rate, so there φ must learn slowly.
 DEFAULT_LR_PHI = {"fsg": (1e-2, 1e-3), "metaquant": (1e-3, None), "sgd": (1e-5, 1e-5)}
 
-# Flags of the paper's nets, with their defaults. --hgs gate has no use for them.
+# Flags of the paper's nets, with their defaults. --hgs gate refuses them; other --grads ignore what they do not have.
 NETS = {"length": 5, "beta": 0.9, "normalize": "layer-rms", "no_lre": False, "fast_act": None, "hyper_sample": 1.0}
 NETS |= {"hidden": 100, "d_state": 16, "d_conv": 8, "expand": 100, "scan": "auto", "lr_fast": None, "lr_slow": None}
 
@@ -102,11 +102,11 @@ def flags():
 
 def complete(args) -> None:
     """Defaults that depend on other flags, and combinations that make no sense."""
-    asked = [name for name in NETS if getattr(args, name) not in (None, False)]
+    asked = [name for name in NETS if getattr(args, name) is not None and getattr(args, name) is not False]
     asked += ["history"] * (args.history == "flat") + ["preset"] * (args.preset != "none")
     args.hgs = args.hgs or ("mamba" if asked else "gate")
     gate = args.grad == "fsg" and args.hgs == "gate" and args.quantizer != "none"
-    if gate and asked:
+    if gate and asked and not args.eval_only:
         flag = asked[0].replace("_", "-")
         raise runs.RunError(f"--{flag} is for the paper's slow-nets: use --hgs mamba or lstm, or leave it out")
     if not gate:
@@ -149,7 +149,8 @@ def make_generator(args, layers):
         if args.grad == "lstmfc":
             return hypernet.LSTMFC(layers, args.hidden, args.lr_fast)
         if args.hgs == "gate":
-            return hypernet.GatedHistory(layers, **({"memory": 0.0} if args.history == "newest" else {}))
+            without = {"memory": 0.0} if args.history == "newest" else {}
+            return hypernet.GatedHistory(layers, **without)
         generator = hypernet.FSG(
             layers,
             hgs=args.hgs,

@@ -416,6 +416,18 @@ def test_pictures_of_other_sizes_are_resized(tmp_path):
     assert (test.images[0, :, 1:-1, 1:-1].int() - 127).abs().max() <= 8  # averaged, not picked
 
 
+def test_data_sets_of_one_size_are_resized_as_folders_are():
+    own, _ = data.load("digits")
+    for size in (4, 5, 20):
+        train, test = data.load("digits", image_size=size)
+        assert train.shape == test.shape == (1, size, size)
+        for small, whole in zip(train.images[:20, 0], own.images[:20, 0], strict=True):
+            expected = Image.fromarray(whole.numpy()).resize((size, size), resample=2)
+            assert np.abs(np.asarray(expected).astype(int) - small.numpy()).max() <= 1
+    with pytest.raises(data.DataError, match="--image-size 97 is too large for digits"):
+        data.load("digits", image_size=97)
+
+
 def test_val_works_in_place_of_test(tmp_path):
     make_folder(tmp_path, held_out="val")
     _, test = data.load("folder", tmp_path, log=quiet)

@@ -178,6 +178,7 @@ def test_the_gate_is_the_default_and_flags_of_the_nets_ask_for_mamba():
         ["--beta", "0.9"],
         ["--expand", "100"],
         ["--length", "5"],
+        ["--beta", "0"],
         ["--lr-slow", "1e-2"],
         ["--no-lre"],
         ["--history", "flat"],
@@ -187,6 +188,12 @@ def test_the_gate_is_the_default_and_flags_of_the_nets_ask_for_mamba():
     assert complete("--hgs", "lstm", "--hidden", "3").hgs == "lstm"
     # Learning rates measured with one generator are no default for another.
     assert complete().lr == 6e-3 and complete("--hgs", "mamba").lr == complete("--quantizer", "none").lr == 1e-3
+
+
+def test_newest_leaves_the_gate_no_memory():
+    layers = models.binary_layers(models.build("resnet8", 10))
+    memory = lambda *flags: train_fsg.make_generator(complete(*flags), layers).memory
+    assert memory("--history", "newest") == 0 and memory() == 0.8
 
 
 def test_under_the_gate_latent_weights_have_no_other_momentum(tmp_path):
@@ -378,7 +385,7 @@ def test_the_command_line_ends_with_one_sentence(tmp_path):
     [
         (["--hgs", "lstm", "--history", "flat"], "--history per-weight"),
         (["--beta", "-0.5"], r"\[0, 1\]"),
-        (["--hgs", "gate", "--beta", "0.5"], "--beta is for the paper's slow-nets"),
+        (["--hgs", "gate", "--beta", "0"], "--beta is for the paper's slow-nets"),
         (["--hgs", "gate", "--length", "5"], "--length is for the paper's slow-nets"),
         (["--hgs", "gate", "--history", "flat"], "--history is for the paper's slow-nets"),
         (["--hyper-sample", "1.5"], "at most 1"),
