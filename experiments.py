@@ -56,10 +56,10 @@ def grid(budget: str, hows, lrs=(None,), seeds=(0,)) -> list[str]:
 
 
 GRIDS = {
-    # Every method at each of its learning rates.
+    # The paper's formula and MetaQuant's at each of their learning rates.
     "rates": [
-        *grid(SMALL, (*GATE, *METAQUANT), ("6e-3", "3e-3", "1.2e-2", "1e-3")),
-        *grid(SMALL, DEAR, ("1e-3", "3e-3", "3e-4")),
+        *grid(SMALL, ("--grad ste", *METAQUANT), ("6e-3", "3e-3", "1.2e-2", "1e-3")),
+        *(command for how in DEAR for command in grid(SMALL, (how,), ("1e-3", "3e-3", "3e-4"))),
     ],
     "rates-sgd": grid(SMALL, [f"{how} --opt sgd" for how in (*GATE, *METAQUANT, MAMBA, FLAT)], ("0.3", "1", "0.1")),
     # The gate against straight-through, and against itself without its history: at three rates, then at more seeds.
