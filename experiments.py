@@ -4,10 +4,11 @@
     python experiments.py rates --list                # its commands, and which of them are done
     python experiments.py rates -- --dataset folder --data-dir my/cifar10       # with flags added to all of them
 
-A grid is a list of command lines and nothing else; add your own. What is in the CSV file is not run again, and a run
-that was interrupted goes on where it stopped, so the same command may be given as often as it takes. On CPUs two runs
-at a time share the cores (--jobs); on GPUs there is one on each. Where a run fails, the others go on; in the end the
-error is told again, and the exit code is 1.
+A grid is a list of command lines and nothing else; add your own. What is in the CSV file, with the same added flags, is
+not run again, and a run that was interrupted goes on where it stopped, so the same command may be given as often as it
+takes. (For pictures or flags of your own take another folder, --results.) On CPUs two runs at a time share the cores
+(--jobs); on GPUs there is one on each. Where a run fails, the others go on; in the end the error is told again, and the
+exit code is 1.
 
 results/NAME.csv has one row a run: the exact command, its seed, the best and the last test accuracy, the training loss
 of the last epoch ("nan" for a run that diverged), and the seconds of training. results/NAME.md has one row for all
