@@ -627,10 +627,11 @@ class GatedHistory(Generator):
     weight's other sign: carried on, they push it further the way that they pushed it across, before anything has been
     measured on this side. h is the smallest selective state space there is, one state a weight, whose decay is λ or, at
     a flip, 0. It is momentum enough: use it with an optimizer that has none of its own (Adam with β₁ = 0).
+    (That the history helps, and the leap, is measured over seeds; how much the forgetting does, is not. See README.)
 
     λ and ε were found by comparing whole training runs (README). FSG's objective would not find them. It asks whether
-    G_{t−1} lowers the loss at the very next step, and so prefers small or even reversed steps: where training goes
-    fastest, noise and curvature make successive gradients *anti*-correlated (short-horizon bias; Wu et al., ICLR 2018).
+    G_{t−1} lowers the loss at the very next step, and so prefers small or even reversed steps where noise and curvature
+    make successive gradients *anti*-correlated (short-horizon bias; Wu et al., ICLR 2018).
 
     layers: as everywhere. memory: λ in [0, 1); 0 is no history. epsilon: ε > 0.
     Raises ValueError for others. Memory: about 11 N numbers, 6 N of them between the steps.
