@@ -459,7 +459,7 @@ class Run:
         self.totals = torch.zeros(3, dtype=torch.float64, device=device)  # of this epoch: Σ loss, correct, seen
         self.names, self.weights = zip(*parts["model"].named_parameters(), strict=True)
         generator = parts.get("generator")
-        self.phi = [(name, p) for name, p in generator.named_parameters() if p.numel()] if generator else []
+        self.phi = list(generator.named_parameters()) if generator else []
         # The first step whose loss (in front), or whose gradient of each of the weights, was NaN or infinite.
         self.broken = torch.full((1 + len(self.names),), NEVER, device=device)
         self.bits = bits  # at the start of this epoch

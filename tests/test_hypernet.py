@@ -426,7 +426,7 @@ def test_later_steps_train_phi_with_the_gradient_of_v_times_the_previous_G(name)
             chosen = gen._chosen
             states = lstm_states(gen, layers) if name == "lstmfc" else None
         for layer, G in zip(layers, record(net, gen, layers, t, latents, grads), strict=True):
-            layer.weight.data -= 0.02 * G
+            layer.weight.data -= 0.05 * G
     found = {k: p.grad.clone() for k, p in gen.named_parameters()}
     after = {k: p.detach().clone() for k, p in gen.named_parameters()}
 
