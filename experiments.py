@@ -47,7 +47,7 @@ METAQUANT = ("--grad multifc", "--grad fcgrad")
 MAMBA = "--hgs mamba --hyper-sample 0.125"  # φ is trained on an eighth of the weights each step: half the price
 FLAT = "--hgs mamba --history flat"
 DEAR = (MAMBA, FLAT, "--hgs lstm --hidden 16 --hyper-sample 0.125", "--preset released", "--grad lstmfc --hidden 16")
-TINY = "--hgs mamba --expand 16"  # a Mamba of a sixth of the size, for ablations
+TINY = "--hgs mamba --expand 16 --hyper-sample 0.125"  # a Mamba of a sixth of the size
 
 
 def grid(budget: str, hows, lrs=(None,), seeds=(0,)) -> list[str]:
@@ -62,7 +62,7 @@ GRIDS = {
         *grid(SMALL, ("--grad ste", *METAQUANT), ("6e-3", "3e-3", "1.2e-2", "1e-3")),
         *grid(SMALL, DEAR, ("1e-3", "3e-3", "3e-4")),
     ],
-    "rates-sgd": grid(SMALL, [f"{how} --opt sgd" for how in (*GATE, *METAQUANT, MAMBA, FLAT)], ("0.3", "1", "0.1")),
+    "rates-sgd": grid(SMALL, [f"{how} --opt sgd" for how in (*GATE, *METAQUANT, TINY)], ("1", "0.3", "3", "0.1")),
     # The gate against straight-through, and against itself without its history: at three rates, then at more seeds.
     "gate": [*grid(SHORT, GATE, ("6e-3", "1.2e-2", "3e-3")), *grid(SHORT, GATE, ("6e-3",), seeds=(1, 2))],
     # The same, three times as long, on smaller pictures; there the gate without history is best at twice the rate.
@@ -72,11 +72,19 @@ GRIDS = {
         *grid(LONG, GATE[2:], ("1.2e-2",), seeds=(1, 2)),
         *grid(LONG, GATE[2:], ("2.4e-2",)),
     ],
-    # The paper's ablations: the share of the slow gradient and the length of the history. Then, are the layer embedding
-    # and the history used?
-    "beta": grid(SMALL, [f"{TINY} --beta {beta}" for beta in (0.1, 0.3, 0.5, 0.7, 0.9)], seeds=(0, 1, 2)),
-    "length": grid(SMALL, [f"{TINY} --length {length}" for length in range(3, 8)], seeds=(0, 1, 2)),
-    "parts": grid(SMALL, (TINY, f"{TINY} --no-lre", f"{TINY} --history newest"), seeds=(0, 1, 2)),
+    # The paper's ablations: the share of the slow gradient (β = 0.9 is the default) and the length of the history (5).
+    # Then, are the layer embedding and the history used?
+    "ablations": grid(
+        SMALL,
+        [
+            TINY,
+            *(f"{TINY} --beta {beta}" for beta in (0.1, 0.3, 0.5, 0.7)),
+            *(f"{TINY} --length {length}" for length in (3, 4, 6, 7)),
+            f"{TINY} --no-lre",
+            f"{TINY} --history newest",
+        ],
+        seeds=(0, 1, 2),
+    ),
 }
 TRAIN = "python train_fsg.py "
 COLUMNS = ("command", "seed", "best_test_acc", "test_acc", "train_loss", "seconds")

@@ -37,12 +37,12 @@ def assert_same_run(a, b):
     check(a, b, "")
 
 
-# Runs the trainer in forks of one process, so that PyTorch is loaded once. Every second one writes its checkpoints in
+# Runs the trainer in forks of one process, so that the libraries are loaded once. Every second one writes its checkpoints in
 # two halves and is killed between them, the others at any moment; a step takes 20 ms at least, so that they are not
 # done before.
 KILLER = """
     import os, random, signal, sys, time, pathlib
-    import torch
+    import sklearn.datasets, torch, torch._dynamo, torch.utils.cpp_extension
     torch.set_num_threads(1)
     import runs, train_fsg
     folder, argv = pathlib.Path(sys.argv[1]), sys.argv[2:]
@@ -98,7 +98,7 @@ KILLER = """
 
 
 def test_killed_ten_times_the_run_is_the_same_run(tmp_path):
-    argv = [*DIGITS, *FSG, "--epochs", "10", "--out", str(tmp_path), "--name"]
+    argv = [*DIGITS, *FSG, "--epochs", "6", "--out", str(tmp_path), "--name"]
     assert train_fsg.main([*argv, "whole"]) == 0
     (tmp_path / "killed").mkdir()
     command = [sys.executable, "-c", textwrap.dedent(KILLER), str(tmp_path / "killed"), *argv, "killed"]

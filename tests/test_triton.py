@@ -209,15 +209,14 @@ for name, (kernel, constants) in dict(kernels, _carry=(s._carry, dict(tails, BAC
 STAGES = ("MEANS", "ENDS", "OUTPUTS", "ADJOINT", "BACKWARD")
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_the_kernels_compile_for_a_gpu_without_waste(tmp_path, capability):
-    """At the paper's size. Exponentials: (L − 1) n of the scan, L in each loop for silu, L for softplus, 1 of the gate.
+def test_the_kernels_compile_for_a_gpu_without_waste(tmp_path):
+    """For an H100 (compute capability 9.0), at the paper's size. Exponentials: (L − 1) n of the scan, L in each loop for silu, L for softplus, 1 of the gate.
     Nothing spills forward. Backward, B and C may, which wait for the second loop, and about a third of that again. Of
     `tails`, nothing to speak of spills but in BACKWARD, whose pointers do."""
     import triton
 
     code = f"STAGES = {STAGES}{COMPILE}"
-    found = without_interpreter(code, str(capability), str(tmp_path / "_"), TRITON_CACHE_DIR=str(tmp_path))
+    found = without_interpreter(code, "90", str(tmp_path / "_"), TRITON_CACHE_DIR=str(tmp_path))
     assert found.returncode == 0, found.stderr
     scan, silu, softplus, gate = 5 * 16, 6, 6, 1
     exponentials = {name: int(count) for name, count in map(str.split, found.stdout.splitlines())}
