@@ -37,9 +37,9 @@ def assert_same_run(a, b):
     check(a, b, "")
 
 
-# Runs the trainer in forks of one process, so that the libraries are loaded once. Every second one writes its checkpoints in
-# two halves and is killed between them, the others at any moment; a step takes 20 ms at least, so that they are not
-# done before.
+# Runs the trainer in forks of one process, so that the libraries are loaded once. Every second one writes its
+# checkpoints in two halves and is killed between them, the others at any moment; a step takes 20 ms at least, so that
+# they are not done before.
 KILLER = """
     import os, random, signal, sys, time, pathlib
     import sklearn.datasets, torch, torch._dynamo, torch.utils.cpp_extension

@@ -210,9 +210,9 @@ STAGES = ("MEANS", "ENDS", "OUTPUTS", "ADJOINT", "BACKWARD")
 
 
 def test_the_kernels_compile_for_a_gpu_without_waste(tmp_path):
-    """For an H100 (compute capability 9.0), at the paper's size. Exponentials: (L − 1) n of the scan, L in each loop for silu, L for softplus, 1 of the gate.
-    Nothing spills forward. Backward, B and C may, which wait for the second loop, and about a third of that again. Of
-    `tails`, nothing to speak of spills but in BACKWARD, whose pointers do."""
+    """For an H100 (compute capability 9.0), at the paper's size. Exponentials: (L − 1) n of the scan, L in each loop
+    for silu, L for softplus, 1 of the gate. Nothing spills forward. Backward, B and C may, which wait for the second
+    loop, and about a third of that again. Of `tails`, nothing to speak of spills but in BACKWARD, whose pointers do."""
     import triton
 
     code = f"STAGES = {STAGES}{COMPILE}"
