@@ -59,7 +59,7 @@ def grid(budget: str, hows, lrs=(None,), seeds=(0,)) -> list[str]:
 GRIDS = {
     # The paper's formula and MetaQuant's at each of their learning rates.
     "rates": [
-        *grid(SMALL, ("--grad ste", *METAQUANT), ("6e-3", "3e-3", "1.2e-2", "1e-3")),
+        *grid(SMALL, ("--grad ste", *METAQUANT, TINY), ("6e-3", "3e-3", "1.2e-2", "1e-3")),
         *grid(SMALL, DEAR, ("1e-3", "3e-3", "3e-4")),
     ],
     "rates-sgd": grid(SMALL, [f"{how} --opt sgd" for how in (*GATE, *METAQUANT, TINY)], ("1", "0.3", "3", "0.1")),
