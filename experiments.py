@@ -71,6 +71,7 @@ GRIDS = {
         *grid(LONG, GATE[:2], ("6e-3",), seeds=(1, 2)),
         *grid(LONG, GATE[2:], ("1.2e-2",), seeds=(1, 2)),
         *grid(LONG, GATE[2:], ("2.4e-2",)),
+        *grid(LONG, (METAQUANT[0], TINY), ("6e-3",), seeds=(0, 1, 2)),  # the best of "rates"
     ],
     # The paper's ablations: the share of the slow gradient (β = 0.9 is the default) and the length of the history (5).
     # Then, are the layer embedding and the history used?
