@@ -61,6 +61,8 @@ GRIDS = {
     "rates": [
         *grid(SMALL, ("--grad ste", *METAQUANT, TINY), ("6e-3", "3e-3", "1.2e-2", "1e-3")),
         *grid(SMALL, DEAR, ("1e-3", "3e-3", "3e-4")),
+        *grid(SMALL, DEAR[2::2], ("6e-3",)),
+        *grid(SMALL, (f"{MAMBA} --lr-slow 1e-5",), ("3e-3",)),  # a control: the slow-net hardly learns
     ],
     "rates-sgd": grid(SMALL, [f"{how} --opt sgd" for how in (*GATE, *METAQUANT, TINY)], ("1", "0.3", "3", "0.1")),
     # The gate against straight-through, and against itself without its history: at three rates, then at more seeds.
