@@ -256,9 +256,7 @@ def load(
 def resize(images: Tensor, size: int, name: str) -> Tensor:
     """uint8 [N, C, H, W] -> [N, C, size, size], averaging where that is smaller."""
     if size > RESIDENT_UP_TO:
-        raise DataError(
-            f"--image-size {size} is too large for {name}, whose pictures are held in memory: up to {RESIDENT_UP_TO}"
-        )
+        raise DataError(f"--image-size {size} is over {RESIDENT_UP_TO}, the most for {name}, which is held in memory")
     return torch.cat([F.interpolate(x, (size, size), mode="bilinear", antialias=True) for x in images.split(1000)])
 
 

@@ -46,7 +46,8 @@ GATE = ("--grad ste", "--hgs gate", "--hgs gate --history newest")  # newest: th
 METAQUANT = ("--grad multifc", "--grad fcgrad")
 MAMBA = "--hgs mamba --hyper-sample 0.125"  # φ is trained on an eighth of the weights each step: half the price
 FLAT = "--hgs mamba --history flat"
-DEAR = (MAMBA, FLAT, "--hgs lstm --hidden 16 --hyper-sample 0.125", "--preset released", "--grad lstmfc --hidden 16")
+LSTMS = ("--hgs lstm --hidden 16 --hyper-sample 0.125", "--grad lstmfc --hidden 16")
+DEAR = (MAMBA, FLAT, *LSTMS, "--preset released")
 TINY = "--hgs mamba --expand 16 --hyper-sample 0.125"  # a Mamba of a sixth of the size
 
 
@@ -61,10 +62,13 @@ GRIDS = {
     "rates": [
         *grid(SMALL, ("--grad ste", *METAQUANT, TINY), ("6e-3", "3e-3", "1.2e-2", "1e-3")),
         *grid(SMALL, DEAR, ("1e-3", "3e-3", "3e-4")),
-        *grid(SMALL, DEAR[2::2], ("6e-3",)),
+        *grid(SMALL, LSTMS, ("6e-3",)),
         *grid(SMALL, (f"{MAMBA} --lr-slow 1e-5",), ("3e-3",)),  # a control: the slow-net hardly learns
     ],
-    "rates-sgd": grid(SMALL, [f"{how} --opt sgd" for how in (*GATE, *METAQUANT, TINY)], ("1", "0.3", "3", "0.1")),
+    "rates-sgd": [
+        *grid(SMALL, [f"{how} --opt sgd" for how in (*GATE, *METAQUANT, TINY)], ("1", "0.3", "3", "0.1")),
+        *grid(SMALL, [f"{how} --opt sgd" for how in DEAR], ("1", "0.3", "3")),
+    ],
     # The gate against straight-through, and against itself without its history: at three rates, then at more seeds.
     "gate": [*grid(SHORT, GATE, ("6e-3", "1.2e-2", "3e-3")), *grid(SHORT, GATE, ("6e-3",), seeds=(1, 2))],
     # The same, three times as long, on smaller pictures; there the gate without history is best at twice the rate.

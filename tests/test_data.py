@@ -424,7 +424,7 @@ def test_data_sets_of_one_size_are_resized_as_folders_are():
         for small, whole in zip(train.images[:20, 0], own.images[:20, 0], strict=True):
             expected = Image.fromarray(whole.numpy()).resize((size, size), resample=2)
             assert np.abs(np.asarray(expected).astype(int) - small.numpy()).max() <= 1
-    with pytest.raises(data.DataError, match="--image-size 97 is too large for digits"):
+    with pytest.raises(data.DataError, match="--image-size 97 is over 96, the most for digits"):
         data.load("digits", image_size=97)
 
 
