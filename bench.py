@@ -226,22 +226,23 @@ def peak_rate(device: torch.device) -> float | None:
 
 def operations(layout: str, way: str, weights: int, length: int, d: int, n: int, k: int, on_cpu: bool) -> float:
     """The least of the bounding operation that the kernel's arithmetic needs: multiplications and multiply-adds on a
-    CPU (5 an exponential, all else as selective_scan_cpu.cpp's header counts it), exponentials alone on a GPU.
+    CPU (4 an exponential, all else as selective_scan_cpu.cpp's header counts it), exponentials alone on a GPU.
 
     For the flat layout: of the `weights` newest tokens, as if none before them had to be scanned.
     """
     back = way == "backward"
-    tokens = length if layout == "per-weight" else 1
-    scanned = (tokens - 1 if layout == "per-weight" else 1) * d * n  # exponentials of the scan
+    tokens, own = (length, length - 1) if layout == "per-weight" else (1, 1)  # a layer's weights share a first token
+    scanned = own * d * n  # exponentials of the scan
     if not on_cpu:
         return weights * (scanned + 2 * tokens * d)
-    taps = sum(min(t + 1, k) for t in range(tokens)) if layout == "per-weight" else k
-    projections = (tokens * (n + 1) + n) * d
+    taps = d * (sum(min(t + 1, k) for t in range(tokens)) if layout == "per-weight" else k)
+    projections = lambda t: (t * (n + 1) + n) * d
     if layout == "per-weight":
-        scan = scanned * (9 if back else 6)
+        scan = scanned * (8 if back else 5)
     else:  # forward: the state's decay, its input, and the output; backward: these again, and seven of the adjoint
-        scan = scanned * (15 if back else 8)
-    return weights * (scan + (projections + taps * d) * (3 if back else 1) + tokens * d * (26 if back else 22))
+        scan = scanned * (14 if back else 7)
+    once = scan + projections(own) + taps + own * d * 20  # silu and softplus: 20
+    return weights * (once + (own * d * 4 + 2 * (projections(tokens) + taps) if back else 0))
 
 
 def bench_scan(args, device: torch.device) -> dict:

@@ -15,6 +15,9 @@
 #if defined(__AVX__)
 #include <immintrin.h>
 #endif
+#if defined(TOKENS) && !defined(__clang__)  // its unrolled loops: side by side what need not wait for each other
+#pragma GCC optimize("schedule-insns", "sched-pressure")
+#endif
 #if defined(__AVX512F__)
 constexpr int W = 16;
 #elif defined(__AVX__)
@@ -40,71 +43,98 @@ static inline V vmax(V a, V b) { return a > b ? a : b; }
 static inline V vmin(V a, V b) { return a < b ? a : b; }
 #endif
 
-// 2^x. AVX-512: x is rounded to sixteenths, whose fractional part a register of 16 numbers looks up and whose integer
-// part scalef applies; a polynomial does the rest, |r| <= 1/32. A cubic one with the precision of float32 for exp2v; a
-// parabola, relative error 4e-7, for the many decays of exp2_product. Any x down to -1e24 (gives 0).
-// Elsewhere: a minimax polynomial on [-1/2, 1/2], times 2^(the integer part), x >= -126 or taken for it. Error 2e-7.
+// out = 2^(a x), N at a time, stage by stage: each stage waits for the one before, but not for its neighbours.
+//
+// AVX-512: a x is rounded to 16ths (32nds where errors add up over long sequences), whose fractional part a register or
+// two look up and whose integer part scalef applies. For the rest r, a parabola does: c ((r + k)^2 + m). The square is
+// completed with k = 23/16, so that k comes off as part of the rounding; c is part of the table. Any a x down to -1e24
+// (gives 0) and up to 127. Relative error 7e-7 (3e-7).
+// Elsewhere: a minimax polynomial on [-1/2, 1/2], times 2^(the integer part), a x >= -126 or taken for it. Error 2e-7.
 #ifdef __AVX512F__
-alignas(64) static const float SIXTEENTHS[16] = {
-    1.f, 1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f, 1.29683955f, 1.35425555f,
-    1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f, 1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
-static inline V exp2_rounded(V shifted, V rounded, V p) {  // p = 2^(x - rounded)
-  V table = (V)_mm512_permutexvar_ps((__m512i)shifted, _mm512_load_ps(SIXTEENTHS));  // by the lowest 4 bits
-  return (V)_mm512_scalef_ps((__m512)(p * table), (__m512)rounded);
+#ifdef TOKENS
+constexpr int STEPS = 16;
+constexpr float PARABOLA_C = 0.241112522f, PARABOLA_M = 2.08103373f;
+#else
+constexpr int STEPS = 32;
+constexpr float PARABOLA_C = 0.2410995f, PARABOLA_M = 2.08125856f;
+#endif
+constexpr float PARABOLA_K = 23.f / 16;
+constexpr float MAGIC = 12582912.f / STEPS;  // 1.5 * 2^23 / STEPS: adding it rounds; the low bits then count the steps
+static const struct Table {
+  alignas(64) float p[32];
+  Table() {
+    for (int i = 0; i < STEPS; i++) {
+      const float x = i / (float)STEPS;
+      p[i] = PARABOLA_C * std::exp2(x - std::floor(x - PARABOLA_K));
+    }
+  }
+} TABLE;
+static inline V lookup(__m512i i) {  // by the lowest 4 or 5 bits
+  return (V)(STEPS == 16 ? _mm512_permutexvar_ps(i, _mm512_load_ps(TABLE.p))
+                         : _mm512_permutex2var_ps(_mm512_load_ps(TABLE.p), i, _mm512_load_ps(TABLE.p + 16)));
 }
-constexpr float MAGIC = 786432.f;  // 1.5 * 2^19: adding it rounds to sixteenths, and leaves them in the lowest bits
-static inline V exp2v(V x) {
-  V shifted = x + MAGIC, rounded = shifted - MAGIC, r = x - rounded;
-  return exp2_rounded(shifted, rounded, ((r * 5.550410866e-2f + 2.402265070e-1f) * r + 6.931471806e-1f) * r + 1.f);
-}
-static inline V exp2_product(float a, V s) {  // 2^(a s); written out so that the product becomes part of the additions
-  V shifted = a * s + MAGIC, rounded = shifted - MAGIC, r = a * s - rounded;
-  return exp2_rounded(shifted, rounded, (r * 2.402194625e-1f + 6.931878314e-1f) * r + 1.f);
+template <int N, class A> static inline void exp2_products(A a, const V *x, V *out) {
+  V shifted[N], rounded[N], r[N];  // r: with k
+  for (int i = 0; i < N; i++) shifted[i] = a * x[i] + MAGIC;
+  for (int i = 0; i < N; i++) rounded[i] = shifted[i] - (MAGIC + PARABOLA_K);
+  for (int i = 0; i < N; i++) r[i] = a * x[i] - rounded[i];
+  for (int i = 0; i < N; i++) shifted[i] = lookup((__m512i)shifted[i]);
+  for (int i = 0; i < N; i++) r[i] = (r[i] * r[i] + PARABOLA_M) * shifted[i];
+  for (int i = 0; i < N; i++) out[i] = (V)_mm512_scalef_ps((__m512)r[i], (__m512)rounded[i]);
 }
 static inline V reciprocal(V x) {
   V r = (V)_mm512_rcp14_ps((__m512)x);
   return r * (1.f - x * r) + r;  // one Newton step
 }
 #else
-static inline V exp2v(V x) {
-  x = vmax(x, splat(-126.f));
+template <int N, class A> static inline void exp2_products(A a, const V *x, V *out) {
   const V magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to the nearest integer
-  V shifted = x + magic, r = shifted - magic;
-  V f = x - r;
-  V p = splat(1.333353875e-3f);
-  p = p * f + 9.666245476e-3f;
-  p = p * f + 5.550500214e-2f;
-  p = p * f + 2.402235134e-1f;
-  p = p * f + 6.931471435e-1f;
-  p = p * f + 1.f;
-  return (V)((I)p + ((I)shifted << 23));
+  for (int i = 0; i < N; i++) {
+    V v = vmax(a * x[i], splat(-126.f)), shifted = v + magic, r = shifted - magic;
+    V f = v - r;
+    V p = splat(1.333353875e-3f);
+    p = p * f + 9.666245476e-3f;
+    p = p * f + 5.550500214e-2f;
+    p = p * f + 2.402235134e-1f;
+    p = p * f + 6.931471435e-1f;
+    p = p * f + 1.f;
+    out[i] = (V)((I)p + ((I)shifted << 23));
+  }
 }
-static inline V exp2_product(float a, V s) { return exp2v(a * s); }
 static inline V reciprocal(V x) { return 1.f / x; }
 #endif
 constexpr float LOG2E = 1.44269504f;
-static inline V expv(V x) { return exp2v(vmax(vmin(x * LOG2E, splat(126.f)), splat(-126.f))); }
-static inline V sigmoid(V x) { return reciprocal(1.f + expv(-x)); }
+template <int N> static inline void exps(const V *x, V *out) {  // e^x
+  V within[N];
+  for (int i = 0; i < N; i++) within[i] = vmax(vmin(x[i], splat(87.f)), splat(-87.f));
+  exp2_products<N>(LOG2E, within, out);
+}
+template <int N> static inline void sigmoids(const V *x, V *out) {
+  V e[N];
+  for (int i = 0; i < N; i++) e[i] = -x[i];
+  exps<N>(e, e);
+  for (int i = 0; i < N; i++) out[i] = reciprocal(1.f + e[i]);
+}
 
-// log(1 + e) for e in [0, 1]: e times a minimax polynomial. Relative error 5e-8.
-static inline V log1pv(V e) {
-  V p = splat(5.232693586e-3f);
-  p = p * e - 2.950523606e-2f;
-  p = p * e + 7.822594745e-2f;
-  p = p * e - 1.366324542e-1f;
-  p = p * e + 1.910600658e-1f;
-  p = p * e - 2.484298217e-1f;
-  p = p * e + 3.331909680e-1f;
-  p = p * e - 4.999949314e-1f;
-  p = p * e + 9.999999699e-1f;
-  return p * e;
+// log(1 + e^x), and its derivative, the sigmoid. log(1 + e), e in [0, 1], is e times a minimax polynomial. Error 4e-7.
+template <int N, bool SLOPE> static inline void softpluses(const V *x, V *out, V *slope) {
+  constexpr float C[] = {-8.670089766e-3f, 4.452687129e-2f, -1.082521006e-1f, 1.778191030e-1f,
+                         -2.450748533e-1f, 3.327734172e-1f, -4.999751151e-1f, 9.999998212e-1f};
+  V e[N], p[N];
+  for (int i = 0; i < N; i++) e[i] = vmin(x[i], -x[i]), p[i] = splat(C[0]);
+  exps<N>(e, e);
+  for (int k = 1; k < 8; k++)
+    for (int i = 0; i < N; i++) p[i] = p[i] * e[i] + C[k];
+  for (int i = 0; i < N; i++) {
+    if (SLOPE) {
+      V r = reciprocal(1.f + e[i]);
+      slope[i] = x[i] > 0.f ? r : e[i] * r;
+    }
+    out[i] = vmax(x[i], splat(0.f)) + p[i] * e[i];
+  }
 }
-static inline V softplus(V x) { return vmax(x, splat(0.f)) + log1pv(expv(vmin(x, -x))); }
-static inline V softplus(V x, V &slope) {  // and its derivative, the sigmoid
-  V e = expv(vmin(x, -x)), r = reciprocal(1.f + e);
-  slope = x > 0.f ? r : e * r;
-  return vmax(x, splat(0.f)) + log1pv(e);
-}
+static inline V sigmoid(V x) { sigmoids<1>(&x, &x); return x; }
+static inline V softplus(V x) { softpluses<1, false>(&x, &x, nullptr); return x; }
 
 struct Params {  // row-major
   int64_t d, n, k;
@@ -156,15 +186,18 @@ static inline void add(float *p, V v) { store(p, load(p) + v); }
 // same to all of them. A block's intermediate values (x and its slope, [d, L], 80 KB at the paper's size and W = 16)
 // stay in the L2 cache; main memory sees the L input tokens, one output, and L input gradients a sequence.
 //
-// Per sequence, with d channels, n states a channel and L tokens, forward: (L - 1) d n exponentials (5 multiplications
+// Per sequence, with d channels, n states a channel and L tokens, forward: (L - 1) d n exponentials (4 multiplications
 // or multiply-adds each) and as many multiply-adds of the scan, (L (n + 1) + n) d multiply-adds of the projections, and
-// 2 L d exponentials of silu and softplus with some 20 operations each. Backward: all of it again, 3 more
-// multiply-adds for each exponential of the scan, and twice the projections' once more, for x and for the weights.
+// 2 L d exponentials of silu and softplus with some 20 operations each; of the last two, where the sequences begin with
+// the same token, only L - 1 of L. Backward: all of it again, 3 more multiply-adds for each exponential of the scan, and
+// twice the projections' once more, for x and for the weights.
 
 constexpr int L = TOKENS;
 
 // What one block of W sequences needs besides the parameters; all [.., W], in the L1 and L2 caches.
 struct Work {
+  V token0;                  // the first token that x, slope, dtB, delta and dslope were made for
+  bool filled = false;
   Array x, slope;            // [d, L]: x = silu(conv), and silu's derivative there
   Array dtB, C;              // [1 + n, L]: dt and B of every token; [n]: C of the last one
   Array delta, dslope;       // [d, L]: the steps and softplus's derivative
@@ -179,8 +212,8 @@ struct Work {
 // there are 16 registers), because a processor multiplies faster than it loads.
 constexpr int SUMS = W == 16 ? 24 : 12, TILE = L > SUMS ? 1 : SUMS / L > 8 ? 8 : SUMS / L;
 
-// out [rows, T] = the last T tokens of x [d, L], times `rows` columns of xproj [d, stride] from `weight` on.
-template <int ROWS, int T>
+// The last T tokens of out [rows, TO] = those of x [d, L], times `rows` columns of xproj [d, stride] from `weight` on.
+template <int ROWS, int T, int TO>
 static void project_tile(const float *weight, int64_t stride, int64_t d, const float *x, float *out) {
   V sum[ROWS][T];
   for (int r = 0; r < ROWS; r++)
@@ -191,33 +224,34 @@ static void project_tile(const float *weight, int64_t stride, int64_t d, const f
       for (int r = 0; r < ROWS; r++) sum[r][t] += weight[r] * v;
     }
   for (int r = 0; r < ROWS; r++)
-    for (int t = 0; t < T; t++) store(out + (r * T + t) * W, sum[r][t]);
+    for (int t = 0; t < T; t++) store(out + (r * TO + TO - T + t) * W, sum[r][t]);
 }
-template <int ROWS, int T>
+template <int ROWS, int T, int TO>
 static void project_rows(const float *weight, int64_t rows, int64_t stride, int64_t d, const float *x, float *out) {
   int64_t r = 0;
-  for (; r + ROWS <= rows; r += ROWS) project_tile<ROWS, T>(weight + r, stride, d, x, out + r * T * W);
-  for (; r < rows; r++) project_tile<1, T>(weight + r, stride, d, x, out + r * T * W);
+  for (; r + ROWS <= rows; r += ROWS) project_tile<ROWS, T, TO>(weight + r, stride, d, x, out + r * TO * W);
+  for (; r < rows; r++) project_tile<1, T, TO>(weight + r, stride, d, x, out + r * TO * W);
 }
 
-// x_t = silu(conv), all tokens and channels, and its projections dt_t, B_t, C_L. SLOPE: silu's derivative too.
-template <bool SLOPE> static void project(const Params &P, const V *u, Work &w) {
+// x_t = silu(conv), tokens from FROM on, all channels; its projections dt_t, B_t, C_L; Δ_t. SLOPE: the derivatives too.
+template <bool SLOPE, int FROM> static void project_from(const Params &P, const V *u, Work &w) {
   const int64_t d = P.d, n = P.n, K = P.k, stride = 1 + 2 * n;
+  V a[L], g[L], slope[L];
   for (int64_t c = 0; c < d; c++) {
     const float *conv = P.conv + c * K;
-    V a[L];
-    for (int t = 0; t < L; t++) {
+    for (int t = FROM; t < L; t++) {
       a[t] = splat(P.conv_b[c]);
       for (int s = t; s >= 0 && t - s < K; s--) a[t] += conv[K - 1 - (t - s)] * u[s];
     }
-    for (int t = 0; t < L; t++) {
-      V g = sigmoid(a[t]), x = a[t] * g;
+    sigmoids<L - FROM>(a + FROM, g + FROM);
+    for (int t = FROM; t < L; t++) {
+      V x = a[t] * g[t];
       store(w.x + (c * L + t) * W, x);
-      if (SLOPE) store(w.slope + (c * L + t) * W, g + x * (1.f - g));
+      if (SLOPE) store(w.slope + (c * L + t) * W, g[t] + x * (1.f - g[t]));
     }
   }
-  project_rows<TILE, L>(P.xproj, 1 + n, stride, d, w.x, w.dtB);
-  project_rows<8, 1>(P.xproj + 1 + n, n, stride, d, w.x, w.C);
+  project_rows<TILE, L - FROM, L>(P.xproj, 1 + n, stride, d, w.x, w.dtB);
+  project_rows<8, 1, 1>(P.xproj + 1 + n, n, stride, d, w.x, w.C);
   V sum = splat(0.f);
   for (int64_t r = 0; r < n; r++) {
     V C = load(w.C + r * W);
@@ -225,12 +259,22 @@ template <bool SLOPE> static void project(const Params &P, const V *u, Work &w) 
     sum += load(w.BC + (r * L + L - 1) * W);
   }
   store(w.sumBC, sum);
-  for (int64_t c = 0; c < d; c++)
-    for (int t = 0; t < L; t++) {
-      V a = P.dt_w[c] * load(w.dtB + t * W) + P.dt_b[c], slope;
-      store(w.delta + (c * L + t) * W, SLOPE ? softplus(a, slope) : softplus(a));
-      if (SLOPE) store(w.dslope + (c * L + t) * W, slope);
+  for (int64_t c = 0; c < d; c++) {
+    for (int t = FROM; t < L; t++) a[t] = P.dt_w[c] * load(w.dtB + t * W) + P.dt_b[c];
+    softpluses<L - FROM, SLOPE>(a + FROM, g + FROM, slope + FROM);
+    for (int t = FROM; t < L; t++) {
+      store(w.delta + (c * L + t) * W, g[t]);
+      if (SLOPE) store(w.dslope + (c * L + t) * W, slope[t]);
     }
+  }
+}
+
+// A block whose sequences begin with the same tokens as the block before, as those of one layer's weights do, keeps
+// what has been found for them.
+template <bool SLOPE> static void project(const Params &P, const V *u, Work &w) {
+  const bool known = L > 1 && w.filled && !std::memcmp(&u[0], &w.token0, sizeof(V));
+  known ? project_from<SLOPE, L != 1>(P, u, w) : project_from<SLOPE, 0>(P, u, w);
+  w.token0 = u[0], w.filled = true;
 }
 
 // The way back for TILED channels from c on: dx [.., L] += xproj (ddt, dB, dC), and g [.., 1 + 2n] += xproj's gradient.
@@ -296,8 +340,11 @@ extern "C" void mamba_last_forward(const Params *params, int64_t rows, const flo
         S[L - 1] = splat(0.f);
         for (int t = L - 2; t >= 0; t--) S[t] = vmin(S[t + 1] + delta[t + 1], splat(1e18f));  // A S stays finite
         const float *A = P.A2 + c * n;
-        for (int64_t r = 0; r < n; r++)
-          for (int t = 0; t < L - 1; t++) acc[t] += exp2_product(A[r], S[t]) * load(w.BC + (r * L + t) * W);
+        for (int64_t r = 0; r < n; r++) {
+          V E[L];
+          exp2_products<L - 1>(A[r], S, E);
+          for (int t = 0; t < L - 1; t++) acc[t] += E[t] * load(w.BC + (r * L + t) * W);
+        }
         acc[L - 1] = load(w.sumBC);
         V yc = P.D[c] * load(w.x + (c * L + L - 1) * W);
         for (int t = 0; t < L; t++) yc += delta[t] * load(w.x + (c * L + t) * W) * acc[t];
@@ -352,10 +399,11 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
         const float *A = P.A2 + c * n;
         for (int64_t r = 0; r < n; r++) {
           V dA = splat(0.f);
+          V E[L];
+          exp2_products<L - 1>(A[r], S, E);
+          for (int t = 0; t < L - 1; t++) add(w.dBC + (r * L + t) * W, cc[t] * E[t]);
           for (int t = 0; t < L - 1; t++) {
-            V E = exp2_product(A[r], S[t]);
-            add(w.dBC + (r * L + t) * W, cc[t] * E);
-            V q = E * load(w.BC + (r * L + t) * W);
+            V q = E[t] * load(w.BC + (r * L + t) * W);
             acc[t] += q;
             accA[t] += A[r] * q;
             dA += cS[t] * q;
@@ -462,7 +510,7 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
 // chunk's start (1/T of all h), with E and h in the L1 cache; at once their adjoint; at last from x down to the
 // parameters.
 //
-// Per token, channel and state: forward an exponential (4 multiply-adds for a small exponent, else 10 operations) and 3
+// Per token, channel and state: forward an exponential (4 multiply-adds for a small exponent, else 8 operations) and 3
 // multiply-adds, backward the exponential and 11. Per token and channel besides, forward: 2n + 1 multiply-adds of the
 // projections, k of the convolution, silu twice, a softplus; backward all of that, the projections' twice more and the
 // convolution's once. Main memory sees 4 bytes a token and output, and 4 d n / T of h, written once and read once.
@@ -591,7 +639,10 @@ template <bool NEAR> struct Decay {
     c[4] = a * a * a * a * 8.376760769e-3f;
   }
   V operator()(V delta) const {
-    return NEAR ? (((c[4] * delta + c[3]) * delta + c[2]) * delta + c[1]) * delta : exp2v(a * delta);
+    if (NEAR) return (((c[4] * delta + c[3]) * delta + c[2]) * delta + c[1]) * delta;
+    V E;
+    exp2_products<1>(a, &delta, &E);
+    return E;
   }
 };
 template <bool NEAR>
@@ -741,7 +792,8 @@ struct Chunk {
   V steps(int64_t b) {
     V w = load(m.dt_w + b * W), bias = load(m.dt_b + b * W), most = splat(0.f);
     for (int t = 0; t < T; t++) {
-      V a = w * P[t] + bias, slope, d = SLOPE ? softplus(a, slope) : softplus(a);
+      V a = w * P[t] + bias, slope, d;
+      softpluses<1, SLOPE>(&a, &d, &slope);
       d = base + t < 0 ? splat(0.f) : vmin(d, splat(1e18f));  // A Δ stays finite
       if (SLOPE) store(sigma + t * W, slope);
       most = vmax(most, d);

@@ -118,6 +118,24 @@ def test_no_nan_where_float64_has_none(scale, dt_shift):
     check_no_nan(fused(7, 5, 4, 0, dt_shift), scale, 40)
 
 
+def test_the_same_first_token_in_a_row_of_blocks():
+    """As in a layer; the kernel keeps what it found for the block before. In another order it cannot."""
+    net = fused(20, 16, 8, 0)
+    u, v, order = torch.randn(240, 6, 1), torch.randn(240), torch.randperm(240)
+    u[:, 0, 0] = torch.tensor([0.3, -0.2, 0.3]).repeat_interleave(torch.tensor([100, 50, 90]))
+    check(net, u, v)
+    found = []
+    for rows in (torch.arange(240), order):
+        mine = u[rows].detach().requires_grad_()
+        y = net.last(mine)
+        found.append((y, *torch.autograd.grad(y, mine, v[rows])))
+    assert all(torch.equal(a[order], b) for a, b in zip(*found, strict=True))
+    u = u.detach().clone()
+    u[:32, 0] = torch.nan
+    y = net.last(u)
+    assert y[:32].isnan().all() and torch.equal(y[32:], found[0][0][32:])
+
+
 def test_two_runs_give_the_same_bits_and_threads_only_reorder_sums():
     net = fused(20, 16, 8, 0)
     u, v = torch.randn(5000, 6, 1), torch.randn(5000)
