@@ -230,19 +230,19 @@ def operations(layout: str, way: str, weights: int, length: int, d: int, n: int,
 
     For the flat layout: of the `weights` newest tokens, as if none before them had to be scanned.
     """
-    back = way == "backward"
-    tokens, own = (length, length - 1) if layout == "per-weight" else (1, 1)  # a layer's weights share a first token
+    per_weight = layout == "per-weight"
+    tokens, own = (length, length - 1) if per_weight else (1, 1)  # a layer's weights share a first token
     scanned = own * d * n  # exponentials of the scan
     if not on_cpu:
         return weights * (scanned + 2 * tokens * d)
-    taps = d * (sum(min(t + 1, k) for t in range(tokens)) if layout == "per-weight" else k)
-    projections = lambda t: (t * (n + 1) + n) * d
-    if layout == "per-weight":
-        scan = scanned * (8 if back else 5)
-    else:  # forward: the state's decay, its input, and the output; backward: these again, and seven of the adjoint
-        scan = scanned * (14 if back else 7)
-    once = scan + projections(own) + taps + own * d * 20  # silu and softplus: 20
-    return weights * (once + (own * d * 4 + 2 * (projections(tokens) + taps) if back else 0))
+    projections = lambda count: (count * (n + 1) + n) * d
+    taps = lambda first: d * (sum(min(t + 1, k) for t in range(first, tokens)) if per_weight else k)
+    once = projections(own) + taps(tokens - own) + own * d * 20 + d * 7  # silu and softplus: 20; the gate's silu: 7
+    if way == "forward":  # the flat layout: a state's decay, its input and the output
+        return weights * (scanned * (5 if per_weight else 7) + once)
+    # All of it again; the flat layout's adjoint takes 8.
+    back = 2 * projections(tokens) + (2 if per_weight else 1) * taps(0) + own * d * 4
+    return weights * (scanned * (8 if per_weight else 15) + once + back)
 
 
 def bench_scan(args, device: torch.device) -> dict:

@@ -32,6 +32,7 @@ typedef int32_t I __attribute__((vector_size(4 * W)));
 static inline V splat(float a) { return a - (V){}; }
 static inline V load(const float *p) { V v; std::memcpy(&v, p, sizeof v); return v; }
 static inline void store(float *p, V v) { std::memcpy(p, &v, sizeof v); }
+// The larger and the smaller; where one is NaN, b.
 #if defined(__AVX512F__)  // one instruction each; the compiler makes two of the comparison below
 static inline V vmax(V a, V b) { return (V)_mm512_max_ps((__m512)a, (__m512)b); }
 static inline V vmin(V a, V b) { return (V)_mm512_min_ps((__m512)a, (__m512)b); }
@@ -45,41 +46,38 @@ static inline V vmin(V a, V b) { return a < b ? a : b; }
 
 // out = 2^(a x), N at a time, stage by stage: each stage waits for the one before, but not for its neighbours.
 //
-// AVX-512: a x is rounded to 16ths (32nds where errors add up over long sequences), whose fractional part a register or
-// two look up and whose integer part scalef applies. For the rest r, a parabola does: c ((r + k)^2 + m). The square is
-// completed with k = 23/16, so that k comes off as part of the rounding; c is part of the table. Any a x down to -1e24
-// (gives 0) and up to 127. Relative error 7e-7 (3e-7).
+// AVX-512: a x is rounded to STEPS parts of one (16, or 32 where every digit counts), whose fractional part a register
+// or two look up and whose integer part scalef applies. For the rest r, a parabola does: c ((r + k)^2 + m). The square
+// is completed with k = 23/16, so that k comes off as part of the rounding; c is part of the table. Any a x down to
+// -1e24 (gives 0) and up to 127. Relative error 1e-6 (4e-7).
 // Elsewhere: a minimax polynomial on [-1/2, 1/2], times 2^(the integer part), a x >= -126 or taken for it. Error 2e-7.
 #ifdef __AVX512F__
-#ifdef TOKENS
-constexpr int STEPS = 16;
-constexpr float PARABOLA_C = 0.241112522f, PARABOLA_M = 2.08103373f;
-#else
-constexpr int STEPS = 32;
-constexpr float PARABOLA_C = 0.2410995f, PARABOLA_M = 2.08125856f;
-#endif
 constexpr float PARABOLA_K = 23.f / 16;
-constexpr float MAGIC = 12582912.f / STEPS;  // 1.5 * 2^23 / STEPS: adding it rounds; the low bits then count the steps
-static const struct Table {
-  alignas(64) float p[32];
+template <int STEPS> constexpr float PARABOLA_C = STEPS == 16 ? 0.241112522f : 0.2410995f;
+template <int STEPS> constexpr float PARABOLA_M = STEPS == 16 ? 2.08103373f : 2.08125856f;
+template <int STEPS> struct Table {
+  alignas(64) float p[STEPS];
   Table() {
     for (int i = 0; i < STEPS; i++) {
       const float x = i / (float)STEPS;
-      p[i] = PARABOLA_C * std::exp2(x - std::floor(x - PARABOLA_K));
+      p[i] = PARABOLA_C<STEPS> * std::exp2(x - std::floor(x - PARABOLA_K));
     }
   }
-} TABLE;
-static inline V lookup(__m512i i) {  // by the lowest 4 or 5 bits
-  return (V)(STEPS == 16 ? _mm512_permutexvar_ps(i, _mm512_load_ps(TABLE.p))
-                         : _mm512_permutex2var_ps(_mm512_load_ps(TABLE.p), i, _mm512_load_ps(TABLE.p + 16)));
+};
+static const Table<16> SIXTEENTHS;
+static const Table<32> THIRTYSECONDS;
+template <int STEPS> static inline V lookup(__m512i i) {  // by the lowest 4 or 5 bits
+  if (STEPS == 16) return (V)_mm512_permutexvar_ps(i, _mm512_load_ps(SIXTEENTHS.p));
+  return (V)_mm512_permutex2var_ps(_mm512_load_ps(THIRTYSECONDS.p), i, _mm512_load_ps(THIRTYSECONDS.p + 16));
 }
-template <int N, class A> static inline void exp2_products(A a, const V *x, V *out) {
-  V shifted[N], rounded[N], r[N];  // r: with k
+template <int STEPS, int N, class A> static inline void exp2_products(A a, const V *x, V *out) {
+  constexpr float MAGIC = 12582912.f / STEPS;  // 1.5 * 2^23 / STEPS: adding it rounds; the low bits then count the steps
+  V shifted[N], rounded[N], r[N];              // r: of the formula, plus k
   for (int i = 0; i < N; i++) shifted[i] = a * x[i] + MAGIC;
   for (int i = 0; i < N; i++) rounded[i] = shifted[i] - (MAGIC + PARABOLA_K);
   for (int i = 0; i < N; i++) r[i] = a * x[i] - rounded[i];
-  for (int i = 0; i < N; i++) shifted[i] = lookup((__m512i)shifted[i]);
-  for (int i = 0; i < N; i++) r[i] = (r[i] * r[i] + PARABOLA_M) * shifted[i];
+  for (int i = 0; i < N; i++) shifted[i] = lookup<STEPS>((__m512i)shifted[i]);
+  for (int i = 0; i < N; i++) r[i] = (r[i] * r[i] + PARABOLA_M<STEPS>) * shifted[i];
   for (int i = 0; i < N; i++) out[i] = (V)_mm512_scalef_ps((__m512)r[i], (__m512)rounded[i]);
 }
 static inline V reciprocal(V x) {
@@ -87,10 +85,10 @@ static inline V reciprocal(V x) {
   return r * (1.f - x * r) + r;  // one Newton step
 }
 #else
-template <int N, class A> static inline void exp2_products(A a, const V *x, V *out) {
+template <int STEPS, int N, class A> static inline void exp2_products(A a, const V *x, V *out) {
   const V magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to the nearest integer
   for (int i = 0; i < N; i++) {
-    V v = vmax(a * x[i], splat(-126.f)), shifted = v + magic, r = shifted - magic;
+    V v = vmax(splat(-126.f), a * x[i]), shifted = v + magic, r = shifted - magic;
     V f = v - r;
     V p = splat(1.333353875e-3f);
     p = p * f + 9.666245476e-3f;
@@ -106,8 +104,8 @@ static inline V reciprocal(V x) { return 1.f / x; }
 constexpr float LOG2E = 1.44269504f;
 template <int N> static inline void exps(const V *x, V *out) {  // e^x
   V within[N];
-  for (int i = 0; i < N; i++) within[i] = vmax(vmin(x[i], splat(87.f)), splat(-87.f));
-  exp2_products<N>(LOG2E, within, out);
+  for (int i = 0; i < N; i++) within[i] = vmax(splat(-87.f), vmin(splat(87.f), x[i]));
+  exp2_products<32, N>(LOG2E, within, out);
 }
 template <int N> static inline void sigmoids(const V *x, V *out) {
   V e[N];
@@ -116,7 +114,7 @@ template <int N> static inline void sigmoids(const V *x, V *out) {
   for (int i = 0; i < N; i++) out[i] = reciprocal(1.f + e[i]);
 }
 
-// log(1 + e^x), and its derivative, the sigmoid. log(1 + e), e in [0, 1], is e times a minimax polynomial. Error 4e-7.
+// log(1 + e^x), and its derivative, the sigmoid. log(1 + e), e in [0, 1], is e times a minimax polynomial, error 4e-7.
 template <int N, bool SLOPE> static inline void softpluses(const V *x, V *out, V *slope) {
   constexpr float C[] = {-8.670089766e-3f, 4.452687129e-2f, -1.082521006e-1f, 1.778191030e-1f,
                          -2.450748533e-1f, 3.327734172e-1f, -4.999751151e-1f, 9.999998212e-1f};
@@ -130,7 +128,7 @@ template <int N, bool SLOPE> static inline void softpluses(const V *x, V *out, V
       V r = reciprocal(1.f + e[i]);
       slope[i] = x[i] > 0.f ? r : e[i] * r;
     }
-    out[i] = vmax(x[i], splat(0.f)) + p[i] * e[i];
+    out[i] = vmax(splat(0.f), x[i]) + p[i] * e[i];
   }
 }
 static inline V sigmoid(V x) { sigmoids<1>(&x, &x); return x; }
@@ -186,11 +184,12 @@ static inline void add(float *p, V v) { store(p, load(p) + v); }
 // same to all of them. A block's intermediate values (x and its slope, [d, L], 80 KB at the paper's size and W = 16)
 // stay in the L2 cache; main memory sees the L input tokens, one output, and L input gradients a sequence.
 //
-// Per sequence, with d channels, n states a channel and L tokens, forward: (L - 1) d n exponentials (4 multiplications
-// or multiply-adds each) and as many multiply-adds of the scan, (L (n + 1) + n) d multiply-adds of the projections, and
-// 2 L d exponentials of silu and softplus with some 20 operations each; of the last two, where the sequences begin with
-// the same token, only L - 1 of L. Backward: all of it again, 3 more multiply-adds for each exponential of the scan, and
-// twice the projections' once more, for x and for the weights.
+// Per sequence, with d channels, n states a channel, L tokens and a convolution of k >= L, forward: (L - 1) d n
+// exponentials (4 multiplications or multiply-adds each) and as many multiply-adds of the scan; (L (n + 1) + n) d of the
+// projections and L (L + 1) / 2 d of the convolution; L d times silu and softplus (20 for the two). Of the last three,
+// where sequences begin with the same token, its part is found once for all. Backward: all of it again, 3 more for each
+// exponential of the scan, 4 for each silu and softplus, and twice the projections' and the convolution's, for x or the
+// tokens and for the weights.
 
 constexpr int L = TOKENS;
 
@@ -269,8 +268,8 @@ template <bool SLOPE, int FROM> static void project_from(const Params &P, const 
   }
 }
 
-// A block whose sequences begin with the same tokens as the block before, as those of one layer's weights do, keeps
-// what has been found for them.
+// A block whose sequences begin with the same tokens as the block before, as those of one layer's weights do (with the
+// layer embedding), keeps what has been found for them.
 template <bool SLOPE> static void project(const Params &P, const V *u, Work &w) {
   const bool known = L > 1 && w.filled && !std::memcmp(&u[0], &w.token0, sizeof(V));
   known ? project_from<SLOPE, L != 1>(P, u, w) : project_from<SLOPE, 0>(P, u, w);
@@ -338,11 +337,11 @@ extern "C" void mamba_last_forward(const Params *params, int64_t rows, const flo
           acc[t] = splat(0.f);
         }
         S[L - 1] = splat(0.f);
-        for (int t = L - 2; t >= 0; t--) S[t] = vmin(S[t + 1] + delta[t + 1], splat(1e18f));  // A S stays finite
+        for (int t = L - 2; t >= 0; t--) S[t] = vmin(splat(1e18f), S[t + 1] + delta[t + 1]);  // A S stays finite
         const float *A = P.A2 + c * n;
         for (int64_t r = 0; r < n; r++) {
           V E[L];
-          exp2_products<L - 1>(A[r], S, E);
+          exp2_products<16, L - 1>(A[r], S, E);
           for (int t = 0; t < L - 1; t++) acc[t] += E[t] * load(w.BC + (r * L + t) * W);
         }
         acc[L - 1] = load(w.sumBC);
@@ -394,13 +393,13 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
           acc[t] = accA[t] = splat(0.f);
         }
         S[L - 1] = splat(0.f);
-        for (int t = L - 2; t >= 0; t--) S[t] = vmin(S[t + 1] + delta[t + 1], splat(1e18f));  // A S stays finite
+        for (int t = L - 2; t >= 0; t--) S[t] = vmin(splat(1e18f), S[t + 1] + delta[t + 1]);  // A S stays finite
         for (int t = 0; t < L; t++) cc[t] = dy * delta[t] * x[t], cS[t] = cc[t] * S[t];
         const float *A = P.A2 + c * n;
         for (int64_t r = 0; r < n; r++) {
           V dA = splat(0.f);
           V E[L];
-          exp2_products<L - 1>(A[r], S, E);
+          exp2_products<16, L - 1>(A[r], S, E);
           for (int t = 0; t < L - 1; t++) add(w.dBC + (r * L + t) * W, cc[t] * E[t]);
           for (int t = 0; t < L - 1; t++) {
             V q = E[t] * load(w.BC + (r * L + t) * W);
@@ -510,7 +509,7 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
 // chunk's start (1/T of all h), with E and h in the L1 cache; at once their adjoint; at last from x down to the
 // parameters.
 //
-// Per token, channel and state: forward an exponential (4 multiply-adds for a small exponent, else 8 operations) and 3
+// Per token, channel and state: forward an exponential (4 multiply-adds for a small exponent, else 7 operations) and 3
 // multiply-adds, backward the exponential and 11. Per token and channel besides, forward: 2n + 1 multiply-adds of the
 // projections, k of the convolution, silu twice, a softplus; backward all of that, the projections' twice more and the
 // convolution's once. Main memory sees 4 bytes a token and output, and 4 d n / T of h, written once and read once.
@@ -641,7 +640,7 @@ template <bool NEAR> struct Decay {
   V operator()(V delta) const {
     if (NEAR) return (((c[4] * delta + c[3]) * delta + c[2]) * delta + c[1]) * delta;
     V E;
-    exp2_products<1>(a, &delta, &E);
+    exp2_products<32, 1>(a, &delta, &E);
     return E;
   }
 };
@@ -794,7 +793,7 @@ struct Chunk {
     for (int t = 0; t < T; t++) {
       V a = w * P[t] + bias, slope, d;
       softpluses<1, SLOPE>(&a, &d, &slope);
-      d = base + t < 0 ? splat(0.f) : vmin(d, splat(1e18f));  // A Δ stays finite
+      d = base + t < 0 ? splat(0.f) : vmin(splat(1e18f), d);  // A Δ stays finite
       if (SLOPE) store(sigma + t * W, slope);
       most = vmax(most, d);
       store(delta + t * W, d), store(drive + t * W, d * load(x + (b * T + t) * W));

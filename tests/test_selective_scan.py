@@ -109,13 +109,24 @@ def test_golden(golden, case):
 @settings(max_examples=60, deadline=None)
 def test_equals_the_recurrence_for_any_shape(size, length, scale, dt_shift, seed):
     *shape, rows = size
-    check(fused(*shape, seed, dt_shift), torch.randn(rows, length, 1) * scale, torch.randn(rows))
+    net, u = fused(*shape, seed, dt_shift), torch.randn(rows, length, 1) * scale
+    if seed % 2:  # as with a layer embedding
+        u[:, 0] = 0.3 * scale
+    check(net, u, torch.randn(rows))
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e4, 1e8])
 @pytest.mark.parametrize("dt_shift", [-50.0, 0.0, 50.0, 1e4])
 def test_no_nan_where_float64_has_none(scale, dt_shift):
     check_no_nan(fused(7, 5, 4, 0, dt_shift), scale, 40)
+
+
+@pytest.mark.parametrize("name", dict(SlowMamba().named_parameters()))
+def test_nan_in_a_parameter_is_seen(name):
+    net = fused(20, 16, 8, 0)
+    dict(net.named_parameters())[name].data.flatten()[3] = torch.nan
+    assert net.last(torch.randn(40, 6, 1)).isnan().all()
+    assert net.tails(torch.randn(5, 40), [40], None).isnan().all()
 
 
 def test_the_same_first_token_in_a_row_of_blocks():
