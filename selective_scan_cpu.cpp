@@ -10,9 +10,10 @@
 #include <memory>
 #include <numeric>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
-#if defined(__AVX__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 #if defined(TOKENS) && !defined(__clang__)  // its unrolled loops: side by side what need not wait for each other
@@ -20,7 +21,7 @@
 #endif
 #if defined(__AVX512F__)
 constexpr int W = 16;
-#elif defined(__AVX__)
+#elif defined(__AVX2__)
 constexpr int W = 8;
 #else
 constexpr int W = 4;
@@ -36,7 +37,7 @@ static inline void store(float *p, V v) { std::memcpy(p, &v, sizeof v); }
 #if defined(__AVX512F__)  // one instruction each; the compiler makes two of the comparison below
 static inline V vmax(V a, V b) { return (V)_mm512_max_ps((__m512)a, (__m512)b); }
 static inline V vmin(V a, V b) { return (V)_mm512_min_ps((__m512)a, (__m512)b); }
-#elif defined(__AVX__)
+#elif defined(__AVX2__)
 static inline V vmax(V a, V b) { return (V)_mm256_max_ps((__m256)a, (__m256)b); }
 static inline V vmin(V a, V b) { return (V)_mm256_min_ps((__m256)a, (__m256)b); }
 #else
@@ -50,6 +51,9 @@ static inline V vmin(V a, V b) { return a < b ? a : b; }
 // or two look up and whose integer part scalef applies. For the rest r, a parabola does: c ((r + k)^2 + m). The square
 // is completed with k = 23/16, so that k comes off as part of the rounding; c is part of the table. Any a x down to
 // -1e24 (gives 0) and up to 127. Relative error 1e-6 (4e-7).
+// AVX2: the same with quarters, whose four powers fit in one lookup, and a cubic, c ((y^2 + m) y + n) with y = r + k.
+// The integer part is added to the exponent's bits, so a x is in [-120, 127]; FAR: or below, and taken for -120, which
+// takes two more operations. Relative error 4e-7.
 // Elsewhere: a minimax polynomial on [-1/2, 1/2], times 2^(the integer part), a x >= -126 or taken for it. Error 2e-7.
 #ifdef __AVX512F__
 constexpr float PARABOLA_K = 23.f / 16;
@@ -70,7 +74,7 @@ template <int STEPS> static inline V lookup(__m512i i) {  // by the lowest 4 or 
   if (STEPS == 16) return (V)_mm512_permutexvar_ps(i, _mm512_load_ps(SIXTEENTHS.p));
   return (V)_mm512_permutex2var_ps(_mm512_load_ps(THIRTYSECONDS.p), i, _mm512_load_ps(THIRTYSECONDS.p + 16));
 }
-template <int STEPS, int N, class A> static inline void exp2_products(A a, const V *x, V *out) {
+template <int STEPS, int N, bool FAR = false, class A> static inline void exp2_products(A a, const V *x, V *out) {
   constexpr float MAGIC = 12582912.f / STEPS;  // 1.5 * 2^23 / STEPS: adding it rounds; the low bits then count the steps
   V shifted[N], rounded[N], r[N];              // r: of the formula, plus k
   for (int i = 0; i < N; i++) shifted[i] = a * x[i] + MAGIC;
@@ -84,8 +88,43 @@ static inline V reciprocal(V x) {
   V r = (V)_mm512_rcp14_ps((__m512)x);
   return r * (1.f - x * r) + r;  // one Newton step
 }
+#elif defined(__AVX2__)
+constexpr float CUBIC_K = 1.44413908f, CUBIC_M = 6.23629738f, CUBIC_N = 6.00555578f, CUBIC_C = 0.0554832785f;
+struct Quarters {
+  alignas(32) float p[8];
+  Quarters() {
+    for (int i = 0; i < 8; i++) {
+      const float power = CUBIC_C * std::exp2(i % 4 / 4.f);
+      int32_t bits;
+      std::memcpy(&bits, &power, sizeof bits);
+      bits -= i % 4 << 21;  // what the shift below leaves of i in the fraction's bits
+      std::memcpy(p + i, &bits, sizeof bits);
+    }
+  }
+};
+static const Quarters QUARTERS;
+template <int STEPS, int N, bool FAR = false, class A> static inline void exp2_products(A a, const V *x, V *out) {
+  constexpr float MAGIC = 12582912.f / 4;  // 1.5 * 2^23 / 4: adding it rounds; the low bits then count the quarters
+  V shifted[N], y[N];
+  for (int i = 0; i < N; i++) {
+    shifted[i] = a * x[i] + MAGIC;
+    if (FAR) shifted[i] = vmax(splat(MAGIC - 120.f), shifted[i]);
+  }
+  for (int i = 0; i < N; i++) {
+    y[i] = a * x[i] - (shifted[i] - MAGIC) + CUBIC_K;
+    if (FAR) y[i] = vmax(splat(CUBIC_K - 0.125f), y[i]);
+  }
+  for (int i = 0; i < N; i++) {
+    I power = (I)_mm256_permutevar_ps(_mm256_load_ps(QUARTERS.p), (__m256i)shifted[i]) + ((I)shifted[i] << 21);
+    out[i] = ((y[i] * y[i] + CUBIC_M) * y[i] + CUBIC_N) * (V)power;
+  }
+}
+static inline V reciprocal(V x) {
+  V r = (V)_mm256_rcp_ps((__m256)x);
+  return r * (1.f - x * r) + r;  // one Newton step
+}
 #else
-template <int STEPS, int N, class A> static inline void exp2_products(A a, const V *x, V *out) {
+template <int STEPS, int N, bool FAR = false, class A> static inline void exp2_products(A a, const V *x, V *out) {
   const V magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to the nearest integer
   for (int i = 0; i < N; i++) {
     V v = vmax(splat(-126.f), a * x[i]), shifted = v + magic, r = shifted - magic;
@@ -102,31 +141,27 @@ template <int STEPS, int N, class A> static inline void exp2_products(A a, const
 static inline V reciprocal(V x) { return 1.f / x; }
 #endif
 constexpr float LOG2E = 1.44269504f;
-template <int N> static inline void exps(const V *x, V *out) {  // e^x
-  V within[N];
-  for (int i = 0; i < N; i++) within[i] = vmax(splat(-87.f), vmin(splat(87.f), x[i]));
-  exp2_products<32, N>(LOG2E, within, out);
-}
 template <int N> static inline void sigmoids(const V *x, V *out) {
   V e[N];
-  for (int i = 0; i < N; i++) e[i] = -x[i];
-  exps<N>(e, e);
+  for (int i = 0; i < N; i++) e[i] = vmax(splat(-83.f), vmin(splat(83.f), x[i]));
+  exp2_products<32, N>(-LOG2E, e, e);  // e^-x
   for (int i = 0; i < N; i++) out[i] = reciprocal(1.f + e[i]);
 }
 
-// log(1 + e^x), and its derivative, the sigmoid. log(1 + e), e in [0, 1], is e times a minimax polynomial, error 4e-7.
+// log(1 + e^x), and its derivative, the sigmoid. With e = e^-|x|: log(1 + e), e in [0, 1], is e times a minimax
+// polynomial, error 4e-7.
 template <int N, bool SLOPE> static inline void softpluses(const V *x, V *out, V *slope) {
   constexpr float C[] = {-8.670089766e-3f, 4.452687129e-2f, -1.082521006e-1f, 1.778191030e-1f,
                          -2.450748533e-1f, 3.327734172e-1f, -4.999751151e-1f, 9.999998212e-1f};
   V e[N], p[N];
-  for (int i = 0; i < N; i++) e[i] = vmin(x[i], -x[i]), p[i] = splat(C[0]);
-  exps<N>(e, e);
+  for (int i = 0; i < N; i++) e[i] = vmax(splat(-83.f), (V)((I)x[i] | INT32_MIN)), p[i] = splat(C[0]);
+  exp2_products<32, N>(LOG2E, e, e);
   for (int k = 1; k < 8; k++)
     for (int i = 0; i < N; i++) p[i] = p[i] * e[i] + C[k];
   for (int i = 0; i < N; i++) {
     if (SLOPE) {
       V r = reciprocal(1.f + e[i]);
-      slope[i] = x[i] > 0.f ? r : e[i] * r;
+      slope[i] = (I)x[i] < 0 ? e[i] * r : r;
     }
     out[i] = vmax(splat(0.f), x[i]) + p[i] * e[i];
   }
@@ -185,11 +220,11 @@ static inline void add(float *p, V v) { store(p, load(p) + v); }
 // stay in the L2 cache; main memory sees the L input tokens, one output, and L input gradients a sequence.
 //
 // Per sequence, with d channels, n states a channel, L tokens and a convolution of k >= L, forward: (L - 1) d n
-// exponentials (4 multiplications or multiply-adds each) and as many multiply-adds of the scan; (L (n + 1) + n) d of the
-// projections and L (L + 1) / 2 d of the convolution; L d times silu and softplus (20 for the two). Of the last three,
-// where sequences begin with the same token, its part is found once for all. Backward: all of it again, 3 more for each
-// exponential of the scan, 4 for each silu and softplus, and twice the projections' and the convolution's, for x or the
-// tokens and for the weights.
+// exponentials (4 multiplications or multiply-adds each with AVX-512, else 5) and as many multiply-adds of the scan;
+// (L (n + 1) + n) d of the projections and L (L + 1) / 2 d of the convolution; L d times silu and softplus (20 or 22
+// for the two). Of the last three, where sequences begin with the same token, its part is found once for all. Backward:
+// all of it again, 3 more for each exponential of the scan, 4 for each silu and softplus, and twice the projections'
+// and the convolution's, for x or the tokens and for the weights.
 
 constexpr int L = TOKENS;
 
@@ -319,10 +354,26 @@ static void load_tokens(const float *u, int64_t rows, int64_t first, V *out) {  
   }
 }
 
+// scan(FAR), where FAR is true if a lane of S is further than `near`; with AVX2, as elsewhere exp2_products does not
+// care. A row's bits do not depend on it, and so not on the company of other rows.
+template <class Scan> static inline void scan_by_reach([[maybe_unused]] V S, [[maybe_unused]] float near, Scan scan) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if (_mm256_movemask_ps((__m256)(S > near))) return scan(std::true_type());
+#endif
+  scan(std::false_type());
+}
+// [d]: up to which S a channel's A S is at least -120, in units of ln 2.
+static std::vector<float> nears(const Params &P) {
+  std::vector<float> near(P.d);
+  for (int64_t c = 0; c < P.d; c++) near[c] = -120.f / *std::min_element(P.A2 + c * P.n, P.A2 + (c + 1) * P.n);
+  return near;
+}
+
 // u [L, rows] -> y [rows].
 extern "C" void mamba_last_forward(const Params *params, int64_t rows, const float *u, float *y, int threads) {
   const Params &P = *params;
   const int64_t d = P.d, n = P.n, blocks = (rows + W - 1) / W;
+  const std::vector<float> near = nears(P);
   on_threads(threads, blocks, [&](int, int64_t first, int64_t last) {
     Work w(d, n);
     for (int64_t b = first; b < last; b++) {
@@ -339,11 +390,13 @@ extern "C" void mamba_last_forward(const Params *params, int64_t rows, const flo
         S[L - 1] = splat(0.f);
         for (int t = L - 2; t >= 0; t--) S[t] = vmin(splat(1e18f), S[t + 1] + delta[t + 1]);  // A S stays finite
         const float *A = P.A2 + c * n;
-        for (int64_t r = 0; r < n; r++) {
-          V E[L];
-          exp2_products<16, L - 1>(A[r], S, E);
-          for (int t = 0; t < L - 1; t++) acc[t] += E[t] * load(w.BC + (r * L + t) * W);
-        }
+        scan_by_reach(S[0], near[c], [&](auto far) {
+          for (int64_t r = 0; r < n; r++) {
+            V E[L];
+            exp2_products<16, L - 1, far.value>(A[r], S, E);
+            for (int t = 0; t < L - 1; t++) acc[t] += E[t] * load(w.BC + (r * L + t) * W);
+          }
+        });
         acc[L - 1] = load(w.sumBC);
         V yc = P.D[c] * load(w.x + (c * L + L - 1) * W);
         for (int t = 0; t < L; t++) yc += delta[t] * load(w.x + (c * L + t) * W) * acc[t];
@@ -364,6 +417,7 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
   const Params &P = *params;
   const int64_t d = P.d, n = P.n, K = P.k, blocks = (rows + W - 1) / W;
   const int64_t size = d * K + d + d + d * (1 + 2 * n) + d + d + d * n + d + d;
+  const std::vector<float> near = nears(P);
   Array parts(threads * size * W);  // each thread's sums, lane by lane; added up in order at the end
   on_threads(threads, blocks, [&](int thread, int64_t first, int64_t last) {
     Work w(d, n);
@@ -396,19 +450,20 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
         for (int t = L - 2; t >= 0; t--) S[t] = vmin(splat(1e18f), S[t + 1] + delta[t + 1]);  // A S stays finite
         for (int t = 0; t < L; t++) cc[t] = dy * delta[t] * x[t], cS[t] = cc[t] * S[t];
         const float *A = P.A2 + c * n;
-        for (int64_t r = 0; r < n; r++) {
-          V dA = splat(0.f);
-          V E[L];
-          exp2_products<16, L - 1>(A[r], S, E);
-          for (int t = 0; t < L - 1; t++) add(w.dBC + (r * L + t) * W, cc[t] * E[t]);
-          for (int t = 0; t < L - 1; t++) {
-            V q = E[t] * load(w.BC + (r * L + t) * W);
-            acc[t] += q;
-            accA[t] += A[r] * q;
-            dA += cS[t] * q;
+        scan_by_reach(S[0], near[c], [&](auto far) {
+          for (int64_t r = 0; r < n; r++) {
+            V E[L], dA = splat(0.f);
+            exp2_products<16, L - 1, far.value>(A[r], S, E);
+            for (int t = 0; t < L - 1; t++) add(w.dBC + (r * L + t) * W, cc[t] * E[t]);
+            for (int t = 0; t < L - 1; t++) {
+              V q = E[t] * load(w.BC + (r * L + t) * W);
+              acc[t] += q;
+              accA[t] += A[r] * q;
+              dA += cS[t] * q;
+            }
+            add(g_A + (c * n + r) * W, dA);
           }
-          add(g_A + (c * n + r) * W, dA);
-        }
+        });
         acc[L - 1] = load(w.sumBC);
         dsum += cc[L - 1];
         // y_c = sum_t drive_t acc_t + D x_L, times silu(z), times out
@@ -565,12 +620,12 @@ struct Net {
   int64_t blocks, groups, n, lags, rows, lanes;  // n, lags: the states and k, rounded up to R and 4; rows: of proj
   std::vector<int64_t> channel;               // of each lane, -1 for an empty one
   Array conv, conv_b, in_z, dt_w, dt_b, D, out;  // conv [blocks][lags][W], in_x included; the others [lanes]
-  Array A2, least, proj;  // [blocks][groups][R][W]; the group's fastest [blocks][groups][W]; [rows + 1][blocks][W]
+  Array A2, least, proj;  // [blocks][groups][R][W]; the group's fastest [blocks][groups][W]; [rows][blocks][W]
 
   explicit Net(const Params &P)
       : P(P), blocks((P.d + W - 1) / W), groups((P.n + R - 1) / R), n(groups * R), lags((P.k + 3) / 4 * 4),
         rows(1 + 2 * n), lanes(blocks * W), channel(lanes, -1), conv(blocks * lags * W), conv_b(lanes), in_z(lanes),
-        dt_w(lanes), dt_b(lanes), D(lanes), out(lanes), A2(n * lanes), least(groups * lanes), proj((rows + 1) * lanes) {
+        dt_w(lanes), dt_b(lanes), D(lanes), out(lanes), A2(n * lanes), least(groups * lanes), proj(rows * lanes) {
     std::vector<std::pair<float, int64_t>> order;
     for (int64_t c = 0; c < P.d; c++) {
       const float decay = *std::max_element(P.A2 + c * P.n, P.A2 + (c + 1) * P.n) * std::log1p(std::exp(P.dt_b[c]));
@@ -628,34 +683,37 @@ static void add_lane_sums(const float *v, float *to) {  // v [T][W], to [T]
   }
 }
 
-// E = 2^(a delta), a state's decay over a step. NEAR is for a delta in [-0.5, 0] and gives E - 1, with a relative error
-// of 9e-7, as a polynomial in delta: where E is close to 1 a state remembers for 1 / (1 - E) tokens, and rounding E
-// there would be rounding how long.
-template <bool NEAR> struct Decay {
+// How far a state decays in a step at most: by 2^-0.5, by 2^-120, or further.
+enum Reach { NEAR, MID, FAR };
+
+// E = 2^(a delta), a state's decay over a step. NEAR gives E - 1, with a relative error of 9e-7, as a polynomial in
+// delta: where E is close to 1 a state remembers for 1 / (1 - E) tokens, and rounding E there would be rounding how
+// long.
+template <Reach REACH> struct Decay {
   V a, c[5];
   explicit Decay(V a) : a(a) {
     c[1] = a * 6.931465670e-1f, c[2] = a * a * 2.401881232e-1f, c[3] = a * a * a * 5.512203524e-2f;
     c[4] = a * a * a * a * 8.376760769e-3f;
   }
   V operator()(V delta) const {
-    if (NEAR) return (((c[4] * delta + c[3]) * delta + c[2]) * delta + c[1]) * delta;
+    if (REACH == NEAR) return (((c[4] * delta + c[3]) * delta + c[2]) * delta + c[1]) * delta;
     V E;
-    exp2_products<32, 1>(a, &delta, &E);
+    exp2_products<32, 1, REACH == FAR>(a, &delta, &E);
     return E;
   }
 };
-template <bool NEAR>
+template <Reach REACH>
 static inline V times(V decay, V h, V b) {  // E h + b
-  return NEAR ? decay * h + (h + b) : decay * h + b;
+  return REACH == NEAR ? decay * h + (h + b) : decay * h + b;
 }
 
 // R states of a block over a chunk, h before it -> after it; OUT: y [T][W] += h C. KEEP: decay and h before each token.
 // delta, drive = Δ, Δ x [T][W]; B, C [R][T]; A2, h, after [R][W].
-template <bool NEAR, bool OUT, bool KEEP>
+template <Reach REACH, bool OUT, bool KEEP>
 static void scan(const float *A2, const float *delta, const float *drive, const float *B, const float *C,
                  const float *h, float *after, float *y, float *decays, float *states) {
   static_assert(R == 2, "decay is written out");
-  const Decay<NEAR> decay[R] = {Decay<NEAR>(load(A2)), Decay<NEAR>(load(A2 + W))};
+  const Decay<REACH> decay[R] = {Decay<REACH>(load(A2)), Decay<REACH>(load(A2 + W))};
   V s[R];
   for (int r = 0; r < R; r++) s[r] = load(h + r * W);
   for (int t = 0; t < T; t++) {
@@ -663,12 +721,16 @@ static void scan(const float *A2, const float *delta, const float *drive, const 
     for (int r = 0; r < R; r++) {
       V e = decay[r](dt);
       if (KEEP) store(decays + (t * R + r) * W, e), store(states + (t * R + r) * W, s[r]);
-      s[r] = times<NEAR>(e, s[r], in * B[r * T + t]);
+      s[r] = times<REACH>(e, s[r], in * B[r * T + t]);
       if (OUT) sum += s[r] * C[r * T + t];
     }
     if (OUT) add(y + t * W, sum);
   }
   for (int r = 0; r < R; r++) store(after + r * W, s[r]);
+}
+template <bool OUT, bool KEEP>
+constexpr auto scan_for(Reach reach) {
+  return reach == NEAR ? scan<NEAR, OUT, KEEP> : reach == MID ? scan<MID, OUT, KEEP> : scan<FAR, OUT, KEEP>;
 }
 
 // The adjoint of `scan`. h [R][W] is the state after the chunk; carry [R][W]: E G of the token after the chunk -> of
@@ -718,11 +780,11 @@ static void scan_back(const float *A2, const float *delta, const float *drive, c
 // Sums of one unit's gradients; lanes are channels, in the order of Net's.
 struct Sums {
   float *conv, *conv_b, *in_z, *dt_w, *dt_b, *D, *out, *A, *proj, *first;  // conv as a whole: of Net's, in_x included
-  static int64_t size(const Net &m) { return (m.lags + 6 + m.n + m.rows + 3) * m.lanes + W; }
+  static int64_t size(const Net &m) { return (m.lags + 6 + m.n + m.rows) * m.lanes + W; }
   Sums(const Net &m, float *p)
       : conv(p), conv_b(conv + m.lags * m.lanes), in_z(conv_b + m.lanes), dt_w(in_z + m.lanes), dt_b(dt_w + m.lanes),
         D(dt_b + m.lanes), out(D + m.lanes), A(out + m.lanes), proj(A + m.n * m.lanes),
-        first(proj + (m.rows + 3) * m.lanes) {}
+        first(proj + m.rows * m.lanes) {}
 };
 
 // One thread's chunk.
@@ -738,7 +800,7 @@ struct Chunk {
 
   Chunk(const Net &m, const Sequences &s, bool back)
       : m(m), s(s), tokens(m.lags + T), x(m.lanes * T), slope(back ? m.lanes * T : 0), dx(back ? m.lanes * T : 0),
-        P(m.rows * T), dP(back ? (m.rows + 3) * T : 0), delta(T * W), sigma(T * W), drive(T * W), y(T * W), gy(T * W),
+        P(m.rows * T), dP(back ? m.rows * T : 0), delta(T * W), sigma(T * W), drive(T * W), y(T * W), gy(T * W),
         ddelta(T * W), ddrive(T * W), gate(T * W), dgate(T * W), lanewise(T * W), decays(T * R * W), states(T * R * W),
         carry(back ? m.n * m.lanes : 0), u(tokens + m.lags - 1) {}
 
@@ -755,10 +817,12 @@ struct Chunk {
           V w = load(m.conv + (b * m.lags + k) * W);
           for (int i = 0; i < 8; i++) a[i] += w * u[t + i - k];
         }
+        V g[8];
+        sigmoids<8>(a, g);
         for (int i = 0; i < 8; i++) {
-          V g = sigmoid(a[i]), v = a[i] * g;
+          V v = a[i] * g[i];
           store(x + (b * T + t + i) * W, v);
-          if (SLOPE) store(slope + (b * T + t + i) * W, g + v * (1.f - g));
+          if (SLOPE) store(slope + (b * T + t + i) * W, g[i] + v * (1.f - g[i]));
         }
       }
     for (int64_t b = 0; b < m.blocks; b++)
@@ -790,22 +854,25 @@ struct Chunk {
   template <bool SLOPE>
   V steps(int64_t b) {
     V w = load(m.dt_w + b * W), bias = load(m.dt_b + b * W), most = splat(0.f);
-    for (int t = 0; t < T; t++) {
-      V a = w * P[t] + bias, slope, d;
-      softpluses<1, SLOPE>(&a, &d, &slope);
-      d = base + t < 0 ? splat(0.f) : vmin(splat(1e18f), d);  // A Δ stays finite
-      if (SLOPE) store(sigma + t * W, slope);
-      most = vmax(most, d);
-      store(delta + t * W, d), store(drive + t * W, d * load(x + (b * T + t) * W));
+    for (int t0 = 0; t0 < T; t0 += 8) {
+      V a[8], d[8], slope[8];
+      for (int i = 0; i < 8; i++) a[i] = w * P[t0 + i] + bias;
+      softpluses<8, SLOPE>(a, d, slope);
+      for (int i = 0, t = t0; i < 8; i++, t++) {
+        d[i] = base + t < 0 ? splat(0.f) : vmin(splat(1e18f), d[i]);  // A Δ stays finite
+        if (SLOPE) store(sigma + t * W, slope[i]);
+        most = vmax(most, d[i]);
+        store(delta + t * W, d[i]), store(drive + t * W, d[i] * load(x + (b * T + t) * W));
+      }
     }
     return most;
   }
-  bool near(int64_t group, V most) const {
+  Reach reach(int64_t group, V most) const {
     float x[W];
     store(x, load(m.least + group * W) * most);
-    bool near = true;
-    for (int i = 0; i < W; i++) near &= x[i] >= -0.5f;
-    return near;
+    bool near = true, mid = true;
+    for (int i = 0; i < W; i++) near &= x[i] >= -0.5f, mid &= x[i] >= -120.f;
+    return near ? NEAR : mid ? MID : FAR;
   }
 
   // silu(z) of a block, its derivative, and gy from the outputs' gradients g [T].
@@ -857,12 +924,12 @@ struct Chunk {
 
   // From dP to proj and x.
   void project_back(const Sums &sum) {
-    while (active.size() % 4) active.push_back(m.rows);  // rows of zeros
     for (int64_t b = 0; b < m.blocks; b++) {
       float *dxb = dx + b * T * W;
       size_t first = 0;
-      for (; first + 12 <= active.size(); first += 12) rows_back<12>(b, first, sum);
-      for (; first < active.size(); first += 4) rows_back<4>(b, first, sum);
+      for (; first + 11 <= active.size(); first += 11) rows_back<11>(b, first, sum);
+      for (; first + 3 <= active.size(); first += 3) rows_back<3>(b, first, sum);
+      for (; first < active.size(); first++) rows_back<1>(b, first, sum);
       for (int t = 0; t < T; t += 8) {
         V v[8];
         for (int i = 0; i < 8; i++) v[i] = load(dxb + (t + i) * W);
@@ -969,8 +1036,7 @@ static void forward_unit(Chunk &c, const Unit &q, const int32_t *plan, const Sta
         const int64_t i = b * m.groups + g;
         if (j >= plan[i]) continue;
         float last[R * W];
-        auto run = c.near(i, most) ? (out ? scan<true, true, false> : scan<true, false, false>)
-                                   : (out ? scan<false, true, false> : scan<false, false, false>);
+        auto run = out ? scan_for<true, false>(c.reach(i, most)) : scan_for<false, false>(c.reach(i, most));
         run(m.A2 + i * R * W, c.delta, c.drive, c.B(g), c.C(g), h.of(i, j), j ? h.of(i, j - 1) : last, c.y, nullptr,
             nullptr);
       }
@@ -1002,7 +1068,7 @@ static void backward_unit(Chunk &c, const Unit &q, const int32_t *plan, const St
     if (out) std::memcpy(g + skip, gy + q.outputs - (j + 1) * T + skip, (T - skip) * sizeof(float));
     c.inputs<true>(q, j);
     c.project(plan, j, out);
-    std::memset(c.dP, 0, (m.rows + 3) * T * sizeof(float));
+    std::memset(c.dP, 0, m.rows * T * sizeof(float));
     std::memset(c.lanewise, 0, T * W * sizeof(float));  // ∂/∂dt
     for (int64_t b = 0; b < m.blocks; b++) {
       if (j >= *std::max_element(plan + b * m.groups, plan + (b + 1) * m.groups)) {
@@ -1016,13 +1082,12 @@ static void backward_unit(Chunk &c, const Unit &q, const int32_t *plan, const St
         const int64_t i = b * m.groups + group;
         if (j >= plan[i]) continue;
         for (int k = 0; k < R * W && j + 1 < plan[i]; k += 16) __builtin_prefetch(h.of(i, j + 1) + k);
-        const bool near = c.near(i, most);
+        const Reach reach = c.reach(i, most);
         float state[R * W], *dB = c.dP + (1 + group * R) * T, *dC = dB + m.n * T;
-        auto again = near ? (out ? scan<true, true, true> : scan<true, false, true>)
-                          : (out ? scan<false, true, true> : scan<false, false, true>);
+        auto again = out ? scan_for<true, true>(reach) : scan_for<false, true>(reach);
         again(m.A2 + i * R * W, c.delta, c.drive, c.B(group), c.C(group), h.of(i, j), state, c.y, c.decays, c.states);
-        auto back = near ? (out ? scan_back<true, true> : scan_back<true, false>)
-                         : (out ? scan_back<false, true> : scan_back<false, false>);
+        auto back = reach == NEAR ? (out ? scan_back<true, true> : scan_back<true, false>)
+                                  : (out ? scan_back<false, true> : scan_back<false, false>);
         back(m.A2 + i * R * W, c.delta, c.drive, c.B(group), c.C(group), state, c.gy, c.decays, c.states,
              c.carry + i * R * W, c.ddrive, c.ddelta, sum.A + i * R * W, dB, dC);
       }

@@ -1,5 +1,6 @@
 """The fused scans against float64 (golden vectors, the recurrence by the book), extreme inputs, and no compiler."""
 
+import math
 import subprocess
 import sys
 
@@ -145,6 +146,27 @@ def test_the_same_first_token_in_a_row_of_blocks():
     u[:32, 0] = torch.nan
     y = net.last(u)
     assert y[:32].isnan().all() and torch.equal(y[32:], found[0][0][32:])
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it():
+    """Rows whose states decay to 2^-60 at most, and in the same blocks others beyond the exponents of float32."""
+    net = fused(12, 16, 8, 0)
+    net.x_proj.weight.data[0].abs_()  # dt > 0 where the input is large
+    net.dt_proj.weight.data.fill_(1.0)
+    net.dt_proj.bias.data.fill_(-1.0)
+    u, v = torch.randn(64, 6, 1), torch.randn(64)
+    beside = u.clone()
+    beside[1::2] *= 100
+
+    def found(u):
+        u = u.detach().requires_grad_()
+        y = net.last(u)
+        return y[::2], torch.autograd.grad(y, u, v)[0][::2]
+
+    decay = lambda u: net.project(u)[1][:, 1:].sum(1) * net.A_log[0, -1].exp() / math.log(2)  # [rows, d]
+    assert decay(u).max() < 60 and (decay(beside).amax(1) > 500).sum() > 16
+    assert all(torch.equal(a, b) for a, b in zip(found(u), found(beside), strict=True))
+    check(net, beside, v)
 
 
 def test_two_runs_give_the_same_bits_and_threads_only_reorder_sums():
