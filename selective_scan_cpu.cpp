@@ -45,16 +45,19 @@ static inline V vmax(V a, V b) { return a > b ? a : b; }
 static inline V vmin(V a, V b) { return a < b ? a : b; }
 #endif
 
-// out = 2^(a x), N at a time, stage by stage: each stage waits for the one before, but not for its neighbours.
+// out = 2^(a x), N at a time, stage by stage: each stage waits for the one before, but not for its neighbours. DIGITS:
+// a relative error of 1e-6; of 4e-7; or of 4e-7 that is rounding alone and so averages out where decays of many tokens
+// multiply up.
 //
-// AVX-512: a x is rounded to STEPS parts of one (16, or 32 where every digit counts), whose fractional part a register
-// or two look up and whose integer part scalef applies. For the rest r, a parabola does: c ((r + k)^2 + m). The square
-// is completed with k = 23/16, so that k comes off as part of the rounding; c is part of the table. Any a x down to
-// -1e24 (gives 0) and up to 127. Relative error 1e-6 (4e-7).
-// AVX2: the same with quarters, whose four powers fit in one lookup, and a cubic, c ((y^2 + m) y + n) with y = r + k.
-// The integer part is added to the exponent's bits, so a x is in [-120, 127]; FAR: or below, and taken for -120, which
-// takes two more operations. Relative error 4e-7.
+// AVX-512: a x is rounded to STEPS parts of one (16, or 32 for more digits), whose fractional part a register or two
+// look up and whose integer part scalef applies. For the rest r, a parabola does: c ((r + k)^2 + m). The square is
+// completed with k = 23/16, so that k comes off as part of the rounding; c is part of the table. Any a x down to -1e24
+// (gives 0) and up to 127.
+// AVX2: the same with quarters, whose four powers fit in one lookup, and a cubic, c ((y^2 + m) y + n) with y = r + k, or
+// for ALL digits a quartic, c (((y^2 + m) y + n) y + q). The integer part is added to the exponent's bits, so a x is in
+// [-115, 127]; FAR: or below, and taken for -115, which takes two more operations.
 // Elsewhere: a minimax polynomial on [-1/2, 1/2], times 2^(the integer part), a x >= -126 or taken for it. Error 2e-7.
+enum Digits { SIX, MOST, ALL };
 #ifdef __AVX512F__
 constexpr float PARABOLA_K = 23.f / 16;
 template <int STEPS> constexpr float PARABOLA_C = STEPS == 16 ? 0.241112522f : 0.2410995f;
@@ -74,7 +77,9 @@ template <int STEPS> static inline V lookup(__m512i i) {  // by the lowest 4 or 
   if (STEPS == 16) return (V)_mm512_permutexvar_ps(i, _mm512_load_ps(SIXTEENTHS.p));
   return (V)_mm512_permutex2var_ps(_mm512_load_ps(THIRTYSECONDS.p), i, _mm512_load_ps(THIRTYSECONDS.p + 16));
 }
-template <int STEPS, int N, bool FAR = false, class A> static inline void exp2_products(A a, const V *x, V *out) {
+template <Digits DIGITS, int N, bool FAR = false, class A>
+static inline void exp2_products(A a, const V *x, V *out) {
+  constexpr int STEPS = DIGITS == SIX ? 16 : 32;
   constexpr float MAGIC = 12582912.f / STEPS;  // 1.5 * 2^23 / STEPS: adding it rounds; the low bits then count the steps
   V shifted[N], rounded[N], r[N];              // r: of the formula, plus k
   for (int i = 0; i < N; i++) shifted[i] = a * x[i] + MAGIC;
@@ -89,12 +94,15 @@ static inline V reciprocal(V x) {
   return r * (1.f - x * r) + r;  // one Newton step
 }
 #elif defined(__AVX2__)
-constexpr float CUBIC_K = 1.44413908f, CUBIC_M = 6.23629738f, CUBIC_N = 6.00555578f, CUBIC_C = 0.0554832785f;
-struct Quarters {
+struct Polynomial { float k, m, n, q, c; };
+constexpr Polynomial CUBIC = {1.44413908f, 6.23629738f, 6.00555578f, 0.f, 0.0554832785f};
+constexpr Polynomial QUARTIC = {1.4438232f, 12.4764975f, 24.0222368f, 38.9645007f, 0.00961512103f};
+template <Digits DIGITS> struct Quarters {
+  static constexpr Polynomial P = DIGITS == ALL ? QUARTIC : CUBIC;
   alignas(32) float p[8];
   Quarters() {
     for (int i = 0; i < 8; i++) {
-      const float power = CUBIC_C * std::exp2(i % 4 / 4.f);
+      const float power = P.c * std::exp2(i % 4 / 4.f);
       int32_t bits;
       std::memcpy(&bits, &power, sizeof bits);
       bits -= i % 4 << 21;  // what the shift below leaves of i in the fraction's bits
@@ -102,21 +110,25 @@ struct Quarters {
     }
   }
 };
-static const Quarters QUARTERS;
-template <int STEPS, int N, bool FAR = false, class A> static inline void exp2_products(A a, const V *x, V *out) {
+template <Digits DIGITS> static const Quarters<DIGITS> QUARTERS;
+template <Digits DIGITS, int N, bool FAR = false, class A>
+static inline void exp2_products(A a, const V *x, V *out) {
+  constexpr Polynomial P = Quarters<DIGITS>::P;
   constexpr float MAGIC = 12582912.f / 4;  // 1.5 * 2^23 / 4: adding it rounds; the low bits then count the quarters
   V shifted[N], y[N];
   for (int i = 0; i < N; i++) {
     shifted[i] = a * x[i] + MAGIC;
-    if (FAR) shifted[i] = vmax(splat(MAGIC - 120.f), shifted[i]);
+    if (FAR) shifted[i] = vmax(splat(MAGIC - 115.f), shifted[i]);
   }
   for (int i = 0; i < N; i++) {
-    y[i] = a * x[i] - (shifted[i] - MAGIC) + CUBIC_K;
-    if (FAR) y[i] = vmax(splat(CUBIC_K - 0.125f), y[i]);
+    y[i] = a * x[i] - (shifted[i] - MAGIC) + P.k;
+    if (FAR) y[i] = vmax(splat(P.k - 0.125f), y[i]);
   }
   for (int i = 0; i < N; i++) {
-    I power = (I)_mm256_permutevar_ps(_mm256_load_ps(QUARTERS.p), (__m256i)shifted[i]) + ((I)shifted[i] << 21);
-    out[i] = ((y[i] * y[i] + CUBIC_M) * y[i] + CUBIC_N) * (V)power;
+    V table = (V)_mm256_permutevar_ps(_mm256_load_ps(QUARTERS<DIGITS>.p), (__m256i)shifted[i]);
+    V power = (V)((I)table + ((I)shifted[i] << 21)), p = (y[i] * y[i] + P.m) * y[i] + P.n;
+    if (DIGITS == ALL) p = p * y[i] + P.q;
+    out[i] = p * power;
   }
 }
 static inline V reciprocal(V x) {
@@ -124,7 +136,8 @@ static inline V reciprocal(V x) {
   return r * (1.f - x * r) + r;  // one Newton step
 }
 #else
-template <int STEPS, int N, bool FAR = false, class A> static inline void exp2_products(A a, const V *x, V *out) {
+template <Digits DIGITS, int N, bool FAR = false, class A>
+static inline void exp2_products(A a, const V *x, V *out) {
   const V magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to the nearest integer
   for (int i = 0; i < N; i++) {
     V v = vmax(splat(-126.f), a * x[i]), shifted = v + magic, r = shifted - magic;
@@ -143,8 +156,8 @@ static inline V reciprocal(V x) { return 1.f / x; }
 constexpr float LOG2E = 1.44269504f;
 template <int N> static inline void sigmoids(const V *x, V *out) {
   V e[N];
-  for (int i = 0; i < N; i++) e[i] = vmax(splat(-83.f), vmin(splat(83.f), x[i]));
-  exp2_products<32, N>(-LOG2E, e, e);  // e^-x
+  for (int i = 0; i < N; i++) e[i] = vmax(splat(-79.f), vmin(splat(79.f), x[i]));
+  exp2_products<MOST, N>(-LOG2E, e, e);  // e^-x
   for (int i = 0; i < N; i++) out[i] = reciprocal(1.f + e[i]);
 }
 
@@ -154,8 +167,8 @@ template <int N, bool SLOPE> static inline void softpluses(const V *x, V *out, V
   constexpr float C[] = {-8.670089766e-3f, 4.452687129e-2f, -1.082521006e-1f, 1.778191030e-1f,
                          -2.450748533e-1f, 3.327734172e-1f, -4.999751151e-1f, 9.999998212e-1f};
   V e[N], p[N];
-  for (int i = 0; i < N; i++) e[i] = vmax(splat(-83.f), (V)((I)x[i] | INT32_MIN)), p[i] = splat(C[0]);
-  exp2_products<32, N>(LOG2E, e, e);
+  for (int i = 0; i < N; i++) e[i] = vmax(splat(-79.f), (V)((I)x[i] | INT32_MIN)), p[i] = splat(C[0]);
+  exp2_products<MOST, N>(LOG2E, e, e);
   for (int k = 1; k < 8; k++)
     for (int i = 0; i < N; i++) p[i] = p[i] * e[i] + C[k];
   for (int i = 0; i < N; i++) {
@@ -362,10 +375,10 @@ template <class Scan> static inline void scan_by_reach([[maybe_unused]] V S, [[m
 #endif
   scan(std::false_type());
 }
-// [d]: up to which S a channel's A S is at least -120, in units of ln 2.
+// [d]: up to which S a channel's A S is at least -115, in units of ln 2.
 static std::vector<float> nears(const Params &P) {
   std::vector<float> near(P.d);
-  for (int64_t c = 0; c < P.d; c++) near[c] = -120.f / *std::min_element(P.A2 + c * P.n, P.A2 + (c + 1) * P.n);
+  for (int64_t c = 0; c < P.d; c++) near[c] = -115.f / *std::min_element(P.A2 + c * P.n, P.A2 + (c + 1) * P.n);
   return near;
 }
 
@@ -393,7 +406,7 @@ extern "C" void mamba_last_forward(const Params *params, int64_t rows, const flo
         scan_by_reach(S[0], near[c], [&](auto far) {
           for (int64_t r = 0; r < n; r++) {
             V E[L];
-            exp2_products<16, L - 1, far.value>(A[r], S, E);
+            exp2_products<SIX, L - 1, far.value>(A[r], S, E);
             for (int t = 0; t < L - 1; t++) acc[t] += E[t] * load(w.BC + (r * L + t) * W);
           }
         });
@@ -453,7 +466,7 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
         scan_by_reach(S[0], near[c], [&](auto far) {
           for (int64_t r = 0; r < n; r++) {
             V E[L], dA = splat(0.f);
-            exp2_products<16, L - 1, far.value>(A[r], S, E);
+            exp2_products<SIX, L - 1, far.value>(A[r], S, E);
             for (int t = 0; t < L - 1; t++) add(w.dBC + (r * L + t) * W, cc[t] * E[t]);
             for (int t = 0; t < L - 1; t++) {
               V q = E[t] * load(w.BC + (r * L + t) * W);
@@ -683,7 +696,7 @@ static void add_lane_sums(const float *v, float *to) {  // v [T][W], to [T]
   }
 }
 
-// How far a state decays in a step at most: by 2^-0.5, by 2^-120, or further.
+// How far a state decays in a step at most: by 2^-0.5, by 2^-115, or further.
 enum Reach { NEAR, MID, FAR };
 
 // E = 2^(a delta), a state's decay over a step. NEAR gives E - 1, with a relative error of 9e-7, as a polynomial in
@@ -698,7 +711,7 @@ template <Reach REACH> struct Decay {
   V operator()(V delta) const {
     if (REACH == NEAR) return (((c[4] * delta + c[3]) * delta + c[2]) * delta + c[1]) * delta;
     V E;
-    exp2_products<32, 1, REACH == FAR>(a, &delta, &E);
+    exp2_products<ALL, 1, REACH == FAR>(a, &delta, &E);
     return E;
   }
 };
@@ -871,7 +884,7 @@ struct Chunk {
     float x[W];
     store(x, load(m.least + group * W) * most);
     bool near = true, mid = true;
-    for (int i = 0; i < W; i++) near &= x[i] >= -0.5f, mid &= x[i] >= -120.f;
+    for (int i = 0; i < W; i++) near &= x[i] >= -0.5f, mid &= x[i] >= -115.f;
     return near ? NEAR : mid ? MID : FAR;
   }
 

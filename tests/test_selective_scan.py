@@ -257,6 +257,7 @@ def check_tails(net, past, layers, first, v, function=mamba_by_the_book, toleran
     st.integers(0, 2**31),
 )
 @example((1, 1, 1), [63], 3, True, 1.0, 3.0, 1)
+@example((12, 1, 1), [17], 3, True, 10.0, 3.0, 1787)
 @settings(max_examples=14, deadline=None)
 def test_tails_equals_the_recurrence_for_any_shape(shape, layers, length, has_first, scale, dt_shift, seed):
     net = fused(*shape, seed, dt_shift)

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -137,7 +138,9 @@ def test_sgd_trains_with_every_generator(tmp_path, grad):
     assert rows[-1]["step"] == steps
     assert all(math.isfinite(v) for r in rows for v in r.values())
     assert rows[-1]["train_loss"] < 0.5 * rows[0]["train_loss"]
-    assert rows[-1]["train_loss"] < 1.3 * min(r["train_loss"] for r in rows), "no late divergence"
+    # Three epochs at a time: the last one may be of four batches, whose losses vary by a half.
+    smooth = [statistics.mean(r["train_loss"] for r in rows[i : i + 3]) for i in range(len(rows) - 2)]
+    assert smooth[-1] < 1.3 * min(smooth), "no late divergence"
 
 
 @pytest.mark.parametrize(
