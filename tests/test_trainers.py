@@ -133,7 +133,7 @@ def test_the_sibling_papers_learn_digits(tmp_path, trainer, extra, capsys):
 
 @pytest.mark.parametrize("grad", GRADS)
 def test_sgd_trains_with_every_generator(tmp_path, grad):
-    steps = {"fsg-lstm": 88, "lstmfc": 200}.get(grad, 150 if grad.startswith("fsg") else 400)
+    steps = {"fsg-lstm": 88, "lstmfc": 200, "ste": 150}.get(grad, 150 if grad.startswith("fsg") else 400)
     rows = train(tmp_path, "run", *GRADS[grad], "--opt", "sgd", "--limit-steps", str(steps), "--epochs", "99")
     assert rows[-1]["step"] == steps
     assert all(math.isfinite(v) for r in rows for v in r.values())
