@@ -55,9 +55,10 @@ static inline V vmin(V a, V b) { return a < b ? a : b; }
 // (gives 0) and up to 127.
 // AVX2: the same with quarters, whose four powers fit in one lookup, and a cubic, c ((y^2 + m) y + n) with y = r + k, or
 // for ALL digits a quartic, c (((y^2 + m) y + n) y + q). The integer part is added to the exponent's bits, so a x is in
-// [-115, 127]; FAR: or below, and taken for -115, which takes two more operations.
+// [LOWEST, 127]; FAR: or below, and taken for LOWEST, which takes two more operations.
 // Elsewhere: a minimax polynomial on [-1/2, 1/2], times 2^(the integer part), a x >= -126 or taken for it. Error 2e-7.
 enum Digits { SIX, MOST, ALL };
+constexpr float LOWEST = -115.f;
 #ifdef __AVX512F__
 constexpr float PARABOLA_K = 23.f / 16;
 template <int STEPS> constexpr float PARABOLA_C = STEPS == 16 ? 0.241112522f : 0.2410995f;
@@ -118,7 +119,7 @@ static inline void exp2_products(A a, const V *x, V *out) {
   V shifted[N], y[N];
   for (int i = 0; i < N; i++) {
     shifted[i] = a * x[i] + MAGIC;
-    if (FAR) shifted[i] = vmax(splat(MAGIC - 115.f), shifted[i]);
+    if (FAR) shifted[i] = vmax(splat(MAGIC + LOWEST), shifted[i]);
   }
   for (int i = 0; i < N; i++) {
     y[i] = a * x[i] - (shifted[i] - MAGIC) + P.k;
@@ -367,18 +368,18 @@ static void load_tokens(const float *u, int64_t rows, int64_t first, V *out) {  
   }
 }
 
-// scan(FAR), where FAR is true if a lane of S is further than `near`; with AVX2, as elsewhere exp2_products does not
-// care. A row's bits do not depend on it, and so not on the company of other rows.
+// scan(FAR), FAR being whether a lane of S is beyond `near`: with AVX2 only, as elsewhere exp2_products does not care.
+// FAR does not change the bits of the lanes that are not beyond, so a row's do not depend on the rows beside it.
 template <class Scan> static inline void scan_by_reach([[maybe_unused]] V S, [[maybe_unused]] float near, Scan scan) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
   if (_mm256_movemask_ps((__m256)(S > near))) return scan(std::true_type());
 #endif
   scan(std::false_type());
 }
-// [d]: up to which S a channel's A S is at least -115, in units of ln 2.
+// [d]: up to which S the exponents A2 S of a channel are at least LOWEST.
 static std::vector<float> nears(const Params &P) {
   std::vector<float> near(P.d);
-  for (int64_t c = 0; c < P.d; c++) near[c] = -115.f / *std::min_element(P.A2 + c * P.n, P.A2 + (c + 1) * P.n);
+  for (int64_t c = 0; c < P.d; c++) near[c] = LOWEST / *std::min_element(P.A2 + c * P.n, P.A2 + (c + 1) * P.n);
   return near;
 }
 
@@ -696,7 +697,7 @@ static void add_lane_sums(const float *v, float *to) {  // v [T][W], to [T]
   }
 }
 
-// How far a state decays in a step at most: by 2^-0.5, by 2^-115, or further.
+// How far a state decays in a step at most: by 2^-0.5, by 2^LOWEST, or further.
 enum Reach { NEAR, MID, FAR };
 
 // E = 2^(a delta), a state's decay over a step. NEAR gives E - 1, with a relative error of 9e-7, as a polynomial in
@@ -884,7 +885,7 @@ struct Chunk {
     float x[W];
     store(x, load(m.least + group * W) * most);
     bool near = true, mid = true;
-    for (int i = 0; i < W; i++) near &= x[i] >= -0.5f, mid &= x[i] >= -115.f;
+    for (int i = 0; i < W; i++) near &= x[i] >= -0.5f, mid &= x[i] >= LOWEST;
     return near ? NEAR : mid ? MID : FAR;
   }
 
