@@ -226,8 +226,7 @@ def peak_rate(device: torch.device) -> float | None:
 
 def operations(layout: str, way: str, weights: int, length: int, d: int, n: int, k: int, on_cpu: bool) -> float:
     """The least of the bounding operation that the kernel's arithmetic needs: multiplications and multiply-adds on a
-    CPU (an exponential: 4 with AVX-512, else 5; all else as selective_scan_cpu.cpp's header counts it), exponentials
-    alone on a GPU.
+    CPU, as selective_scan_cpu.cpp's header counts them, exponentials alone on a GPU.
 
     For the flat layout: of the `weights` newest tokens, as if none before them had to be scanned.
     """
@@ -238,14 +237,14 @@ def operations(layout: str, way: str, weights: int, length: int, d: int, n: int,
         return weights * (scanned + 2 * tokens * d)
     projections = lambda count: (count * (n + 1) + n) * d
     taps = lambda first: d * (sum(min(t + 1, k) for t in range(first, tokens)) if per_weight else k)
-    exponential = 4 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 5
-    once = projections(own) + taps(tokens - own) + own * d * (12 + 2 * exponential)  # silu and softplus
+    exponential = 4 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 6
+    once = projections(own) + taps(tokens - own) + own * d * (9 + 2 * exponential)  # silu and softplus
     once += d * (3 + exponential)  # the gate's silu
-    if way == "forward":  # the flat layout: a state's decay, by a polynomial of 4, its input and the output
-        return weights * (scanned * (exponential + 1 if per_weight else 7) + once)
+    if way == "forward":  # a power near a known one, and the output; flat: a decay, by 4, a state's input, the output
+        return weights * (scanned * (4 if per_weight else 7) + once)
     # All of it again; the flat layout's adjoint takes 8.
     back = 2 * projections(tokens) + (2 if per_weight else 1) * taps(0) + own * d * 4
-    return weights * (scanned * (exponential + 4 if per_weight else 15) + once + back)
+    return weights * (scanned * (7 if per_weight else 15) + once + back)
 
 
 def bench_scan(args, device: torch.device) -> dict:

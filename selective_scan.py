@@ -19,8 +19,9 @@ With E = exp(A_n S_t), q = E · B_tn C_Ln, g = ∂y/∂(h_L C_L) and c_t = g Δ_
     ∂/∂Δ_s += Σ_{t<s} ∂/∂S_t, and from there through softplus, the projections, silu and the convolution.
 
 So (L − 1)·d·n exponentials a sequence are the cost, forward and once more backward; the rest is multiply-adds. For a
-ResNet-20 at the paper's size (270,000 weights, L = 6, d = 100, n = 16) that is 2.2 billion each way. Nothing is kept
-for the backward pass but the input.
+ResNet-20 at the paper's size (270,000 weights, L = 6, d = 100, n = 16) that is 2.2 billion each way. On a CPU few are
+left: Δ depends little on the gradients, so most are near those of another sequence, a short polynomial away. Nothing is
+kept for the backward pass but the input.
 
 `tails`, for the flat layout. SlowMamba on a few sequences of up to millions of tokens, and of its outputs the last n of
 each. There the recurrence is computed as it is written, token by token, vector lanes being channels; the backward pass

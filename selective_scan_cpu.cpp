@@ -44,50 +44,52 @@ static inline V vmin(V a, V b) { return (V)_mm256_min_ps((__m256)a, (__m256)b); 
 static inline V vmax(V a, V b) { return a > b ? a : b; }
 static inline V vmin(V a, V b) { return a < b ? a : b; }
 #endif
+static inline bool all_less(V a, float b) {  // in every lane
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, _mm512_set1_ps(b), _CMP_LT_OQ) == 0xffff;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, _mm256_set1_ps(b), _CMP_LT_OQ)) == 0xff;
+#else
+  bool all = true;
+  for (int i = 0; i < W; i++) all &= a[i] < b;
+  return all;
+#endif
+}
 
-// out = 2^(a x), N at a time, stage by stage: each stage waits for the one before, but not for its neighbours. DIGITS:
-// a relative error of 1e-6; of 4e-7; or of 4e-7 that is rounding alone and so averages out where decays of many tokens
-// multiply up.
+// out = 2^(a x), N at a time, stage by stage: each stage waits for the one before, but not for its neighbours. A relative
+// error of 2e-7 to 4e-7, which is rounding, of either sign: it averages out where decays of many tokens multiply up.
 //
-// AVX-512: a x is rounded to STEPS parts of one (16, or 32 for more digits), whose fractional part a register or two
-// look up and whose integer part scalef applies. For the rest r, a parabola does: c ((r + k)^2 + m). The square is
-// completed with k = 23/16, so that k comes off as part of the rounding; c is part of the table. Any a x down to -1e24
-// (gives 0) and up to 127.
-// AVX2: the same with quarters, whose four powers fit in one lookup, and a cubic, c ((y^2 + m) y + n) with y = r + k, or
-// for ALL digits a quartic, c (((y^2 + m) y + n) y + q). The integer part is added to the exponent's bits, so a x is in
-// [LOWEST, 127]; FAR: or below, and taken for LOWEST, which takes two more operations.
-// Elsewhere: a minimax polynomial on [-1/2, 1/2], times 2^(the integer part), a x >= -126 or taken for it. Error 2e-7.
-enum Digits { SIX, MOST, ALL };
+// AVX-512: a x is rounded to STEPS parts of one, whose fractional part two registers look up and whose integer part
+// scalef applies. For the rest r, a parabola does: c ((r + k)^2 + m). The square is completed with k = 23/16, so that k
+// comes off as part of the rounding; c is part of the table. Any a x down to -1e24 (gives 0) and up to 127.
+// AVX2: the same with quarters, whose four powers fit in one lookup, and a quartic, c (((y^2 + m) y + n) y + q) with
+// y = r + k. The integer part is added to the exponent's bits, so a x is in [LOWEST, 127]; FAR: or below, and taken for
+// LOWEST, which takes two more operations.
+// Elsewhere: a minimax polynomial on [-1/2, 1/2], times 2^(the integer part), a x >= -126 or taken for it.
 constexpr float LOWEST = -115.f;
 #ifdef __AVX512F__
-constexpr float PARABOLA_K = 23.f / 16;
-template <int STEPS> constexpr float PARABOLA_C = STEPS == 16 ? 0.241112522f : 0.2410995f;
-template <int STEPS> constexpr float PARABOLA_M = STEPS == 16 ? 2.08103373f : 2.08125856f;
-template <int STEPS> struct Table {
+constexpr int STEPS = 32;
+constexpr float PARABOLA_K = 23.f / 16, PARABOLA_C = 0.2410995f, PARABOLA_M = 2.08125856f;
+struct Table {
   alignas(64) float p[STEPS];
   Table() {
     for (int i = 0; i < STEPS; i++) {
       const float x = i / (float)STEPS;
-      p[i] = PARABOLA_C<STEPS> * std::exp2(x - std::floor(x - PARABOLA_K));
+      p[i] = PARABOLA_C * std::exp2(x - std::floor(x - PARABOLA_K));
     }
   }
 };
-static const Table<16> SIXTEENTHS;
-static const Table<32> THIRTYSECONDS;
-template <int STEPS> static inline V lookup(__m512i i) {  // by the lowest 4 or 5 bits
-  if (STEPS == 16) return (V)_mm512_permutexvar_ps(i, _mm512_load_ps(SIXTEENTHS.p));
-  return (V)_mm512_permutex2var_ps(_mm512_load_ps(THIRTYSECONDS.p), i, _mm512_load_ps(THIRTYSECONDS.p + 16));
-}
-template <Digits DIGITS, int N, bool FAR = false, class A>
+static const Table TABLE;
+template <int N, bool FAR = false, class A>
 static inline void exp2_products(A a, const V *x, V *out) {
-  constexpr int STEPS = DIGITS == SIX ? 16 : 32;
   constexpr float MAGIC = 12582912.f / STEPS;  // 1.5 * 2^23 / STEPS: adding it rounds; the low bits then count the steps
   V shifted[N], rounded[N], r[N];              // r: of the formula, plus k
   for (int i = 0; i < N; i++) shifted[i] = a * x[i] + MAGIC;
   for (int i = 0; i < N; i++) rounded[i] = shifted[i] - (MAGIC + PARABOLA_K);
   for (int i = 0; i < N; i++) r[i] = a * x[i] - rounded[i];
-  for (int i = 0; i < N; i++) shifted[i] = lookup<STEPS>((__m512i)shifted[i]);
-  for (int i = 0; i < N; i++) r[i] = (r[i] * r[i] + PARABOLA_M<STEPS>) * shifted[i];
+  for (int i = 0; i < N; i++)  // looks up the lowest 5 bits
+    shifted[i] = (V)_mm512_permutex2var_ps(_mm512_load_ps(TABLE.p), (__m512i)shifted[i], _mm512_load_ps(TABLE.p + 16));
+  for (int i = 0; i < N; i++) r[i] = (r[i] * r[i] + PARABOLA_M) * shifted[i];
   for (int i = 0; i < N; i++) out[i] = (V)_mm512_scalef_ps((__m512)r[i], (__m512)rounded[i]);
 }
 static inline V reciprocal(V x) {
@@ -95,15 +97,12 @@ static inline V reciprocal(V x) {
   return r * (1.f - x * r) + r;  // one Newton step
 }
 #elif defined(__AVX2__)
-struct Polynomial { float k, m, n, q, c; };
-constexpr Polynomial CUBIC = {1.44413908f, 6.23629738f, 6.00555578f, 0.f, 0.0554832785f};
-constexpr Polynomial QUARTIC = {1.4438232f, 12.4764975f, 24.0222368f, 38.9645007f, 0.00961512103f};
-template <Digits DIGITS> struct Quarters {
-  static constexpr Polynomial P = DIGITS == ALL ? QUARTIC : CUBIC;
+struct { float k, m, n, q, c; } constexpr QUARTIC = {1.4438232f, 12.4764975f, 24.0222368f, 38.9645007f, 0.00961512103f};
+struct Table {
   alignas(32) float p[8];
-  Quarters() {
+  Table() {
     for (int i = 0; i < 8; i++) {
-      const float power = P.c * std::exp2(i % 4 / 4.f);
+      const float power = QUARTIC.c * std::exp2(i % 4 / 4.f);
       int32_t bits;
       std::memcpy(&bits, &power, sizeof bits);
       bits -= i % 4 << 21;  // what the shift below leaves of i in the fraction's bits
@@ -111,10 +110,9 @@ template <Digits DIGITS> struct Quarters {
     }
   }
 };
-template <Digits DIGITS> static const Quarters<DIGITS> QUARTERS;
-template <Digits DIGITS, int N, bool FAR = false, class A>
+static const Table TABLE;
+template <int N, bool FAR = false, class A>
 static inline void exp2_products(A a, const V *x, V *out) {
-  constexpr Polynomial P = Quarters<DIGITS>::P;
   constexpr float MAGIC = 12582912.f / 4;  // 1.5 * 2^23 / 4: adding it rounds; the low bits then count the quarters
   V shifted[N], y[N];
   for (int i = 0; i < N; i++) {
@@ -122,14 +120,13 @@ static inline void exp2_products(A a, const V *x, V *out) {
     if (FAR) shifted[i] = vmax(splat(MAGIC + LOWEST), shifted[i]);
   }
   for (int i = 0; i < N; i++) {
-    y[i] = a * x[i] - (shifted[i] - MAGIC) + P.k;
-    if (FAR) y[i] = vmax(splat(P.k - 0.125f), y[i]);
+    y[i] = a * x[i] - (shifted[i] - MAGIC) + QUARTIC.k;
+    if (FAR) y[i] = vmax(splat(QUARTIC.k - 0.125f), y[i]);
   }
   for (int i = 0; i < N; i++) {
-    V table = (V)_mm256_permutevar_ps(_mm256_load_ps(QUARTERS<DIGITS>.p), (__m256i)shifted[i]);
-    V power = (V)((I)table + ((I)shifted[i] << 21)), p = (y[i] * y[i] + P.m) * y[i] + P.n;
-    if (DIGITS == ALL) p = p * y[i] + P.q;
-    out[i] = p * power;
+    V table = (V)_mm256_permutevar_ps(_mm256_load_ps(TABLE.p), (__m256i)shifted[i]);
+    V power = (V)((I)table + ((I)shifted[i] << 21));
+    out[i] = (((y[i] * y[i] + QUARTIC.m) * y[i] + QUARTIC.n) * y[i] + QUARTIC.q) * power;
   }
 }
 static inline V reciprocal(V x) {
@@ -137,7 +134,7 @@ static inline V reciprocal(V x) {
   return r * (1.f - x * r) + r;  // one Newton step
 }
 #else
-template <Digits DIGITS, int N, bool FAR = false, class A>
+template <int N, bool FAR = false, class A>
 static inline void exp2_products(A a, const V *x, V *out) {
   const V magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to the nearest integer
   for (int i = 0; i < N; i++) {
@@ -154,24 +151,61 @@ static inline void exp2_products(A a, const V *x, V *out) {
 }
 static inline V reciprocal(V x) { return 1.f / x; }
 #endif
+
+// out = known 2^(a (x - x known)), N at a time, known being 2^(a x known): DEGREE + 1 operations instead of the 6 to 12
+// above, where x is close. y: (x - x known) * MINIMAX<DEGREE>.scale. Up to |a (x - x known)| = MINIMAX<DEGREE>.reach, a
+// minimax polynomial of that degree has an error of 2e-7. It is v^DEGREE + c_0 v^(DEGREE - 2) + c_1 v^(DEGREE - 3) + …
+// in v = a y + shift: scale and shift leave nothing to multiply the highest power by, and no second highest.
+struct Minimax { float reach, scale, shift, c[5]; };
+template <int DEGREE> constexpr Minimax MINIMAX = {};
+template <> constexpr Minimax MINIMAX<2> = {0.02433f, 0.490124713f, 0.70713822f, {0.49995554f}};
+template <> constexpr Minimax MINIMAX<3> = {0.1135f, 0.381414194f, 0.550719066f, {0.907434629f, 0.333229842f}};
+template <> constexpr Minimax MINIMAX<4> = {
+    0.2993f, 0.313024169f, 0.453623555f, {1.21706947f, 0.73678706f, 0.372991269f}};
+template <> constexpr Minimax MINIMAX<6> = {
+    0.977f, 0.230975215f, 0.344368051f, {1.60229942f, 1.47949919f, 1.62331693f, 1.0657698f, 0.355852969f}};
+template <int DEGREE, int N> static inline void powers_near(const float *known, float a, const V *y, V *out) {
+  constexpr Minimax P = MINIMAX<DEGREE>;
+  V v[N], p[N];
+  for (int i = 0; i < N; i++) v[i] = a * y[i] + P.shift;
+  for (int i = 0; i < N; i++) p[i] = v[i] * v[i] + P.c[0];
+  for (int k = 1; k < DEGREE - 1; k++)
+    for (int i = 0; i < N; i++) p[i] = p[i] * v[i] + P.c[k];
+  for (int i = 0; i < N; i++) out[i] = p[i] * known[i];
+}
+
 constexpr float LOG2E = 1.44269504f;
 template <int N> static inline void sigmoids(const V *x, V *out) {
   V e[N];
   for (int i = 0; i < N; i++) e[i] = vmax(splat(-79.f), vmin(splat(79.f), x[i]));
-  exp2_products<MOST, N>(-LOG2E, e, e);  // e^-x
+  exp2_products<N>(-LOG2E, e, e);  // e^-x
   for (int i = 0; i < N; i++) out[i] = reciprocal(1.f + e[i]);
 }
 
 // log(1 + e^x), and its derivative, the sigmoid. With e = e^-|x|: log(1 + e), e in [0, 1], is e times a minimax
-// polynomial, error 4e-7.
+// polynomial, error 3e-8. Where all x are so low that e is in [0, 0.2], a shorter one does, error 7e-8: the steps Δ of a
+// Mamba begin between 0.001 and 0.1.
 template <int N, bool SLOPE> static inline void softpluses(const V *x, V *out, V *slope) {
-  constexpr float C[] = {-8.670089766e-3f, 4.452687129e-2f, -1.082521006e-1f, 1.778191030e-1f,
-                         -2.450748533e-1f, 3.327734172e-1f, -4.999751151e-1f, 9.999998212e-1f};
-  V e[N], p[N];
-  for (int i = 0; i < N; i++) e[i] = vmax(splat(-79.f), (V)((I)x[i] | INT32_MIN)), p[i] = splat(C[0]);
-  exp2_products<MOST, N>(LOG2E, e, e);
-  for (int k = 1; k < 8; k++)
-    for (int i = 0; i < N; i++) p[i] = p[i] * e[i] + C[k];
+  constexpr float LOW[] = {0.135555684f, -0.239698414f, 0.332629516f, -0.499982846f, 0.999999932f};
+  constexpr float ANY[] = {0.0052326943f, -0.0295052389f, 0.0782259521f, -0.136632458f, 0.191060068f,
+                           -0.248429822f, 0.333190968f,   -0.499994931f, 0.99999997f};
+  V e[N], p[N], most = x[0];
+  for (int i = 1; i < N; i++) most = vmax(x[i], most);
+  if (all_less(most, -1.61f)) {
+    for (int i = 0; i < N; i++) e[i] = vmax(splat(-79.f), x[i]), p[i] = splat(LOW[0]);
+    exp2_products<N>(LOG2E, e, e);
+    for (int k = 1; k < 5; k++)
+      for (int i = 0; i < N; i++) p[i] = p[i] * e[i] + LOW[k];
+    for (int i = 0; i < N; i++) {
+      if (SLOPE) slope[i] = e[i] * reciprocal(1.f + e[i]);
+      out[i] = p[i] * e[i];
+    }
+    return;
+  }
+  for (int i = 0; i < N; i++) e[i] = vmax(splat(-79.f), (V)((I)x[i] | INT32_MIN)), p[i] = splat(ANY[0]);
+  exp2_products<N>(LOG2E, e, e);
+  for (int k = 1; k < 9; k++)
+    for (int i = 0; i < N; i++) p[i] = p[i] * e[i] + ANY[k];
   for (int i = 0; i < N; i++) {
     if (SLOPE) {
       V r = reciprocal(1.f + e[i]);
@@ -233,14 +267,31 @@ static inline void add(float *p, V v) { store(p, load(p) + v); }
 // same to all of them. A block's intermediate values (x and its slope, [d, L], 80 KB at the paper's size and W = 16)
 // stay in the L2 cache; main memory sees the L input tokens, one output, and L input gradients a sequence.
 //
-// Per sequence, with d channels, n states a channel, L tokens and a convolution of k >= L, forward: (L - 1) d n
-// exponentials (4 multiplications or multiply-adds each with AVX-512, else 5) and as many multiply-adds of the scan;
-// (L (n + 1) + n) d of the projections and L (L + 1) / 2 d of the convolution; L d times silu and softplus (20 or 22
-// for the two). Of the last three, where sequences begin with the same token, its part is found once for all. Backward:
-// all of it again, 3 more for each exponential of the scan, 4 for each silu and softplus, and twice the projections'
-// and the convolution's, for x or the tokens and for the weights.
+// The powers 2^(A2 S) of the scan are found from known ones. The steps Δ = softplus(dt_w dt + dt_b) depend little on the
+// sequence, as dt is small, so S is close to the S̄ of another sequence, the centre: the one that begins with the same
+// token and continues with zeros. 2^(A2 S̄), [d, n, L - 1], is computed once for all sequences that begin alike, a layer's
+// weights; a polynomial of low degree does the rest, 2^(A2 (S - S̄)). Its degree is chosen channel by channel, for the
+// sequence of the block that is farthest from the centre; beyond the last degree the power is computed by itself.
+//
+// Per sequence, with d channels, n states a channel, L tokens and a convolution of k >= L, forward: (L - 1) d n powers
+// (degree + 1 multiplications or multiply-adds each, 3 at least; in a new net mostly 3 or 4) and as many multiply-adds
+// of the scan; (L (n + 1) + n) d of the projections and L (L + 1) / 2 d of the convolution; L d times silu and softplus
+// (17 for the two with AVX-512, else 21; 4 more where Δ > 0.18). Of the last three, where sequences begin with the same
+// token, its part is found once for all. Backward: all of it again, 3 more for each power of the scan, 4 for each silu
+// and softplus, and twice the projections' and the convolution's, for x or the tokens and for the weights.
 
 constexpr int L = TOKENS;
+
+// The sequence token0, 0, 0, …
+struct Centre {
+  float token0;
+  bool found = false;
+  Array S, powers;  // [d, L - 1]: S̄; [d, n, L - 1]: 2^(A2 S̄)
+  Array unit;       // [d]: |S - S̄| where the channel's largest exponent, A2 (S - S̄), is 1
+  explicit Centre(const Params &P) : S(P.d * (L - 1)), powers(P.d * P.n * (L - 1)), unit(P.d) {
+    for (int64_t c = 0; c < P.d; c++) unit[c] = -1.f / *std::min_element(P.A2 + c * P.n, P.A2 + (c + 1) * P.n);
+  }
+};
 
 // What one block of W sequences needs besides the parameters; all [.., W], in the L1 and L2 caches.
 struct Work {
@@ -256,50 +307,92 @@ struct Work {
         BC(n * L * W), sumBC(W), dx(d * L * W), ddtB((1 + n) * L * W), dC(n * W), dBC(n * L * W) {}
 };
 
-// The projections are small matrix products. They run in tiles that keep two dozen sums in registers (a dozen where
-// there are 16 registers), because a processor multiplies faster than it loads.
-constexpr int SUMS = W == 16 ? 24 : 12, TILE = L > SUMS ? 1 : SUMS / L > 8 ? 8 : SUMS / L;
+// The projections are small matrix products. They run in tiles of T tokens and ROWS rows (or channels), which keep two
+// dozen sums in registers (a dozen where there are 16 registers), because a processor multiplies faster than it loads.
+constexpr int SUMS = W == 16 ? 24 : 12;
+template <int T> constexpr int TILE = T > SUMS ? 1 : SUMS / T > 8 ? 8 : SUMS / T;
 
-// The last T tokens of out [rows, TO] = those of x [d, L], times `rows` columns of xproj [d, stride] from `weight` on.
-template <int ROWS, int T, int TO>
-static void project_tile(const float *weight, int64_t stride, int64_t d, const float *x, float *out) {
+// T tokens of out [rows, stride_out] = those of x [d, L], times `rows` columns of xproj [d, stride] from `weight` on.
+template <int ROWS, int T>
+static void project_tile(const float *weight, int64_t stride, int64_t d, const float *x, float *out, int stride_out) {
   V sum[ROWS][T];
   for (int r = 0; r < ROWS; r++)
     for (int t = 0; t < T; t++) sum[r][t] = splat(0.f);
   for (int64_t c = 0; c < d; c++, weight += stride, x += L * W)
     for (int t = 0; t < T; t++) {
-      V v = load(x + (L - T + t) * W);
+      V v = load(x + t * W);
       for (int r = 0; r < ROWS; r++) sum[r][t] += weight[r] * v;
     }
   for (int r = 0; r < ROWS; r++)
-    for (int t = 0; t < T; t++) store(out + (r * TO + TO - T + t) * W, sum[r][t]);
+    for (int t = 0; t < T; t++) store(out + (r * stride_out + t) * W, sum[r][t]);
 }
-template <int ROWS, int T, int TO>
-static void project_rows(const float *weight, int64_t rows, int64_t stride, int64_t d, const float *x, float *out) {
+template <int T>
+static void project_rows(const float *weight, int64_t rows, int64_t stride, int64_t d, const float *x, float *out,
+                         int stride_out) {
   int64_t r = 0;
-  for (; r + ROWS <= rows; r += ROWS) project_tile<ROWS, T, TO>(weight + r, stride, d, x, out + r * TO * W);
-  for (; r < rows; r++) project_tile<1, T, TO>(weight + r, stride, d, x, out + r * TO * W);
+  for (; r + TILE<T> <= rows; r += TILE<T>)
+    project_tile<TILE<T>, T>(weight + r, stride, d, x, out + r * stride_out * W, stride_out);
+  for (; r < rows; r++) project_tile<1, T>(weight + r, stride, d, x, out + r * stride_out * W, stride_out);
 }
 
-// x_t = silu(conv), tokens from FROM on, all channels; its projections dt_t, B_t, C_L; Δ_t. SLOPE: the derivatives too.
-template <bool SLOPE, int FROM> static void project_from(const Params &P, const V *u, Work &w) {
-  const int64_t d = P.d, n = P.n, K = P.k, stride = 1 + 2 * n;
-  V a[L], g[L], slope[L];
+// Of tokens [FROM, TO), all channels: x_t = silu(conv); its projections dt_t, B_t; Δ_t. SLOPE: the derivatives too.
+template <bool SLOPE, int FROM, int TO>
+static inline void project_tokens(const Params &P, const V *u, Work &w) {
+  const int64_t d = P.d, n = P.n, K = P.k;
+  constexpr int N = TO - FROM;
+  V a[N], g[N], slope[N];
   for (int64_t c = 0; c < d; c++) {
     const float *conv = P.conv + c * K;
-    for (int t = FROM; t < L; t++) {
-      a[t] = splat(P.conv_b[c]);
-      for (int s = t; s >= 0 && t - s < K; s--) a[t] += conv[K - 1 - (t - s)] * u[s];
+    for (int i = 0, t = FROM; i < N; i++, t++) {
+      a[i] = splat(P.conv_b[c]);
+      for (int s = t; s >= 0 && t - s < K; s--) a[i] += conv[K - 1 - (t - s)] * u[s];
     }
-    sigmoids<L - FROM>(a + FROM, g + FROM);
-    for (int t = FROM; t < L; t++) {
-      V x = a[t] * g[t];
+    sigmoids<N>(a, g);
+    for (int i = 0, t = FROM; i < N; i++, t++) {
+      V x = a[i] * g[i];
       store(w.x + (c * L + t) * W, x);
-      if (SLOPE) store(w.slope + (c * L + t) * W, g[t] + x * (1.f - g[t]));
+      if (SLOPE) store(w.slope + (c * L + t) * W, g[i] + x * (1.f - g[i]));
     }
   }
-  project_rows<TILE, L - FROM, L>(P.xproj, 1 + n, stride, d, w.x, w.dtB);
-  project_rows<8, 1, 1>(P.xproj + 1 + n, n, stride, d, w.x, w.C);
+  project_rows<N>(P.xproj, 1 + n, 1 + 2 * n, d, w.x + FROM * W, w.dtB + FROM * W, L);
+  for (int64_t c = 0; c < d; c++) {
+    for (int i = 0; i < N; i++) a[i] = P.dt_w[c] * load(w.dtB + (FROM + i) * W) + P.dt_b[c];
+    softpluses<N, SLOPE>(a, g, slope);
+    for (int i = 0, t = FROM; i < N; i++, t++) {
+      store(w.delta + (c * L + t) * W, g[i]);
+      if (SLOPE) store(w.dslope + (c * L + t) * W, slope[i]);
+    }
+  }
+}
+
+// Overwrites w.
+static void find_centre(const Params &P, float token0, Work &w, Centre &centre) {
+  const V tokens[L] = {splat(token0)};
+  w.filled = false;
+  if constexpr (L > 1) project_tokens<false, 1, L>(P, tokens, w);
+  for (int64_t c = 0; c < P.d; c++) {
+    float S = 0.f;
+    for (int t = L - 2; t >= 0; t--) {
+      centre.S[c * (L - 1) + t] = S = std::min(1e18f, S + w.delta[(c * L + t + 1) * W]);
+      for (int64_t r = c * P.n; r < (c + 1) * P.n; r++) centre.powers[r * (L - 1) + t] = std::exp2(P.A2[r] * S);
+    }
+  }
+  centre.token0 = token0, centre.found = true;
+}
+
+// Of a block: x, dt, B, C, B C and Δ. Where its sequences begin with the same tokens as those of the block before, as
+// one layer's weights do (with the layer embedding), what was found for these is kept. If they do not begin alike, their
+// centre begins with 0: a block's bits do not depend on other blocks.
+template <bool SLOPE> static void project(const Params &P, const V *u, Work &w, Centre &centre) {
+  const int64_t n = P.n;
+  bool alike = L > 1;
+  for (int i = 1; i < W; i++) alike &= u[0][i] == u[0][0];
+  const float token0 = alike ? u[0][0] : 0.f;
+  if (!centre.found || centre.token0 != token0) find_centre(P, token0, w, centre);
+  if (!w.filled || std::memcmp(&u[0], &w.token0, sizeof(V))) project_tokens<SLOPE, 0, 1>(P, u, w);
+  w.token0 = u[0], w.filled = true;
+  if constexpr (L > 1) project_tokens<SLOPE, 1, L>(P, u, w);
+  project_rows<1>(P.xproj + 1 + n, n, 1 + 2 * n, P.d, w.x + (L - 1) * W, w.C, 1);
   V sum = splat(0.f);
   for (int64_t r = 0; r < n; r++) {
     V C = load(w.C + r * W);
@@ -307,22 +400,24 @@ template <bool SLOPE, int FROM> static void project_from(const Params &P, const 
     sum += load(w.BC + (r * L + L - 1) * W);
   }
   store(w.sumBC, sum);
-  for (int64_t c = 0; c < d; c++) {
-    for (int t = FROM; t < L; t++) a[t] = P.dt_w[c] * load(w.dtB + t * W) + P.dt_b[c];
-    softpluses<L - FROM, SLOPE>(a + FROM, g + FROM, slope + FROM);
-    for (int t = FROM; t < L; t++) {
-      store(w.delta + (c * L + t) * W, g[t]);
-      if (SLOPE) store(w.dslope + (c * L + t) * W, slope[t]);
-    }
-  }
 }
 
-// A block whose sequences begin with the same tokens as the block before, as those of one layer's weights do (with the
-// layer embedding), keeps what has been found for them.
-template <bool SLOPE> static void project(const Params &P, const V *u, Work &w) {
-  const bool known = L > 1 && w.filled && !std::memcmp(&u[0], &w.token0, sizeof(V));
-  known ? project_from<SLOPE, L != 1>(P, u, w) : project_from<SLOPE, 0>(P, u, w);
-  w.token0 = u[0], w.filled = true;
+// scan(powers), for channel c; powers(r, E) gives E_t = 2^(A2_cr S_t), t < L - 1. Compiled for each way to find them.
+template <class Scan>
+static inline void scan_with_powers(const Params &P, const Centre &centre, int64_t c, const V *S, Scan scan) {
+  const float *A = P.A2 + c * P.n, *S_centre = centre.S + c * (L - 1), *known = centre.powers + c * P.n * (L - 1);
+  const float unit = centre.unit[c];
+  V y[L], far = splat(0.f);
+  for (int t = 0; t < L - 1; t++) y[t] = S[t] - S_centre[t], far = vmax((V)((I)y[t] & INT32_MAX), far);
+  auto near = [&](auto degree) {
+    for (int t = 0; t < L - 1; t++) y[t] *= MINIMAX<degree.value>.scale;
+    scan([&](int64_t r, V *E) { powers_near<degree.value, L - 1>(known + r * (L - 1), A[r], y, E); });
+  };
+  if (all_less(far, MINIMAX<2>.reach * unit)) return near(std::integral_constant<int, 2>());
+  if (all_less(far, MINIMAX<3>.reach * unit)) return near(std::integral_constant<int, 3>());
+  if (all_less(far, MINIMAX<4>.reach * unit)) return near(std::integral_constant<int, 4>());
+  if (W < 16 && all_less(far, MINIMAX<6>.reach * unit)) return near(std::integral_constant<int, 6>());
+  scan([&](int64_t r, V *E) { exp2_products<L - 1, true>(A[r], S, E); });
 }
 
 // The way back for TILED channels from c on: dx [.., L] += xproj (ddt, dB, dC), and g [.., 1 + 2n] += xproj's gradient.
@@ -368,32 +463,18 @@ static void load_tokens(const float *u, int64_t rows, int64_t first, V *out) {  
   }
 }
 
-// scan(FAR), FAR being whether a lane of S is beyond `near`: with AVX2 only, as elsewhere exp2_products does not care.
-// FAR does not change the bits of the lanes that are not beyond, so a row's do not depend on the rows beside it.
-template <class Scan> static inline void scan_by_reach([[maybe_unused]] V S, [[maybe_unused]] float near, Scan scan) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  if (_mm256_movemask_ps((__m256)(S > near))) return scan(std::true_type());
-#endif
-  scan(std::false_type());
-}
-// [d]: up to which S the exponents A2 S of a channel are at least LOWEST.
-static std::vector<float> nears(const Params &P) {
-  std::vector<float> near(P.d);
-  for (int64_t c = 0; c < P.d; c++) near[c] = LOWEST / *std::min_element(P.A2 + c * P.n, P.A2 + (c + 1) * P.n);
-  return near;
-}
-
 // u [L, rows] -> y [rows].
 extern "C" void mamba_last_forward(const Params *params, int64_t rows, const float *u, float *y, int threads) {
   const Params &P = *params;
-  const int64_t d = P.d, n = P.n, blocks = (rows + W - 1) / W;
-  const std::vector<float> near = nears(P);
+  const int64_t blocks = (rows + W - 1) / W;
   on_threads(threads, blocks, [&](int, int64_t first, int64_t last) {
+    const int64_t d = P.d, n = P.n;  // in registers; what P points to, every store might change
     Work w(d, n);
+    Centre centre(P);
     for (int64_t b = first; b < last; b++) {
       V tok[L];
       load_tokens(u, rows, b * W, tok);
-      project<false>(P, tok, w);
+      project<false>(P, tok, w, centre);
       V total = splat(0.f);
       for (int64_t c = 0; c < d; c++) {
         V delta[L], S[L], acc[L];
@@ -403,11 +484,10 @@ extern "C" void mamba_last_forward(const Params *params, int64_t rows, const flo
         }
         S[L - 1] = splat(0.f);
         for (int t = L - 2; t >= 0; t--) S[t] = vmin(splat(1e18f), S[t + 1] + delta[t + 1]);  // A S stays finite
-        const float *A = P.A2 + c * n;
-        scan_by_reach(S[0], near[c], [&](auto far) {
+        scan_with_powers(P, centre, c, S, [&](auto powers) {
           for (int64_t r = 0; r < n; r++) {
             V E[L];
-            exp2_products<SIX, L - 1, far.value>(A[r], S, E);
+            powers(r, E);
             for (int t = 0; t < L - 1; t++) acc[t] += E[t] * load(w.BC + (r * L + t) * W);
           }
         });
@@ -431,10 +511,11 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
   const Params &P = *params;
   const int64_t d = P.d, n = P.n, K = P.k, blocks = (rows + W - 1) / W;
   const int64_t size = d * K + d + d + d * (1 + 2 * n) + d + d + d * n + d + d;
-  const std::vector<float> near = nears(P);
   Array parts(threads * size * W);  // each thread's sums, lane by lane; added up in order at the end
   on_threads(threads, blocks, [&](int thread, int64_t first, int64_t last) {
+    const int64_t d = P.d, n = P.n, K = P.k;
     Work w(d, n);
+    Centre centre(P);
     float *g_conv = parts + thread * size * W, *g_conv_b = g_conv + d * K * W, *g_in_z = g_conv_b + d * W,
           *g_xproj = g_in_z + d * W, *g_dt_w = g_xproj + d * (1 + 2 * n) * W, *g_dt_b = g_dt_w + d * W,
           *g_A = g_dt_b + d * W, *g_D = g_A + d * n * W, *g_out = g_D + d * W;
@@ -446,7 +527,7 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
         std::memcpy(lane, gy + b * W, std::min<int64_t>(rows - b * W, W) * sizeof(float));
         go = load(lane);
       }
-      project<true>(P, tok, w);
+      project<true>(P, tok, w, centre);
       for (int t = 0; t < L; t++) dtok[t] = splat(0.f);
       std::memset(w.ddtB, 0, L * W * sizeof(float));
       std::memset(w.dBC, 0, L * n * W * sizeof(float));
@@ -464,10 +545,10 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
         for (int t = L - 2; t >= 0; t--) S[t] = vmin(splat(1e18f), S[t + 1] + delta[t + 1]);  // A S stays finite
         for (int t = 0; t < L; t++) cc[t] = dy * delta[t] * x[t], cS[t] = cc[t] * S[t];
         const float *A = P.A2 + c * n;
-        scan_by_reach(S[0], near[c], [&](auto far) {
+        scan_with_powers(P, centre, c, S, [&](auto powers) {
           for (int64_t r = 0; r < n; r++) {
             V E[L], dA = splat(0.f);
-            exp2_products<SIX, L - 1, far.value>(A[r], S, E);
+            powers(r, E);
             for (int t = 0; t < L - 1; t++) add(w.dBC + (r * L + t) * W, cc[t] * E[t]);
             for (int t = 0; t < L - 1; t++) {
               V q = E[t] * load(w.BC + (r * L + t) * W);
@@ -517,7 +598,7 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
         store(w.dC + r * W, dC);
       }
       int64_t c = 0;
-      for (; c + TILE <= d; c += TILE) project_back<TILE>(P, c, w, g_xproj);
+      for (; c + TILE<L> <= d; c += TILE<L>) project_back<TILE<L>>(P, c, w, g_xproj);
       for (; c < d; c++) project_back<1>(P, c, w, g_xproj);
       for (c = 0; c < d; c++) {
         const float *conv = P.conv + c * K;
@@ -578,7 +659,7 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
 // chunk's start (1/T of all h), with E and h in the L1 cache; at once their adjoint; at last from x down to the
 // parameters.
 //
-// Per token, channel and state: forward an exponential (4 multiply-adds for a small exponent, else 7 operations) and 3
+// Per token, channel and state: forward an exponential (4 multiply-adds for a small exponent, else 6 with AVX2) and 3
 // multiply-adds, backward the exponential and 11. Per token and channel besides, forward: 2n + 1 multiply-adds of the
 // projections, k of the convolution, silu twice, a softplus; backward all of that, the projections' twice more and the
 // convolution's once. Main memory sees 4 bytes a token and output, and 4 d n / T of h, written once and read once.
@@ -712,7 +793,7 @@ template <Reach REACH> struct Decay {
   V operator()(V delta) const {
     if (REACH == NEAR) return (((c[4] * delta + c[3]) * delta + c[2]) * delta + c[1]) * delta;
     V E;
-    exp2_products<ALL, 1, REACH == FAR>(a, &delta, &E);
+    exp2_products<1, REACH == FAR>(a, &delta, &E);
     return E;
   }
 };

@@ -1,6 +1,8 @@
 """The fused scans against float64 (golden vectors, the recurrence by the book), extreme inputs, and no compiler."""
 
 import math
+import os
+import shutil
 import subprocess
 import sys
 
@@ -16,7 +18,8 @@ from hypernet import FSG, SlowMamba
 from models import binarize_, binary_layers
 
 problem = selective_scan.why_not(torch.device("cpu"), torch.float32, 6)
-pytestmark = pytest.mark.skipif(problem is not None, reason=str(problem))
+compiler = shutil.which(os.environ.get("CXX", "c++"))  # where there is one, a problem is a failure
+pytestmark = pytest.mark.skipif(problem is not None and not compiler, reason=str(problem))
 
 
 # What `last` must do, for test_triton.py too.
@@ -141,19 +144,41 @@ def test_the_same_first_token_in_a_row_of_blocks():
         mine = u[rows].detach().requires_grad_()
         y = net.last(mine)
         found.append((y, *torch.autograd.grad(y, mine, v[rows])))
-    assert all(torch.equal(a[order], b) for a, b in zip(*found, strict=True))
+    assert all(relative(b, a[order]) < 1e-6 for a, b in zip(*found, strict=True))
     u = u.detach().clone()
     u[:32, 0] = torch.nan
     y = net.last(u)
     assert y[:32].isnan().all() and torch.equal(y[32:], found[0][0][32:])
 
 
-def test_a_row_does_not_depend_on_the_rows_beside_it():
-    """Rows whose states decay to 2^-60 at most, and in the same blocks others beyond the exponents of float32."""
+def exponents(net, u):
+    """[rows, d]: how far S is from the S̄ of the sequence that begins with the same token and goes on with zeros, as the
+    largest exponent of 2 in 2^(A (S − S̄)), of all states and tokens."""
+    zeros = torch.zeros_like(u)
+    zeros[:, 0] = u[:, 0]
+    S, centre = (net.project(v)[1].flip(1).cumsum(1)[:, :-1] for v in (u, zeros))  # [rows, L - 1, d]
+    return (S - centre).abs().amax(1) * net.A_log.exp().amax(1) / math.log(2)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 0.03, 0.3, 1.0, 3.0, 10.0, 30.0])
+def test_near_and_far_from_the_sequence_without_gradients(scale):
+    """Decays are found from that sequence's, the better the nearer; their number of terms must not show."""
+    net = fused(30, 16, 8, 0)
+    u, v = torch.randn(100, 6, 1) * scale, torch.randn(100)
+    u[:, 0] = torch.tensor([0.3, -2.0]).repeat_interleave(50)[:, None]
+    far = exponents(net, u).amax(1)
+    assert far.max() < 0.033 if scale <= 0.03 else far.max() > 2 if scale >= 3 else 0.1 < far.max() < 1.1
+    check(net, u, v)
+
+
+@pytest.mark.parametrize("bias", [-4.0, -1.0])
+def test_the_rows_beside_it_change_a_row_in_its_last_digits_only(bias):
+    """Ordinary rows, and in the same blocks others that are far from them, whose decays are beyond the exponents of
+    float32."""
     net = fused(12, 16, 8, 0)
     net.x_proj.weight.data[0].abs_()  # dt > 0 where the input is large
     net.dt_proj.weight.data.fill_(1.0)
-    net.dt_proj.bias.data.fill_(-1.0)
+    net.dt_proj.bias.data.fill_(bias)
     u, v = torch.randn(64, 6, 1), torch.randn(64)
     beside = u.clone()
     beside[1::2] *= 100
@@ -164,14 +189,15 @@ def test_a_row_does_not_depend_on_the_rows_beside_it():
         return y[::2], torch.autograd.grad(y, u, v)[0][::2]
 
     decay = lambda u: net.project(u)[1][:, 1:].sum(1) * net.A_log[0, -1].exp() / math.log(2)  # [rows, d]
-    assert decay(u).max() < 60 and (decay(beside).amax(1) > 500).sum() > 16
-    assert all(torch.equal(a, b) for a, b in zip(found(u), found(beside), strict=True))
+    assert decay(u).max() < 60 and (decay(beside).amax(1) > 500).sum() > 8
+    assert all(relative(a, b) < 1e-6 for a, b in zip(found(u), found(beside), strict=True))
     check(net, beside, v)
 
 
 def test_two_runs_give_the_same_bits_and_threads_only_reorder_sums():
     net = fused(20, 16, 8, 0)
     u, v = torch.randn(5000, 6, 1), torch.randn(5000)
+    u[1000:, 0] = 3.0
     threads = torch.get_num_threads()
     found = {}
     try:
