@@ -56,8 +56,9 @@ static inline bool all_less(V a, float b) {  // in every lane
 #endif
 }
 
-// out = 2^(a x), N at a time, stage by stage: each stage waits for the one before, but not for its neighbours. A relative
-// error of 2e-7 to 4e-7, which is rounding, of either sign: it averages out where decays of many tokens multiply up.
+// out = 2^(a x), N at a time, stage by stage: each stage waits for the one before, but not for its neighbours. A
+// relative error of 2e-7 to 4e-7, which is rounding, of either sign: it averages out where decays of many tokens
+// multiply up.
 //
 // AVX-512: a x is rounded to STEPS parts of one, whose fractional part two registers look up and whose integer part
 // scalef applies. For the rest r, a parabola does: c ((r + k)^2 + m). The square is completed with k = 23/16, so that k
@@ -82,7 +83,7 @@ struct Table {
 static const Table TABLE;
 template <int N, bool FAR = false, class A>
 static inline void exp2_products(A a, const V *x, V *out) {
-  constexpr float MAGIC = 12582912.f / STEPS;  // 1.5 * 2^23 / STEPS: adding it rounds; the low bits then count the steps
+  constexpr float MAGIC = 12582912.f / STEPS;  // 1.5 * 2^23 / STEPS: adding it rounds; the low bits then count steps
   V shifted[N], rounded[N], r[N];              // r: of the formula, plus k
   for (int i = 0; i < N; i++) shifted[i] = a * x[i] + MAGIC;
   for (int i = 0; i < N; i++) rounded[i] = shifted[i] - (MAGIC + PARABOLA_K);
@@ -183,8 +184,8 @@ template <int N> static inline void sigmoids(const V *x, V *out) {
 }
 
 // log(1 + e^x), and its derivative, the sigmoid. With e = e^-|x|: log(1 + e), e in [0, 1], is e times a minimax
-// polynomial, error 3e-8. Where all x are so low that e is in [0, 0.2], a shorter one does, error 7e-8: the steps Δ of a
-// Mamba begin between 0.001 and 0.1.
+// polynomial, error 3e-8. Where all x are so low that e is in [0, 0.2], a shorter one does, error 7e-8: the steps Δ of
+// a Mamba begin between 0.001 and 0.1.
 template <int N, bool SLOPE> static inline void softpluses(const V *x, V *out, V *slope) {
   constexpr float LOW[] = {0.135555684f, -0.239698414f, 0.332629516f, -0.499982846f, 0.999999932f};
   constexpr float ANY[] = {0.0052326943f, -0.0295052389f, 0.0782259521f, -0.136632458f, 0.191060068f,
@@ -267,11 +268,12 @@ static inline void add(float *p, V v) { store(p, load(p) + v); }
 // same to all of them. A block's intermediate values (x and its slope, [d, L], 80 KB at the paper's size and W = 16)
 // stay in the L2 cache; main memory sees the L input tokens, one output, and L input gradients a sequence.
 //
-// The powers 2^(A2 S) of the scan are found from known ones. The steps Δ = softplus(dt_w dt + dt_b) depend little on the
-// sequence, as dt is small, so S is close to the S̄ of another sequence, the centre: the one that begins with the same
-// token and continues with zeros. 2^(A2 S̄), [d, n, L - 1], is computed once for all sequences that begin alike, a layer's
-// weights; a polynomial of low degree does the rest, 2^(A2 (S - S̄)). Its degree is chosen channel by channel, for the
-// sequence of the block that is farthest from the centre; beyond the last degree the power is computed by itself.
+// The powers 2^(A2 S) of the scan are found from known ones. The steps Δ = softplus(dt_w dt + dt_b) depend little on
+// the sequence, as dt is small, so S is close to the S̄ of another sequence, the centre: the one that begins with the
+// same token and continues with zeros. 2^(A2 S̄), [d, n, L - 1], is computed once for all sequences that begin alike, a
+// layer's weights; a polynomial of low degree does the rest, 2^(A2 (S - S̄)). Its degree is chosen channel by channel,
+// for the sequence of the block that is farthest from the centre; beyond the last degree the power is computed by
+// itself.
 //
 // Per sequence, with d channels, n states a channel, L tokens and a convolution of k >= L, forward: (L - 1) d n powers
 // (degree + 1 multiplications or multiply-adds each, 3 at least; in a new net mostly 3 or 4) and as many multiply-adds
@@ -381,8 +383,8 @@ static void find_centre(const Params &P, float token0, Work &w, Centre &centre) 
 }
 
 // Of a block: x, dt, B, C, B C and Δ. Where its sequences begin with the same tokens as those of the block before, as
-// one layer's weights do (with the layer embedding), what was found for these is kept. If they do not begin alike, their
-// centre begins with 0: a block's bits do not depend on other blocks.
+// one layer's weights do (with the layer embedding), what was found for these is kept. If they do not begin alike,
+// their centre begins with 0: a block's bits do not depend on other blocks.
 template <bool SLOPE> static void project(const Params &P, const V *u, Work &w, Centre &centre) {
   const int64_t n = P.n;
   bool alike = L > 1;
