@@ -8,9 +8,10 @@
     python bench.py scale                                       # a generator shared by 1, 2 and 4 processes, on CPUs
 
 The variants run in turn, one step each, round after round, so that a machine whose speed drifts slows all of them
-alike. Given are medians, and the median of the ratio to the first row's (`ste`, `fused`) within a round. `plain` is the
-same network made of ordinary nn.Conv2d layers; `ste` − `plain` is therefore what binary weights cost. Memory is what
-one more step takes at its peak, on top of what is held between steps. Results also go to a JSON file.
+alike (scan: those of one layout, then those of the next). Given are medians, and the median of the ratio to the first
+row's (`ste`, `fused`) within a round. `plain` is the same network made of ordinary nn.Conv2d layers; `ste` − `plain` is
+therefore what binary weights cost. Memory is what one more step takes at its peak, on top of what is held between
+steps. Results also go to a JSON file.
 """
 
 import argparse
@@ -274,16 +275,17 @@ def bench_scan(args, device: torch.device) -> dict:
         runs["per-weight, LSTM"] = lambda: lstm.last(tokens)
         runs["per-weight, nn.LSTM alone"] = lambda: lstm.lstm(tokens)[0][:, -1].sum(1)
 
+    # Those that are compared take turns, and no others: what frees gigabytes slows for seconds what comes after it.
+    groups = itertools.groupby(runs, key=lambda name: (name.partition(",")[0], "LSTM" in name))
     rounds = {name: [] for name in runs}
-    for i in range(args.rounds + 1):
-        for name, run in runs.items():
-            watch = Stopwatch(device)
-            y = run()
-            watch.lap("forward")
-            y.backward(v)
-            watch.lap("backward")
-            if i:  # the first round warms up
-                rounds[name].append(watch.laps)
+    for name in (n for _, names in groups for n in list(names) * (args.rounds + 1)):
+        watch = Stopwatch(device)
+        y = runs[name]()
+        watch.lap("forward")
+        y.backward(v)
+        watch.lap("backward")
+        rounds[name].append(watch.laps)
+    rounds = {name: laps[1:] for name, laps in rounds.items()}  # the first round warms up
     rate, rows = peak_rate(device), {}
     for name, run in runs.items():
         layout, _, backend = name.partition(", ")
