@@ -155,16 +155,16 @@ static inline V reciprocal(V x) { return 1.f / x; }
 
 // out = known 2^(a (x - x known)), N at a time, known being 2^(a x known): DEGREE + 1 operations instead of the 6 to 12
 // above, where x is close. y: (x - x known) * MINIMAX<DEGREE>.scale. Up to |a (x - x known)| = MINIMAX<DEGREE>.reach, a
-// minimax polynomial of that degree has an error of 2e-7. It is v^DEGREE + c_0 v^(DEGREE - 2) + c_1 v^(DEGREE - 3) + …
+// minimax polynomial of that degree has an error of 4e-7. It is v^DEGREE + c_0 v^(DEGREE - 2) + c_1 v^(DEGREE - 3) + …
 // in v = a y + shift: scale and shift leave nothing to multiply the highest power by, and no second highest.
 struct Minimax { float reach, scale, shift, c[5]; };
 template <int DEGREE> constexpr Minimax MINIMAX = {};
-template <> constexpr Minimax MINIMAX<2> = {0.02433f, 0.490124713f, 0.70713822f, {0.49995554f}};
-template <> constexpr Minimax MINIMAX<3> = {0.1135f, 0.381414194f, 0.550719066f, {0.907434629f, 0.333229842f}};
+template <> constexpr Minimax MINIMAX<2> = {0.03066f, 0.490122153f, 0.707156687f, {0.499929426f}};
+template <> constexpr Minimax MINIMAX<3> = {0.135f, 0.381397872f, 0.550883864f, {0.906968575f, 0.333186851f}};
 template <> constexpr Minimax MINIMAX<4> = {
-    0.2993f, 0.313024169f, 0.453623555f, {1.21706947f, 0.73678706f, 0.372991269f}};
+    0.3438f, 0.312979276f, 0.454205928f, {1.21462111f, 0.736463537f, 0.372352871f}};
 template <> constexpr Minimax MINIMAX<6> = {
-    0.977f, 0.230975215f, 0.344368051f, {1.60229942f, 1.47949919f, 1.62331693f, 1.0657698f, 0.355852969f}};
+    1.079f, 0.230853721f, 0.34663583f, {1.58679897f, 1.4768933f, 1.61116872f, 1.05880455f, 0.353230783f}};
 template <int DEGREE, int N> static inline void powers_near(const float *known, float a, const V *y, V *out) {
   constexpr Minimax P = MINIMAX<DEGREE>;
   V v[N], p[N];
