@@ -241,7 +241,7 @@ def operations(layout: str, way: str, weights: int, length: int, d: int, n: int,
     exponential = 4 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 6
     once = projections(own) + taps(tokens - own) + own * d * (9 + 2 * exponential)  # silu and softplus
     once += d * (3 + exponential)  # the gate's silu
-    if way == "forward":  # a power near a known one, and the output; flat: a decay, by 4, a state's input, the output
+    if way == "forward":  # a power by degree 2, 3, and the output; flat: a decay, by 4, a state's input, the output
         return weights * (scanned * (4 if per_weight else 7) + once)
     # All of it again; the flat layout's adjoint takes 8.
     back = 2 * projections(tokens) + (2 if per_weight else 1) * taps(0) + own * d * 4

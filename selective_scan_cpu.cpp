@@ -153,10 +153,11 @@ static inline void exp2_products(A a, const V *x, V *out) {
 static inline V reciprocal(V x) { return 1.f / x; }
 #endif
 
-// out = known 2^(a (x - x known)), N at a time, known being 2^(a x known): DEGREE + 1 operations instead of the 6 to 12
-// above, where x is close. y: (x - x known) * MINIMAX<DEGREE>.scale. Up to |a (x - x known)| = MINIMAX<DEGREE>.reach, a
-// minimax polynomial of that degree has an error of 4e-7. It is v^DEGREE + c_0 v^(DEGREE - 2) + c_1 v^(DEGREE - 3) + …
-// in v = a y + shift: scale and shift leave nothing to multiply the highest power by, and no second highest.
+// out = 2^(a x) = known 2^(a (x - x0)), N at a time, known being 2^(a x0): where x is close to x0, DEGREE + 1
+// operations instead of the 7 to 13 above. y: (x - x0) * MINIMAX<DEGREE>.scale. Up to |a (x - x0)| =
+// MINIMAX<DEGREE>.reach, a minimax polynomial of that degree has an error of 4e-7. In v = a y + shift it is
+// v^DEGREE + c_0 v^(DEGREE - 2) + c_1 v^(DEGREE - 3) + …: scale and shift leave nothing to multiply the highest power
+// by, and no second highest.
 struct Minimax { float reach, scale, shift, c[5]; };
 template <int DEGREE> constexpr Minimax MINIMAX = {};
 template <> constexpr Minimax MINIMAX<2> = {0.03066f, 0.490122153f, 0.707156687f, {0.499929426f}};
@@ -270,17 +271,18 @@ static inline void add(float *p, V v) { store(p, load(p) + v); }
 //
 // The powers 2^(A2 S) of the scan are found from known ones. The steps Δ = softplus(dt_w dt + dt_b) depend little on
 // the sequence, as dt is small, so S is close to the S̄ of another sequence, the centre: the one that begins with the
-// same token and continues with zeros. 2^(A2 S̄), [d, n, L - 1], is computed once for all sequences that begin alike, a
-// layer's weights; a polynomial of low degree does the rest, 2^(A2 (S - S̄)). Its degree is chosen channel by channel,
-// for the sequence of the block that is farthest from the centre; beyond the last degree the power is computed by
-// itself.
+// same token (with 0, where a block's do not begin alike) and continues with zeros. 2^(A2 S̄), [d, n, L - 1], is
+// computed once a thread for the blocks that begin alike, a layer's weights; a polynomial of low degree does the rest,
+// 2^(A2 (S - S̄)). Its degree is chosen channel by channel, for the sequence of the block that is farthest from the
+// centre; beyond the last degree the power is computed by itself.
 //
 // Per sequence, with d channels, n states a channel, L tokens and a convolution of k >= L, forward: (L - 1) d n powers
-// (degree + 1 multiplications or multiply-adds each, 3 at least; in a new net mostly 3 or 4) and as many multiply-adds
-// of the scan; (L (n + 1) + n) d of the projections and L (L + 1) / 2 d of the convolution; L d times silu and softplus
-// (17 for the two with AVX-512, else 21; 4 more where Δ > 0.18). Of the last three, where sequences begin with the same
-// token, its part is found once for all. Backward: all of it again, 3 more for each power of the scan, 4 for each silu
-// and softplus, and twice the projections' and the convolution's, for x or the tokens and for the weights.
+// (degree + 1 multiplications or multiply-adds each, 3 at least; in a new net mostly 3 or 4; by itself 4 with AVX-512,
+// else 6) and as many multiply-adds of the scan; (L (n + 1) + n) d of the projections and L (L + 1) / 2 d of the
+// convolution; L d times silu and softplus (17 for the two with AVX-512, else 21; 4 more where Δ > 0.18); d times the
+// gate's silu. Of all but the first and the last, where sequences begin with the same token, its part is found once for
+// all. Backward: all of it again, 3 more for each power of the scan, 4 for each silu and softplus, and twice the
+// projections' and the convolution's, for x or the tokens and for the weights.
 
 constexpr int L = TOKENS;
 
@@ -376,7 +378,8 @@ static void find_centre(const Params &P, float token0, Work &w, Centre &centre) 
     float S = 0.f;
     for (int t = L - 2; t >= 0; t--) {
       centre.S[c * (L - 1) + t] = S = std::min(1e18f, S + w.delta[(c * L + t + 1) * W]);
-      for (int64_t r = c * P.n; r < (c + 1) * P.n; r++) centre.powers[r * (L - 1) + t] = std::exp2(P.A2[r] * S);
+      for (int64_t r = c * P.n; r < (c + 1) * P.n; r++)
+        centre.powers[r * (L - 1) + t] = std::exp2(std::max(P.A2[r] * S, LOWEST));  // a NaN stays
     }
   }
   centre.token0 = token0, centre.found = true;
@@ -418,6 +421,7 @@ static inline void scan_with_powers(const Params &P, const Centre &centre, int64
   if (all_less(far, MINIMAX<2>.reach * unit)) return near(std::integral_constant<int, 2>());
   if (all_less(far, MINIMAX<3>.reach * unit)) return near(std::integral_constant<int, 3>());
   if (all_less(far, MINIMAX<4>.reach * unit)) return near(std::integral_constant<int, 4>());
+  // Degree 6 takes as many operations as AVX-512 needs for a power by itself.
   if (W < 16 && all_less(far, MINIMAX<6>.reach * unit)) return near(std::integral_constant<int, 6>());
   scan([&](int64_t r, V *E) { exp2_products<L - 1, true>(A[r], S, E); });
 }

@@ -78,7 +78,7 @@ def by_the_book(net, u, v):
 def check(net, u, v):
     """net.last(u) and its gradients for the cotangent v are within 1e-5 of float64, relative to the largest output, and
     to the sum of the rows' absolute gradients. Where terms within a row cancel so far that float32 cannot hold that,
-    they are within eight times what it does to the exact ones to round the input and the parameters to float32."""
+    they are within eight times what changes in the last digit of the input and the parameters do to the exact ones."""
     u.requires_grad_()
     y = net.last(u)
     ours = [y, *torch.autograd.grad(y, [u, *net.parameters()], v)]
@@ -177,9 +177,9 @@ def test_near_and_far_from_the_sequence_without_gradients(scale):
     u, v = torch.randn(100, 6, 1) * scale, torch.randn(100)
     u[:, 0] = torch.tensor([0.3, -2.0]).repeat_interleave(50)[:, None]
     far = exponents(net, u).amax(1)
-    assert far.max() < 0.033 if scale <= 0.03 else far.max() > 2 if scale >= 3 else 0.1 < far.max() < 1.1
+    assert far.max() < 0.03 if scale <= 0.03 else far.max() > 2 if scale >= 3 else 0.135 < far.max() < 1.07
     check(net, u, v)
-    net.D.data.zero_()  # nothing but decays
+    net.D.data.zero_()  # decays, and the last token's part
     assert relative(net.last(u), double(net).last(u.double())) < 3e-6
 
 
@@ -209,20 +209,30 @@ def test_the_rows_beside_it_change_a_row_in_its_last_digits_only(bias):
 def test_two_runs_give_the_same_bits_and_threads_only_reorder_sums():
     net = fused(20, 16, 8, 0)
     u, v = torch.randn(5000, 6, 1), torch.randn(5000)
-    u[1000:, 0] = 3.0
+    u[1000:3000, 0] = 3.0  # a layer's, between others: a block's bits must not depend on the block before
+    u.requires_grad_()
     threads = torch.get_num_threads()
     found = {}
     try:
         for count in (1, 1, 3, 3):
             torch.set_num_threads(count)
             y = net.last(u)
-            result = [y, *torch.autograd.grad(y, net.parameters(), v)]
+            result = [y, *torch.autograd.grad(y, [u, *net.parameters()], v)]
             before = found.setdefault(count, result)
             assert all(torch.equal(a, b) for a, b in zip(before, result, strict=True))
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(found[1][0], found[3][0])
+    assert all(torch.equal(a, b) for a, b in zip(found[1][:2], found[3][:2], strict=True))  # y, ∂/∂u
     assert all(relative(a, b) < 1e-5 for a, b in zip(found[1], found[3], strict=True))
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="all tests run without vector units")
+def test_without_vector_units():
+    chosen = "near_and_far or beyond_a_segment"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    env = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
 
 
 # ---------------------------------------------------------------------------------------------------------------------
