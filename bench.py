@@ -3,7 +3,7 @@
     python bench.py step                                        # ResNet-20, batch 128, every generator
     python bench.py step --arch resnet20 resnet56 resnet110 --grads ste fsg-mamba fsg-flat --rounds 7
     python bench.py step --device cuda --grads ste ste+amp ste+compile fsg-mamba fsg-mamba+amp+compile
-    python bench.py scan                                        # Mamba alone, on ResNet-20's weights: six minutes
+    python bench.py scan                                        # Mamba alone, on ResNet-20's weights: ten minutes
     python bench.py quantizers                                  # every weight quantizer on one large layer
     python bench.py scale                                       # a generator shared by 1, 2 and 4 processes, on CPUs
 

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <iterator>
 #include <memory>
 #include <numeric>
 #include <thread>
@@ -193,21 +194,22 @@ template <int N, bool SLOPE> static inline void softpluses(const V *x, V *out, V
                            -0.248429822f, 0.333190968f,   -0.499994931f, 0.99999997f};
   V e[N], p[N], most = x[0];
   for (int i = 1; i < N; i++) most = vmax(x[i], most);
+  for (int i = 0; i < N; i++) e[i] = vmax(splat(-79.f), (V)((I)x[i] | INT32_MIN));
+  exp2_products<N>(LOG2E, e, e);
+  auto polynomial = [&](const auto &c) {
+    for (int i = 0; i < N; i++) p[i] = splat(c[0]);
+    for (size_t k = 1; k < std::size(c); k++)
+      for (int i = 0; i < N; i++) p[i] = p[i] * e[i] + c[k];
+  };
   if (all_less(most, -1.61f)) {
-    for (int i = 0; i < N; i++) e[i] = vmax(splat(-79.f), x[i]), p[i] = splat(LOW[0]);
-    exp2_products<N>(LOG2E, e, e);
-    for (int k = 1; k < 5; k++)
-      for (int i = 0; i < N; i++) p[i] = p[i] * e[i] + LOW[k];
+    polynomial(LOW);
     for (int i = 0; i < N; i++) {
       if (SLOPE) slope[i] = e[i] * reciprocal(1.f + e[i]);
       out[i] = p[i] * e[i];
     }
     return;
   }
-  for (int i = 0; i < N; i++) e[i] = vmax(splat(-79.f), (V)((I)x[i] | INT32_MIN)), p[i] = splat(ANY[0]);
-  exp2_products<N>(LOG2E, e, e);
-  for (int k = 1; k < 9; k++)
-    for (int i = 0; i < N; i++) p[i] = p[i] * e[i] + ANY[k];
+  polynomial(ANY);
   for (int i = 0; i < N; i++) {
     if (SLOPE) {
       V r = reciprocal(1.f + e[i]);
