@@ -152,10 +152,10 @@ def make_step(grad: str, arch: str, args, device):
 
 def bench_step(arch: str, args, device: torch.device) -> dict:
     """Median milliseconds a step, their parts and peak memory for every variant; printed, and returned for the JSON."""
-    pictures = torch.randint(256, (50_000, 3, 32, 32), dtype=torch.uint8, device=device)  # a CIFAR's worth
+    images = torch.randint(256, (50_000, 3, 32, 32), dtype=torch.uint8, device=device)  # a CIFAR's worth
     labels = torch.randint(10, (50_000,), device=device)
     mean = std = torch.full((3,), 128.0, device=device)
-    batches = data.ResidentBatches(pictures, labels, mean, std, 10, args.batch_size, True, 0, crop=4, flip=True)
+    batches = data.ResidentBatches(images, labels, mean, std, 10, args.batch_size, True, 0, crop=4, flip=True)
     steps = {grad: make_step(grad, arch, args, device) for grad in args.grads}
     stream = (batch for number in itertools.count() for batch in batches.epoch(number))
     rounds, began = [], time.perf_counter()

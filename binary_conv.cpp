@@ -7,13 +7,13 @@
 // word of a pixel, broadcast, meets all of them; no sum runs across a register. A set bit is +1, a clear one -1. MASKED
 // weights, which may be 0, have a second plane, set where the weight is not 0; bits past the last channel are 0 there.
 //
-// What comes out are whole numbers, the same on every machine. With n taps inside the picture, a the pixel, w the weight:
+// What comes out are whole numbers, the same on every machine. With n taps inside the image, a the pixel, w the weight:
 //
 //     XNOR     sum = n channels - 2 popcount(a ^ w)
 //     AND      sum = 2 popcount(a & w) - popcount(a)           (a is 0 or 1)
 //     MASKED   sum = popcount(m) - 2 popcount((a ^ w) & m)
 //
-// The zeros that a convolution is padded with are neither +1 nor -1: taps outside the picture are left out, and n is
+// The zeros that a convolution is padded with are neither +1 nor -1: taps outside the image are left out, and n is
 // counted for each pixel.
 //
 // From here to the mark below the text is C99 and C++ at once: export.py copies it into the C files that it writes.
@@ -29,7 +29,7 @@ enum { XNOR, AND, MASKED };
 
 static inline int output_size(const Shape *s, int size) { return (size + 2 * s->padding - s->kernel) / s->stride + 1; }
 
-// The taps [*from, *to) of output `at` that lie inside the picture, in one of its two directions.
+// The taps [*from, *to) of output `at` that lie inside the image, in one of its two directions.
 static inline void taps_inside(const Shape *s, int size, int at, int *from, int *to) {
     const int start = at * s->stride - s->padding;
     *from = start < 0 ? -start : 0;
@@ -102,7 +102,7 @@ static inline void threshold_portable(
 
 // B blocks of filters by P pixels of one row, whose counts are all kept in registers.
 struct Tile {
-    const uint64_t *x, *w;             // the first tap inside the picture: of the first pixel, of the first block
+    const uint64_t *x, *w;             // the first tap inside the image: of the first pixel, of the first block
     int rows, length;                  // kernel rows inside; words of taps in each
     int64_t x_row, x_pixel;            // words from one kernel row to the next, from one pixel to the next
     int64_t w_row, w_block;            // from one kernel row to the next, from one block to the next
@@ -218,7 +218,7 @@ static void any_tile(const Tile &t, bool several) {
 }
 
 // A few blocks of filters, whose weights then stay in the cache, for all pixels of the row. Where the kernel reaches
-// over the picture's edge a pixel is a tile of its own.
+// over the image's edge a pixel is a tile of its own.
 template <class Unit, int KIND>
 static void sums_row(const Shape *s, const uint64_t *x, const uint64_t *w, int row, int32_t *sums) {
     const int words = (s->channels + 63) / 64, blocks = (s->filters + 7) / 8, width = output_size(s, s->width);

@@ -1,11 +1,11 @@
-"""Pictures in batches, on the device. Copy this file alone: it needs torch, Pillow, einops; torchvision for downloads.
+"""Images in batches, on the device. Copy this file alone: it needs torch, Pillow, einops; torchvision for downloads.
 
     train, test = load("cifar10", "data", device="cuda", batch_size=128, seed=0)
     for images, labels in train.epoch(0): ...    # images [B, C, H, W] float32, channels_last; labels [B] int64
 
-Small pictures (CIFAR, MNIST, digits, folders up to 96×96) are one uint8 tensor on the device. A batch is cropped,
+Small images (CIFAR, MNIST, digits, folders up to 96×96) are one uint8 tensor on the device. A batch is cropped,
 flipped and normalised there in a handful of tensor operations, so there are no worker processes and no copies: 2 to
-3 ms for 128 CIFAR pictures on one CPU core, where a ResNet-20 takes a hundred times that. Large pictures (ImageNet)
+3 ms for 128 CIFAR images on one CPU core, where a ResNet-20 takes a hundred times that. Large images (ImageNet)
 are decoded by DataLoader workers.
 
 Reproducible: epoch e of seed s has the same order, crops and flips on every machine, and can be entered at any batch.
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 DATASETS = ("cifar10", "cifar100", "mnist", "digits", "imagenet", "folder")
-RESIDENT_UP_TO = 96  # pixels a side: 100,000 such RGB pictures are 2.8 GB
+RESIDENT_UP_TO = 96  # pixels a side: 100,000 such RGB images are 2.8 GB
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
 
@@ -36,7 +36,7 @@ class DataError(Exception):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Batches. Both classes have: num_classes, shape (C, H, W), size (pictures), len() (batches an epoch), epoch(), and
+# Batches. Both classes have: num_classes, shape (C, H, W), size (images), len() (batches an epoch), epoch(), and
 # scale and shift [C, 1, 1], which normalise pixels of 0…255. With several processes `part` is (this one's rank, their
 # number), and each gets its part of every batch.
 
@@ -45,13 +45,13 @@ def check_share(batch_size: int, processes: int) -> None:
     if batch_size % processes:
         less = batch_size - batch_size % processes
         raise DataError(
-            f"{processes} processes cannot share batches of {batch_size} pictures evenly: use --batch-size "
+            f"{processes} processes cannot share batches of {batch_size} images evenly: use --batch-size "
             f"{less or less + processes} or {less + processes}"
         )
 
 
 def share(b: int, batch_size: int, size: int, part: tuple[int, int]) -> slice:
-    """Where this process's part of batch b lies among the `size` pictures of an epoch."""
+    """Where this process's part of batch b lies among the `size` images of an epoch."""
     begin, end = b * batch_size, min((b + 1) * batch_size, size)
     return slice(*(begin + (end - begin) * (part[0] + i) // part[1] for i in (0, 1)))
 
@@ -61,7 +61,7 @@ class ResidentBatches:
 
     images [N, C, H, W] uint8, labels [N] int64, mean and std (in 0…255) [C]. train: shuffled, augmented, and a last
     incomplete batch is left out (unless it is the only one); otherwise in order and complete.
-    crop: pixels of zero padding of the random crop (0: none). flip: whether to mirror half of the pictures.
+    crop: pixels of zero padding of the random crop (0: none). flip: whether to mirror half of the images.
     """
 
     def __init__(
@@ -102,17 +102,17 @@ class ResidentBatches:
 
 
 def random_crop(images: Tensor, pad: int, dy: Tensor, dx: Tensor) -> Tensor:
-    """Pad by `pad` zeros on every side, then cut picture i's window at row dy[i], column dx[i]: [B, C, H, W]."""
+    """Pad by `pad` zeros on every side, then cut image i's window at row dy[i], column dx[i]: [B, C, H, W]."""
     h, w = images.shape[-2:]
     windows = F.pad(images, (pad,) * 4).unfold(2, h, 1).unfold(3, w, 1)  # [B, C, 2·pad+1, 2·pad+1, H, W], a view
     return windows[torch.arange(len(images), device=images.device), :, dy, dx]
 
 
 class StreamedBatches:
-    """Large pictures, decoded by DataLoader workers: the same interface as ResidentBatches.
+    """Large images, decoded by DataLoader workers: the same interface as ResidentBatches.
 
     files and labels: lists. image_size S: training takes a RandomResizedCrop to S×S and a flip, testing resizes the
-    short side to S·8/7 and cuts the centre. Every picture's crop depends on (seed, epoch, picture) alone.
+    short side to S·8/7 and cuts the centre. Every image's crop depends on (seed, epoch, image) alone.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class StreamedBatches:
         return self.size // self.batch_size if self.train else -(-self.size // self.batch_size)
 
     def __getitem__(self, index: tuple[int, int]) -> tuple[Tensor, int]:
-        """(epoch, picture) -> its transformed picture and label; what the DataLoader's workers run."""
+        """(epoch, image) -> its transformed image and label; what the DataLoader's workers run."""
         number, i = index
         with torch.random.fork_rng(devices=[]):
             key = hashlib.sha256(f"{self.seed} {number} {i}".encode()).digest()[:8]
@@ -203,11 +203,11 @@ def load(
     """The training and the test batches of a data set.
 
     name: 'cifar10', 'cifar100', 'mnist' (downloaded into data_dir with torchvision when they are not there), 'digits'
-        (8×8 handwriting, comes with scikit-learn, always works offline), 'imagenet' and 'folder' (pictures in
+        (8×8 handwriting, comes with scikit-learn, always works offline), 'imagenet' and 'folder' (images in
         data_dir/train/CLASS/ and data_dir/test/CLASS/ or data_dir/val/CLASS/).
-    crop, flip: augmentation of the training pictures: pad by H/8 pixels (4 for CIFAR) and crop at random; mirror
-        every other one (never digits). Large pictures are always cropped, by RandomResizedCrop.
-    image_size: pixels a side, to which pictures are resized. Default: that of a folder's first picture, if it is square
+    crop, flip: augmentation of the training images: pad by H/8 pixels (4 for CIFAR) and crop at random; mirror
+        every other one (never digits). Large images are always cropped, by RandomResizedCrop.
+    image_size: pixels a side, to which images are resized. Default: that of a folder's first image, if it is square
         and at most 96, else 224; 224 for 'imagenet'; and their own for the others, which can have up to 96.
     part: (rank, number of processes) of torch.distributed; batch_size is that of all together.
     Raises DataError, whose message is one sentence for the user; ValueError for an unknown name.
@@ -236,11 +236,11 @@ def load(
         train, test, num_classes = *downloaded(name, Path(data_dir)), 100 if name == "cifar100" else 10
     if part[0] == 0 and part[1] > 1:
         torch.distributed.barrier()
-    if image_size not in (None, train[0].shape[-1]):  # a folder's pictures have that size by now
+    if image_size not in (None, train[0].shape[-1]):  # a folder's images have that size by now
         train, test = ((resize(images, image_size, name), labels) for images, labels in (train, test))
     if name in ("digits", "mnist"):
         flip = False
-    # Mean and standard deviation of each channel over the training pictures, in 0…255. By slices, to spare memory.
+    # Mean and standard deviation of each channel over the training images, in 0…255. By slices, to spare memory.
     count = train[0].numel() // train[0].shape[1]
     mean = sum(x.double().sum(dim=(0, 2, 3)) for x in train[0].split(1000)) / count
     square = sum(x.double().square().sum(dim=(0, 2, 3)) for x in train[0].split(1000)) / count
@@ -266,8 +266,8 @@ def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         from sklearn.datasets import load_digits
     except ImportError:
         raise DataError("--dataset digits needs scikit-learn: pip install scikit-learn") from None
-    pictures, labels = load_digits(return_X_y=True)
-    images = rearrange(torch.from_numpy(pictures), "n (h w) -> n 1 h w", h=8).mul(255 / 16).round().to(torch.uint8)
+    pixels, labels = load_digits(return_X_y=True)
+    images = rearrange(torch.from_numpy(pixels), "n (h w) -> n 1 h w", h=8).mul(255 / 16).round().to(torch.uint8)
     labels = torch.from_numpy(labels).long()
     held_out = torch.arange(len(labels)) % 5 == 4
     return (images[~held_out], labels[~held_out]), (images[held_out], labels[held_out])
@@ -306,7 +306,7 @@ def downloaded(name: str, data_dir: Path) -> tuple[tuple[Tensor, Tensor], tuple[
             reason = " ".join(str(e).split())
             raise DataError(
                 f"{name} is not in {data_dir} and could not be downloaded there ({reason}): put torchvision's copy "
-                "there, or use --dataset digits, which needs no download, or --dataset folder for your own pictures"
+                "there, or use --dataset digits, which needs no download, or --dataset folder for your own images"
             ) from None
         images = torch.as_tensor(split.data)
         images = images.unsqueeze(1) if images.dim() == 3 else rearrange(images, "n h w c -> n c h w").contiguous()
@@ -315,7 +315,7 @@ def downloaded(name: str, data_dir: Path) -> tuple[tuple[Tensor, Tensor], tuple[
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Folders of pictures.
+# Folders of images.
 
 
 def scan_folder(root: Path) -> tuple[list[str], dict[str, tuple[list[Path], list[int]]]]:
@@ -323,12 +323,12 @@ def scan_folder(root: Path) -> tuple[list[str], dict[str, tuple[list[Path], list
     held_out = next((d for d in ("test", "val") if any(e.is_dir() for e in (root / d).glob("*"))), None)
     if not (root / "train").is_dir() or held_out is None:
         raise DataError(
-            f"no pictures in {root}: it must hold train/CLASS/*.png (or .jpg) and test/CLASS/* (or val/CLASS/*); "
+            f"no images in {root}: it must hold train/CLASS/*.png (or .jpg) and test/CLASS/* (or val/CLASS/*); "
             "say where with --data-dir"
         )
     names = {d: sorted(e.name for e in os.scandir(root / d) if e.is_dir()) for d in ("train", held_out)}
     if not names["train"]:
-        raise DataError(f"{root / 'train'} holds no class folders: put each class's pictures in a folder of its own")
+        raise DataError(f"{root / 'train'} holds no class folders: put each class's images in a folder of its own")
     missing, unknown = (sorted(set(a) - set(b)) for a, b in (names.values(), list(names.values())[::-1]))
     for classes, has, lacks in ((missing, "train", held_out), (unknown, held_out, "train")):
         if classes:
@@ -343,7 +343,7 @@ def scan_folder(root: Path) -> tuple[list[str], dict[str, tuple[list[Path], list
             with os.scandir(root / d / name) as entries:
                 found = sorted(e.path for e in entries if e.name.lower().endswith(SUFFIXES))
             if not found:
-                raise DataError(f"{root / d / name} holds no pictures ({', '.join(SUFFIXES)})")
+                raise DataError(f"{root / d / name} holds no images ({', '.join(SUFFIXES)})")
             files += map(Path, found)
             labels += [label] * len(found)
         splits[split] = files, labels
@@ -351,28 +351,28 @@ def scan_folder(root: Path) -> tuple[list[str], dict[str, tuple[list[Path], list
 
 
 def decode(file: Path):
-    """A file as a PIL picture in RGB. Raises DataError naming the file."""
+    """A file as a PIL image in RGB. Raises DataError naming the file."""
     from PIL import Image
 
     try:
-        with Image.open(file) as picture:
-            if picture.mode.startswith("I;16"):  # convert() would make every value above 255 white
-                picture = picture.convert("I").point(lambda v: v / 256).convert("L")
-            return picture.convert("RGB")
+        with Image.open(file) as image:
+            if image.mode.startswith("I;16"):  # convert() would make every value above 255 white
+                image = image.convert("I").point(lambda v: v / 256).convert("L")
+            return image.convert("RGB")
     except Exception as e:  # PIL raises many kinds for damaged files: OSError, SyntaxError, ValueError, struct.error
-        raise DataError(f"the picture {file} cannot be read ({e}): replace it or take it away") from None
+        raise DataError(f"the image {file} cannot be read ({e}): replace it or take it away") from None
 
 
 def natural_size(file: Path) -> int:
-    """The side of a picture that is square and small enough to be held on the device, else 224."""
+    """The side of an image that is square and small enough to be held on the device, else 224."""
     width, height = decode(file).size
     return width if width == height <= RESIDENT_UP_TO else 224
 
 
 def decode_all(root: Path, split: str, files: list[Path], labels: list[int], size: int, log) -> tuple[Tensor, Tensor]:
-    """All pictures of a split as [N, 3, size, size] uint8, and their labels [N].
+    """All images of a split as [N, 3, size, size] uint8, and their labels [N].
 
-    Pictures of another size are resized. The result is kept in root/.SPLIT-SIZE.pt and used again while the files'
+    Images of another size are resized. The result is kept in root/.SPLIT-SIZE.pt and used again while the files'
     names, sizes and times are the same; where that cannot be written, decoding is done anew each time.
     """
     fingerprint = hashlib.sha256()
@@ -380,7 +380,7 @@ def decode_all(root: Path, split: str, files: list[Path], labels: list[int], siz
         try:
             stat = file.stat()
         except OSError as e:
-            raise DataError(f"the picture {file} cannot be read ({e}): replace it or take it away") from None
+            raise DataError(f"the image {file} cannot be read ({e}): replace it or take it away") from None
         fingerprint.update(os.fsencode(f"{file.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}\n"))
     fingerprint, cache = fingerprint.hexdigest(), root / f".{split}-{size}.pt"
     try:
@@ -389,13 +389,13 @@ def decode_all(root: Path, split: str, files: list[Path], labels: list[int], siz
             return kept["images"], kept["labels"]
     except Exception:  # not there, or damaged: it is only a cache
         pass
-    log(f"decoding {len(files):,} {split} pictures of {root} at {size}×{size} (once: they are kept in {cache.name})")
+    log(f"decoding {len(files):,} {split} images of {root} at {size}×{size} (once: they are kept in {cache.name})")
 
     def pixels(file: Path) -> Tensor:
-        picture = decode(file)
-        if picture.size != (size, size):
-            picture = picture.resize((size, size), resample=2)  # bilinear
-        return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+        image = decode(file)
+        if image.size != (size, size):
+            image = image.resize((size, size), resample=2)  # bilinear
+        return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
 
     with ThreadPoolExecutor() as threads:  # PIL lets go of the interpreter lock while it decodes
         images = torch.stack(list(threads.map(pixels, files)))
@@ -406,7 +406,7 @@ def decode_all(root: Path, split: str, files: list[Path], labels: list[int], siz
         torch.save({"fingerprint": fingerprint, "images": images, "labels": labels}, temporary)
         temporary.replace(cache)
     except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError where the disk is full
-        log(f"could not keep the decoded pictures in {cache} ({e}): they will be decoded again next time")
+        log(f"could not keep the decoded images in {cache} ({e}): they will be decoded again next time")
         with contextlib.suppress(OSError):
             temporary.unlink()
     return images, labels

@@ -6,7 +6,7 @@
 
 A grid is a list of command lines and nothing else; add your own. What is in the CSV file, with the same added flags, is
 not run again, and a run that was interrupted goes on where it stopped, so the same command may be given as often as it
-takes. (For pictures or flags of your own take another folder, --results.) On CPUs two runs at a time share the cores
+takes. (For images or flags of your own take another folder, --results.) On CPUs two runs at a time share the cores
 (--jobs); on GPUs there is one on each. Where a run fails, the others go on; in the end the error is told again, and the
 exit code is 1.
 
@@ -71,7 +71,7 @@ GRIDS = {
     ],
     # The gate against straight-through, and against itself without its history: at three rates, then at more seeds.
     "gate": [*grid(SHORT, GATE, ("6e-3", "1.2e-2", "3e-3")), *grid(SHORT, GATE, ("6e-3",), seeds=(1, 2))],
-    # The same, three times as long, on smaller pictures; there the gate without history is best at twice the rate.
+    # The same, three times as long, on smaller images; there the gate without history is best at twice the rate.
     "long": [
         *grid(LONG, GATE, ("6e-3", "3e-3", "1.2e-2")),
         *grid(LONG, GATE[:2], ("6e-3",), seeds=(1, 2)),

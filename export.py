@@ -3,7 +3,7 @@
     python export.py runs/NAME --to bits        # runs/NAME/NAME.safetensors: 1 bit a weight; export.load(file) reads it
     python export.py runs/NAME --to onnx        # int8 weights, DequantizeLinear, no BatchNorm  (pip install onnx
     python export.py runs/NAME --to c           # one C99 file: void predict(const float *image, float *logits)
-    python export.py runs/NAME --bench          # ms a picture: PyTorch, onnxruntime, C with binary_conv.cpp
+    python export.py runs/NAME --bench          # ms an image: PyTorch, onnxruntime, C with binary_conv.cpp
 
 Instead of a run's folder (its best.pt) any checkpoint may be given, or a .safetensors file that was written here. The
 network is the one that is tested in training: of ProxConnect++'s methods the one with true signs.
@@ -15,8 +15,8 @@ A .safetensors file holds, for each binary layer L with weights [C_out, C_in, k,
     L.weight.nonzero   the same, only where some weights are 0 (pruned): 1 where the weight is not 0. 2 bits a weight
     L.weight.scale     float32 [C_out]; Ŵ = scale · (±1 or 0), exactly
 and all other parameters and buffers under their names, in float32 or, with --half, float16. Metadata: arch, quantizer,
-act, shape (of a picture), num_classes, normalisation (of pixels 0…255, by channel: factors, then what is added), args
-(the trainer's flags, JSON), format. The PyTorch model and the ONNX file take normalised pictures, the C file 0…255.
+act, shape (of an image), num_classes, normalisation (of pixels 0…255, by channel: factors, then what is added), args
+(the trainer's flags, JSON), format. The PyTorch model and the ONNX file take normalised images, the C file 0…255.
 With --half logits differ a little, and where activations are binary some bits do.
 
 Copy with: binary_conv.cpp, models.py, quantizers.py, data.py, runs.py, and the trainers whose runs are exported:
@@ -125,7 +125,7 @@ def read(path: Path | str) -> Trained:
         raise RunError(f"{path} is not a checkpoint of a run: give a run's folder, or its best.pt or last.pt")
     if not {"shape", "normalisation"} <= checkpoint.keys():
         raise RunError(
-            f"{path} is from before checkpoints held the pictures' shape and normalisation: go on with the run for an "
+            f"{path} is from before checkpoints held the images' shape and normalisation: go on with the run for an "
             f"epoch (--resume {path.parent} --epochs N), which writes it anew"
         )
     args = argparse.Namespace(**checkpoint["args"])
@@ -261,7 +261,7 @@ def read_bits(path: Path | str) -> Trained:
 
 
 def load(path: Path | str) -> nn.Module:
-    """The PyTorch model in a .safetensors file of --to bits, in eval mode: pictures [B, *shape] -> logits.
+    """The PyTorch model in a .safetensors file of --to bits, in eval mode: images [B, *shape] -> logits.
 
     Written without --half, its logits are the checkpoint's, bit for bit. Raises RunError as `read_bits` does.
     """
@@ -661,7 +661,7 @@ def onnx_session(path: Path, threads: int = 0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# --to c. Pictures lie in memory as [height][width][channels]; operations of one number each are fused into the loop of
+# --to c. Images lie in memory as [height][width][channels]; operations of one number each are fused into the loop of
 # the convolution or pooling before them, and what ends in a binary activation leaves nothing but its bits.
 
 C_RUNTIME = r"""
@@ -998,7 +998,7 @@ class CFile:
 
    void predict(const float *image, float *logits);
 
-   image: {c} x {h} x {w} numbers (channel, row, column) from 0 to 255, as in the picture's file: the training pictures'
+   image: {c} x {h} x {w} numbers (channel, row, column) from 0 to 255, as in the image's file: the training images'
    mean and deviation are in here. logits: {self.trained.num_classes} numbers; the largest one's place is the class.
    Memory between layers is static, so one call at a time. C99, with libc and libm:
 
@@ -1033,7 +1033,7 @@ def compiled(source: Path, *flags: str) -> ctypes.CDLL:
 
 
 def predict(library: ctypes.CDLL, images: Tensor, num_classes: int) -> Tensor:
-    """What a compiled C file says of pictures [N, C, H, W], 0…255: logits [N, num_classes]."""
+    """What a compiled C file says of images [N, C, H, W], 0…255: logits [N, num_classes]."""
     images, logits = images.float().contiguous(), torch.empty(len(images), num_classes)
     for image, out in zip(images, logits, strict=True):
         library.predict(ctypes.c_void_p(image.data_ptr()), ctypes.c_void_p(out.data_ptr()))
@@ -1087,7 +1087,7 @@ def packed_activations(bits: Tensor) -> np.ndarray:
 
 
 def binary_conv2d(bits: Tensor, signs: Tensor, stride: int = 1, padding: int = 0, kind: int = XNOR, level: int = 2):
-    """F.conv2d of one picture, with whole numbers: bits [C, H, W] bool, signs [F, C, k, k] int8 -> [F, H', W'] int32.
+    """F.conv2d of one image, with whole numbers: bits [C, H, W] bool, signs [F, C, k, k] int8 -> [F, H', W'] int32.
 
     kind: XNOR or MASKED (signs with zeros): a bit is +1 or −1; AND: 1 or 0. level: of LEVELS, where the machine has it.
     """
@@ -1114,7 +1114,7 @@ def load_test(trained: Trained, data_dir: str | None):
     test = data.load(args.dataset, where, image_size=size, log=runs.console.print)[1]
     if test.shape != trained.shape or test.num_classes != trained.num_classes:
         raise RunError(
-            f"{where} has pictures of {test.shape}, {test.num_classes} classes, and the network is for "
+            f"{where} has images of {test.shape}, {test.num_classes} classes, and the network is for "
             f"{trained.shape}, {trained.num_classes}: give its own --data-dir"
         )
     return test
@@ -1122,8 +1122,8 @@ def load_test(trained: Trained, data_dir: str | None):
 
 @torch.no_grad()
 def compare(trained: Trained, test, other, what: str, limit: int | None) -> tuple[int, int, float]:
-    """Print, and return: how many of the test pictures get the same prediction from `other` (a batch's images and its
-    place among all pictures -> logits), of how many, and the largest difference of logits."""
+    """Print, and return: how many of the test images get the same prediction from `other` (a batch's images and its
+    place among all images -> logits), of how many, and the largest difference of logits."""
     equal = count = 0
     largest = 0.0
     with Progress(console=runs.console, transient=True, disable=not runs.console.is_terminal) as bar:
@@ -1138,7 +1138,7 @@ def compare(trained: Trained, test, other, what: str, limit: int | None) -> tupl
             count += len(images)
             bar.update(task, completed=count)
     runs.console.print(
-        f"{what}: {equal:,} of {count:,} test pictures get PyTorch's prediction; logits differ by {largest:.1e} at most"
+        f"{what}: {equal:,} of {count:,} test images get PyTorch's prediction; logits differ by {largest:.1e} at most"
     )
     return equal, count, largest
 
@@ -1160,7 +1160,7 @@ def check(trained: Trained, test, kind: str, path: Path, limit: int | None) -> t
 # ---------------------------------------------------------------------------------------------------------------------
 # --bench.
 
-# C_in = C_out, side: 3×3 layers of a ResNet-18 on pictures of 224 pixels.
+# C_in = C_out, side: 3×3 layers of a ResNet-18 on images of 224 pixels.
 IMAGENET_LAYERS = ((64, 56), (128, 28), (256, 14), (512, 7))
 
 
@@ -1205,7 +1205,7 @@ def bench(trained: Trained, rounds: int) -> dict:
         scale, shift = (torch.tensor(values).view(-1, 1, 1) for values in trained.normalisation)
         ours = compiled(folder / "network.c", "-march=native", "-fopenmp", "-DBINARY_CONV", library_path)
         net, before = plain(trained), torch.get_num_threads()
-        table = Table(title=f"{trained.args.arch}, ms a picture (median of {rounds}, in turn)", title_justify="left")
+        table = Table(title=f"{trained.args.arch}, ms an image (median of {rounds}, in turn)", title_justify="left")
         others = "PyTorch float32", "onnxruntime", "ours", "PyTorch / ours", "onnxruntime / ours"
         for column in ("cores", "batch", *others):
             table.add_column(column, justify="right")
@@ -1214,14 +1214,14 @@ def bench(trained: Trained, rounds: int) -> dict:
             torch.set_num_threads(threads)
             ours.omp_set_num_threads(threads)
             for batch in (1, 32):
-                pictures = torch.randint(256, (batch, *trained.shape)).float()
-                images = (pictures * scale + shift).contiguous(memory_format=torch.channels_last)
+                pixels = torch.randint(256, (batch, *trained.shape)).float()
+                images = (pixels * scale + shift).contiguous(memory_format=torch.channels_last)
                 feed = {"image": images.contiguous().numpy()}
                 times = alternating(
                     {
                         "pytorch": lambda images=images: net(images),
                         "onnxruntime": lambda feed=feed, session=session: session.run(None, feed),
-                        "ours": lambda pictures=pictures: predict(ours, pictures, trained.num_classes),
+                        "ours": lambda pixels=pixels: predict(ours, pixels, trained.num_classes),
                     },
                     rounds,
                 )
@@ -1238,7 +1238,7 @@ def bench(trained: Trained, rounds: int) -> dict:
 
 
 def bench_layers(trained: Trained, rounds: int, results: dict) -> None:
-    """Each size of binary convolution, bits to bits, on one core, one picture, against F.conv2d of the same numbers."""
+    """Each size of binary convolution, bits to bits, on one core, one image, against F.conv2d of the same numbers."""
     convs = [op for op in operations(trained) if op.is_binary]
     if not convs:
         runs.console.print("no layer has binary activations (W1A32), so none is a convolution of bits")
@@ -1305,9 +1305,9 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--half", action="store_true", help="bits: all that is not binary in float16")
     parser.add_argument(
         "--data-dir",
-        help="where the test pictures are (default: where they were in training; for a .safetensors file, data)",
+        help="where the test images are (default: where they were in training; for a .safetensors file, data)",
     )
-    parser.add_argument("--pictures", type=int, help="check on the first so many test pictures (default: all)")
+    parser.add_argument("--images", type=int, help="check on the first so many test images (default: all)")
     parser.add_argument("--bench", action="store_true", help="how fast it is, against PyTorch and onnxruntime")
     parser.add_argument("--rounds", type=int, default=9, help="of --bench (default: 9)")
     return parser
@@ -1317,7 +1317,7 @@ def main(argv=None) -> int:
     args = flags().parse_args(argv)
     if args.bench == bool(args.to) or (args.to and args.to not in FORMATS):
         raise RunError(f"say what to make, --to {', --to '.join(FORMATS)}, or else --bench")
-    for name in ("pictures", "rounds"):
+    for name in ("images", "rounds"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise RunError(f"--{name} must be at least 1; it is {getattr(args, name)}")
     if args.half and args.to != "bits":
@@ -1348,18 +1348,18 @@ def main(argv=None) -> int:
     try:
         if test is None:
             raise RunError(reason)
-        equal, count, _ = check(trained, test, args.to, path, args.pictures)
+        equal, count, _ = check(trained, test, args.to, path, args.images)
     except RunError as e:
         runs.console.print(f"{path} is not checked: {e}")
     if equal < count and not args.half:
-        raise RunError(f"{path} says something else than {args.run} of {count - equal:,} pictures: do not use it")
+        raise RunError(f"{path} says something else than {args.run} of {count - equal:,} images: do not use it")
     return 0
 
 
 def check_is_small(trained: Trained) -> None:
     if trained.shape[1] > data.RESIDENT_UP_TO:
         raise RunError(
-            f"--to c and --bench are for networks of small pictures, up to {data.RESIDENT_UP_TO} pixels a side"
+            f"--to c and --bench are for networks of small images, up to {data.RESIDENT_UP_TO} pixels a side"
         )
 
 

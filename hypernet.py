@@ -1,7 +1,7 @@
 """Gradient generators for binary networks: FSG (fast and slow gradients, AAAI 2025) and the baselines of its paper.
 
 Copy this file alone: it needs nothing but torch (with selective_scan.py, selective_scan_cpu.cpp and
-selective_scan_cuda.py beside it, Mamba is many times faster). Three lines turn a training loop into FSG's:
+selective_scan_triton.py beside it, Mamba is many times faster). Three lines turn a training loop into FSG's:
 
     fsg = FSG(layers)                       # layers: modules with a `.weight` and a `.quantizer` (models.binary_layers)
     for images, labels in batches:

@@ -232,7 +232,7 @@ class ResNet(nn.Module):
         return self.fc(self.bn_fc(x.mean(dim=(2, 3))))
 
 
-# 6n + 2 layers: n blocks in each of three stages. resnet8 is there for laptops and small pictures.
+# 6n + 2 layers: n blocks in each of three stages. resnet8 is there for laptops and small images.
 CIFAR_RESNETS = {f"resnet{6 * n + 2}": n for n in (1, 3, 5, 7, 9, 18)}
 IMAGENET_RESNETS = {"resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3]}
 
@@ -247,7 +247,7 @@ class PlainNet(nn.Module):
     features: what stands behind each other: C is a 3×3 convolution to C channels, (C, k, stride, padding) a k×k one,
         'M' a 2×2 and 'P' a 3×3 max-pool of stride 2. Each convolution comes with [pool,] [BatchNorm,] nonlinearity, in
         this order: a pool of binary values would be nearly all 1, so it stands before the next layer's quantizer.
-    side: pixels a side of what the fully connected layers see; pictures of another size are pooled to it.
+    side: pixels a side of what the fully connected layers see; images of another size are pooled to it.
     hidden: widths of the fully connected layers before the classifier.
     """
 
@@ -262,7 +262,7 @@ class PlainNet(nn.Module):
         nonlinearity: Nonlinearity,
     ):
         super().__init__()
-        # ceil_mode: of tiny pictures something is left.
+        # ceil_mode: of tiny images something is left.
         pools = {"M": lambda: nn.MaxPool2d(2, ceil_mode=True), "P": lambda: nn.MaxPool2d(3, 2, ceil_mode=True)}
         self.features, self.classifier = nn.Sequential(), nn.Sequential()
         c = in_channels
@@ -340,14 +340,14 @@ def build(
     image_size: pixels a side. Up to 96, the networks of 18 and 34 layers begin with a 3×3 convolution, as they do on
         CIFAR; otherwise with ImageNet's 7×7 one and a max-pool.
     In conv2/4/6/8, where no normalisation follows a layer, bits are multiplied by `he_scale`.
-    Raises ModelError for an unknown name, and for AlexNet on pictures that it would shrink to nothing.
+    Raises ModelError for an unknown name, and for AlexNet on images that it would shrink to nothing.
     """
     if arch not in ARCHS:
         raise ModelError(f"no network is called {arch!r}: use one of {', '.join(ARCHS)}")
     if act not in NONLINEARITIES:
         raise ModelError(f"no activation is called {act!r}: use one of {', '.join(NONLINEARITIES)}")
     if arch == "alexnet" and image_size and image_size < 63:
-        raise ModelError(f"alexnet wants pictures of at least 63 pixels a side; these have {image_size}: use vgg-small")
+        raise ModelError(f"alexnet wants images of at least 63 pixels a side; these have {image_size}: use vgg-small")
     nonlinearity = NONLINEARITIES[act]
     if arch in PLAIN_NETS:
         net = PlainNet(*PLAIN_NETS[arch], num_classes, in_channels, nonlinearity)

@@ -1,4 +1,4 @@
-"""Compare runs: one picture of training loss, test accuracy and sign flips, by epoch and by training time; or a table.
+"""Compare runs: one image of training loss, test accuracy and sign flips, by epoch and by training time; or a table.
 
     python plot.py runs/A runs/B                              # writes runs/curves.png
     python plot.py runs/*/ --out compare.png --title "CIFAR-10, ResNet-20, Adam"
@@ -12,7 +12,7 @@ Training time is the sum of the epochs' training seconds; the tests after each e
 Flips are the binary weights whose sign differs between the beginning and the end of an epoch. Where they die out, the
 binary network stands still, whatever its latent weights do. A full-precision run has none, and no curve there.
 
-The picture needs matplotlib. This file reads metrics.csv and args.json and nothing else, so it works alone, and while
+The image needs matplotlib. This file reads metrics.csv and args.json and nothing else, so it works alone, and while
 the runs still go on.
 """
 
@@ -45,7 +45,7 @@ DPI = 150
 
 
 class PlotError(Exception):
-    """No picture can be drawn; the message is one sentence that says why and what to do."""
+    """No image can be drawn; the message is one sentence that says why and what to do."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def draw(runs: dict[str, dict], title: str = ""):
     """
     if len(runs) > len(COLORS) * len(STYLES):
         most = len(COLORS) * len(STYLES)
-        raise PlotError(f"{len(runs)} runs cannot be told apart in one picture: give at most {most}")
+        raise PlotError(f"{len(runs)} runs cannot be told apart in one image: give at most {most}")
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws into memory: no screen needed
         from matplotlib.figure import Figure
@@ -298,13 +298,13 @@ def add_legend(figure, lines: list, labels: list[str], title: str) -> None:
 
 def save(figure, path: Path) -> None:
     """Write the figure in the format that the path's ending names. Raises PlotError where that cannot be done."""
-    picture = io.BytesIO()  # first into memory, so that a failure leaves an older picture as it was
+    image = io.BytesIO()  # first into memory, so that a failure leaves an older image as it was
     try:
-        figure.savefig(picture, format=path.suffix[1:])
+        figure.savefig(image, format=path.suffix[1:])
     except ValueError:
         raise PlotError(f"--out {path} is of no known kind: let it end in .png (or .pdf, .svg)") from None
     try:
-        path.write_bytes(picture.getvalue())
+        path.write_bytes(image.getvalue())
     except OSError as e:
         raise PlotError(f"{path} cannot be written ({e.strerror or e}): choose an --out that can") from None
 
@@ -320,7 +320,7 @@ def flags():
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, such as runs/NAME")
     parser.add_argument("--out", metavar="FILE.png", help="(default: curves.png beside the first run)")
     parser.add_argument("--table", action="store_true", help="print a table in Markdown, and draw nothing")
-    parser.add_argument("--title", metavar="TEXT", default="", help="line above the picture")
+    parser.add_argument("--title", metavar="TEXT", default="", help="line above the image")
     return parser
 
 
@@ -328,7 +328,7 @@ def main(argv=None) -> int:
     """The exit code: 0, or 1 after one sentence on standard error."""
     args = flags().parse_args(argv)
     try:
-        # `runs/*` matches the picture of last time and bench.py's files too. And each folder is drawn once.
+        # `runs/*` matches the image of last time and bench.py's files too. And each folder is drawn once.
         names = [name for name in args.runs if not (name.endswith((".png", ".json")) and os.path.isfile(name))]
         folders = list({os.path.abspath(name): Path(name) for name in names}.values())
         if not folders:

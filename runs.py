@@ -82,22 +82,20 @@ def common_flags(script: str, description: str, **defaults) -> argparse.Argument
         "folder: DATA_DIR/train/CLASS/*.png and DATA_DIR/test/CLASS/* (default: %(default)s)",
     )
     data.add_argument(
-        "--data-dir", default="data", help="where the pictures are or are downloaded to (default: %(default)s)"
+        "--data-dir", default="data", help="where the images are or are downloaded to (default: %(default)s)"
     )
-    data.add_argument("--image-size", type=int, help="pixels a side (default: the pictures' own; large ones 224)")
+    data.add_argument("--image-size", type=int, help="pixels a side (default: the images' own; large ones 224)")
+    data.add_argument("--no-crop", action="store_true", help="no random crops of the training images (up to 96 pixels)")
+    data.add_argument("--no-flip", action="store_true", help="no mirroring of the training images")
     data.add_argument(
-        "--no-crop", action="store_true", help="no random crops of the training pictures (up to 96 pixels)"
-    )
-    data.add_argument("--no-flip", action="store_true", help="no mirroring of the training pictures")
-    data.add_argument(
-        "--workers", type=int, default=8, help="processes that decode large pictures (default: %(default)s)"
+        "--workers", type=int, default=8, help="processes that decode large images (default: %(default)s)"
     )
     training = parser.add_argument_group("training")
     training.add_argument(
-        "--epochs", type=int, default=100, help="passes over the training pictures (default: %(default)s)"
+        "--epochs", type=int, default=100, help="passes over the training images (default: %(default)s)"
     )
     training.add_argument("--limit-steps", type=int, help="train so many steps at most")
-    training.add_argument("--batch-size", type=int, default=128, help="pictures a step (default: %(default)s)")
+    training.add_argument("--batch-size", type=int, default=128, help="images a step (default: %(default)s)")
     training.add_argument(
         "--accumulate",
         type=int,
@@ -259,7 +257,7 @@ def parts(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, ac
 
     Between processes gradients are averaged once, after the last part.
     """
-    count = max(1, min(accumulate, len(labels) // 2))  # BatchNorm can make nothing of a single picture
+    count = max(1, min(accumulate, len(labels) // 2))  # BatchNorm can make nothing of a single image
     pieces = list(zip(images.tensor_split(count), labels.tensor_split(count), strict=True))
     for i, (x, y) in enumerate(pieces, 1):
         alone = processes() == 1 or i == len(pieces)
@@ -422,7 +420,7 @@ def evaluate(model: torch.nn.Module, batches, device: torch.device, amp: bool) -
 
 def report(loss: float, accuracy: float, count: int) -> int:
     """What --eval-only prints; the exit code."""
-    console.print(f"test loss {loss:.4f}, test accuracy {100 * accuracy:.2f} % over {count:,} pictures")
+    console.print(f"test loss {loss:.4f}, test accuracy {100 * accuracy:.2f} % over {count:,} images")
     return 0
 
 
@@ -473,7 +471,7 @@ class Run:
         where = f"{device}" if processes() == 1 else f"{processes()} processes on {device.type}"
         parameters = sum(p.numel() for p in parts["model"].parameters())
         console.print(
-            f"{self.folder}: {args.arch} on {args.dataset} ({self.train.size:,} + {test.size:,} pictures), {where}, "
+            f"{self.folder}: {args.arch} on {args.dataset} ({self.train.size:,} + {test.size:,} images), {where}, "
             f"{parameters:,} parameters, {len(bits):,} of them binary; {about}"
         )
 
@@ -496,7 +494,7 @@ class Run:
             reason = " ".join(str(e).split())[:200]
             raise RunError(f"{source} is not a run of this trainer and these flags ({reason})") from None
         if self.batch >= len(self.train):
-            raise RunError(f"{source} was trained on more pictures than {self.args.data_dir} has: use its data")
+            raise RunError(f"{source} was trained on more images than {self.args.data_dir} has: use its data")
         if self.step >= steps:
             raise RunError(f"{source} has done its {self.step:,} steps: to go on, give more --epochs, --limit-steps")
 
@@ -724,8 +722,8 @@ class Run:
         return {
             "args": vars(self.args),
             "num_classes": self.train.num_classes,
-            "shape": tuple(self.train.shape),  # of a picture: [C, H, W]
-            # What a picture's numbers, 0…255, are multiplied by, and what is added then: by channel.
+            "shape": tuple(self.train.shape),  # of an image: [C, H, W]
+            # What an image's numbers, 0…255, are multiplied by, and what is added then: by channel.
             "normalisation": [v.flatten().tolist() for v in (self.train.scale, self.train.shift)],
             "step": self.step,
             "model": self.parts["model"].state_dict(),
@@ -810,7 +808,7 @@ class Run:
 
 
 class Bar:
-    """The live line: epoch, progress, loss, accuracy, pictures a second, time left. Nothing where output is a file."""
+    """The live line: epoch, progress, loss, accuracy, images a second, time left. Nothing where output is a file."""
 
     def __init__(self, total_steps: int, step: int):
         self.progress = Progress(

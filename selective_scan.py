@@ -1,6 +1,6 @@
 """The fused selective scan of a Mamba block on scalar tokens: SlowMamba.last() and .tails() of hypernet.py.
 
-Copy this file with selective_scan_cpu.cpp (for CPUs) and selective_scan_cuda.py (for CUDA GPUs) next to hypernet.py,
+Copy this file with selective_scan_cpu.cpp (for CPUs) and selective_scan_triton.py (for CUDA GPUs) next to hypernet.py,
 which finds them there and does without otherwise.
 
 `last`, for per-weight histories. SlowMamba on a sequence u_1 … u_L of scalars, and of its outputs only the last. Per
@@ -28,7 +28,7 @@ each. There the recurrence is computed as it is written, token by token, vector 
 starts each stretch of tokens from a kept h. What has been forgotten when the first wanted output is due is not scanned,
 which is decided state by state: few remember long. selective_scan_cpu.cpp derives the adjoint.
 
-On a GPU both are selective_scan_cuda.py's, in Triton. The CPU kernels are C++, compiled at first use by torch's
+On a GPU both are selective_scan_triton.py's, in Triton. The CPU kernels are C++, compiled at first use by torch's
 extension loader for the machine's vector units, and `last` for one L (seconds; kept in torch's extension folder). Two
 runs with the same number of threads give the same bits; `tails` gives the same ones for any number of threads.
 """
@@ -120,12 +120,12 @@ def why_not(device: torch.device, dtype: torch.dtype, tokens: int | None) -> str
         return f"the fused scan is for histories of up to {MOST_TOKENS} tokens; these have {tokens}"
     if device.type == "cuda":
         try:
-            import selective_scan_cuda
+            import selective_scan_triton
         except ImportError:
-            return "the fused scan on a GPU needs selective_scan_cuda.py beside selective_scan.py"
+            return "the fused scan on a GPU needs selective_scan_triton.py beside selective_scan.py"
         except AttributeError:
             return "the fused scan on a GPU needs Triton 3.6 or newer"
-        return selective_scan_cuda.why_not(device, dtype, tokens)
+        return selective_scan_triton.why_not(device, dtype, tokens)
     found = library(tokens)
     return found if isinstance(found, str) else None
 
@@ -138,9 +138,9 @@ def last(u: Tensor, *parameters: Tensor) -> Tensor:
     Only where `why_not` gives None.
     """
     if u.is_cuda:
-        import selective_scan_cuda
+        import selective_scan_triton
 
-        return selective_scan_cuda.last(u, *parameters)
+        return selective_scan_triton.last(u, *parameters)
     return _Last.apply(u, *parameters)
 
 
@@ -211,9 +211,9 @@ def tails(past: Tensor, sizes: list[int], first: Tensor | None, *parameters: Ten
     if sum(sizes) != past.shape[1]:
         raise ValueError(f"the layers have {sum(sizes)} weights together, and their history {past.shape[1]} columns")
     if past.is_cuda:
-        import selective_scan_cuda
+        import selective_scan_triton
 
-        return selective_scan_cuda.tails(past, sizes, first, *parameters)
+        return selective_scan_triton.tails(past, sizes, first, *parameters)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (first, *parameters))
     return _Tails.apply(past, sizes, first, keep, *parameters)
 

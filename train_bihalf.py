@@ -2,7 +2,7 @@
 
     # A minute on a laptop, nothing to download:
     python train_bihalf.py --dataset digits --arch birealnet8-prelu --epochs 12 --batch-size 64
-    python train_bihalf.py --toy                                         # the paper's 2-D example: figures, a picture
+    python train_bihalf.py --toy                                         # the paper's 2-D example: figures, an image
     python train_bihalf.py --arch conv6                                  # CIFAR-10; or conv2, conv4, conv8
     python train_bihalf.py --arch birealnet20-prelu                      # CIFAR-10, binary activations too
     python train_bihalf.py --arch birealnet18-prelu --dataset cifar100   # or birealnet34-prelu, vgg16
@@ -87,7 +87,7 @@ def complete(args) -> None:
 
 
 def network(args, num_classes: int, shape: tuple[int, int, int]) -> torch.nn.Module:
-    """The network that is trained, freshly initialised: pictures [B, *shape] -> logits [B, num_classes]."""
+    """The network that is trained, freshly initialised: images [B, *shape] -> logits [B, num_classes]."""
     quantizer = "bwn" if args.quantizer == "sign" else "bihalf-prune" if args.prune else "bihalf"
     net = models.build(args.arch, num_classes, quantizer, args.act, args.binarize_all, *shape[:2])
     for layer in models.binary_layers(net):

@@ -5,7 +5,7 @@
     python train_fsg.py --arch resnet32 --hgs mamba --opt adam           # the paper, on CIFAR-10
     python train_fsg.py --arch resnet32                                  # --hgs gate, what trains best here
     python train_fsg.py --grad ste --arch resnet32                       # the baseline to beat
-    python train_fsg.py --dataset folder --data-dir my/pictures          # my/pictures/{train,test}/CLASS/*.png
+    python train_fsg.py --dataset folder --data-dir my/images          # my/images/{train,test}/CLASS/*.png
 
     # The paper starts from a full-precision network:
     python train_fsg.py --arch resnet32 --quantizer none --opt sgdm --name fp32
@@ -131,7 +131,7 @@ def complete(args) -> None:
 
 
 def network(args, num_classes: int, shape: tuple[int, int, int]) -> torch.nn.Module:
-    """The network that is trained, freshly initialised: pictures [B, *shape] -> logits [B, num_classes]."""
+    """The network that is trained, freshly initialised: images [B, *shape] -> logits [B, num_classes]."""
     return models.build(args.arch, num_classes, args.quantizer, args.act, args.binarize_all, *shape[:2])
 
 

@@ -117,7 +117,7 @@ def import_timm(arch: str):
 
 
 def network(args, num_classes: int, shape: tuple[int, int, int], pretrained: bool = False) -> torch.nn.Module:
-    """The network that is trained, freshly initialised: pictures [B, *shape] -> logits [B, num_classes].
+    """The network that is trained, freshly initialised: images [B, *shape] -> logits [B, num_classes].
 
     One of models.ARCHS, or else a vision transformer of timm's (pretrained: with its weights), linear layers binary.
     """
@@ -152,7 +152,7 @@ def build_transformer(args, num_classes: int, quantizer: str, shape: tuple, pret
         weights = " with its weights" if pretrained else ""
         advice = "go where there is a network, or leave out --pretrained-timm, or choose" if pretrained else "choose"
         raise runs.RunError(
-            f"timm's {args.arch} cannot be made{weights} for pictures of {shape[1]} pixels ({reason}): {advice} "
+            f"timm's {args.arch} cannot be made{weights} for images of {shape[1]} pixels ({reason}): {advice} "
             "another vision transformer or --patch-size"
         ) from None
     # Swin v2 and BEiT compute with qkv.weight by themselves, past the layer.

@@ -65,7 +65,7 @@ def complete(args) -> None:
 
 
 def network(args, num_classes: int, shape: tuple[int, int, int]) -> torch.nn.Module:
-    """The network that is trained, freshly initialised: pictures [B, *shape] -> logits [B, num_classes]."""
+    """The network that is trained, freshly initialised: images [B, *shape] -> logits [B, num_classes]."""
     net = models.build(args.arch, num_classes, "bwn-f", args.act, args.binarize_all, *shape[:2])
     for layer in models.binary_layers(net):
         layer.rho = args.rho

@@ -41,7 +41,7 @@ COPIES = {
     "runs.py": ([], "import runs; print(runs.common_flags('x.py', '').parse_args([]))"),
     "plot.py": ([], "import plot; print(plot)"),
     "selective_scan.py": (
-        ["selective_scan_cpu.cpp", "selective_scan_cuda.py"],
+        ["selective_scan_cpu.cpp", "selective_scan_triton.py"],
         "import selective_scan as s; print(s.library(6))",
     ),
     "export.py": (
@@ -56,9 +56,9 @@ COPIES = {
         print(export.load("runs/a/a.safetensors"), export.CFile)
         """,
     ),
-    "selective_scan_cuda.py": (
+    "selective_scan_triton.py": (
         [],
-        "import torch, selective_scan_cuda as s; print(s.why_not(torch.device('cpu'), torch.float32, 6))",
+        "import torch, selective_scan_triton as s; print(s.why_not(torch.device('cpu'), torch.float32, 6))",
     ),
     "train_fsg.py": (
         ["models.py", "quantizers.py", "hypernet.py", "data.py", "runs.py"],
@@ -87,7 +87,7 @@ def test_bench_measures_and_writes_json(tmp_path):
         bench.main(["scan", "--lstm", *small])
         bench.main(["quantizers", *small])
     """
-    files = ["hypernet.py", "selective_scan.py", "selective_scan_cpu.cpp", "selective_scan_cuda.py"]
+    files = ["hypernet.py", "selective_scan.py", "selective_scan_cpu.cpp", "selective_scan_triton.py"]
     result = run_alone(tmp_path, ["bench.py", "data.py", "models.py", "quantizers.py", *files], code)
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "runs" / "bench-step.json").read_text())["archs"]["resnet8"]["variants"]

@@ -2,7 +2,7 @@
 
     pytest tests/test_data.py
 
-Nothing is downloaded. The pictures are noise, or of one colour where they have to be recognised after cropping.
+Nothing is downloaded. The images are noise, or of one colour where they have to be recognised after cropping.
 """
 
 import errno
@@ -41,7 +41,7 @@ def save(path: Path, pixels: np.ndarray, **options) -> Path:
 
 
 def make_folder(root: Path, classes=("ant", "bee"), train=3, test=2, side=16, held_out="test") -> Path:
-    """Noise pictures root/train/CLASS/0.png …, root/test/CLASS/0.png …: `train` and `test` of them a class."""
+    """Noise images root/train/CLASS/0.png …, root/test/CLASS/0.png …: `train` and `test` of them a class."""
     for split, each in (("train", train), (held_out, test)):
         for c, name in enumerate(classes):
             for i in range(each):
@@ -52,8 +52,8 @@ def make_folder(root: Path, classes=("ant", "bee"), train=3, test=2, side=16, he
 
 def pixels_of(file: Path) -> torch.Tensor:
     """[3, H, W] uint8, as PIL decodes it."""
-    with Image.open(file) as picture:
-        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+    with Image.open(file) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def quiet(message: str):
@@ -61,7 +61,7 @@ def quiet(message: str):
 
 
 def resident(size=10, side=4, mean=0.0, std=1.0, **options) -> data.ResidentBatches:
-    """Noise pictures whose label is their number; not normalised unless asked."""
+    """Noise images whose label is their number; not normalised unless asked."""
     images = torch.from_numpy(noise(size, 3, side, side))
     options = dict(batch_size=4, train=True) | options
     return data.ResidentBatches(
@@ -82,7 +82,7 @@ def same(a, b) -> bool:
 
 
 def pixels_in(batches: data.ResidentBatches, images: torch.Tensor) -> torch.Tensor:
-    """Normalised pictures as uint8 again, by the mean and deviation of the pictures that `batches` holds."""
+    """Normalised images as uint8 again, by the mean and deviation of the images that `batches` holds."""
     x = batches.images.double()
     mean, std = (v.view(-1, 1, 1) for v in (x.mean(dim=(0, 2, 3)), x.std(dim=(0, 2, 3), correction=0)))
     pixels = images * std + mean
@@ -91,14 +91,14 @@ def pixels_in(batches: data.ResidentBatches, images: torch.Tensor) -> torch.Tens
 
 
 def windows_of(images: torch.Tensor, pad: int) -> dict[bytes, tuple[int, int, int, bool]]:
-    """Every crop of every zero-padded picture, plain and mirrored -> its picture, row, column, whether mirrored."""
+    """Every crop of every zero-padded image, plain and mirrored -> its image, row, column, whether mirrored."""
     h, w = images.shape[-2:]
     padded = np.pad(images.numpy(), ((0, 0), (0, 0), (pad, pad), (pad, pad)))
     found = {}
-    for i, picture in enumerate(padded):
+    for i, image in enumerate(padded):
         for y in range(2 * pad + 1):
             for x in range(2 * pad + 1):
-                window = picture[:, y : y + h, x : x + w]
+                window = image[:, y : y + h, x : x + w]
                 found[window.tobytes()] = i, y, x, False
                 found[window[..., ::-1].tobytes()] = i, y, x, True
     assert len(found) == 2 * len(images) * (2 * pad + 1) ** 2
@@ -173,7 +173,7 @@ def test_training_shuffles():
     assert sorted(labels_of(batches, 0)) == list(range(100))
 
 
-def test_pictures_keep_their_labels():
+def test_images_keep_their_labels():
     batches = resident(23, batch_size=5)
     for images, labels in batches.epoch(3):
         assert torch.equal(images, batches.images[labels].float())
@@ -204,7 +204,7 @@ def test_other_seed_or_epoch_other_order_crops_and_flips(seed, number):
     [(images, labels)] = resident(50, seed=5, **options).epoch(7)
     [(others, other_labels)] = resident(50, seed=seed, **options).epoch(number)
     assert not torch.equal(labels, other_labels)
-    # put both in the pictures' order: what still differs are crops and flips
+    # put both in the images' order: what still differs are crops and flips
     a, b = images[labels.argsort()], others[other_labels.argsort()]
     assert (a != b).flatten(1).any(1).float().mean() > 0.5
 
@@ -218,7 +218,7 @@ def test_an_epoch_can_be_entered_at_any_batch(train):
     assert list(batches.epoch(2, skip=len(batches))) == []
 
 
-def test_flip_mirrors_half_of_the_pictures_and_does_nothing_else():
+def test_flip_mirrors_half_of_the_images_and_does_nothing_else():
     batches = resident(1000, flip=True, batch_size=100)
     windows = windows_of(batches.images, 0)
     mirrored, patterns = [], set()
@@ -234,7 +234,7 @@ def test_flip_mirrors_half_of_the_pictures_and_does_nothing_else():
     assert len(patterns) == 20  # and for every batch
 
 
-def test_crop_cuts_every_window_of_the_padded_picture_and_does_nothing_else():
+def test_crop_cuts_every_window_of_the_padded_image_and_does_nothing_else():
     batches = resident(200, crop=1, batch_size=50)
     windows = windows_of(batches.images, 1)
     seen, patterns = torch.zeros(3, 3, dtype=torch.int64), set()
@@ -263,11 +263,9 @@ def test_normalisation():
 def test_digits_are_all_of_scikit_learns():
     from sklearn.datasets import load_digits
 
-    pictures, labels = load_digits(return_X_y=True)
-    label_of = {
-        (p * 255 / 16).round().astype(np.uint8).tobytes(): int(y) for p, y in zip(pictures, labels, strict=True)
-    }
-    assert len(label_of) == 1797  # no picture is there twice
+    pixels, labels = load_digits(return_X_y=True)
+    label_of = {(p * 255 / 16).round().astype(np.uint8).tobytes(): int(y) for p, y in zip(pixels, labels, strict=True)}
+    assert len(label_of) == 1797  # no image is there twice
     train, test = data.load("digits", log=quiet)
     assert (train.size, test.size) == (1438, 359)
     assert train.shape == test.shape == (1, 8, 8)
@@ -279,7 +277,7 @@ def test_digits_are_all_of_scikit_learns():
         for image, label in zip(batches.images, batches.labels.tolist(), strict=True):
             keys.append(image.numpy().tobytes())
             assert label_of[keys[-1]] == label
-    assert len(set(keys)) == 1797  # so no test picture is trained on
+    assert len(set(keys)) == 1797  # so no test image is trained on
     assert test.labels.tolist() == labels[4::5].tolist()  # every fifth
 
 
@@ -296,7 +294,7 @@ def test_digits_are_normalised_and_never_mirrored():
 def test_digits_are_cropped_by_one_pixel():
     images = {crop: next(data.load("digits", crop=crop, log=quiet)[0].epoch(0))[0] for crop in (True, False)}
     changed = (images[True] != images[False]).flatten(1).any(1).float().mean()
-    assert changed > 0.7  # 8 of the 9 windows move the picture
+    assert changed > 0.7  # 8 of the 9 windows move the image
 
 
 def test_digits_without_scikit_learn(monkeypatch):
@@ -305,7 +303,7 @@ def test_digits_without_scikit_learn(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Folders of small pictures.
+# Folders of small images.
 
 
 def test_folder_classes_are_sorted_and_pixels_exact(tmp_path):
@@ -322,7 +320,7 @@ def test_folder_classes_are_sorted_and_pixels_exact(tmp_path):
     assert labels_of(test) == test.labels.tolist()
 
 
-def test_folder_is_normalised_by_its_training_pictures(tmp_path):
+def test_folder_is_normalised_by_its_training_images(tmp_path):
     make_folder(tmp_path, train=4)
     for file in (tmp_path / "train").rglob("*.png"):  # channels that differ much, and one that is constant
         pixels = np.array(Image.open(file))
@@ -357,14 +355,14 @@ def test_jpeg_and_upper_case_suffixes(tmp_path):
     names = ("1.jpg", "2.JPG", "3.JPEG", "4.PNG", "5.Bmp", "6.webp")
     for i, name in enumerate(names):
         save(tmp_path / "train/ant" / name, noise(16, 16, 3, seed=i))
-    (tmp_path / "train/ant/notes.txt").write_text("not a picture")
+    (tmp_path / "train/ant/notes.txt").write_text("not an image")
     train, _ = data.load("folder", tmp_path, log=quiet)
     files = [tmp_path / "train/ant" / name for name in ("0.png", *names)] + [tmp_path / "train/bee/0.png"]
     assert torch.equal(train.images, torch.stack([pixels_of(file) for file in files]))
     assert train.labels.tolist() == [0] * 7 + [1]
 
 
-def test_every_kind_of_picture_becomes_rgb(tmp_path):
+def test_every_kind_of_image_becomes_rgb(tmp_path):
     make_folder(tmp_path, train=1)
     grey, rgba = noise(16, 16, seed=1), noise(16, 16, 4, seed=2)
     grey_alpha, bits = noise(16, 16, 2, seed=3), noise(16, 16, seed=4) > 127
@@ -395,7 +393,7 @@ def test_sixteen_bit_greyscale_keeps_its_contrast(tmp_path):
     assert off.max() <= 1
 
 
-def test_pictures_of_other_sizes_are_resized(tmp_path):
+def test_images_of_other_sizes_are_resized(tmp_path):
     make_folder(tmp_path, train=1)
     colours = {(40, 12): (250, 3, 90), (7, 7): (1, 128, 255), (16, 30): (64, 65, 66)}
     for i, ((w, h), colour) in enumerate(colours.items(), start=1):
@@ -436,7 +434,7 @@ def test_val_works_in_place_of_test(tmp_path):
 
 
 def test_val_is_used_when_test_has_no_classes(tmp_path):
-    # ImageNet's own layout: test/ holds pictures whose classes were never published
+    # ImageNet's own layout: test/ holds images whose classes were never published
     make_folder(tmp_path, held_out="val")
     save(tmp_path / "test/0.png", noise(16, 16, 3))
     _, test = data.load("folder", tmp_path, log=quiet)
@@ -467,7 +465,7 @@ def test_default_image_size(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The decoded pictures are kept.
+# The decoded images are kept.
 
 
 def load_logged(root: Path, **options):
@@ -475,7 +473,7 @@ def load_logged(root: Path, **options):
     return *data.load("folder", root, log=log.append, **options), log
 
 
-def test_pictures_are_decoded_once(tmp_path):
+def test_images_are_decoded_once(tmp_path):
     make_folder(tmp_path)
     train, test, log = load_logged(tmp_path)
     assert len(log) == 2
@@ -531,25 +529,25 @@ def remove(root):
     (root / "train/ant/1.png").unlink()
 
 
-def rename_picture(root):
+def rename_image(root):
     (root / "train/ant/0.png").rename(root / "train/ant/7.png")
 
 
 def move_to_other_class(root):
-    (root / "train/ant/2.png").rename(root / "train/bee/!.png")  # the order of all pictures stays
+    (root / "train/ant/2.png").rename(root / "train/bee/!.png")  # the order of all images stays
 
 
-CHANGES = (edit, edit_to_same_size_and_name, edit_at_the_same_time, add, remove, rename_picture, move_to_other_class)
+CHANGES = (edit, edit_to_same_size_and_name, edit_at_the_same_time, add, remove, rename_image, move_to_other_class)
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_of_the_pictures_is_seen(tmp_path, change):
+def test_a_change_of_the_images_is_seen(tmp_path, change):
     make_folder(tmp_path)
     save(tmp_path / "train/ant/0.bmp", noise(16, 16, 3, seed=98))
     load_logged(tmp_path)
     change(tmp_path)
     train, _, log = load_logged(tmp_path)
-    assert len(log) == 1 and "train" in log[0]  # the test pictures are as they were
+    assert len(log) == 1 and "train" in log[0]  # the test images are as they were
     files = [p for name in ("ant", "bee") for p in sorted((tmp_path / "train" / name).iterdir())]
     assert torch.equal(train.images, torch.stack([pixels_of(file) for file in files]))
     assert train.labels.tolist() == [int(file.parent.name == "bee") for file in files]
@@ -611,7 +609,7 @@ def test_a_damaged_cache_is_ignored(tmp_path, kind):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Large pictures, streamed.
+# Large images, streamed.
 
 
 def colour(i: int) -> tuple[int, int, int]:
@@ -620,7 +618,7 @@ def colour(i: int) -> tuple[int, int, int]:
 
 @pytest.fixture
 def colours(tmp_path):
-    """11 training pictures (5 of ant, 6 of bee) and 5 test ones (2, 3), each of one colour of its own."""
+    """11 training images (5 of ant, 6 of bee) and 5 test ones (2, 3), each of one colour of its own."""
     for split, sizes in (("train", {"ant": 5, "bee": 6}), ("test", {"ant": 2, "bee": 3})):
         i = 0
         for name, size in sizes.items():
@@ -640,9 +638,9 @@ def unnormalised(images):
 
 
 def numbers_of(images: torch.Tensor) -> list[int]:
-    """Which of the one-coloured pictures these are."""
+    """Which of the one-coloured images these are."""
     pixels = unnormalised(images)
-    numbers = [round(picture[0].mean().item() / 20) for picture in pixels]
+    numbers = [round(image[0].mean().item() / 20) for image in pixels]
     expected = torch.tensor([colour(i) for i in numbers]).float()[..., None, None].expand_as(pixels)
     torch.testing.assert_close(pixels, expected, rtol=0, atol=0.6)
     return numbers
@@ -694,15 +692,15 @@ def test_streamed_batches_do_not_depend_on_the_workers(tmp_path):
 def test_streamed_other_seed_or_epoch_other_crops(tmp_path):
     make_folder(tmp_path, train=4, test=1, side=130)
 
-    def pictures(seed, number):
+    def epoch_images(seed, number):
         [(images, _)] = large(tmp_path, batch_size=8, seed=seed)[0].epoch(number)
         return {image.numpy().tobytes() for image in images.contiguous()}
 
-    first = pictures(0, 0)
+    first = epoch_images(0, 0)
     assert len(first) == 8
-    assert pictures(0, 0) == first
-    assert not first & pictures(0, 1)
-    assert not first & pictures(1, 0)
+    assert epoch_images(0, 0) == first
+    assert not first & epoch_images(0, 1)
+    assert not first & epoch_images(1, 0)
 
 
 def test_streamed_other_seed_or_epoch_other_order(colours):
@@ -721,14 +719,14 @@ def test_streamed_takes_any_usual_seed(tmp_path, seed):
     assert len(labels_of(large(tmp_path, seed=seed)[0], 200)) == 4
 
 
-def test_streamed_test_pictures_are_resized_and_cut_from_the_centre(tmp_path):
+def test_streamed_test_images_are_resized_and_cut_from_the_centre(tmp_path):
     make_folder(tmp_path, train=1, test=2, side=160)
     _, test = large(tmp_path)
     [(images, _)] = test.epoch(0)
     assert same(test.epoch(0), test.epoch(5))
     for k, name in enumerate(("ant", "bee")):
-        with Image.open(tmp_path / "test" / name / "1.png") as picture:
-            centre = np.array(picture.resize((146, 146), Image.Resampling.BILINEAR))[9:137, 9:137]
+        with Image.open(tmp_path / "test" / name / "1.png") as image:
+            centre = np.array(image.resize((146, 146), Image.Resampling.BILINEAR))[9:137, 9:137]
         expected = torch.from_numpy(centre).permute(2, 0, 1).float()
         torch.testing.assert_close(unnormalised(images[2 * k + 1]), expected, rtol=0, atol=0.01)
 
@@ -751,14 +749,14 @@ def test_streamed_flips_only_where_asked(tmp_path):
 
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_streamed_unreadable_picture(colours, split, workers):
+def test_streamed_unreadable_image(colours, split, workers):
     file = colours / split / "bee" / "1.png"
     file.write_bytes(file.read_bytes()[:60])
     batches = large(colours, workers=workers)[split == "test"]
     if split == "train":
-        batches.batch_size = 11  # all pictures, so that the damaged one is among them
+        batches.batch_size = 11  # all images, so that the damaged one is among them
     message = error_of(lambda: list(batches.epoch(0)), file, "cannot be read")
-    assert message.startswith("the picture ")  # nothing of the worker's traceback
+    assert message.startswith("the image ")  # nothing of the worker's traceback
     assert multiprocessing.active_children() == []  # the workers ended with the epoch
 
 
@@ -818,14 +816,14 @@ def test_empty_class_folder_is_named(tmp_path, split, rest):
         file.unlink()
     if rest:
         (tmp_path / split / "bee" / rest).write_text("")
-    error_of(lambda: data.load("folder", tmp_path), tmp_path / split / "bee", "no pictures", ".png")
+    error_of(lambda: data.load("folder", tmp_path), tmp_path / split / "bee", "no images", ".png")
 
 
-@pytest.mark.parametrize("picture", ["train/ant/0.png", "train/bee/2.png", "test/ant/1.png"])
+@pytest.mark.parametrize("image", ["train/ant/0.png", "train/bee/2.png", "test/ant/1.png"])
 @pytest.mark.parametrize("damage", ["empty", "text", "truncated", "folder", "broken link"])
-def test_unreadable_picture_is_named(tmp_path, picture, damage):
+def test_unreadable_image_is_named(tmp_path, image, damage):
     make_folder(tmp_path)
-    file = tmp_path / picture
+    file = tmp_path / image
     whole = file.read_bytes()
     file.unlink()
     if damage == "folder":
@@ -881,7 +879,7 @@ def test_without_torchvision(monkeypatch, tmp_path):
 
 
 def write_cifar(root: Path, name: str, monkeypatch) -> dict[str, tuple[np.ndarray, list[int]]]:
-    """torchvision's unpacked archive with few pictures: what must be read of it for 'train' and 'test'."""
+    """torchvision's unpacked archive with few images: what must be read of it for 'train' and 'test'."""
     # the only thing these files cannot have is the checksum of the real ones
     cifar = data.torchvision_module("datasets").cifar
     monkeypatch.setattr(cifar, "check_integrity", lambda path, md5=None: Path(path).is_file())
@@ -896,13 +894,13 @@ def write_cifar(root: Path, name: str, monkeypatch) -> dict[str, tuple[np.ndarra
     (folder / ("batches.meta" if classes == 10 else "meta")).write_bytes(pickle.dumps(meta))
     expected = {}
     for split, names in files.items():
-        pictures, labels = noise(4 * len(names), 3, 32, 32, seed=len(split)), []
+        images, labels = noise(4 * len(names), 3, 32, 32, seed=len(split)), []
         for k, file in enumerate(names):
             part = [(7 * k + 3 * i + len(split)) % classes for i in range(4)]
-            entry = {"data": pictures[4 * k : 4 * k + 4].reshape(4, 3072), key: part, "coarse_labels": [0] * 4}
+            entry = {"data": images[4 * k : 4 * k + 4].reshape(4, 3072), key: part, "coarse_labels": [0] * 4}
             (folder / file).write_bytes(pickle.dumps(entry))
             labels += part
-        expected[split] = pictures, labels
+        expected[split] = images, labels
     return expected
 
 
@@ -910,11 +908,11 @@ def write_cifar(root: Path, name: str, monkeypatch) -> dict[str, tuple[np.ndarra
 def test_cifar_from_local_files(name, tmp_path, monkeypatch, no_network):
     expected = write_cifar(tmp_path, name, monkeypatch)
     batches = dict(zip(("train", "test"), data.load(name, tmp_path, batch_size=4, log=quiet), strict=True))
-    for split, (pictures, labels) in expected.items():
+    for split, (images, labels) in expected.items():
         got = batches[split]
         assert (got.shape, got.size, got.num_classes) == ((3, 32, 32), len(labels), int(name[5:]))
         assert (got.images.dtype, got.labels.dtype) == (torch.uint8, torch.int64)
-        assert np.array_equal(got.images.numpy(), pictures)
+        assert np.array_equal(got.images.numpy(), images)
         assert got.labels.tolist() == labels
         images, _ = next(iter(got.epoch(0)))
         assert (images.shape, images.dtype) == ((4, 3, 32, 32), torch.float32)
@@ -935,16 +933,16 @@ def test_mnist_from_local_files(tmp_path, no_network):
     raw.mkdir(parents=True)
     expected = {}
     for split, prefix, size in (("train", "train", 12), ("test", "t10k", 5)):
-        pictures, labels = noise(size, 28, 28, seed=size), noise(size, seed=size) % 10
-        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, size, 28, 28) + pictures.tobytes())
+        images, labels = noise(size, 28, 28, seed=size), noise(size, seed=size) % 10
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, size, 28, 28) + images.tobytes())
         (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, size) + labels.tobytes())
-        expected[split] = pictures, labels
+        expected[split] = images, labels
     batches = dict(zip(("train", "test"), data.load("mnist", tmp_path, crop=False, flip=True, log=quiet), strict=True))
-    for split, (pictures, labels) in expected.items():
+    for split, (images, labels) in expected.items():
         got = batches[split]
         assert (got.shape, got.size, got.num_classes) == ((1, 28, 28), len(labels), 10)
         assert (got.images.dtype, got.labels.dtype) == (torch.uint8, torch.int64)
-        assert np.array_equal(got.images[:, 0].numpy(), pictures)
+        assert np.array_equal(got.images[:, 0].numpy(), images)
         assert got.labels.tolist() == labels.tolist()
     train = batches["train"]  # its digits are never mirrored
     [(images, _)] = train.epoch(0)
@@ -953,11 +951,11 @@ def test_mnist_from_local_files(tmp_path, no_network):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Real pictures.
+# Real images.
 
 
 @pytest.mark.skipif(not REAL_PICTURES.is_file(), reason="../shared/data/cifar10-jpeg.tar.xz is not there")
-def test_real_pictures(tmp_path):
+def test_real_images(tmp_path):
     wanted = {f"{s}/{c}/{i:04}.jpg" for s in ("train", "test") for c in ("airplane", "automobile") for i in range(3)}
     found = set()
     with tarfile.open(REAL_PICTURES, "r|xz") as archive:  # as a stream, and no further than needed

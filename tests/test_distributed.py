@@ -254,7 +254,7 @@ def test_batches_that_cannot_be_shared(tmp_path):
     )
     assert 0 not in codes and outputs[1] == ""
     assert (
-        outputs[0].strip().endswith("2 processes cannot share batches of 61 pictures evenly: use --batch-size 60 or 62")
+        outputs[0].strip().endswith("2 processes cannot share batches of 61 images evenly: use --batch-size 60 or 62")
     )
     assert not list(tmp_path.iterdir())
 
@@ -272,7 +272,7 @@ def test_the_parts_of_a_batch_are_the_batch(size, batch, processes):
         whole = [sorted(y.tolist()) for _, y in make((0, 1)).epoch(3)]
         parts = [list(make((rank, processes)).epoch(3)) for rank in range(processes)]
         together = sorted(y for part in parts for _, ys in part for y in ys.tolist())
-        assert together == sorted(y for ys in whole for y in ys), "every picture once"
+        assert together == sorted(y for ys in whole for y in ys), "every image once"
         if train:
             for b, batch_labels in enumerate(whole):
                 assert sorted(y for part in parts for y in part[b][1].tolist()) == batch_labels

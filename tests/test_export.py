@@ -80,7 +80,7 @@ def sentence(*argv):
     return str(error.value)
 
 
-def pictures(found):
+def images_of(found):
     return torch.cat([images for images, _ in export.load_test(found, None).epoch()])
 
 
@@ -176,7 +176,7 @@ def test_binary_layers_sum_whole_numbers_when_tested(act):
 def test_bits_are_the_checkpoint_bit_for_bit(network, capsys):
     assert export.main([str(network), "--to", "bits"]) == 0
     out = capsys.readouterr().out
-    assert "359 of 359 test pictures" in out and "differ by 0.0e+00" in out and "in all" in out
+    assert "359 of 359 test images" in out and "differ by 0.0e+00" in out and "in all" in out
     # The checkpoint's network as its trainer tests it, past all of export.py.
     checkpoint = torch.load(network / "best.pt", weights_only=True)
     args = Namespace(**checkpoint["args"])
@@ -187,7 +187,7 @@ def test_bits_are_the_checkpoint_bit_for_bit(network, capsys):
     if trainer is train_proxconnect:
         for layer in layers:
             layer.quantizer, layer.options = "bwn", {}
-    images = pictures(export.read(network))
+    images = images_of(export.read(network))
     with torch.no_grad():
         assert torch.equal(net(images), export.load(network / "run.safetensors")(images))
     weights = sum(layer.weight.numel() for layer in layers)
@@ -203,7 +203,7 @@ def test_onnx_predicts_the_same(network, capsys):
     pytest.importorskip("onnxruntime")
     assert export.main([str(network), "--to", "onnx"]) == 0
     found = capsys.readouterr().out
-    assert "359 of 359 test pictures" in found
+    assert "359 of 359 test images" in found
     assert float(found.split("differ by ")[1].split()[0]) < 2e-3, "a bit that differs would show"
     graph = onnx.load(network / "run.onnx").graph
     kinds = [node.op_type for node in graph.node]
@@ -221,7 +221,7 @@ def test_c_predicts_the_same(network, capsys, monkeypatch):
     monkeypatch.setenv("CFLAGS", "-O1")  # which compiles faster than -O3
     assert export.main([str(network), "--to", "c"]) == 0
     found = capsys.readouterr().out
-    assert "359 of 359 test pictures" in found
+    assert "359 of 359 test images" in found
     assert float(found.split("differ by ")[1].split()[0]) < 2e-3, "a bit that differs would show"
     command = ["cc", "-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic", "-fsyntax-only", str(network / "run.c")]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -304,7 +304,7 @@ def test_bad_input(binary_run, tmp_path, monkeypatch, capsys):
     old = torch.load(binary_run / "best.pt", weights_only=True)
     del old["shape"]
     torch.save(old, tmp_path / "old.pt")
-    assert "pictures' shape" in sentence(tmp_path / "old.pt", "--to", "bits")
+    assert "images' shape" in sentence(tmp_path / "old.pt", "--to", "bits")
     torch.save(old | {"shape": (1, 8, 8), "args": old["args"] | {"script": "os"}}, tmp_path / "foreign.pt")
     assert "only runs of train_fsg.py" in sentence(tmp_path / "foreign.pt", "--to", "bits")
     whole = tmp_path / "whole.safetensors"
@@ -314,19 +314,19 @@ def test_bad_input(binary_run, tmp_path, monkeypatch, capsys):
         assert "export it again" in sentence(tmp_path / "cut.safetensors", "--to", "c")
     assert "there is no file" in sentence(tmp_path / "none.safetensors", "--to", "c")
     assert "--half" in sentence(binary_run, "--to", "c", "--half")
-    assert "--pictures" in sentence(binary_run, "--to", "c", "--pictures", "0")
+    assert "--images" in sentence(binary_run, "--to", "c", "--images", "0")
     assert "could not be written" in sentence(binary_run, "--to", "bits", "--out", tmp_path / "no" / "folder")
     assert "could not be written" in sentence(binary_run, "--to", "bits", "--out", tmp_path / ("x" * 300))
     assert "name of a file" in sentence(binary_run, "--to", "bits", "--out", "/")
 
     def no_data(*_):
-        raise data.DataError("no pictures")
+        raise data.DataError("no images")
 
     with monkeypatch.context() as patch:
         patch.setattr(export, "load_test", no_data)
         for kind in ("bits", "c"):
             assert export.main([str(binary_run), "--to", kind, "--out", str(tmp_path / f"net.{kind}")]) == 0
-            assert "is not checked: no pictures" in capsys.readouterr().out and (tmp_path / f"net.{kind}").exists()
+            assert "is not checked: no images" in capsys.readouterr().out and (tmp_path / f"net.{kind}").exists()
     monkeypatch.setenv("CC", str(tmp_path / "no-compiler"))
     capsys.readouterr()
     assert export.main([str(binary_run), "--to", "c", "--out", str(tmp_path / "a.c")]) == 0
@@ -365,7 +365,7 @@ def checkpoint(path, trainer, shape, *flags):
 
 
 @pytest.mark.parametrize("size", [65, 98])
-def test_onnx_of_large_pictures_whose_pools_leave_out_the_rest(tmp_path, size):
+def test_onnx_of_large_images_whose_pools_leave_out_the_rest(tmp_path, size):
     pytest.importorskip("onnxruntime")
     path = checkpoint(tmp_path / "last.pt", train_fsg, (3, size, size), "--arch", "resnet18", "--grad", "ste")
     found = export.read(path)
@@ -417,7 +417,7 @@ def test_a_file_whose_parts_do_not_fit_is_refused(tmp_path, change):
 def test_a_format_that_says_something_else_ends_with_an_error(binary_run, tmp_path, monkeypatch):
     real = export.check
     monkeypatch.setattr(export, "check", lambda *args: (real(*args)[0] - 1, *real(*args)[1:]))
-    with pytest.raises(runs.RunError, match=r"says something else .* of 1 pictures"):
+    with pytest.raises(runs.RunError, match=r"says something else .* of 1 images"):
         export.main([str(binary_run), "--to", "bits", "--out", str(tmp_path / "net.safetensors")])
 
 

@@ -346,7 +346,7 @@ def test_build(act, binarize_all):
 
 @pytest.mark.parametrize("arch", models.ARCHS)
 @pytest.mark.parametrize("size", [1, 8, 28, 64])
-def test_every_network_takes_small_pictures_too(arch, size):
+def test_every_network_takes_small_images_too(arch, size):
     with torch.device("meta"):
         if arch == "alexnet" and size < 63:
             with pytest.raises(models.ModelError, match="at least 63 pixels"):

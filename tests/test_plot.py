@@ -1,4 +1,4 @@
-"""plot.py from the outside: run folders in, one picture or one sentence out."""
+"""plot.py from the outside: run folders in, one image or one sentence out."""
 
 import json
 import os
@@ -41,8 +41,8 @@ def check_png(path: Path):
 
     width, height = png_size(path)
     assert 1000 <= width <= 4000 and 1000 <= height <= 4000
-    picture = matplotlib.image.imread(path)[..., :3]
-    assert 0.01 < (picture.min(axis=-1) < 0.9).mean() < 0.5  # something is drawn, on white
+    image = matplotlib.image.imread(path)[..., :3]
+    assert 0.01 < (image.min(axis=-1) < 0.9).mean() < 0.5  # something is drawn, on white
 
 
 def check_error(capsys, argv, *words):
@@ -67,11 +67,11 @@ def legend_texts(figure) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures.
+# Images.
 
 
 @pytest.mark.parametrize("epochs", [[1], [3, 2], [40, 1, 3, 30, 100]])
-def test_writes_a_picture_beside_the_first_run_and_says_where(tmp_path, capsys, epochs):
+def test_writes_a_image_beside_the_first_run_and_says_where(tmp_path, capsys, epochs):
     folders = [make_run(tmp_path / "runs" / f"run{i}", n) for i, n in enumerate(epochs)]
     assert plot.main(folders) == 0
     output = capsys.readouterr()
@@ -99,7 +99,7 @@ def test_out_names_the_file_or_its_folder(tmp_path, capsys):
     check_png(tmp_path / "figures" / "a.png")
 
 
-def test_a_star_may_match_the_picture_of_last_time(tmp_path, capsys):
+def test_a_star_may_match_the_image_of_last_time(tmp_path, capsys):
     make_run(tmp_path / "runs" / "A")
     for _ in range(2):
         assert plot.main(sorted(str(p) for p in (tmp_path / "runs").glob("*"))) == 0
@@ -158,7 +158,7 @@ def test_few_points_have_markers_and_many_have_none(tmp_path):
 
 
 @pytest.mark.parametrize(("runs", "length"), [(1, 250), (5, 20), (5, 60), (28, 4), (28, 250)])
-def test_the_legend_is_inside_the_picture_and_above_the_curves(tmp_path, runs, length):
+def test_the_legend_is_inside_the_image_and_above_the_curves(tmp_path, runs, length):
     run = plot.read_run(make_run(tmp_path / "a"))
     names = [f"{i:02d}" + "m" * (length - 2) for i in range(runs)]
     figure = plot.draw(dict.fromkeys(names, run), title="What was compared, and with which learning rate. " * 5)
@@ -278,7 +278,7 @@ def test_more_runs_than_can_be_told_apart(tmp_path, capsys):
 
 
 def test_as_a_command(tmp_path):
-    """Alone in a folder, without the rest of the repository: a picture, and a sentence for what goes wrong."""
+    """Alone in a folder, without the rest of the repository: an image, and a sentence for what goes wrong."""
     shutil.copy(ROOT / "plot.py", tmp_path)
     make_run(tmp_path / "runs" / "A")
     make_run(tmp_path / "runs" / "B", text=HEADER + "1,2\n")

@@ -212,7 +212,7 @@ def test_watching_for_divergence_waits_for_the_device_only_now_and_then(tmp_path
 
 
 def test_accumulated_parts_are_the_batch(tmp_path, monkeypatch):
-    """On a network without BatchNorm; 7 parts of 60 pictures are not equally large."""
+    """On a network without BatchNorm; 7 parts of 60 images are not equally large."""
     import models
 
     monkeypatch.setitem(models.PLAIN_NETS, "tiny", ([8, "M", 8], 4, [16], False))

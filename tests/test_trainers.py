@@ -501,7 +501,7 @@ def test_wrong_data(tmp_path, monkeypatch, trainer):
 
     ends = functools.partial(sentence, trainer=trainer)
     assert "train/CLASS" in ends([*argv, "--dataset", "folder", "--data-dir", str(tmp_path / "none")])
-    root = tmp_path / "pictures"
+    root = tmp_path / "images"
     for split in ("train", "test"):
         for name in ("cat", "dog"):
             (root / split / name).mkdir(parents=True)
@@ -533,7 +533,7 @@ def test_wrong_checkpoints(tmp_path, trainer):
     ends = functools.partial(sentence, trainer=trainer)
     best = str(a_run / "best.pt")
     assert "--arch resnet8" in ends([*argv, "--arch", "resnet20", "--pretrained", best])
-    root = tmp_path / "pictures"
+    root = tmp_path / "images"
     for split in ("train", "test"):
         for name in "abc":
             (root / split / name).mkdir(parents=True)
@@ -650,7 +650,7 @@ LARGE = [
 
 
 @pytest.mark.parametrize("trainer, extra", LARGE, ids=name_of)
-def test_large_pictures_are_streamed_resumed_and_bit_for_bit_the_same(tmp_path, monkeypatch, trainer, extra):
+def test_large_images_are_streamed_resumed_and_bit_for_bit_the_same(tmp_path, monkeypatch, trainer, extra):
     """The path of ImageNet: DataLoader workers, RandomResizedCrop; stopped and resumed within an epoch."""
     generator = torch.Generator().manual_seed(0)
     for split, count in (("train", 6), ("val", 2)):
@@ -807,8 +807,8 @@ def test_the_toy_example(tmp_path, capsys):
     assert train_bihalf.main(["--toy", "--out", str(tmp_path)]) == 0
     rows = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines() if "│" in line]
     assert ["6", "924", "432", "66"] in rows and ["any", "4,096", "1,704", "76"] in rows
-    with Image.open(tmp_path / "toy.png") as picture:
-        assert len(set(picture.convert("RGB").tobytes())) > 50, "it is not blank"
+    with Image.open(tmp_path / "toy.png") as image:
+        assert len(set(image.convert("RGB").tobytes())) > 50, "it is not blank"
     (tmp_path / "file").write_text("")
     assert "choose another --out" in sentence(["--toy", "--out", str(tmp_path / "file")], train_bihalf)
 

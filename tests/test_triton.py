@@ -23,10 +23,10 @@ from test_selective_scan import (
 )
 
 import selective_scan
-import selective_scan_cuda
+import selective_scan_triton
 
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-problem = selective_scan_cuda.why_not(device, torch.float32, 6)
+problem = selective_scan_triton.why_not(device, torch.float32, 6)
 pytestmark = [
     pytest.mark.skipif(problem is not None, reason=str(problem)),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, of an overflow: on purpose
@@ -36,8 +36,8 @@ pytestmark = [
 def on_triton(net):
     """The net with its last() and tails(), in chunks of 16 tokens, on the kernels under test."""
     net.to(device)
-    net.tails = lambda *inputs: selective_scan_cuda.tails(*inputs, *net._in_order(), chunk=16)
-    net.last = lambda u: selective_scan_cuda.last(u.squeeze(-1), *net._in_order())
+    net.tails = lambda *inputs: selective_scan_triton.tails(*inputs, *net._in_order(), chunk=16)
+    net.last = lambda u: selective_scan_triton.last(u.squeeze(-1), *net._in_order())
     return net
 
 
@@ -62,8 +62,8 @@ def test_equals_the_recurrence_for_any_shape(size, length, scale, dt_shift, seed
 @pytest.mark.parametrize("shape, length", [((17, 16, 8), 6), ((5, 33, 3), 16)])
 def test_equals_the_recurrence_over_several_blocks_a_program(monkeypatch, shape, length):
     net = on_triton(fused(*shape, 0))
-    monkeypatch.setattr(selective_scan_cuda, "_programs", lambda device: 2)
-    rows = 5 * selective_scan_cuda.BLOCK_B + 1
+    monkeypatch.setattr(selective_scan_triton, "_programs", lambda device: 2)
+    rows = 5 * selective_scan_triton.BLOCK_B + 1
     check(net, torch.randn(rows, length, 1, device=device), torch.randn(rows, device=device))
 
 
@@ -82,13 +82,13 @@ def test_two_runs_give_the_same_bits():
 
 
 def test_why_not():
-    why_not, most = selective_scan_cuda.why_not, selective_scan_cuda.MOST_TOKENS
+    why_not, most = selective_scan_triton.why_not, selective_scan_triton.MOST_TOKENS
     assert "float64" in why_not(device, torch.float64, 6) and str(most) in why_not(device, torch.float32, most + 1)
     assert "meta" in why_not(torch.device("meta"), torch.float32, 6)
     assert why_not(device, torch.float32, None) is None and "float64" in why_not(device, torch.float64, None)
     if device.type == "cuda":
         assert selective_scan.why_not(device, torch.float32, None) is None
-    code = "import selective_scan_cuda as s, torch; print(s.why_not(torch.device('cpu'), torch.float32, 6))"
+    code = "import selective_scan_triton as s, torch; print(s.why_not(torch.device('cpu'), torch.float32, 6))"
     for hide, words in (
         ("", "CUDA devices; this is cpu"),
         ("import sys; sys.modules['triton'] = None; ", "triton pack"),
@@ -104,13 +104,13 @@ def test_parameters_of_another_kind_are_refused(wrong):
     for i in (3, 8):
         mixed = [p.to(wrong) if k == i else p for k, p in enumerate(parameters)]
         for run in (
-            lambda: selective_scan_cuda.last(torch.ones(4, 3, device=device), *mixed),  # noqa: B023
-            lambda: selective_scan_cuda.tails(torch.ones(2, 5, device=device), [5], None, *mixed),  # noqa: B023
+            lambda: selective_scan_triton.last(torch.ones(4, 3, device=device), *mixed),  # noqa: B023
+            lambda: selective_scan_triton.tails(torch.ones(2, 5, device=device), [5], None, *mixed),  # noqa: B023
         ):
             with pytest.raises(ValueError, match="wants its parameters in float32 and where its input is"):
                 run()
     with pytest.raises(ValueError, match="wants its parameters"):
-        selective_scan_cuda.tails(torch.ones(2, 5, device=device), [5], torch.ones(1).double(), *parameters)
+        selective_scan_triton.tails(torch.ones(2, 5, device=device), [5], torch.ones(1).double(), *parameters)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,8 +168,8 @@ def test_tails_gives_the_same_bits_twice_and_where_it_keeps_nothing(monkeypatch)
     layers = [18, 2] if device.type == "cpu" else [50_000, 5]
     past, first, v = randn(2, sum(layers)), randn(2).requires_grad_(), randn(sum(layers))
     results = []
-    for most in (selective_scan_cuda.MOST_KEPT, selective_scan_cuda.MOST_KEPT, 0):
-        monkeypatch.setattr(selective_scan_cuda, "MOST_KEPT", most)
+    for most in (selective_scan_triton.MOST_KEPT, selective_scan_triton.MOST_KEPT, 0):
+        monkeypatch.setattr(selective_scan_triton, "MOST_KEPT", most)
         y = net.tails(past, layers, first)
         results.append([y, *torch.autograd.grad(y, [first, *net.parameters()], v)])
     for result in results[1:]:
@@ -182,7 +182,7 @@ def without_interpreter(code, *arguments, **variables):
 
 
 COMPILE = """
-import sys, triton, selective_scan_cuda as s
+import sys, triton, selective_scan_triton as s
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 integers = ("rows", "d", "scratch_size", "chunks", "weights", "steps", "T")
