@@ -30,20 +30,21 @@ import torch
 from torch.nn import functional as F
 
 import data
-import hypernet
 import models
 import runs
+from fsg_released import ReleasedFSG
+from gate import GatedHistory
+from hypernet import FSG, STE
+from metaquant import LSTMFC, FCGrad, MultiFC
 
-# Learning rates that work, measured (README, "Learning rates"): for the latent weights, by optimizer, …
+# Learning rates that work for the latent weights, measured (results/README.md).
 DEFAULT_LR = {"adam": 1e-3, "sgd": 0.3, "sgdm": 0.1}
-GATE_LR = 6e-3  # … with Adam under --hgs gate
-# … and for φ: fast-net, slow-net. Nothing bounds the scale of the gradients that φ learns to make. Adam does not care
-# for scale, but under SGD it multiplies the learning rate, so there φ must learn slowly.
-DEFAULT_LR_PHI = {"fsg": (1e-2, 1e-3), "metaquant": (1e-3, None), "sgd": (1e-5, 1e-5)}
-
-# Flags of the paper's nets, with their defaults. --hgs gate refuses them; other --grads ignore what they do not have.
-NETS = {"length": 5, "beta": 0.9, "normalize": "layer-rms", "no_lre": False, "fast_act": None, "hyper_sample": 1.0}
-NETS |= {"hidden": 100, "d_state": 16, "d_conv": 8, "expand": 100, "scan": "auto", "lr_fast": None, "lr_slow": None}
+GATE_LR = 6e-3  # with Adam under --grad gate
+# Adam's learning rates for φ: of the fast-net; of the slow-net and the LRE.
+LR_FAST = {"fsg": 1e-2, "fcgrad": 1e-3, "multifc": 1e-3, "lstmfc": 1e-3}
+LR_SLOW = 1e-3
+# Under SGD the scale of G multiplies the learning rate. Where nothing bounds that scale, φ must learn slowly.
+LR_PHI_UNBOUNDED = 1e-5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -55,79 +56,95 @@ def flags():
     bnn = parser.add_argument_group("binary network")
     bnn.add_argument("--quantizer", default="dorefa", choices=["dorefa", "bwn", "bwn-f", "none"], help="none: float")
     bnn.add_argument("--act", default="none", choices=["none", "sign"], help="sign: binary activations too (W1A1)")
-    bnn.add_argument("--binarize-all", action="store_true", help="the first convolution and the classifier too")
-    fsg = parser.add_argument_group("gradient generator (hypernet.py)")
+    bnn.add_argument(
+        "--binarize-all", action="store_true", help="binarize the first convolution and the classifier too"
+    )
+    fsg = parser.add_argument_group("gradient generator; a flag that the chosen generator does not have is refused")
     fsg.add_argument(
         "--grad",
-        default="fsg",
-        choices=["fsg", "fcgrad", "multifc", "lstmfc", "ste"],
-        help="what latent weights are updated with: FSG, one of MetaQuant's three, or straight-through (default: fsg)",
+        choices=["fsg", "gate", "ste", "fcgrad", "multifc", "lstmfc"],
+        help="the generator: FSG (hypernet.py), the gated history (gate.py), straight-through, or one of MetaQuant's "
+        "three (metaquant.py) (default: fsg)",
     )
-    fsg.add_argument(
-        "--hgs",
-        choices=["gate", "mamba", "lstm"],
-        help="what is made of the gradient history: the paper's slow-net, mamba or lstm, or gate, which sums it since "
-        "the weight's last flip (default: mamba where a flag of the paper's nets is given, else gate)",
-    )
+    fsg.add_argument("--hgs", choices=["mamba", "lstm"], help="fsg: the slow-net over the history (default: mamba)")
+    fsg.add_argument("--preset", choices=["none", "released"], help="released: the FSG authors' code (fsg_released.py)")
     fsg.add_argument(
         "--history",
-        default="per-weight",
         choices=["per-weight", "flat", "newest"],
-        help="its layout; newest: without the older gradients (default: per-weight)",
+        help="fsg: layout of the history; newest: without the older gradients (default: per-weight)",
     )
-    fsg.add_argument("--length", type=int, help="l, past gradients a weight (default: 5)")
-    fsg.add_argument("--beta", type=float, help="share of the slow gradient, 0 to 1 (default: 0.9)")
-    fsg.add_argument("--normalize", choices=["layer-rms", "none"], help="scaling of the history (default: layer-rms)")
-    fsg.add_argument("--no-lre", action="store_true", help="no layer recognition embedding")
+    fsg.add_argument("--length", type=int, help="fsg: l, past gradients per weight (default: 5)")
+    fsg.add_argument("--beta", type=float, help="fsg: share of the slow gradient, 0 to 1 (default: 0.9)")
+    fsg.add_argument(
+        "--balance",
+        choices=["layer-rms", "none"],
+        help="fsg: scale both terms to the RMS of the gradient in each layer; none: the formula as written "
+        "(default: layer-rms)",
+    )
+    fsg.add_argument(
+        "--normalize", choices=["layer-rms", "none"], help="fsg: scale of the history (default: layer-rms)"
+    )
+    fsg.add_argument("--no-lre", action="store_true", help="fsg: no layer recognition embedding")
     fsg.add_argument("--fast-act", choices=["none", "relu", "tanh"], help="default: none; tanh under bwn and bwn-f")
-    fsg.add_argument("--hidden", type=int, help="width of the fast-net and of the LSTM (default: 100)")
-    fsg.add_argument("--d-state", type=int, help="Mamba: numbers of state a channel (default: 16)")
-    fsg.add_argument("--d-conv", type=int, help="Mamba: taps of the convolution (default: 8)")
-    fsg.add_argument("--expand", type=int, help="Mamba: channels (default: 100)")
-    fsg.add_argument("--scan", choices=["auto", "fused", "mamba-ssm", "reference"], help="Mamba's backend")
+    fsg.add_argument("--hidden", type=int, help="width of the MLP and of the LSTM (default: 100)")
+    fsg.add_argument("--d-state", type=int, help="mamba: states per channel (default: 16)")
+    fsg.add_argument("--d-conv", type=int, help="mamba: taps of the convolution (default: 8)")
+    fsg.add_argument("--expand", type=int, help="mamba: channels (default: 100)")
     fsg.add_argument(
-        "--lr-fast", type=float, help="Adam's rate for the fast-net (default: 1e-2; MetaQuant 1e-3; SGD 1e-5)"
+        "--scan", choices=["auto", "fused", "mamba-ssm", "reference"], help="mamba: backend of the scan (default: auto)"
     )
-    fsg.add_argument("--hyper-sample", type=float, help="share of the weights φ is trained on each step (default: 1)")
-    fsg.add_argument("--lr-slow", type=float, help="Adam's rate for slow-net and LRE (default: 1e-3; SGD 1e-5)")
+    fsg.add_argument("--hyper-sample", type=float, help="fsg: share of the weights that φ is trained on (default: 1)")
     fsg.add_argument(
-        "--preset",
-        default="none",
-        choices=["none", "released"],
-        help="released: what the authors' code does (README); sets history, normalize, fast-act, beta, length and "
-        "binarize-all",
+        "--lr-fast", type=float, help="Adam's learning rate for the MLP (default: fsg 1e-2, MetaQuant 1e-3; see file)"
     )
+    fsg.add_argument("--lr-slow", type=float, help="fsg: Adam's learning rate for slow-net and LRE (default: 1e-3)")
+    fsg.add_argument("--memory", type=float, help="gate: decay of the history per step, 0 to below 1 (default: 0.8)")
+    fsg.add_argument("--epsilon", type=float, help="gate: how far a weight leaps near its threshold (default: 0.35)")
     return parser
 
 
 def complete(args) -> None:
-    """Defaults that depend on other flags, and combinations that make no sense."""
-    asked = [name for name in NETS if getattr(args, name) is not None and getattr(args, name) is not False]
-    asked += ["history"] * (args.history == "flat") + ["preset"] * (args.preset != "none")
-    args.hgs = args.hgs or ("mamba" if asked else "gate")
-    gate = args.grad == "fsg" and args.hgs == "gate" and args.quantizer != "none"
-    if gate and asked and not args.eval_only:
-        flag = asked[0].replace("_", "-")
-        raise runs.RunError(f"--{flag} is for the paper's slow-nets: use --hgs mamba or lstm, or leave it out")
-    if not gate:
-        fast, slow = DEFAULT_LR_PHI["sgd" if args.opt != "adam" else "fsg" if args.grad == "fsg" else "metaquant"]
-        defaults = {**NETS, "lr_fast": fast, "lr_slow": slow}
-        vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
-    if args.lr is None:
-        args.lr = GATE_LR if gate and args.opt == "adam" else DEFAULT_LR[args.opt]
-    if args.quantizer == "none" and (args.act != "none" or args.binarize_all or args.preset != "none"):
-        raise runs.RunError("--quantizer none is full precision: leave out --act, --binarize-all and --preset")
-    if args.preset == "released":
-        if args.grad != "fsg" or args.hgs != "mamba":
-            raise runs.RunError("--preset released is FSG with Mamba: leave out --grad and --hgs, or the preset")
-        vars(args).update(hypernet.RELEASED_OPTIONS, binarize_all=True)
-    if args.hyper_sample not in (None, 1) and (args.grad != "fsg" or args.quantizer == "none" or args.preset != "none"):
-        raise runs.RunError("--hyper-sample is for --grad fsg without --preset and --quantizer none: leave it out")
+    """Fill in the defaults that depend on other flags, and refuse flags that the chosen generator does not have."""
     if args.arch not in models.ARCHS:
         raise runs.RunError(f"--arch {args.arch} is not known: use one of {', '.join(models.ARCHS)}")
+    mamba = ("d_state", "d_conv", "expand", "scan")
+    text = (
+        "history",
+        "balance",
+        "normalize",
+        "no_lre",
+        "fast_act",
+        "hyper_sample",
+    )  # of the paper's text, not the code
+    only_fsg = ("hgs", "preset", "length", "beta", "lr_slow", *mamba, *(name for name in text if name != "fast_act"))
+    learned = ("fsg", "fcgrad", "multifc", "lstmfc")
+    generator = dict.fromkeys(only_fsg, ("fsg",))
+    generator |= {"hidden": learned, "lr_fast": learned, "fast_act": learned[:3], "memory": ("gate",)}
+    generator["epsilon"] = ("gate",)
+
+    binary = ("dorefa", "bwn", "bwn-f")
+    if args.quantizer == "none" and (args.act != "none" or args.binarize_all):
+        raise runs.RunError("--quantizer none is full precision: leave out --act and --binarize-all")
+    runs.only_for(args, "quantizer", dict.fromkeys(("grad", *generator), binary))
+    runs.fill(args, grad="fsg")
+    runs.only_for(args, "grad", generator)
+    runs.fill(args, hgs="mamba", preset="none")
+    runs.only_for(args, "hgs", dict.fromkeys((*mamba, "preset"), ("mamba",)) if "hgs" in args else {})
+    if getattr(args, "preset", "none") == "released":
+        runs.only_for(args, "preset", dict.fromkeys(text, ("none",)))
+        args.binarize_all = True
+
+    runs.fill(args, history="per-weight", length=5, beta=0.9, balance="layer-rms", normalize="layer-rms")
+    runs.fill(args, hidden=100, d_state=16, d_conv=8, expand=100, scan="auto", hyper_sample=1.0)
+    runs.fill(args, memory=0.8, epsilon=0.35)
+    unbounded = args.opt != "adam" and getattr(args, "balance", "none") == "none"
+    grad = getattr(args, "grad", None)
+    runs.fill(args, lr_fast=LR_PHI_UNBOUNDED if unbounded else LR_FAST.get(grad))
+    runs.fill(args, lr_slow=LR_PHI_UNBOUNDED if unbounded else LR_SLOW)
+    runs.fill(args, lr=GATE_LR if grad == "gate" and args.opt == "adam" else DEFAULT_LR[args.opt])
     for name in ("hidden", "d_state", "d_conv", "expand"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise runs.RunError(f"--{name.replace('_', '-')} must be at least 1; it is {getattr(args, name)}")
+        if getattr(args, name, 1) < 1:
+            raise runs.RunError(f"{runs.option(name)} must be at least 1; it is {getattr(args, name)}")
 
 
 def network(args, num_classes: int, shape: tuple[int, int, int]) -> torch.nn.Module:
@@ -136,41 +153,39 @@ def network(args, num_classes: int, shape: tuple[int, int, int]) -> torch.nn.Mod
 
 
 def make_generator(args, layers):
-    """The gradient generator that --grad names, for the network's binary layers (none at full precision)."""
+    """The gradient generator that --grad names, for the network's binary layers. None at full precision."""
     if args.quantizer == "none":
         return None
     try:
         if args.grad == "ste":
-            return hypernet.STE(layers)
+            return STE(layers)
+        if args.grad == "gate":
+            return GatedHistory(layers, args.memory, args.epsilon)
         if args.grad == "fcgrad":
-            return hypernet.FCGrad(layers, args.hidden, args.fast_act, args.lr_fast)
+            return FCGrad(layers, args.hidden, args.fast_act, args.lr_fast)
         if args.grad == "multifc":
-            return hypernet.MultiFC(layers, args.hidden, args.fast_act, args.lr_fast)
+            return MultiFC(layers, args.hidden, args.fast_act, args.lr_fast)
         if args.grad == "lstmfc":
-            return hypernet.LSTMFC(layers, args.hidden, args.lr_fast)
-        if args.hgs == "gate":
-            without = {"memory": 0.0} if args.history == "newest" else {}
-            return hypernet.GatedHistory(layers, **without)
-        generator = hypernet.FSG(
-            layers,
-            hgs=args.hgs,
-            length=args.length,
-            beta=args.beta,
-            history=args.history,
-            normalize=args.normalize,
-            lre=not args.no_lre,
-            hidden=args.hidden,
-            fast_act=args.fast_act,
-            d_state=args.d_state,
-            d_conv=args.d_conv,
-            expand=args.expand,
-            scan=args.scan,
-            lr_fast=args.lr_fast,
-            lr_slow=args.lr_slow,
-            hyper_sample=args.hyper_sample,
-            preset=args.preset,
-        )
-        # Says now, not at the first step, what is missing.
+            return LSTMFC(layers, args.hidden, args.lr_fast)
+        options = {"length": args.length, "beta": args.beta, "hidden": args.hidden}
+        options |= {"lr_fast": args.lr_fast, "lr_slow": args.lr_slow}
+        if args.hgs == "mamba":
+            options |= {"d_state": args.d_state, "d_conv": args.d_conv, "expand": args.expand, "scan": args.scan}
+        if getattr(args, "preset", "none") == "released":
+            generator = ReleasedFSG(layers, **options)
+        else:
+            generator = FSG(
+                layers,
+                hgs=args.hgs,
+                history=args.history,
+                balance=args.balance,
+                normalize=args.normalize,
+                lre=not args.no_lre,
+                fast_act=args.fast_act,
+                hyper_sample=args.hyper_sample,
+                **options,
+            )
+        # Checks now, not at the first step, that the scan can run.
         runs.console.print(f"slow-net: {args.hgs}, {generator.backend_and_why()}", soft_wrap=True)
         return generator
     except (ValueError, RuntimeError) as e:  # beta outside [0, 1], an LSTM over the flat history, mamba-ssm missing, …
@@ -206,11 +221,8 @@ def main(argv=None) -> int:
     # Gradient generator: turns ĝ, the gradient at the binary weights, into G, the one for the latent weights.
     generator = make_generator(args, layers)
     groups = net.parameters()
-    if isinstance(generator, hypernet.GatedHistory):  # its history is momentum enough for the latent weights
-        latent = [layer.weight for layer in layers]
-        rest = [p for p in net.parameters() if not any(p is w for w in latent)]
-        without = {"betas": (0.0, 0.999)} if args.opt == "adam" else {"momentum": 0.0}
-        groups = [{"params": latent, **without}, {"params": rest}]
+    if isinstance(generator, GatedHistory):  # its history is the momentum of the latent weights
+        groups = generator.parameter_groups(net.parameters(), adam=args.opt == "adam")
     optimizer = runs.make_optimizer(groups, args)
 
     # The run: at the start, or exactly where the resumed one stopped.
