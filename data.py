@@ -198,7 +198,8 @@ def load(
     image_size: int | None = None,
     workers: int = 2,
     log=print,
-    part: tuple[int, int] = (0, 1),
+    rank: int = 0,
+    world_size: int = 1,
 ) -> tuple[ResidentBatches | StreamedBatches, ResidentBatches | StreamedBatches]:
     """The training and the test batches of a data set.
 
@@ -212,6 +213,7 @@ def load(
     part: (rank, number of processes) of torch.distributed; batch_size is that of all together.
     Raises DataError, whose message is one sentence for the user; ValueError for an unknown name.
     """
+    part = (rank, world_size)
     if name not in DATASETS:
         raise ValueError(f"no data set is called {name!r}: use one of {', '.join(DATASETS)}")
     if name in ("imagenet", "folder"):

@@ -1,25 +1,30 @@
-"""FSG: Fast and Slow Gradient Approximation for Binary Neural Network Optimization (AAAI 2025), in one file.
+"""FSG: binary weights trained with learned gradients, from the current gradient (fast) and the past ones (slow).
 
-    # Half a minute on a laptop, nothing to download:
+    # Half a minute on a laptop, without a download:
     python train_fsg.py --dataset digits --arch resnet8 --epochs 12 --batch-size 64
     python train_fsg.py --arch resnet32 --hgs mamba --opt adam           # the paper, on CIFAR-10
-    python train_fsg.py --arch resnet32                                  # --hgs gate, what trains best here
-    python train_fsg.py --grad ste --arch resnet32                       # the baseline to beat
-    python train_fsg.py --dataset folder --data-dir my/images          # my/images/{train,test}/CLASS/*.png
-
+    python train_fsg.py --arch resnet32 --grad ste                       # the baseline; or gate, fcgrad, multifc, …
+    python train_fsg.py --dataset folder --data-dir my/images            # my/images/{train,test}/CLASS/*.png
     # The paper starts from a full-precision network:
     python train_fsg.py --arch resnet32 --quantizer none --opt sgdm --name fp32
-    python train_fsg.py --arch resnet32 --hgs mamba --pretrained runs/fp32/best.pt
+    python train_fsg.py --arch resnet32 --pretrained runs/fp32/best.pt
 
     python train_fsg.py --resume runs/NAME                               # after Ctrl-C or a crash, bit for bit
     python plot.py runs/A runs/B                                         # curves
 
-A binary network computes with Ŵ = sign(W) while the optimizer moves the latent weights W. The sign has no useful
-derivative, so something must be put in its place on the way back. Straight-through estimators (STE) put a constant.
-FSG *learns* it (`--hgs mamba` or `lstm`): two small hypernetworks turn the gradient at the binary weight into the
-gradient for the latent one; one sees the present gradient, the other the past ones. `--hgs gate`, the default, makes it
-of the same two, with a formula in place of the networks; README, "Does a learned gradient help?", says why.
-The whole method is in hypernet.py; here you see where it enters training: one line between backward() and step().
+Paper: Fast and Slow Gradient Approximation for Binary Neural Network Optimization (AAAI 2025),
+https://arxiv.org/abs/2412.11777
+
+The network computes with binary weights Ŵ = Q(W), and the optimizer updates the latent weights W. Q has no useful
+derivative. A straight-through estimator (STE) replaces it by a constant; FSG learns what to put in its place. In each
+step t, with ĝ_t = ∂L/∂Ŵ and the hypernetworks' parameters φ:
+
+    fast = ĝ_t ⊙ MLP(W̃)                      from the current gradient; W̃ is W before it is rounded
+    slow = SlowNet(LRE, ĝ_t, ĝ_t−1, …)       from the last l gradients of each weight; Mamba or an LSTM
+    G_t  = D ⊙ ((1 − β)·fast + β·slow)       the optimizer's gradient; D is ∂Ŵ/∂W, straight through the rounding
+    φ is trained in the next step: how well did G_t reduce the loss?
+
+hypernet.py holds all of it. In the training loop it is one line between backward() and step(): generator.generate().
 
     flags → data → network → gradient generator → optimizer → the training loop → evaluation
 
@@ -197,62 +202,85 @@ def make_generator(args, layers):
 
 
 def main(argv=None) -> int:
-    args, resumed = runs.parse(flags(), argv)
+    args, checkpoint = runs.parse(flags(), argv)
     complete(args)
     device = runs.pick_device(args.device)
-    part = runs.start_processes(device)
+    rank, world_size = runs.start_processes(device)
     torch.manual_seed(args.seed)
 
     # Data.
     train, test = data.load(
-        *(args.dataset, args.data_dir, device, args.batch_size, args.seed, not args.no_crop, not args.no_flip),
-        *(args.image_size, args.workers, runs.console.print, part),
+        args.dataset,
+        args.data_dir,
+        device,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        crop=not args.no_crop,
+        flip=not args.no_flip,
+        image_size=args.image_size,
+        workers=args.workers,
+        log=runs.console.print,
+        rank=rank,
+        world_size=world_size,
     )
 
-    # Network. The latent weights are its parameters; its binary layers quantize them in the forward pass.
-    net = network(args, train.num_classes, train.shape)
-    net.to(device)
-    runs.load_weights(net, args, resumed)
+    # Network. Its parameters are the latent weights; the binary layers quantize them in the forward pass.
+    net = network(args, train.num_classes, train.shape).to(device)
+    runs.load_weights(net, args, checkpoint)
     model = runs.parallel(net, args, device)
     layers = models.binary_layers(net)
     if args.eval_only:
         return runs.report(*runs.evaluate(model, test, device, args.amp), test.size)
 
-    # Gradient generator: turns ĝ, the gradient at the binary weights, into G, the one for the latent weights.
+    # Gradient generator: turns ĝ, the gradient at the binary weights, into G, the gradient of the latent weights.
     generator = make_generator(args, layers)
-    groups = net.parameters()
+    params = net.parameters()
     if isinstance(generator, GatedHistory):  # its history is the momentum of the latent weights
-        groups = generator.parameter_groups(net.parameters(), adam=args.opt == "adam")
-    optimizer = runs.make_optimizer(groups, args)
+        params = generator.parameter_groups(params, adam=args.opt == "adam")
+    optimizer = runs.make_optimizer(params, args)
 
-    # The run: at the start, or exactly where the resumed one stopped.
+    # The run, from its start or from the checkpoint on.
     kind = "fp32" if generator is None else f"fsg-{args.hgs}" if args.grad == "fsg" else args.grad
-    hyper = sum(p.numel() for p in generator.parameters()) if generator else 0
-    about = f"gradients: {kind}" + (f", {hyper:,} hyper-parameters φ" if hyper else "")
-    parts = {"model": net, "optimizer": optimizer} | ({"generator": generator} if generator else {})
-    run = runs.Run(args, kind, about, (train, test), device, models.sign_bits(layers), resumed, **parts)
+    kind += "-released" if isinstance(generator, ReleasedFSG) else ""
+    phi = sum(p.numel() for p in generator.parameters()) if generator else 0
+    about = f"gradients: {kind}" + (f", with {phi:,} hyper-parameters φ" if phi else "")
+    if isinstance(generator, GatedHistory) and args.lr == GATE_LR:
+        about += ", which trains best at a higher learning rate than other gradients do"
+    run = runs.Run(
+        args,
+        kind=kind,
+        about=about,
+        train=train,
+        test=test,
+        device=device,
+        bits=models.sign_bits(layers),
+        checkpoint=checkpoint,
+        state={"model": net, "optimizer": optimizer, "generator": generator},
+    )
 
+    # Training.
     net.train()
     with run:
-        while run.goes_on():
-            for batch in run.batches():
-                lr = run.set_learning_rate(optimizer)
-                if args.preset == "released":
-                    generator.look_ahead(lr)  # that code measures ĝ where the update before would lead
+        for epoch in run.epochs():
+            for images, labels in run.batches():
+                lr = run.set_learning_rate(optimizer, epoch)
+                if isinstance(generator, ReleasedFSG):
+                    generator.look_ahead(lr)  # the authors' code measures ĝ after a trial step along the last G
                 optimizer.zero_grad()
-                for images, labels, share in runs.parts(model, *batch, args.accumulate):
+                for x, y, fraction in runs.micro_batches(model, images, labels, args.accumulate):
                     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                        logits = model(images)
-                    loss = F.cross_entropy(logits.float(), labels)
-                    (share * loss).backward()  # every binary layer's weight.grad is now ĝ
-                    run.count(loss, logits, labels)
+                        logits = model(x)
+                    loss = F.cross_entropy(logits.float(), y)
+                    (fraction * loss).backward()  # now the .grad of every binary layer's weight is ĝ
+                    run.count(loss, logits, y)
                 if generator:
-                    generator.generate()  # … and now G; also trains the hypernetworks
+                    generator.generate()  # now it is G; this also trains the hypernetworks
                 optimizer.step()
             if run.leaving:
                 break
-            steps = {f"gradient/{name}": x for name, x in generator.measure(lr).items()} if generator else {}
-            run.end_epoch(*runs.evaluate(model, test, device, args.amp), models.sign_bits(layers), **steps)
+            test_loss, test_acc = runs.evaluate(model, test, device, args.amp)
+            measured = {f"gradient/{name}": x for name, x in generator.measure(lr).items()} if generator else {}
+            run.end_epoch(test_loss, test_acc, models.sign_bits(layers), **measured)
     return run.finish()
 
 
