@@ -1,6 +1,14 @@
-// Mamba on sequences of scalar tokens, forward and backward, on a CPU's vector units. selective_scan.py, which compiles
-// this file at first use, says what is computed; the names here are the ones there. Two compilations, one file: with
-// -DTOKENS=L the last output of many sequences of L tokens, without it the last outputs of a few long ones.
+// The CPU kernels of selective_scan.py: a Mamba block on scalar tokens, forward and backward, with vector instructions.
+// selective_scan.py gives the equations and compiles this file at first use. The recurrence is
+//
+//     h_t = exp(Δ_t A) h_{t-1} + Δ_t x_t B_t,    Y_t = h_t C_t + D x_t,    output_t = Σ_channels out Y_t silu(in_z u_t)
+//
+// The file is compiled in two ways:
+//
+//     with -DTOKENS=L    `last`: many sequences of L tokens, the last output of each; vector lanes are sequences
+//     without            `tails`: a few long sequences, the last outputs of each; vector lanes are channels
+//
+// It needs the vector extensions of GCC or Clang. Constants: W floats are one vector.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -17,7 +25,7 @@
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
-#if defined(TOKENS) && !defined(__clang__)  // its unrolled loops: side by side what need not wait for each other
+#if defined(TOKENS) && !defined(__clang__)  // interleaves the independent operations of the unrolled loops
 #pragma GCC optimize("schedule-insns", "sched-pressure")
 #endif
 #if defined(__AVX512F__)
@@ -34,8 +42,8 @@ typedef int32_t I __attribute__((vector_size(4 * W)));
 static inline V splat(float a) { return a - (V){}; }
 static inline V load(const float *p) { V v; std::memcpy(&v, p, sizeof v); return v; }
 static inline void store(float *p, V v) { std::memcpy(p, &v, sizeof v); }
-// The larger and the smaller; where one is NaN, b.
-#if defined(__AVX512F__)  // one instruction each; the compiler makes two of the comparison below
+// The larger and the smaller of a and b; b if either is NaN.
+#if defined(__AVX512F__)  // one instruction; GCC compiles the comparison below to two
 static inline V vmax(V a, V b) { return (V)_mm512_max_ps((__m512)a, (__m512)b); }
 static inline V vmin(V a, V b) { return (V)_mm512_min_ps((__m512)a, (__m512)b); }
 #elif defined(__AVX2__)
@@ -45,7 +53,7 @@ static inline V vmin(V a, V b) { return (V)_mm256_min_ps((__m256)a, (__m256)b); 
 static inline V vmax(V a, V b) { return a > b ? a : b; }
 static inline V vmin(V a, V b) { return a < b ? a : b; }
 #endif
-static inline bool all_less(V a, float b) {  // in every lane
+static inline bool all_less(V a, float b) {  // whether a < b in every lane
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask((__m512)a, _mm512_set1_ps(b), _CMP_LT_OQ) == 0xffff;
 #elif defined(__AVX2__)
@@ -57,17 +65,18 @@ static inline bool all_less(V a, float b) {  // in every lane
 #endif
 }
 
-// out = 2^(a x), N at a time, stage by stage: each stage waits for the one before, but not for its neighbours. A
-// relative error of 2e-7 to 4e-7, which is rounding, of either sign: it averages out where decays of many tokens
-// multiply up.
+// exp2_products: out = 2^(a x) for N vectors x.
 //
-// AVX-512: a x is rounded to STEPS parts of one, whose fractional part two registers look up and whose integer part
-// scalef applies. For the rest r, a parabola does: c ((r + k)^2 + m). The square is completed with k = 23/16, so that k
-// comes off as part of the rounding; c is part of the table. Any a x down to -1e24 (gives 0) and up to 127.
-// AVX2: the same with quarters, whose four powers fit in one lookup, and a quartic, c (((y^2 + m) y + n) y + q) with
-// y = r + k. The integer part is added to the exponent's bits, so a x is in [LOWEST, 127]; FAR: or below, and taken for
-// LOWEST, which takes two more operations.
-// Elsewhere: a minimax polynomial on [-1/2, 1/2], times 2^(the integer part), a x >= -126 or taken for it.
+// The relative error is 2e-7 to 4e-7 and has either sign, so it averages out in products of many decays. Each stage is a
+// loop over the N vectors, because the operations of one stage do not depend on each other.
+//
+// AVX-512: a x is rounded to a multiple of 1/STEPS. 2^(its fraction) is looked up in two registers; `scalef` applies its
+//   integer part. 2^(the rest r) is a parabola, c ((r + k)^2 + m). Completing the square with k = 23/16 lets the rounding
+//   step add k, and the table contains c. a x may be between -1e24, which gives 0, and 127.
+// AVX2: a x is rounded to a multiple of 1/4, whose four powers fit into one lookup. 2^(the rest) is a quartic in
+//   y = r + k: c (((y^2 + m) y + n) y + q). The integer part is added to the exponent bits, so a x must be between LOWEST
+//   and 127. FAR: smaller values are allowed and count as LOWEST, for two more operations.
+// Others: a minimax polynomial on [-1/2, 1/2] times 2^(the integer part). Values below -126 count as -126.
 constexpr float LOWEST = -115.f;
 #ifdef __AVX512F__
 constexpr int STEPS = 32;
@@ -85,11 +94,11 @@ static const Table TABLE;
 template <int N, bool FAR = false, class A>
 static inline void exp2_products(A a, const V *x, V *out) {
   constexpr float MAGIC = 12582912.f / STEPS;  // 1.5 * 2^23 / STEPS: adding it rounds; the low bits then count steps
-  V shifted[N], rounded[N], r[N];              // r: of the formula, plus k
+  V shifted[N], rounded[N], r[N];              // r is the formula's r + k
   for (int i = 0; i < N; i++) shifted[i] = a * x[i] + MAGIC;
   for (int i = 0; i < N; i++) rounded[i] = shifted[i] - (MAGIC + PARABOLA_K);
   for (int i = 0; i < N; i++) r[i] = a * x[i] - rounded[i];
-  for (int i = 0; i < N; i++)  // looks up the lowest 5 bits
+  for (int i = 0; i < N; i++)  // the index is the lowest 5 bits
     shifted[i] = (V)_mm512_permutex2var_ps(_mm512_load_ps(TABLE.p), (__m512i)shifted[i], _mm512_load_ps(TABLE.p + 16));
   for (int i = 0; i < N; i++) r[i] = (r[i] * r[i] + PARABOLA_M) * shifted[i];
   for (int i = 0; i < N; i++) out[i] = (V)_mm512_scalef_ps((__m512)r[i], (__m512)rounded[i]);
@@ -107,7 +116,7 @@ struct Table {
       const float power = QUARTIC.c * std::exp2(i % 4 / 4.f);
       int32_t bits;
       std::memcpy(&bits, &power, sizeof bits);
-      bits -= i % 4 << 21;  // what the shift below leaves of i in the fraction's bits
+      bits -= i % 4 << 21;  // cancels what the shift in exp2_products adds to the mantissa
       std::memcpy(p + i, &bits, sizeof bits);
     }
   }
@@ -115,7 +124,7 @@ struct Table {
 static const Table TABLE;
 template <int N, bool FAR = false, class A>
 static inline void exp2_products(A a, const V *x, V *out) {
-  constexpr float MAGIC = 12582912.f / 4;  // 1.5 * 2^23 / 4: adding it rounds; the low bits then count the quarters
+  constexpr float MAGIC = 12582912.f / 4;  // 1.5 * 2^23 / 4: adding it rounds; the low bits then count quarters
   V shifted[N], y[N];
   for (int i = 0; i < N; i++) {
     shifted[i] = a * x[i] + MAGIC;
@@ -154,11 +163,12 @@ static inline void exp2_products(A a, const V *x, V *out) {
 static inline V reciprocal(V x) { return 1.f / x; }
 #endif
 
-// out = 2^(a x) = known 2^(a (x - x0)), N at a time, known being 2^(a x0): where x is close to x0, DEGREE + 1
-// operations instead of the 7 to 13 above. y: (x - x0) * MINIMAX<DEGREE>.scale. Up to |a (x - x0)| =
-// MINIMAX<DEGREE>.reach, a minimax polynomial of that degree has an error of 4e-7. In v = a y + shift it is
-// v^DEGREE + c_0 v^(DEGREE - 2) + c_1 v^(DEGREE - 3) + …: scale and shift leave nothing to multiply the highest power
-// by, and no second highest.
+// powers_near: out = 2^(a x) for N vectors x that are near x0, with `known` = 2^(a x0). It takes DEGREE + 1 operations
+// instead of the 7 to 13 of exp2_products.
+//
+// 2^(a (x - x0)) is a minimax polynomial with an error of 4e-7 as long as |a (x - x0)| <= MINIMAX<DEGREE>.reach. It is
+// evaluated in v = a y + shift with y = (x - x0) * scale, which the caller passes. There it reads
+// v^DEGREE + c_0 v^(DEGREE - 2) + c_1 v^(DEGREE - 3) + …: scale makes the leading coefficient 1, shift the second one 0.
 struct Minimax { float reach, scale, shift, c[5]; };
 template <int DEGREE> constexpr Minimax MINIMAX = {};
 template <> constexpr Minimax MINIMAX<2> = {0.03066f, 0.490122153f, 0.707156687f, {0.499929426f}};
@@ -185,9 +195,11 @@ template <int N> static inline void sigmoids(const V *x, V *out) {
   for (int i = 0; i < N; i++) out[i] = reciprocal(1.f + e[i]);
 }
 
-// log(1 + e^x), and its derivative, the sigmoid. With e = e^-|x|: log(1 + e), e in [0, 1], is e times a minimax
-// polynomial, error 3e-8. Where all x are so low that e is in [0, 0.2], a shorter one does, error 7e-8: the steps Δ of
-// a Mamba begin between 0.001 and 0.1.
+// softpluses: out = log(1 + e^x) and, if SLOPE, its derivative sigmoid(x).
+//
+// With e = e^-|x|, between 0 and 1, softplus is max(x, 0) + log(1 + e), and log(1 + e) is e times a minimax polynomial
+// with an error of 3e-8. If x < -1.61 in all N vectors, then e < 0.2, and a shorter polynomial has an error of 7e-8. That
+// is the usual case: the steps Δ of a new Mamba are between 0.001 and 0.1.
 template <int N, bool SLOPE> static inline void softpluses(const V *x, V *out, V *slope) {
   constexpr float LOW[] = {0.135555684f, -0.239698414f, 0.332629516f, -0.499982846f, 0.999999932f};
   constexpr float ANY[] = {0.0052326943f, -0.0295052389f, 0.0782259521f, -0.136632458f, 0.191060068f,
@@ -221,18 +233,19 @@ template <int N, bool SLOPE> static inline void softpluses(const V *x, V *out, V
 static inline V sigmoid(V x) { sigmoids<1>(&x, &x); return x; }
 static inline V softplus(V x) { softpluses<1, false>(&x, &x, nullptr); return x; }
 
-struct Params {  // row-major
+// The parameters, row-major: d channels, n states per channel, k taps of the convolution.
+struct Params {
   int64_t d, n, k;
-  const float *conv, *conv_b;   // [d, k], in_proj multiplied in, as a token is one number; [d]
+  const float *conv, *conv_b;   // [d, k], multiplied by in_x, because a token is a scalar; [d]
   const float *in_z;            // [d]
-  const float *xproj;           // [d, 1 + 2n]: to dt, B, C
+  const float *xproj;           // [d, 1 + 2n]: the columns are dt, B, C
   const float *dt_w, *dt_b;     // [d]
-  const float *A2;              // [d, n]: -exp(A_log) * log2(e)
+  const float *A2;              // [d, n]: A log2(e), so that exp(A S) = 2^(A2 S)
   const float *D, *out;         // [d]
 };
 
-// body(thread, first block, one past the last) on every thread, an equal share of the blocks each. Plain threads rather
-// than OpenMP: PyTorch brings an OpenMP of its own, and two pools of spinning threads fight for the cores.
+// Call body(thread, first block, end block) on every thread, with an equal number of blocks each. std::thread and not
+// OpenMP, because PyTorch has an OpenMP pool of its own and two pools of spinning threads compete for the cores.
 static void on_threads(int threads, int64_t blocks, const std::function<void(int, int64_t, int64_t)> &body) {
   std::vector<std::thread> pool;
   for (int i = 1; i < threads; i++) pool.emplace_back(body, i, blocks * i / threads, blocks * (i + 1) / threads);
@@ -240,8 +253,7 @@ static void on_threads(int threads, int64_t blocks, const std::function<void(int
   for (auto &thread : pool) thread.join();
 }
 
-// For bench.py, the machine's bound: `count` vector multiply-adds on each thread, 12 chains at a time, as each waits
-// for itself. Returns W.
+// For bench.py, to measure the peak: `count` vector multiply-adds on each thread, in 12 independent chains. Returns W.
 extern "C" int multiply_adds(int64_t count, int threads) {
   on_threads(threads, threads, [&](int, int64_t, int64_t) {
     V sums[12], factor = splat(0.999f), term = splat(0.001f);
@@ -254,7 +266,7 @@ extern "C" int multiply_adds(int64_t count, int threads) {
   return W;
 }
 
-struct Array {  // zeros, aligned to a cache line
+struct Array {  // initialised with zeros, aligned to a cache line
   std::vector<float> data;
   float *p;
   explicit Array(int64_t size) : data(size + 16), p((float *)(((uintptr_t)data.data() + 63) & ~(uintptr_t)63)) {}
@@ -264,84 +276,95 @@ struct Array {  // zeros, aligned to a cache line
 static inline void add(float *p, V v) { store(p, load(p) + v); }
 
 #ifdef TOKENS
-// The last output of many short sequences; selective_scan.py derives the equations.
+// =====================================================================================================================
+// last: the last output of many short sequences
+// =====================================================================================================================
 //
-// Compiled for one sequence length, -DTOKENS=L, so that loops over tokens unroll and their values stay in registers.
-// The sequences run along the lanes of a vector V of W floats: one block is W sequences, and every line below does the
-// same to all of them. A block's intermediate values (x and its slope, [d, L], 80 KB at the paper's size and W = 16)
-// stay in the L2 cache; main memory sees the L input tokens, one output, and L input gradients a sequence.
+// The equations, from selective_scan.py. With S_t = Δ_{t+1} + … + Δ_L,
 //
-// The powers 2^(A2 S) of the scan are found from known ones. The steps Δ = softplus(dt_w dt + dt_b) depend little on
-// the sequence, as dt is small, so S is close to the S̄ of another sequence, the centre: the one that begins with the
-// same token (with 0, where a block's do not begin alike) and continues with zeros. 2^(A2 S̄), [d, n, L - 1], is
-// computed once a thread for the blocks that begin alike, a layer's weights; a polynomial of low degree does the rest,
-// 2^(A2 (S - S̄)). Its degree is chosen channel by channel, for the sequence of the block that is farthest from the
-// centre; beyond the last degree the power is computed by itself.
+//     h_L C_L = Σ_t Δ_t x_t Σ_n exp(A_n S_t) B_tn C_Ln
 //
-// Per sequence, with d channels, n states a channel, L tokens and a convolution of k >= L, forward: (L - 1) d n powers
-// (degree + 1 multiplications or multiply-adds each, 3 at least; in a new net mostly 3 or 4; by itself 4 with AVX-512,
-// else 6) and as many multiply-adds of the scan; (L (n + 1) + n) d of the projections and L (L + 1) / 2 d of the
-// convolution; L d times silu and softplus (17 for the two with AVX-512, else 21; 4 more where Δ > 0.18); d times the
-// gate's silu. Of all but the first and the last, where sequences begin with the same token, its part is found once for
-// all. Backward: all of it again, 3 more for each power of the scan, 4 for each silu and softplus, and twice the
-// projections' and the convolution's, for x or the tokens and for the weights.
+// What makes it fast:
+//
+// 1. L is a compile-time constant, so loops over tokens are unrolled and their values stay in registers.
+// 2. A block is W sequences, one per lane. Its intermediate values, [d, L] vectors of x and the like, stay in the L2
+//    cache (80 KB at the paper's size with W = 16). Main memory sees L tokens, one output and L gradients per sequence.
+// 3. Most exponentials are computed from known ones. The steps Δ = softplus(dt_w dt + dt_b) depend little on the
+//    sequence, because dt is small. So S is near the S̄ of another sequence, the centre: a block's first token, followed
+//    by zeros. (If the sequences of a block do not begin alike, the centre begins with 0.) 2^(A2 S̄) is computed once per
+//    thread for all consecutive blocks with the same first token, which are a layer's weights. Then
+//    2^(A2 S) = 2^(A2 S̄) 2^(A2 (S - S̄)), and a polynomial computes the second factor. Its degree is chosen per channel
+//    and block, for the largest exponent. If that is too large for every degree, the exponential is computed directly.
+// 4. If consecutive blocks have the same first token, what depends on it alone is kept for the next block.
+//
+// The number of multiplications and multiply-adds per sequence, forward:
+//
+//     scan            (L - 1) d n exponentials and as many multiply-adds. An exponential is degree + 1 operations, in a
+//                     new net mostly 3 or 4; computed directly 4 with AVX-512, else 6
+//     projections     (L (n + 1) + n) d
+//     convolution     L (L + 1) / 2 d, if k >= L
+//     silu, softplus  L d times 17 with AVX-512, else 21; 4 more if Δ > 0.18
+//     gate            d times a silu
+//
+// Backward repeats all of it and adds 3 per exponential of the scan, 4 per silu and softplus, and twice the projections
+// and the convolution.
 
 constexpr int L = TOKENS;
 
-// The sequence token0, 0, 0, …
+// The centre: the sequence token0, 0, 0, …
 struct Centre {
   float token0;
   bool found = false;
-  Array S, powers;  // [d, L - 1]: S̄; [d, n, L - 1]: 2^(A2 S̄)
-  Array unit;       // [d]: |S - S̄| where the channel's largest exponent, A2 (S - S̄), is 1
+  Array S, powers;  // S̄ [d, L - 1]; 2^(A2 S̄) [d, n, L - 1]
+  Array unit;       // [d]: the |S - S̄| for which the channel's largest |A2 (S - S̄)| is 1
   explicit Centre(const Params &P) : S(P.d * (L - 1)), powers(P.d * P.n * (L - 1)), unit(P.d) {
     for (int64_t c = 0; c < P.d; c++) unit[c] = -1.f / *std::min_element(P.A2 + c * P.n, P.A2 + (c + 1) * P.n);
   }
 };
 
-// What one block of W sequences needs besides the parameters; all [.., W], in the L1 and L2 caches.
+// The intermediate values of one block. The last axis of every array is W, the sequences.
 struct Work {
-  V token0;                  // the first token that x, slope, dtB, delta and dslope were made for
+  V token0;                  // the first token that x, slope, dtB, delta and dslope are valid for
   bool filled = false;
-  Array x, slope;            // [d, L]: x = silu(conv), and silu's derivative there
-  Array dtB, C;              // [1 + n, L]: dt and B of every token; [n]: C of the last one
-  Array delta, dslope;       // [d, L]: the steps and softplus's derivative
-  Array BC, sumBC;           // [n, L]: B C; [1]: its sum over n at the last token, which does not decay
-  Array dx, ddtB, dC, dBC;   // gradients
+  Array x, slope;            // [d, L]: x = silu(conv), and the derivative of that silu
+  Array dtB, C;              // [1 + n, L]: dt and B of each token; [n]: C of the last token
+  Array delta, dslope;       // [d, L]: Δ, and the derivative of its softplus
+  Array BC, sumBC;           // [n, L]: B C; [1]: its sum over n at the last token, for which E = 1
+  Array dx, ddtB, dC, dBC;   // gradients of x, dtB, C, BC
   Work(int64_t d, int64_t n)
       : x(d * L * W), slope(d * L * W), dtB((1 + n) * L * W), C(n * W), delta(d * L * W), dslope(d * L * W),
         BC(n * L * W), sumBC(W), dx(d * L * W), ddtB((1 + n) * L * W), dC(n * W), dBC(n * L * W) {}
 };
 
-// The projections are small matrix products. They run in tiles of T tokens and ROWS rows (or channels), which keep two
-// dozen sums in registers (a dozen where there are 16 registers), because a processor multiplies faster than it loads.
+// The projections are small matrix products. A tile of COUNT tokens and ROWS rows (or channels) keeps its sums in
+// registers, because a processor multiplies faster than it loads: SUMS of the 32 registers of AVX-512, else of 16.
 constexpr int SUMS = W == 16 ? 24 : 12;
-template <int T> constexpr int TILE = T > SUMS ? 1 : SUMS / T > 8 ? 8 : SUMS / T;
+template <int COUNT> constexpr int TILE = COUNT > SUMS ? 1 : SUMS / COUNT > 8 ? 8 : SUMS / COUNT;
 
-// T tokens of out [rows, stride_out] = those of x [d, L], times `rows` columns of xproj [d, stride] from `weight` on.
-template <int ROWS, int T>
+// out [rows, stride_out] = x [d, L] projected by `rows` columns of xproj [d, stride], for COUNT tokens.
+template <int ROWS, int COUNT>
 static void project_tile(const float *weight, int64_t stride, int64_t d, const float *x, float *out, int stride_out) {
-  V sum[ROWS][T];
+  V sum[ROWS][COUNT];
   for (int r = 0; r < ROWS; r++)
-    for (int t = 0; t < T; t++) sum[r][t] = splat(0.f);
+    for (int t = 0; t < COUNT; t++) sum[r][t] = splat(0.f);
   for (int64_t c = 0; c < d; c++, weight += stride, x += L * W)
-    for (int t = 0; t < T; t++) {
+    for (int t = 0; t < COUNT; t++) {
       V v = load(x + t * W);
       for (int r = 0; r < ROWS; r++) sum[r][t] += weight[r] * v;
     }
   for (int r = 0; r < ROWS; r++)
-    for (int t = 0; t < T; t++) store(out + (r * stride_out + t) * W, sum[r][t]);
+    for (int t = 0; t < COUNT; t++) store(out + (r * stride_out + t) * W, sum[r][t]);
 }
-template <int T>
+template <int COUNT>
 static void project_rows(const float *weight, int64_t rows, int64_t stride, int64_t d, const float *x, float *out,
                          int stride_out) {
   int64_t r = 0;
-  for (; r + TILE<T> <= rows; r += TILE<T>)
-    project_tile<TILE<T>, T>(weight + r, stride, d, x, out + r * stride_out * W, stride_out);
-  for (; r < rows; r++) project_tile<1, T>(weight + r, stride, d, x, out + r * stride_out * W, stride_out);
+  for (; r + TILE<COUNT> <= rows; r += TILE<COUNT>)
+    project_tile<TILE<COUNT>, COUNT>(weight + r, stride, d, x, out + r * stride_out * W, stride_out);
+  for (; r < rows; r++) project_tile<1, COUNT>(weight + r, stride, d, x, out + r * stride_out * W, stride_out);
 }
 
-// Of tokens [FROM, TO), all channels: x_t = silu(conv); its projections dt_t, B_t; Δ_t. SLOPE: the derivatives too.
+// Compute x_t, dt_t, B_t and Δ_t of the tokens FROM <= t < TO; if SLOPE, the derivatives of silu and softplus too.
 template <bool SLOPE, int FROM, int TO>
 static inline void project_tokens(const Params &P, const V *u, Work &w) {
   const int64_t d = P.d, n = P.n, K = P.k;
@@ -371,7 +394,7 @@ static inline void project_tokens(const Params &P, const V *u, Work &w) {
   }
 }
 
-// Overwrites w.
+// Uses w as scratch memory.
 static void find_centre(const Params &P, float token0, Work &w, Centre &centre) {
   const V tokens[L] = {splat(token0)};
   w.filled = false;
@@ -381,15 +404,16 @@ static void find_centre(const Params &P, float token0, Work &w, Centre &centre) 
     for (int t = L - 2; t >= 0; t--) {
       centre.S[c * (L - 1) + t] = S = std::min(1e18f, S + w.delta[(c * L + t + 1) * W]);
       for (int64_t r = c * P.n; r < (c + 1) * P.n; r++)
-        centre.powers[r * (L - 1) + t] = std::exp2(std::max(P.A2[r] * S, LOWEST));  // a NaN stays
+        centre.powers[r * (L - 1) + t] = std::exp2(std::max(P.A2[r] * S, LOWEST));  // keeps NaN
     }
   }
   centre.token0 = token0, centre.found = true;
 }
 
-// Of a block: x, dt, B, C, B C and Δ. Where its sequences begin with the same tokens as those of the block before, as
-// one layer's weights do (with the layer embedding), what was found for these is kept. If they do not begin alike,
-// their centre begins with 0: a block's bits do not depend on other blocks.
+// Compute x, dt, B, C, B C and Δ of a block, and its centre.
+//
+// What depends on the first token alone is kept from the block before if the first tokens are the same. With a layer
+// embedding, they are in all blocks of a layer. The result of a block does not depend on other blocks, bit for bit.
 template <bool SLOPE> static void project(const Params &P, const V *u, Work &w, Centre &centre) {
   const int64_t n = P.n;
   bool alike = L > 1;
@@ -409,7 +433,8 @@ template <bool SLOPE> static void project(const Params &P, const V *u, Work &w, 
   store(w.sumBC, sum);
 }
 
-// scan(powers), for channel c; powers(r, E) gives E_t = 2^(A2_cr S_t), t < L - 1. Compiled for each way to find them.
+// Call scan(powers) for channel c, with a function powers(r, E) that computes E_t = 2^(A2_cr S_t) for t < L - 1. `scan`
+// is compiled once for each of the ways to compute them.
 template <class Scan>
 static inline void scan_with_powers(const Params &P, const Centre &centre, int64_t c, const V *S, Scan scan) {
   const float *A = P.A2 + c * P.n, *S_centre = centre.S + c * (L - 1), *known = centre.powers + c * P.n * (L - 1);
@@ -423,12 +448,12 @@ static inline void scan_with_powers(const Params &P, const Centre &centre, int64
   if (all_less(far, MINIMAX<2>.reach * unit)) return near(std::integral_constant<int, 2>());
   if (all_less(far, MINIMAX<3>.reach * unit)) return near(std::integral_constant<int, 3>());
   if (all_less(far, MINIMAX<4>.reach * unit)) return near(std::integral_constant<int, 4>());
-  // Degree 6 takes as many operations as AVX-512 needs for a power by itself.
+  // With AVX-512, degree 6 would take as many operations as exp2_products.
   if (W < 16 && all_less(far, MINIMAX<6>.reach * unit)) return near(std::integral_constant<int, 6>());
   scan([&](int64_t r, V *E) { exp2_products<L - 1, true>(A[r], S, E); });
 }
 
-// The way back for TILED channels from c on: dx [.., L] += xproj (ddt, dB, dC), and g [.., 1 + 2n] += xproj's gradient.
+// The backward pass of the projections for channels c to c + TILED: adds to dx, and to xproj's gradient g [d, 1 + 2n].
 template <int TILED> static void project_back(const Params &P, int64_t c, Work &w, float *g) {
   const int64_t n = P.n, stride = 1 + 2 * n;
   const float *weight = P.xproj + c * stride;
@@ -462,26 +487,26 @@ template <int TILED> static void project_back(const Params &P, int64_t c, Work &
     }
 }
 
-static void load_tokens(const float *u, int64_t rows, int64_t first, V *out) {  // u [L, rows]
-  const int64_t count = std::min<int64_t>(rows - first, W);
+static void load_tokens(const float *u, int64_t sequences, int64_t first, V *out) {  // u [L, sequences]
+  const int64_t count = std::min<int64_t>(sequences - first, W);
   for (int t = 0; t < L; t++) {
     float lane[W] = {};
-    std::memcpy(lane, u + t * rows + first, count * sizeof(float));
+    std::memcpy(lane, u + t * sequences + first, count * sizeof(float));
     out[t] = load(lane);
   }
 }
 
-// u [L, rows] -> y [rows].
-extern "C" void mamba_last_forward(const Params *params, int64_t rows, const float *u, float *y, int threads) {
+// u [L, sequences] -> y [sequences], each sequence's last output.
+extern "C" void mamba_last_forward(const Params *params, int64_t sequences, const float *u, float *y, int threads) {
   const Params &P = *params;
-  const int64_t blocks = (rows + W - 1) / W;
+  const int64_t blocks = (sequences + W - 1) / W;
   on_threads(threads, blocks, [&](int, int64_t first, int64_t last) {
-    const int64_t d = P.d, n = P.n;  // in registers; what P points to, every store might change
+    const int64_t d = P.d, n = P.n;  // local copies, which the compiler knows no store can change
     Work w(d, n);
     Centre centre(P);
     for (int64_t b = first; b < last; b++) {
       V tok[L];
-      load_tokens(u, rows, b * W, tok);
+      load_tokens(u, sequences, b * W, tok);
       project<false>(P, tok, w, centre);
       V total = splat(0.f);
       for (int64_t c = 0; c < d; c++) {
@@ -491,7 +516,7 @@ extern "C" void mamba_last_forward(const Params *params, int64_t rows, const flo
           acc[t] = splat(0.f);
         }
         S[L - 1] = splat(0.f);
-        for (int t = L - 2; t >= 0; t--) S[t] = vmin(splat(1e18f), S[t + 1] + delta[t + 1]);  // A S stays finite
+        for (int t = L - 2; t >= 0; t--) S[t] = vmin(splat(1e18f), S[t + 1] + delta[t + 1]);  // so that A S stays finite
         scan_with_powers(P, centre, c, S, [&](auto powers) {
           for (int64_t r = 0; r < n; r++) {
             V E[L];
@@ -507,19 +532,20 @@ extern "C" void mamba_last_forward(const Params *params, int64_t rows, const flo
       }
       float lane[W];
       store(lane, total);
-      std::memcpy(y + b * W, lane, std::min<int64_t>(rows - b * W, W) * sizeof(float));
+      std::memcpy(y + b * W, lane, std::min<int64_t>(sequences - b * W, W) * sizeof(float));
     }
   });
 }
 
-// gy [rows] -> du [L, rows] (or null), and grads, in Params' order: [conv d k | conv_b d | in_z d | xproj d (1 + 2n) |
-// dt_w d | dt_b d | A d n | D d | out d], A's with respect to A = -exp(A_log).
-extern "C" void mamba_last_backward(const Params *params, int64_t rows, const float *u, const float *gy, float *du,
+// gy [sequences] -> du [L, sequences], unless null, and the parameters' gradients, one after another in Params' order:
+// [conv d k | conv_b d | in_z d | xproj d (1 + 2n) | dt_w d | dt_b d | A d n | D d | out d]. The gradient is that of A, not
+// of A2.
+extern "C" void mamba_last_backward(const Params *params, int64_t sequences, const float *u, const float *gy, float *du,
                                     float *grads, int threads) {
   const Params &P = *params;
-  const int64_t d = P.d, n = P.n, K = P.k, blocks = (rows + W - 1) / W;
+  const int64_t d = P.d, n = P.n, K = P.k, blocks = (sequences + W - 1) / W;
   const int64_t size = d * K + d + d + d * (1 + 2 * n) + d + d + d * n + d + d;
-  Array parts(threads * size * W);  // each thread's sums, lane by lane; added up in order at the end
+  Array parts(threads * size * W);  // each thread's sums, one per lane; added up in a fixed order at the end
   on_threads(threads, blocks, [&](int thread, int64_t first, int64_t last) {
     const int64_t d = P.d, n = P.n, K = P.k;
     Work w(d, n);
@@ -529,17 +555,17 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
           *g_A = g_dt_b + d * W, *g_D = g_A + d * n * W, *g_out = g_D + d * W;
     for (int64_t b = first; b < last; b++) {
       V tok[L], dtok[L], go;
-      load_tokens(u, rows, b * W, tok);
+      load_tokens(u, sequences, b * W, tok);
       {
         float lane[W] = {};
-        std::memcpy(lane, gy + b * W, std::min<int64_t>(rows - b * W, W) * sizeof(float));
+        std::memcpy(lane, gy + b * W, std::min<int64_t>(sequences - b * W, W) * sizeof(float));
         go = load(lane);
       }
       project<true>(P, tok, w, centre);
       for (int t = 0; t < L; t++) dtok[t] = splat(0.f);
       std::memset(w.ddtB, 0, L * W * sizeof(float));
       std::memset(w.dBC, 0, L * n * W * sizeof(float));
-      V dsum = splat(0.f);  // of sumBC
+      V dsum = splat(0.f);  // the gradient of sumBC
       for (int64_t c = 0; c < d; c++) {
         V delta[L], S[L], acc[L], accA[L], cc[L], cS[L], x[L];
         V z = P.in_z[c] * tok[L - 1], sz = sigmoid(z), silu = z * sz;
@@ -550,7 +576,7 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
           acc[t] = accA[t] = splat(0.f);
         }
         S[L - 1] = splat(0.f);
-        for (int t = L - 2; t >= 0; t--) S[t] = vmin(splat(1e18f), S[t + 1] + delta[t + 1]);  // A S stays finite
+        for (int t = L - 2; t >= 0; t--) S[t] = vmin(splat(1e18f), S[t + 1] + delta[t + 1]);  // so that A S stays finite
         for (int t = 0; t < L; t++) cc[t] = dy * delta[t] * x[t], cS[t] = cc[t] * S[t];
         const float *A = P.A2 + c * n;
         scan_with_powers(P, centre, c, S, [&](auto powers) {
@@ -569,15 +595,15 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
         });
         acc[L - 1] = load(w.sumBC);
         dsum += cc[L - 1];
-        // y_c = sum_t drive_t acc_t + D x_L, times silu(z), times out
+        // The channel's part of the output is out silu(z) (Σ_t Δ_t x_t acc_t + D x_L).
         V yc = P.D[c] * x[L - 1], dx[L], ddelta[L], carry = splat(0.f);
         const float ln2 = 0.693147181f;
         for (int t = 0; t < L; t++) {
           yc += delta[t] * x[t] * acc[t];
           V ddrive = dy * acc[t];
           dx[t] = ddrive * delta[t];
-          ddelta[t] = ddrive * x[t] + carry;  // S_s for every s < t contains delta_t
-          carry += cc[t] * accA[t] * ln2;     // dS_t; A2 is in units of log2(e)
+          ddelta[t] = ddrive * x[t] + carry;  // S_s contains Δ_t for every s < t
+          carry += cc[t] * accA[t] * ln2;     // the gradient of S_t; ln 2 because accA uses A2
         }
         dx[L - 1] += dy * P.D[c];
         add(g_D + c * W, dy * x[L - 1]);
@@ -595,7 +621,7 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
         }
         add(g_dt_w + c * W, gw), add(g_dt_b + c * W, gb);
       }
-      for (int64_t r = 0; r < n; r++) {  // from B C to B and C
+      for (int64_t r = 0; r < n; r++) {  // the gradients of B and C from that of B C
         store(w.dBC + (r * L + L - 1) * W, dsum);
         V dC = splat(0.f), C = load(w.C + r * W);
         for (int t = 0; t < L; t++) {
@@ -622,7 +648,7 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
       for (int t = 0; t < L && du; t++) {
         float lane[W];
         store(lane, dtok[t]);
-        std::memcpy(du + t * rows + b * W, lane, std::min<int64_t>(rows - b * W, W) * sizeof(float));
+        std::memcpy(du + t * sequences + b * W, lane, std::min<int64_t>(sequences - b * W, W) * sizeof(float));
       }
     }
   });
