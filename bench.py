@@ -1,17 +1,20 @@
-"""How long a training step takes, and what takes it; how fast the selective scan is, the quantizers, many processes.
+"""Benchmarks: a training step, the selective scan, the weight quantizers, and generators over several processes.
 
     python bench.py step                                        # ResNet-20, batch 128, every generator
     python bench.py step --arch resnet20 resnet56 resnet110 --grads ste fsg-mamba fsg-flat --rounds 7
     python bench.py step --device cuda --grads ste ste+amp ste+compile fsg-mamba fsg-mamba+amp+compile
     python bench.py scan                                        # Mamba alone, on ResNet-20's weights: ten minutes
     python bench.py quantizers                                  # every weight quantizer on one large layer
-    python bench.py scale                                       # a generator shared by 1, 2 and 4 processes, on CPUs
+    python bench.py scale                                       # a generator over 1, 2 and 4 CPU processes
 
-The variants run in turn, one step each, round after round, so that a machine whose speed drifts slows all of them
-alike (scan: those of one layout, then those of the next). Given are medians, and the median of the ratio to the first
-row's (`ste`, `fused`) within a round. `plain` is the same network made of ordinary nn.Conv2d layers; `ste` − `plain` is
-therefore what binary weights cost. Memory is what one more step takes at its peak, on top of what is held between
-steps. Results also go to a JSON file.
+The variants take turns, one step each per round, so a change in the machine's speed affects all of them alike. (`scan`
+measures the variants of one layout before those of the next.) The tables give medians over the rounds. The column
+`ratio` is the median, over the rounds, of a variant's time divided by the first row's time in the same round (`ste` or
+`fused`). `plain` is the same network with ordinary nn.Conv2d layers, so `ste` − `plain` is the cost of binary weights.
+Memory is the peak of one more step, less what is held between steps. The results are also written to a JSON file.
+
+Copy with: models.py, quantizers.py, hypernet.py, metaquant.py, gate.py, data.py; for speed selective_scan.py,
+selective_scan_cpu.cpp, selective_scan_triton.py.
 """
 
 import argparse
@@ -32,7 +35,9 @@ from rich.table import Table
 from torch.nn import functional as F
 
 import data
+import gate
 import hypernet
+import metaquant
 import models
 import selective_scan
 
@@ -42,8 +47,9 @@ try:
 except ImportError:
     triton = None
 
-# fsg-sampled is fsg-mamba with --hyper-sample, fsg-flat with --history flat. +amp, +compile: the trainers' flags.
-GRADS = ("plain", "ste", "fcgrad", "multifc", "lstmfc", "fsg-gate", "fsg-lstm", "fsg-mamba", "fsg-sampled", "fsg-flat")
+# fsg-sampled is fsg-mamba with --hyper-sample, fsg-flat is fsg-mamba with --history flat. The suffixes +amp and
+# +compile stand for the trainers' flags of these names.
+GRADS = ("plain", "ste", "fcgrad", "multifc", "lstmfc", "gate", "fsg-lstm", "fsg-mamba", "fsg-sampled", "fsg-flat")
 console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
 
 
@@ -53,7 +59,7 @@ def synchronize(device: torch.device) -> None:
 
 
 class Stopwatch:
-    """Seconds between laps, the device's work included."""
+    """Measures the seconds between calls of lap(). Each call waits until the device has finished its work."""
 
     def __init__(self, device: torch.device):
         self.device, self.laps = device, {}
@@ -68,20 +74,23 @@ class Stopwatch:
 
 
 def peak_memory(device: torch.device, function) -> float | None:
-    """Megabytes that function() takes at its peak on top of what is held before it; None where that cannot be known."""
+    """Peak memory of function() in MB (2^20 bytes), less what was held before the call.
+
+    Returns None on devices and systems that do not report it (anything but CUDA and Linux).
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         function()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     status = Path("/proc/self/status")
-    if device.type != "cpu" or not status.exists():  # Linux only
+    if device.type != "cpu" or not status.exists():
         return None
     read = lambda key: int(next(line for line in status.read_text().splitlines() if line.startswith(key)).split()[1])
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back, so that taking it again is seen
+    ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system, so that allocating it again is counted
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    except OSError:  # a sandbox
+        Path("/proc/self/clear_refs").write_text("5")  # reset the recorded peak
+    except OSError:  # not allowed in this environment
         return None
     before = read("VmRSS:")
     function()
@@ -89,7 +98,11 @@ def peak_memory(device: torch.device, function) -> float | None:
 
 
 def table(title: str, rows: dict[str, dict], **columns: str) -> None:
-    """rows: name -> figures; columns: heading -> format of the figure of that name (None prints as –)."""
+    """Print a table.
+
+    rows: for each row's name, a dictionary of values. columns: for each value's name, its format specification.
+    A value that is None or missing prints as –.
+    """
     out = Table(title=title)
     out.add_column("")
     for name in columns:
@@ -105,17 +118,16 @@ def table(title: str, rows: dict[str, dict], **columns: str) -> None:
 
 
 def make_generator(grad: str, layers, args):
-    """The gradient generator called `grad` for these layers (None for plain)."""
-    size = {"d_state": args.d_state, "d_conv": args.d_conv, "expand": args.expand, "hidden": args.hidden}
-    mamba = {**size, "scan": args.scan}
+    """The gradient generator that `grad`, one of GRADS, names; None for 'plain'."""
+    mamba = dict(d_state=args.d_state, d_conv=args.d_conv, expand=args.expand, hidden=args.hidden, scan=args.scan)
     makers = {
         "plain": lambda: None,
         "ste": lambda: hypernet.STE(layers),
-        "fcgrad": lambda: hypernet.FCGrad(layers, args.hidden),
-        "multifc": lambda: hypernet.MultiFC(layers, args.hidden),
-        "lstmfc": lambda: hypernet.LSTMFC(layers, args.hidden),
-        "fsg-gate": lambda: hypernet.GatedHistory(layers),
-        "fsg-lstm": lambda: hypernet.FSG(layers, hgs="lstm", **size),
+        "fcgrad": lambda: metaquant.FCGrad(layers, args.hidden),
+        "multifc": lambda: metaquant.MultiFC(layers, args.hidden),
+        "lstmfc": lambda: metaquant.LSTMFC(layers, args.hidden),
+        "gate": lambda: gate.GatedHistory(layers),
+        "fsg-lstm": lambda: hypernet.FSG(layers, hgs="lstm", hidden=args.hidden),
         "fsg-mamba": lambda: hypernet.FSG(layers, **mamba),
         "fsg-sampled": lambda: hypernet.FSG(layers, hyper_sample=args.hyper_sample, **mamba),
         "fsg-flat": lambda: hypernet.FSG(layers, history="flat", **mamba),
@@ -124,19 +136,19 @@ def make_generator(grad: str, layers, args):
 
 
 def make_step(grad: str, arch: str, args, device):
-    """A function that takes one training step as the trainer does, and returns its parts' seconds."""
+    """A function that takes one training step as train_fsg.py does and returns the seconds of each part of the step."""
     torch.manual_seed(0)
-    grad, *how = grad.split("+")
+    grad, *suffixes = grad.split("+")
     net = models.build(arch, 10, "none" if grad == "plain" else "dorefa").to(device)
-    mode = "reduce-overhead" if device.type == "cuda" else "default"  # as in runs.py
-    model = torch.compile(net, mode=mode) if "compile" in how else net
+    mode = "reduce-overhead" if device.type == "cuda" else "default"  # the modes that runs.py uses
+    model = torch.compile(net, mode=mode) if "compile" in suffixes else net
     generator = make_generator(grad, models.binary_layers(net), args)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
 
     def step(images, labels):
         watch = Stopwatch(device)
         optimizer.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16, enabled="amp" in how):
+        with torch.autocast(device.type, torch.bfloat16, enabled="amp" in suffixes):
             logits = model(images)
         F.cross_entropy(logits.float(), labels).backward()
         watch.lap("network")
@@ -151,35 +163,49 @@ def make_step(grad: str, arch: str, args, device):
 
 
 def bench_step(arch: str, args, device: torch.device) -> dict:
-    """Median milliseconds a step, their parts and peak memory for every variant; printed, and returned for the JSON."""
-    images = torch.randint(256, (50_000, 3, 32, 32), dtype=torch.uint8, device=device)  # a CIFAR's worth
+    """Time training steps of one network with every variant of --grads; print the table and return its values.
+
+    The times are medians in milliseconds; the parts (data, network, generator, optimizer) are also given as fractions.
+    """
+    images = torch.randint(256, (50_000, 3, 32, 32), dtype=torch.uint8, device=device)  # the size of CIFAR-10
     labels = torch.randint(10, (50_000,), device=device)
     mean = std = torch.full((3,), 128.0, device=device)
-    batches = data.ResidentBatches(images, labels, mean, std, 10, args.batch_size, True, 0, crop=4, flip=True)
+    batches = data.ResidentBatches(
+        images,
+        labels,
+        mean=mean,
+        std=std,
+        num_classes=10,
+        batch_size=args.batch_size,
+        train=True,
+        crop=4,
+        flip=True,
+    )
     steps = {grad: make_step(grad, arch, args, device) for grad in args.grads}
     stream = (batch for number in itertools.count() for batch in batches.epoch(number))
     rounds, began = [], time.perf_counter()
-    warm_up = 3  # a generator's third step is the first that does everything
+    warm_up = 3  # only from its third step on does a generator do all of its work
     while len(rounds) < warm_up + args.rounds and (
         len(rounds) <= warm_up or time.perf_counter() - began < args.seconds
     ):
         watch = Stopwatch(device)
         images, labels = next(stream)
         watch.lap("data")
-        rounds.append({"data": watch.laps["data"], **{grad: step(images, labels) for grad, step in steps.items()}})
+        laps = {grad: step(images, labels) for grad, step in steps.items()}
+        rounds.append({"data": watch.laps["data"]} | laps)
     rounds = rounds[warm_up:]
 
     base = "ste" if "ste" in args.grads else args.grads[0]
     rows = {}
-    for g in args.grads:
-        total = [sum(r[g].values()) + r["data"] for r in rounds]
-        row = rows[g] = {"ms": 1e3 * statistics.median(total)}
-        row["ratio"] = statistics.median(sum(r[g].values()) / sum(r[base].values()) for r in rounds)
+    for grad in args.grads:
+        total = [sum(r[grad].values()) + r["data"] for r in rounds]
+        row = rows[grad] = {"ms": 1e3 * statistics.median(total)}
+        row["ratio"] = statistics.median(sum(r[grad].values()) / sum(r[base].values()) for r in rounds)
         for part in ("data", "network", "generator", "optimizer"):
-            seconds = [r[part] if part == "data" else r[g][part] for r in rounds]
+            seconds = [r[part] if part == "data" else r[grad][part] for r in rounds]
             row[f"{part}_ms"] = 1e3 * statistics.median(seconds)
             row[part] = statistics.median(s / t for s, t in zip(seconds, total, strict=True))
-        row["MB"] = peak_memory(device, lambda step=steps[g]: step(images, labels))
+        row["MB"] = peak_memory(device, lambda step=steps[grad]: step(images, labels))
     title = f"{arch}, batch {args.batch_size}, {describe(device)}: one step, median of {len(rounds)}, ratio to {base}"
     parts = {"data": ".2%", "network": ".1%", "generator": ".1%", "optimizer": ".1%"}
     table(title, rows, ms=".1f", ratio=".3f", generator_ms=".1f", **parts, MB=".0f")
@@ -201,7 +227,10 @@ if triton:
 
 
 def peak_rate(device: torch.device) -> float | None:
-    """What bounds the fused scan, measured: multiply-adds/s of a CPU's vector units, or exponentials/s of a GPU's."""
+    """The machine's measured rate of the operation that bounds the fused scan; None where it cannot be measured.
+
+    On a CPU these are the multiply-adds per second of its vector units, on a GPU the exponentials per second.
+    """
 
     def best(function, work: float) -> float:
         function()
@@ -226,14 +255,16 @@ def peak_rate(device: torch.device) -> float | None:
 
 
 def operations(layout: str, way: str, weights: int, length: int, d: int, n: int, k: int, on_cpu: bool) -> float:
-    """The least of the bounding operation that the kernel's arithmetic needs: multiplications and multiply-adds on a
-    CPU, as selective_scan_cpu.cpp's header counts them, exponentials alone on a GPU.
+    """The smallest number of bounding operations with which the kernel's arithmetic can be done.
 
-    For the flat layout: of the `weights` newest tokens, as if none before them had to be scanned.
+    On a CPU these are multiplications and multiply-adds, counted as at the top of selective_scan_cpu.cpp. On a GPU they
+    are exponentials only. For the flat layout the `weights` newest tokens are counted and no older ones.
+
+    way: 'forward' or 'backward'. d, n, k: channels, states per channel and taps of the convolution.
     """
     per_weight = layout == "per-weight"
-    tokens, own = (length, length - 1) if per_weight else (1, 1)  # a layer's weights share a first token
-    scanned = own * d * n  # exponentials of the scan
+    tokens, own = (length, length - 1) if per_weight else (1, 1)  # all weights of a layer share the first token
+    scanned = own * d * n  # exponentials in the scan
     if not on_cpu:
         return weights * (scanned + 2 * tokens * d)
     projections = lambda count: (count * (n + 1) + n) * d
@@ -241,15 +272,20 @@ def operations(layout: str, way: str, weights: int, length: int, d: int, n: int,
     exponential = 4 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 6
     once = projections(own) + taps(tokens - own) + own * d * (9 + 2 * exponential)  # silu and softplus
     once += d * (3 + exponential)  # the gate's silu
-    if way == "forward":  # a power by degree 2, 3, and the output; flat: a decay, by 4, a state's input, the output
+    if way == "forward":
+        # Per-weight: 3 operations for a power by a polynomial of degree 2, and 1 for the output.
+        # Flat: 1 for the decay, 4 for its exponential, 1 for the state's input and 1 for the output.
         return weights * (scanned * (4 if per_weight else 7) + once)
-    # All of it again; the flat layout's adjoint takes 8.
+    # The backward pass computes the forward pass again. In the flat layout the adjoint takes another 8 operations.
     back = 2 * projections(tokens) + (2 if per_weight else 1) * taps(0) + own * d * 4
     return weights * (scanned * (7 if per_weight else 15) + once + back)
 
 
 def bench_scan(args, device: torch.device) -> dict:
-    """Forward and backward of the slow-nets for all layouts and backends that run here; printed, and returned."""
+    """Time the slow-nets' forward and backward passes, for every layout and every backend that runs on this machine.
+
+    Prints the table and returns its values; the times are medians in milliseconds.
+    """
     layers = models.binary_layers(models.build(args.arch[0], 10, "dorefa"))
     sizes = [layer.weight.numel() for layer in layers]
     torch.manual_seed(0)
@@ -267,7 +303,7 @@ def bench_scan(args, device: torch.device) -> dict:
             try:
                 net.backend(device, torch.float32, tokens.shape[1] if layout == "per-weight" else None)
             except RuntimeError as e:
-                console.print(f"{layout}, {scan}: left out, {e}")
+                console.print(f"{layout}, {scan}: skipped, {e}")
                 continue
             per_weight, flat = lambda net=net: net.last(tokens), lambda net=net: net.tails(past, sizes, first)
             runs[f"{layout}, {scan}"] = per_weight if layout == "per-weight" else flat
@@ -275,9 +311,10 @@ def bench_scan(args, device: torch.device) -> dict:
         runs["per-weight, LSTM"] = lambda: lstm.last(tokens)
         runs["per-weight, nn.LSTM alone"] = lambda: lstm.lstm(tokens)[0][:, -1].sum(1)
 
-    # Those that are compared take turns, and no others: what frees gigabytes slows for seconds what comes after it.
+    # Only variants that are compared with each other take turns: after a variant that has freed gigabytes, the next
+    # ones run more slowly for some seconds.
     groups = itertools.groupby(runs, key=lambda name: (name.partition(",")[0], "LSTM" in name))
-    rates = [peak_rate(device)]  # and once more at the end: it is to be the most that the machine can do
+    rates = [peak_rate(device)]  # measured again at the end; the higher of the two is used
     rounds = {name: [] for name in runs}
     for name in (n for _, names in groups for n in list(names) * (args.rounds + 1)):
         watch = Stopwatch(device)
@@ -286,7 +323,7 @@ def bench_scan(args, device: torch.device) -> dict:
         y.backward(v)
         watch.lap("backward")
         rounds[name].append(watch.laps)
-    rounds = {name: laps[1:] for name, laps in rounds.items()}  # the first round warms up
+    rounds = {name: laps[1:] for name, laps in rounds.items()}  # the first round is a warm-up
     rates.append(peak_rate(device))
     rate, rows = max(rates) if all(rates) else None, {}
     for name, run in runs.items():
@@ -304,15 +341,16 @@ def bench_scan(args, device: torch.device) -> dict:
         for way, short in (("forward", "fwd"), ("backward", "bwd")):
             row[f"{short}_G_updates/s"] = updates / row[way] / 1e6
             if rate and backend == "fused":
-                least = operations(layout, way, *shape, device.type == "cpu") / rate
-                row[f"{short}_of_bound"] = 1e3 * least / row[way]
+                bound = operations(layout, way, *shape, on_cpu=device.type == "cpu") / rate
+                row[f"{short}_of_bound"] = 1e3 * bound / row[way]
     title = f"{args.arch[0]}'s {sum(sizes):,} weights, {describe(device)}: ms, median of {args.rounds}"
-    updates = {f"{way}_G_updates/s": ".2f" for way in ("fwd", "bwd")}
-    bound = {f"{way}_of_bound": ".0%" for way in ("fwd", "bwd")}
-    table(title, rows, forward=".1f", backward=".1f", ratio=".2f", MB=".0f", **updates, **bound)
-    what = "multiply-adds" if device.type == "cpu" else "exponentials"
+    columns = {"forward": ".1f", "backward": ".1f", "ratio": ".2f", "MB": ".0f"}
+    columns |= {f"{short}_G_updates/s": ".2f" for short in ("fwd", "bwd")}
+    columns |= {f"{short}_of_bound": ".0%" for short in ("fwd", "bwd")}
+    table(title, rows, **columns)
+    operation = "multiply-adds" if device.type == "cpu" else "exponentials"
     if rate:
-        console.print(f"the machine's bound, measured: {rate / 1e9:.1f} G {what}/s")
+        console.print(f"measured peak rate of this machine: {rate / 1e9:.1f} G {operation}/s")
     return {"rounds": args.rounds, "peak_rate": rate, "variants": rows}
 
 
@@ -323,7 +361,10 @@ OPTIONS = {"bihalf-prune": {"prune": 0.4}, "bnn+": {"mu": 5.0}, "bnn++": {"mu": 
 
 
 def bench_quantizers(args, device: torch.device) -> dict:
-    """Median milliseconds of each weight quantizer, forward and backward, on a ResNet-18's largest layer."""
+    """Time every weight quantizer, forward and backward, on ResNet-18's largest layer.
+
+    Prints the table and returns its values; the times are medians in milliseconds.
+    """
     w = torch.randn(512, 4608, device=device, requires_grad=True)
     v = torch.randn_like(w)
     quantizers = {name: q for name, q in models.WEIGHT_QUANTIZERS.items() if name != "identity"}
@@ -343,45 +384,45 @@ def bench_quantizers(args, device: torch.device) -> dict:
         ratios = [sum(r[name].values()) / sum(r["bwn-f"].values()) for r in rounds]
         rows[name] = {way: 1e3 * statistics.median(r[name][way] for r in rounds) for way in ("forward", "backward")}
         rows[name]["ratio"] = statistics.median(ratios)
-    title = f"512×4,608 weights, {describe(device)}: ms, median of {args.rounds}; ratio to bwn-f, a sign and a scale"
+    title = f"512×4,608 weights, {describe(device)}: ms, median of {args.rounds}; ratio to bwn-f (sign and scale)"
     table(title, rows, forward=".2f", backward=".2f", ratio=".2f")
     return {"variants": rows}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A generator shared by several processes.
+# One generator over several processes.
 
 
-def share_generator(rank: int, processes: int, grad: str, args, folder: str) -> None:
-    """One of the processes; its figures go to a file in the folder."""
+def run_process(rank: int, world_size: int, grad: str, args, folder: str) -> None:
+    """What each process runs. It writes its measurements to the file `RANK.json` in the folder."""
     torch.set_num_threads(1)
-    if processes > 1:
-        dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=processes)
+    if world_size > 1:
+        dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=world_size)
     torch.manual_seed(0)
     layers = models.binary_layers(models.build(args.arch[0], 10, "dorefa"))
     generator = make_generator(grad, layers, args)
-    talking = []
+    talking = []  # seconds of each call that communicates, including the wait for the slowest process
 
-    def timed(function):  # what the processes say to each other, waiting for the slowest included
-        def call(part):
+    def timed(function):
+        def call(tensor):
             began = time.perf_counter()
-            out = function(part)
+            out = function(tensor)
             talking.append(time.perf_counter() - began)
             return out
 
         return call
 
-    generator.gather, generator.total = timed(generator.gather), timed(generator.total)
+    generator.gather, generator.all_reduce_sum = timed(generator.gather), timed(generator.all_reduce_sum)
 
     def step():
         for layer in layers:
             layer.weight.grad = torch.randn_like(layer.weight)
-        if processes > 1:
+        if world_size > 1:
             dist.barrier()
         talking.clear()
-        wall, own = time.perf_counter(), time.process_time()
+        wall, cpu = time.perf_counter(), time.process_time()
         generator.generate()
-        return {"ms": time.perf_counter() - wall, "cpu_ms": time.process_time() - own, "talking": sum(talking)}
+        return {"ms": time.perf_counter() - wall, "cpu_ms": time.process_time() - cpu, "talking": sum(talking)}
 
     rounds = [step() for _ in range(3 + args.rounds)][3:]
     row = {key: 1e3 * statistics.median(r[key] for r in rounds) for key in rounds[0]}
@@ -390,30 +431,32 @@ def share_generator(rank: int, processes: int, grad: str, args, folder: str) -> 
     row["MB_held"] = sum(b.numel() * b.element_size() for b in generator.buffers()) / 2**20
     row["MB_peak"] = peak_memory(torch.device("cpu"), step)
     Path(folder, f"{rank}.json").write_text(json.dumps(row))
-    if processes > 1:
+    if world_size > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
 def bench_scale(args) -> dict:
-    """generate() of each generator in 1, 2, … processes of one thread; of every figure the largest of all processes."""
+    """Time generate() of each generator over each number of processes, which have one thread each.
+
+    Prints the table and returns its values. Every value is the largest of those that the processes measured.
+    """
     rows = {}
     for grad in args.grads:
-        for processes in args.processes:
+        for world_size in args.processes:
             with tempfile.TemporaryDirectory() as folder:
-                inputs = (processes, grad, args, folder)
-                torch.multiprocessing.spawn(share_generator, inputs, nprocs=processes)
-                found = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(processes)]
+                torch.multiprocessing.spawn(run_process, (world_size, grad, args, folder), nprocs=world_size)
+                found = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(world_size)]
             known = {key: [f[key] for f in found if f[key] is not None] for key in found[0]}
-            rows[f"{grad}, {processes}"] = {key: max(values, default=None) for key, values in known.items()}
-    title = (
-        f"{args.arch[0]}: generate(), processes of 1 thread on {torch.get_num_threads()} cores, median of {args.rounds}"
-    )
+            rows[f"{grad}, {world_size}"] = {key: max(values, default=None) for key, values in known.items()}
+    cores = torch.get_num_threads()
+    title = f"{args.arch[0]}: generate(), processes with 1 thread each on {cores} cores, median of {args.rounds}"
     table(title, rows, ms=".0f", cpu_ms=".0f", talking=".1%", history=",d", MB_held=".1f", MB_peak=".1f")
     return {"variants": rows}
 
 
 def describe(device: torch.device) -> str:
+    """The device in words, for the tables' titles."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
@@ -421,56 +464,66 @@ def describe(device: torch.device) -> str:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["step", "scan", "quantizers", "scale"])
-    parser.add_argument("--arch", nargs="+", default=["resnet20"], choices=models.ARCHS, help="scan, scale: the first")
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--rounds", type=int, help="to measure, after the warm-up (default: 20; scan 5)")
-    parser.add_argument("--seconds", type=float, default=300, help="step: begin no round after this time")
+    parser.add_argument("benchmark", choices=["step", "scan", "quantizers", "scale"])
+    parser.add_argument(
+        "--arch", nargs="+", default=["resnet20"], choices=models.ARCHS, help="networks; scan and scale use the first"
+    )
+    parser.add_argument("--batch-size", type=int, default=128, help="images per step (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, help="rounds to measure, after the warm-up (default: 20; scan: 5)")
+    parser.add_argument(
+        "--seconds", type=float, default=300, help="step: start no new round after this time (default: %(default)s)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--hidden", type=int, default=100)
-    parser.add_argument("--d-state", type=int, default=16)
-    parser.add_argument("--d-conv", type=int, default=8)
-    parser.add_argument("--expand", type=int, default=100)
-    parser.add_argument("--length", type=int, default=5, help="scan: gradients of history a weight")
-    known = [f"{grad}{more}" for more in ("", "+amp", "+compile", "+amp+compile") for grad in GRADS]
+    parser.add_argument("--hidden", type=int, default=100, help="width of fast-net and LSTM (default: %(default)s)")
+    parser.add_argument("--d-state", type=int, default=16, help="Mamba: states per channel (default: %(default)s)")
+    parser.add_argument("--d-conv", type=int, default=8, help="Mamba: taps of the convolution (default: %(default)s)")
+    parser.add_argument("--expand", type=int, default=100, help="Mamba: channels (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=5, help="scan: past gradients per weight (default: %(default)s)")
+    variants = [f"{grad}{suffix}" for suffix in ("", "+amp", "+compile", "+amp+compile") for grad in GRADS]
     parser.add_argument(
         "--grads",
         nargs="+",
-        choices=known,
+        choices=variants,
         metavar="GRAD",
-        help=f"step, scale: {', '.join(GRADS)}; step: with +amp, +compile",
+        help=f"step, scale: {', '.join(GRADS)}; for step also with the suffixes +amp and +compile",
     )
-    parser.add_argument("--processes", nargs="+", type=int, default=[1, 2, 4], help="scale")
-    parser.add_argument("--hyper-sample", type=float, default=0.125, help="step: of fsg-sampled (default: 0.125)")
-    parser.add_argument("--scan", default="auto", choices=["auto", "fused", "mamba-ssm", "reference"], help="step")
+    parser.add_argument("--processes", nargs="+", type=int, default=[1, 2, 4], help="scale: numbers of processes")
+    parser.add_argument(
+        "--hyper-sample", type=float, default=0.125, help="step: --hyper-sample of fsg-sampled (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--scan", default="auto", choices=["auto", "fused", "mamba-ssm", "reference"], help="step: Mamba's backend"
+    )
     scans = ["fused", "reference", "mamba-ssm"]
-    parser.add_argument("--scans", nargs="+", default=scans, choices=scans, help="scan: the variants")
-    parser.add_argument("--lstm", action="store_true", help="scan: the LSTM too, against nn.LSTM, which takes 11 GB")
-    parser.add_argument("--json", help="where the figures go (default: runs/bench-step.json, …)")
+    parser.add_argument("--scans", nargs="+", default=scans, choices=scans, help="scan: the backends to compare")
+    parser.add_argument(
+        "--lstm", action="store_true", help="scan: also the LSTM, compared with nn.LSTM, which needs 11 GB of memory"
+    )
+    parser.add_argument("--json", help="file for the results (default: runs/bench-step.json, …)")
     args = parser.parse_args(argv)
-    shared = ["fsg-mamba", "fsg-flat", "multifc"]
-    args.grads = args.grads or (shared if args.what == "scale" else list(GRADS))
-    args.rounds = (5 if args.what == "scan" else 20) if args.rounds is None else args.rounds
-    for grad in args.grads if args.what == "scale" else ():
+    learned = ["fsg-mamba", "fsg-flat", "multifc"]
+    args.grads = args.grads or (learned if args.benchmark == "scale" else list(GRADS))
+    args.rounds = (5 if args.benchmark == "scan" else 20) if args.rounds is None else args.rounds
+    for grad in args.grads if args.benchmark == "scale" else ():
         if grad not in GRADS or grad in ("plain", "ste"):
-            parser.error(f"{grad} has no hypernetworks to share: use generators such as {', '.join(shared)}")
+            parser.error(f"scale cannot divide {grad} over processes: use generators such as {', '.join(learned)}")
     if min(args.processes) < 1:
         parser.error(f"--processes must be at least 1; it is {min(args.processes)}")
     if args.rounds < 1:
         parser.error(f"--rounds must be at least 1; it is {args.rounds}")
-    device, file = torch.device(args.device), Path(args.json or f"runs/bench-{args.what}.json")
+    device, file = torch.device(args.device), Path(args.json or f"runs/bench-{args.benchmark}.json")
     result = {"torch": torch.__version__, "machine": describe(device), **vars(args)}
-    if args.what == "scan":
+    if args.benchmark == "scan":
         result |= bench_scan(args, device)
-    elif args.what == "quantizers":
+    elif args.benchmark == "quantizers":
         result |= bench_quantizers(args, device)
-    elif args.what == "scale":
+    elif args.benchmark == "scale":
         result |= bench_scale(args)
     else:
         result["archs"] = {arch: bench_step(arch, args, device) for arch in args.arch}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=1) + "\n")
-    console.print(f"written to {file}")
+    console.print(f"results written to {file}")
     return 0
 
 

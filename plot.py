@@ -1,19 +1,19 @@
-"""Compare runs: one image of training loss, test accuracy and sign flips, by epoch and by training time; or a table.
+"""Compare runs: a figure of training loss, test accuracy and sign flips, or a table.
 
     python plot.py runs/A runs/B                              # writes runs/curves.png
     python plot.py runs/*/ --out compare.png --title "CIFAR-10, ResNet-20, Adam"
     python plot.py --table runs/*                             # Markdown: mean ± standard deviation over the seeds
 
-Runs that differ in nothing but --seed (by their args.json) are one curve, their mean, with a band of ± one standard
-deviation, and one row of the table, up to the epoch that all of them have reached.
+The left column of the figure is by epoch, the right one by training time: a method that learns its gradients costs more
+per step, so it may win by epoch and lose by time. Training time is the sum of the epochs' training seconds, without the
+evaluation after each epoch. The bottom row shows the share of the binary weights whose sign changed in the epoch. A
+full-precision run has none, and no curve there.
 
-Two columns, because a method that learns its gradients costs more per step: it may win by epoch and lose by time.
-Training time is the sum of the epochs' training seconds; the tests after each epoch are not in it.
-Flips are the binary weights whose sign differs between the beginning and the end of an epoch. Where they die out, the
-binary network stands still, whatever its latent weights do. A full-precision run has none, and no curve there.
+Runs that differ only in --seed (according to their args.json) form a group: one curve, their mean, with a band of ± one
+standard deviation, and one row of the table. A group extends to the last epoch that all of its runs have reached.
 
-The image needs matplotlib. This file reads metrics.csv and args.json and nothing else, so it works alone, and while
-the runs still go on.
+The figure needs matplotlib. This file reads metrics.csv and args.json only. It can be copied alone, and it can be used
+while the runs are still training.
 """
 
 import argparse
@@ -28,24 +28,24 @@ from pathlib import Path
 
 import numpy as np
 
-COLUMNS = ("epoch", "seconds", "train_loss", "test_acc", "flip_ratio")  # what we need of metrics.csv
+COLUMNS = ("epoch", "seconds", "train_loss", "test_acc", "flip_ratio")  # the columns of metrics.csv that are used
 
-# Flags in which runs may differ and still be the same experiment.
+# Runs of one experiment may differ in these flags.
 NOT_THE_EXPERIMENT = {"seed", "name", "out", "resume", "eval_only", "workers", "save_every", "device"}
-LAST = 10  # epochs at the end, over which the table averages
+LAST = 10  # the table averages the test accuracy over this many epochs at the end of a run
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart (without its yellow: too pale on white). When the
-# colours are used up they start again with another dash and marker.
+# Okabe and Ito's palette for colour-blind readers, without its yellow, which is too pale on white. After the last
+# colour comes the first one again, with the next dash and marker.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
-FEW = 25  # a curve of at most so many points shows them: a run of one epoch is nothing but a point
+FEW = 25  # curves of at most this many points have markers, so that a run of one epoch is visible
 
-WIDTH, HEIGHT = 11.0, 8.5  # inches; the legend's height comes on top
+WIDTH, HEIGHT = 11.0, 8.5  # inches, without the legend
 DPI = 150
 
 
 class PlotError(Exception):
-    """No image can be drawn; the message is one sentence that says why and what to do."""
+    """The runs cannot be plotted. The message is one sentence that says why and what to do."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -53,15 +53,15 @@ class PlotError(Exception):
 
 
 def read_run(folder: Path | str) -> dict[str, np.ndarray]:
-    """The curves of one run, float64 [epochs] each.
+    """Read the curves of one run: a dictionary of float64 arrays [epochs].
 
     epoch       1, 2, …
-    time        seconds of training up to the end of that epoch
+    time        seconds of training up to the end of the epoch
     train_loss  mean cross-entropy over the epoch
     test_acc    0 to 1
-    flip_ratio  share of binary weights that changed sign in the epoch, 0 to 1; nan for a full-precision run
+    flip_ratio  share of the binary weights that changed sign in the epoch, 0 to 1; nan for a full-precision run
 
-    Raises PlotError where there is no such run, no epoch in it yet, or metrics.csv is damaged.
+    Raises PlotError if there is no such run, if it has no epoch yet, or if metrics.csv is damaged.
     """
     folder = Path(folder)
     path = folder / "metrics.csv"
@@ -88,15 +88,15 @@ def read_run(folder: Path | str) -> dict[str, np.ndarray]:
     except (ValueError, csv.Error) as e:  # UnicodeDecodeError, from a binary file, is a ValueError
         reason = "not a text file" if isinstance(e, UnicodeError) else e
         raise PlotError(
-            f"{path} is damaged ({reason}): leave this run out, or go on with it (--resume), which writes the file anew"
+            f"{path} is damaged ({reason}): leave this run out, or resume it (--resume), which writes the file anew"
         ) from None
     run["time"] = np.cumsum(run.pop("seconds"))
     return run
 
 
 def numbers(row: dict, line: int) -> list[float]:
-    """One row's COLUMNS as floats. Raises ValueError for a field too many, too few, or not a number."""
-    if None in row or None in row.values():  # how csv.DictReader reports surplus and lacking fields
+    """The COLUMNS of one row as floats. Raises ValueError for a wrong number of fields or a field that is no number."""
+    if None in row or None in row.values():  # csv.DictReader's mark for surplus and missing fields
         raise ValueError(f"line {line} has not as many fields as the first")
     try:
         return [float(row[name]) for name in COLUMNS]
@@ -105,7 +105,7 @@ def numbers(row: dict, line: int) -> list[float]:
 
 
 def label_runs(folders: list[Path]) -> list[str]:
-    """A name for each of these different folders: its own, with as many parents as it takes to be the only one.
+    """A unique label for each folder: its name, preceded by as many parent folders as are needed.
 
     a/ste, b/ste, b/fsg  →  'a/ste', 'b/ste', 'fsg'
     """
@@ -124,16 +124,18 @@ def label_runs(folders: list[Path]) -> list[str]:
 
 
 def group_runs(folders: list[Path]) -> list[list[int]]:
-    """Which of these runs belong together, by index: those with the same flags and different seeds.
+    """Group the runs that have the same flags and different seeds. Returns lists of indices into `folders`.
 
-    Without an args.json that can be read, a run stands alone.
+    A run without a readable args.json is a group of its own.
     """
     groups, seen = {}, {}
     for i, folder in enumerate(folders):
         try:
             flags = json.loads((folder / "args.json").read_text())
             experiment = json.dumps({k: v for k, v in flags.items() if k not in NOT_THE_EXPERIMENT}, sort_keys=True)
-            repeats = seen.setdefault((experiment, flags.get("seed")), [])  # of one seed: they do not tell its spread
+            repeats = seen.setdefault(
+                (experiment, flags.get("seed")), []
+            )  # runs with the same seed go to different groups
         except (OSError, ValueError, AttributeError):
             experiment, repeats = f"{i}", []
         groups.setdefault((experiment, len(repeats)), []).append(i)
@@ -142,17 +144,19 @@ def group_runs(folders: list[Path]) -> list[list[int]]:
 
 
 def label_group(labels: list[str]) -> str:
-    """What its runs' labels have in common: ste-seed0, ste-seed1  →  'ste'."""
+    """The common beginning of the labels of a group's runs: ste-seed0, ste-seed1  →  'ste'."""
     if len(labels) == 1:
         return labels[0]
-    common = os.path.commonprefix(labels)  # noqa: RUF071 (of characters, not folders)
+    common = os.path.commonprefix(labels)  # noqa: RUF071 (the prefix of the characters is wanted)
     common = re.sub(r"([-_ ,.]+(seeds?|s)\d*)?[-_ ,.]*$", "", common, flags=re.IGNORECASE)
     return common or labels[0]
 
 
 def average(runs: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The mean of runs as read_run() gives them, and under `NAME_sd` each curve's standard deviation over more than one
-    of them; as long as the shortest."""
+    """The mean of the curves of runs read by read_run(), as long as the shortest run.
+
+    For more than one run, `NAME_sd` holds the standard deviation of the curve NAME.
+    """
     epochs = min(len(run["epoch"]) for run in runs)
     stacks = {name: np.stack([run[name][:epochs] for run in runs]) for name in runs[0]}
     mean = {name: stack.mean(0) for name, stack in stacks.items()}
@@ -162,13 +166,13 @@ def average(runs: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def mean_and_spread(values: list[float], digits: int) -> str:
-    """'91.11 ± 0.29', the standard deviation being that of more than one value."""
+    """Mean and standard deviation, as in '91.11 ± 0.29'; for a single value the mean alone."""
     spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
     return f"{np.mean(values):.{digits}f}{spread}"
 
 
 def table(groups: dict[str, list[dict]]) -> str:
-    """Markdown, one row a group {label: [read_run(folder), …]}: accuracies in %, mean ± standard deviation."""
+    """A Markdown table with one row per group {label: [read_run(folder), …]}, accuracies in %."""
     rows, last = [], 1
     for label, runs in groups.items():
         epochs = min(len(run["epoch"]) for run in runs)
@@ -190,7 +194,7 @@ def table(groups: dict[str, list[dict]]) -> str:
 
 
 def time_unit(seconds: float) -> tuple[str, float]:
-    """The unit in which an axis that ends at this many seconds reads well, and its length in seconds."""
+    """A readable unit for an axis that ends at this many seconds, and the unit's length in seconds."""
     if seconds < 120:
         return "seconds", 1.0
     if seconds < 2 * 3600:
@@ -199,14 +203,16 @@ def time_unit(seconds: float) -> tuple[str, float]:
 
 
 def draw(runs: dict[str, dict], title: str = ""):
-    """A matplotlib Figure of the runs {label: average([read_run(folder), …])}: axes [3, 2], the rows loss, accuracy and
-    flips, the columns by epoch and by time. Raises PlotError without matplotlib, or for too many runs to tell apart.
+    """Draw the groups {label: average([read_run(folder), …])}; returns a matplotlib Figure.
+
+    The axes [3, 2] have one row each for loss, accuracy and flips. The left column is by epoch, the right one by time.
+    Raises PlotError if matplotlib is missing or if there are more groups than line styles.
     """
     if len(runs) > len(COLORS) * len(STYLES):
         most = len(COLORS) * len(STYLES)
-        raise PlotError(f"{len(runs)} runs cannot be told apart in one image: give at most {most}")
+        raise PlotError(f"{len(runs)} runs cannot be told apart in one figure: give at most {most}")
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws into memory: no screen needed
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no screen
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ImportError as e:
@@ -221,7 +227,7 @@ def draw(runs: dict[str, dict], title: str = ""):
         for row, (name, factor) in enumerate((("train_loss", 1), ("test_acc", 100), ("flip_ratio", 100))):
             y, spread = factor * run[name], run.get(f"{name}_sd")
             if row == 0:
-                y = np.where(np.isfinite(y) & (y > 0), y, np.nan)  # what a log scale can show
+                y = np.where(np.isfinite(y) & (y > 0), y, np.nan)  # a log scale shows only these
             for column, x in enumerate((run["epoch"], run["time"] / unit_seconds)):
                 draw_curve(axes[row, column], x, y, i, None if spread is None else factor * spread)
 
@@ -243,30 +249,30 @@ def draw(runs: dict[str, dict], title: str = ""):
         ax.grid(color="0.9", linewidth=0.8)
         ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
-        ax.tick_params(labelleft=True)  # on both columns: the right one is far from the left one's numbers
+        ax.tick_params(labelleft=True)  # repeat the numbers of the left column in the right one
     figure.align_ylabels(axes[:, 0])
     add_legend(figure, axes[0, 0].get_lines(), list(runs), title)
     return figure
 
 
 def draw_curve(ax, x: np.ndarray, y: np.ndarray, i: int, spread: np.ndarray | None) -> None:
-    """Run number i's curve; nan is a gap. spread: half the height of a band around it."""
+    """Draw curve number i, with a gap where y is nan, and a band of ± spread (None: no band)."""
     color = COLORS[i % len(COLORS)]
     linestyle, marker = STYLES[i // len(COLORS)]
     if np.isfinite(y).sum() > FEW:
         marker = ""
     ax.plot(x, y, color=color, linestyle=linestyle, linewidth=1.6, marker=marker, markersize=4)
-    if spread is not None:  # no curve here can be below 0, and on a log scale no band can reach it
+    if spread is not None:  # the lower edge stays above 0: no curve is negative, and a log scale has no 0
         ax.fill_between(x, np.maximum(y - spread, 0.2 * y), y + spread, color=color, alpha=0.2, linewidth=0)
 
 
 def set_log_scale(ax) -> None:
-    """Log scale with plain numbers at the ticks: 1, 2, 5, 10, or evenly spaced ones where that would leave too few."""
+    """Set a log scale with plain numbers at the ticks: 1, 2, 5, 10, …, or evenly spaced ticks for a narrow range."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     values = np.concatenate([line.get_ydata() for line in ax.get_lines()])
     if not np.isfinite(values).any():
-        return  # every loss was infinite or 0: there is nothing to scale
+        return  # every loss was infinite or 0
     low, high = np.nanmin(values), np.nanmax(values)
     ax.set_yscale("log")
     if low == high:
@@ -281,13 +287,16 @@ def set_log_scale(ax) -> None:
 
 
 def add_legend(figure, lines: list, labels: list[str], title: str) -> None:
-    """The title and one legend above all panels, in as many columns as fit; the figure grows by the legend's height."""
+    """Add the title and one legend above all panels, in as many columns as fit.
+
+    The figure grows by the legend's height.
+    """
     labels = ["\n".join(label[i : i + 70] for i in range(0, len(label), 70)) for label in labels]
     title = "\n".join(textwrap.wrap(title, 70))
     for columns in range(min(4, len(labels)), 0, -1):
         legend = figure.legend(lines, labels, loc="outside upper center", ncols=columns, frameon=False, title=title)
         for text in (*legend.get_texts(), legend.get_title()):
-            text.set_parse_math(False)  # a $ in a name is a $
+            text.set_parse_math(False)  # show a $ in a name as it is
         legend.get_title().set(fontsize="large", multialignment="center")
         box = legend.get_window_extent(figure.canvas.get_renderer())  # pixels
         if box.width < 0.95 * WIDTH * DPI or columns == 1:
@@ -297,8 +306,8 @@ def add_legend(figure, lines: list, labels: list[str], title: str) -> None:
 
 
 def save(figure, path: Path) -> None:
-    """Write the figure in the format that the path's ending names. Raises PlotError where that cannot be done."""
-    image = io.BytesIO()  # first into memory, so that a failure leaves an older image as it was
+    """Write the figure in the format given by the path's suffix. Raises PlotError if it cannot be written."""
+    image = io.BytesIO()  # the file is written only after drawing has succeeded, so a failure keeps the old file
     try:
         figure.savefig(image, format=path.suffix[1:])
     except ValueError:
@@ -306,7 +315,7 @@ def save(figure, path: Path) -> None:
     try:
         path.write_bytes(image.getvalue())
     except OSError as e:
-        raise PlotError(f"{path} cannot be written ({e.strerror or e}): choose an --out that can") from None
+        raise PlotError(f"{path} cannot be written ({e.strerror or e}): choose another --out") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,17 +327,17 @@ def flags():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, such as runs/NAME")
-    parser.add_argument("--out", metavar="FILE.png", help="(default: curves.png beside the first run)")
-    parser.add_argument("--table", action="store_true", help="print a table in Markdown, and draw nothing")
-    parser.add_argument("--title", metavar="TEXT", default="", help="line above the image")
+    parser.add_argument("--out", metavar="FILE.png", help="file to write (default: curves.png beside the first run)")
+    parser.add_argument("--table", action="store_true", help="print a Markdown table and draw nothing")
+    parser.add_argument("--title", metavar="TEXT", default="", help="title of the figure")
     return parser
 
 
 def main(argv=None) -> int:
-    """The exit code: 0, or 1 after one sentence on standard error."""
+    """Returns the exit code: 0, or 1 after one sentence on standard error."""
     args = flags().parse_args(argv)
     try:
-        # `runs/*` matches the image of last time and bench.py's files too. And each folder is drawn once.
+        # The pattern `runs/*` may also match an earlier figure and bench.py's JSON files. A folder counts once.
         names = [name for name in args.runs if not (name.endswith((".png", ".json")) and os.path.isfile(name))]
         folders = list({os.path.abspath(name): Path(name) for name in names}.values())
         if not folders:
@@ -340,7 +349,7 @@ def main(argv=None) -> int:
         groups = {}
         for group in group_runs(folders):
             label = label_group([labels[i] for i in group])
-            if label in groups or (len(group) > 1 and label in labels):  # it would say nothing of what differs
+            if label in groups or (len(group) > 1 and label in labels):  # the label is taken
                 label = labels[group[0]]
             groups[label] = [runs[i] for i in group]
         if args.table:

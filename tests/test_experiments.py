@@ -1,4 +1,4 @@
-"""Grids of runs: small ones, run, interrupted and gone on with."""
+"""experiments.py with small grids: run, interrupted, resumed, failed."""
 
 import csv
 import os

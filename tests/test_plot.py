@@ -1,4 +1,4 @@
-"""plot.py from the outside: run folders in, one image or one sentence out."""
+"""plot.py as a user calls it: run folders in, one figure or one sentence out."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def legend_texts(figure) -> list[str]:
 
 
 @pytest.mark.parametrize("epochs", [[1], [3, 2], [40, 1, 3, 30, 100]])
-def test_writes_a_image_beside_the_first_run_and_says_where(tmp_path, capsys, epochs):
+def test_writes_a_figure_beside_the_first_run_and_prints_its_path(tmp_path, capsys, epochs):
     folders = [make_run(tmp_path / "runs" / f"run{i}", n) for i, n in enumerate(epochs)]
     assert plot.main(folders) == 0
     output = capsys.readouterr()
@@ -99,7 +99,7 @@ def test_out_names_the_file_or_its_folder(tmp_path, capsys):
     check_png(tmp_path / "figures" / "a.png")
 
 
-def test_a_star_may_match_the_image_of_last_time(tmp_path, capsys):
+def test_a_pattern_may_match_an_earlier_figure(tmp_path, capsys):
     make_run(tmp_path / "runs" / "A")
     for _ in range(2):
         assert plot.main(sorted(str(p) for p in (tmp_path / "runs").glob("*"))) == 0
@@ -278,7 +278,7 @@ def test_more_runs_than_can_be_told_apart(tmp_path, capsys):
 
 
 def test_as_a_command(tmp_path):
-    """Alone in a folder, without the rest of the repository: an image, and a sentence for what goes wrong."""
+    """Alone in a folder, without the rest of the repository: a figure, and one sentence for each error."""
     shutil.copy(ROOT / "plot.py", tmp_path)
     make_run(tmp_path / "runs" / "A")
     make_run(tmp_path / "runs" / "B", text=HEADER + "1,2\n")
