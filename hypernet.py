@@ -25,7 +25,9 @@ The method. Two hypernetworks with parameters φ generate the gradient instead:
 The l past gradients of a weight are the historical gradient storage (HGS). The layer recognition embedding (LRE) is
 one learned value per layer; it is the first token of every sequence and tells the layers apart.
 With `balance='layer-rms'`, the default, both terms are scaled to the RMS of ĝ_t in each layer, so that β is the slow
-term's share. Without it nothing bounds their scales, and in training one term soon outgrows the other.
+term's share, and the slow-net cannot tell a gradient from its negative: its output only changes sign with its input.
+Without the balance (the paper's formula as written) nothing bounds the two scales, and one term soon outgrows the
+other.
 
 How φ learns. The optimizer moved W by −lr·G_{t−1}, to first order, and ĝ_t is measured there. That move changed the
 loss by −lr·⟨D_t ⊙ ĝ_t, G_{t−1}⟩. So the gradient of the loss with respect to G_{t−1} is v = −D_t ⊙ ĝ_t, up to a
@@ -216,6 +218,14 @@ class SlowMamba(nn.Module):
         with torch.no_grad():
             dt = torch.exp(torch.rand(expand) * math.log(0.1 / 1e-3) + math.log(1e-3)).clamp_min(1e-4)
             self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+    @torch.no_grad()
+    def start_positive(self, length: int) -> None:
+        """Choose the sign of out_proj so that one positive token at the end of `length` gives a positive output."""
+        u = self.D.new_zeros(1, length, 1)
+        u[:, -1] = 1.0
+        if self.block(u)[0, -1, 0] < 0:
+            self.out_proj.weight.neg_()
 
     def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The inputs of the scan: u [B, L, 1] -> x [B, L, d], Δ [B, L, d], B [B, L, n], C [B, L, n]."""
@@ -669,8 +679,9 @@ class FSG(Learned):
         zeros in place of all older gradients, to measure what the history contributes.
     normalize: 'layer-rms' divides the history by its RMS in the layer and multiplies the slow-net's output by it, so
         that `slow` scales as the gradient does. 'none' does not.
-    balance: 'layer-rms' scales `fast` and `slow` to the RMS of ĝ in each layer and uses |MLP(W̃)|, so that the fast term
-        cannot change its sign. 'none' is the formula as written.
+    balance: 'none' is the formula as written. 'layer-rms' scales `fast` and `slow` to the RMS of ĝ_t in each layer. It
+        uses |MLP(W̃)|, so that the fast term cannot change its sign. And with s = sign ĝ_t of each weight it uses
+        s·SlowNet(LRE, s·history): a slow-net that is even in its input would push all weights of a layer one way.
     lre: whether there is a layer recognition embedding; `self.lre` is an nn.Embedding(layers, 1) or None.
     hidden: width of the fast-net and of the LSTM. fast_act: see fast_net. d_state, d_conv, expand, scan: see SlowMamba.
     lr_fast, lr_slow: Adam's learning rates for φ: the fast-net's; the slow-net's and the LRE's.
@@ -733,6 +744,8 @@ class FSG(Learned):
         self.fast = fast_net(self.kind, hidden, fast_act)
         self.slow = SlowMamba(d_state, d_conv, expand, scan) if hgs == "mamba" else SlowLSTM(hidden)
         self.lre = nn.Embedding(len(layers), 1) if lre else None
+        if balance == "layer-rms" and hgs == "mamba":
+            self.slow.start_positive(length + lre)
         self.start()
 
     def parameter_groups(self) -> list[dict]:
@@ -754,6 +767,9 @@ class FSG(Learned):
     def slow_gradient(self, seen: Seen) -> Tensor:
         """SlowNet(LRE, history): [n]."""
         past, lre = seen.history, None if self.lre is None else self.lre.weight[:, 0]  # [l, n], [layers]
+        if self.balance == "layer-rms":
+            sign = torch.where(seen.ghat >= 0, 1.0, -1.0).to(past.dtype)  # [n]
+            past = past * sign
         if self.normalize == "layer-rms":
             rms = self.rms(self.history)[seen.layer_of]  # [n]
             past = past / rms
@@ -768,7 +784,7 @@ class FSG(Learned):
             slow = self.slow.last(past.T.unsqueeze(-1))  # one sequence per weight: [n, 1 + l, 1] -> [n]
         if self.normalize == "layer-rms":
             slow = slow * rms
-        return slow if self.balance == "none" else self.balanced(slow, seen)
+        return slow if self.balance == "none" else self.balanced(slow * sign, seen)
 
     def balanced(self, term: Tensor, seen: Seen) -> Tensor:
         """`term` [n], scaled to the RMS of ĝ_t in each layer."""

@@ -419,7 +419,8 @@ def formula(name, gen, layers, latents, grads, states=None, sampled=None):
             past = [torch.zeros_like(g)] * (gen.length - 1) + past[-1:]
         past = torch.stack([p.flatten() for p in past])  # [l, n]
         rms = past.square().mean().sqrt() if gen.normalize == "layer-rms" else torch.ones(())
-        past = past / rms
+        sign = torch.where(g >= 0, 1.0, -1.0).to(g.dtype) if gen.balance == "layer-rms" else torch.ones_like(g)
+        past = past / rms * sign.flatten()
         token = gen.lre.weight[i].view(1, 1) if gen.lre is not None else None
         if gen.layout != "flat":
             u = past.T if token is None else torch.cat([token.expand(past.shape[1], 1), past.T], dim=1)
@@ -427,7 +428,7 @@ def formula(name, gen, layers, latents, grads, states=None, sampled=None):
         else:
             u = past.reshape(-1, 1) if token is None else torch.cat([token, past.reshape(-1, 1)])
             slow = gen.slow(u.unsqueeze(0))[0, -past.shape[1] :, 0]
-        slow = (slow * rms).view_as(W)
+        slow = (slow * rms).view_as(W) * sign
         if gen.balance == "layer-rms":
             at = slice(None) if sampled is None else sampled[i]  # the RMS is that of the sampled weights
             fast = g * gen.fast.mlp(pre.flatten()).abs().view_as(W)
@@ -622,6 +623,39 @@ def test_balanced_beta_is_the_slow_terms_share(kwargs, beta):
     share = gen.measure(1.0)["slow_share"]
     assert math.isclose(share, beta**2 / (beta**2 + (1 - beta) ** 2), rel_tol=1e-9)
     assert torch.all(fast * gen.ghat >= 0), "the fast term keeps the gradient's sign"
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"hgs": "lstm"}, {"history": "flat"}, {"hyper_sample": 0.3}])
+def test_balanced_flipping_all_gradients_flips_G(kwargs):
+    net = network("bwn")
+    layers = models.binary_layers(net)
+    found = []
+    for sign in (1, -1):
+        torch.manual_seed(1)
+        gen = small_fsg(layers, **kwargs)
+        nudge(gen)
+        for t in range(4):
+            backward(net, t)
+            for layer in layers:
+                layer.weight.grad *= sign
+            gen.generate()
+        found.append(torch.cat([layer.weight.grad.flatten() for layer in layers]))
+    assert relative(found[1], -found[0]) < 1e-9
+
+
+@pytest.mark.parametrize("history", ["per-weight", "flat"])
+def test_balanced_training_begins_along_the_gradient(history):
+    """Before φ has learned anything, G has a positive product with D ⊙ ĝ in every layer."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        layers = models.binary_layers(network("bwn"))
+        gen = FSG(layers, history=history, d_state=4, expand=8)
+        for t in range(3):
+            for layer in layers:
+                layer.weight.grad = torch.randn_like(layer.weight)
+            straight = [layer.weight.grad.clone() for layer in layers]
+            gen.generate()
+        assert sum((layer.weight.grad * g).sum() for layer, g in zip(layers, straight, strict=True)) > 0
 
 
 def test_a_slow_net_that_starts_at_zero_stays_finite_and_learns():
