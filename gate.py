@@ -66,12 +66,12 @@ class GatedHistory(Generator):
         scale = self.scale()
         return scale * self.ghat, scale * (self.past - self.ghat)
 
-    def parameter_groups(self, parameters, adam: bool = True) -> list[dict]:
+    def parameter_groups(self, parameters, betas: tuple[float, float] | None = (0.9, 0.999)) -> list[dict]:
         """A model's parameters for torch.optim, with momentum switched off for the latent weights.
 
-        adam: for Adam and AdamW (β₁ = 0); otherwise for SGD (momentum 0).
+        betas: those of Adam or AdamW, of which the latent weights get (0, β₂). None: for SGD (momentum 0).
         """
         ours = {id(w) for w in self.weights}
         rest = [p for p in parameters if id(p) not in ours]
-        without = {"betas": (0.0, 0.999)} if adam else {"momentum": 0.0}
+        without = {"momentum": 0.0} if betas is None else {"betas": (0.0, betas[1])}
         return [{"params": self.weights, **without}, {"params": rest}]

@@ -458,8 +458,8 @@ def mamba_pair(device: str, d: int, n: int, k: int):
 
     torch.manual_seed(0)
     net = SlowMamba(n, k, d, "fused").to(device)
-    net.last = lambda u: selective_scan_triton.last(u.squeeze(-1), *net._in_order())
-    net.tails = lambda *inputs: selective_scan_triton.tails(*inputs, *net._in_order())
+    net.last = lambda u: selective_scan_triton.last(u.squeeze(-1), *net.in_kernel_order())
+    net.tails = lambda *inputs: selective_scan_triton.tails(*inputs, *net.in_kernel_order())
     books = []
     for dtype in (torch.float64, torch.float32):
         book = SlowMamba(n, k, d, "reference").to(device)

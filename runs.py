@@ -90,6 +90,8 @@ def common_flags(script: str, description: str, **defaults) -> argparse.Argument
     add("--accumulate", type=int, default=1, metavar="N", help="split each batch into N micro-batches to save memory")
     add("--opt", default="adam", choices=["adam", "sgd", "sgdm"], help="sgdm: momentum 0.9 (default: %(default)s)")
     add("--lr", type=float, help="learning rate at the start (default: %(default)s)")
+    betas = "adam: decay per step of its averages of the gradient and of its square (default: 0.9 0.999)"
+    add("--betas", type=float, nargs=2, metavar=("B1", "B2"), help=betas)
     add("--weight-decay", type=float, default=0.0, help="L2 penalty (default: %(default)s)")
     schedules = "step: divide by 10 at each milestone; cosine: decay to 0 over all steps (default: %(default)s)"
     add("--schedule", default="step", choices=["step", "cosine", "none"], help=schedules)
@@ -146,6 +148,10 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
         largest = 1e30 if isinstance(value, float) else 2**63 - 1
         if value is not None and not smallest <= value <= largest:
             raise RunError(f"{option(name)} must be a number from {smallest} on; it is {value}")
+    only_for(args, "opt", {"betas": ("adam",)})
+    fill(args, betas=[0.9, 0.999])
+    if not all(0 <= beta < 1 for beta in getattr(args, "betas", ())):
+        raise RunError(f"--betas must be at least 0 and below 1; they are {args.betas}")
     if args.eval_only and not (args.resume or args.pretrained):
         raise RunError("--eval-only needs a network to test: give --resume runs/NAME or --pretrained runs/NAME/best.pt")
     return args, checkpoint
@@ -291,7 +297,7 @@ def average_batchnorm(model: torch.nn.Module) -> None:
 def make_optimizer(params, args) -> torch.optim.Optimizer:
     """The network's optimizer, from --opt, --lr and --weight-decay."""
     if args.opt == "adam":
-        return torch.optim.Adam(params, args.lr, weight_decay=args.weight_decay)
+        return torch.optim.Adam(params, args.lr, betas=tuple(args.betas), weight_decay=args.weight_decay)
     return torch.optim.SGD(params, args.lr, momentum=0.9 if args.opt == "sgdm" else 0.0, weight_decay=args.weight_decay)
 
 

@@ -236,7 +236,7 @@ def main(argv=None) -> int:
     generator = make_generator(args, layers)
     params = net.parameters()
     if isinstance(generator, GatedHistory):  # its history is the momentum of the latent weights
-        params = generator.parameter_groups(params, adam=args.opt == "adam")
+        params = generator.parameter_groups(params, betas=getattr(args, "betas", None))
     optimizer = runs.make_optimizer(params, args)
 
     # The run, from its start or from the checkpoint on.

@@ -650,7 +650,7 @@ def test_balanced_training_begins_along_the_gradient(history):
         torch.manual_seed(seed)
         layers = models.binary_layers(network("bwn"))
         gen = FSG(layers, history=history, d_state=4, expand=8)
-        for t in range(3):
+        for _ in range(3):
             for layer in layers:
                 layer.weight.grad = torch.randn_like(layer.weight)
             straight = [layer.weight.grad.clone() for layer in layers]
