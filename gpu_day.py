@@ -64,7 +64,7 @@ ROOT = Path(__file__).resolve().parent
 CARRIED = ROOT / "gpu-day"
 FILES = {1: "1-correctness.json", 2: "2-steps.json", 3: "3-mamba-ssm.json", 4: "4-training.json", 5: "5-w1a1.json"}
 SECONDS = {1: 90, 2: 150, 3: 40, 4: 200, 5: 90}
-DRY_SECONDS = {1: 60, 2: 40, 3: 20, 4: 60, 5: 40}
+DRY_SECONDS = {1: 180, 2: 90, 3: 10, 4: 120, 5: 60}  # limits, for a busy machine; it takes less
 MOST_OUT = 15 * 2**20  # bytes of one file in OUT
 
 
@@ -160,7 +160,7 @@ class Stage:
     def run(self, name: str, command: list, limit: float, env: dict | None = None) -> str:
         """Run a command as the item `name`. Its status: 'ok', 'failed', 'time limit', or 'skipped'."""
         began = time.monotonic()
-        limit = min(limit, self.left())
+        limit = min(limit * (3 if self.day.dry else 1), self.left())
         if limit < 2:
             self.record(name, status="skipped", error=["no time was left"])
             return "skipped"
@@ -830,7 +830,7 @@ def scan_alone(dry: bool, scratch: Path) -> None:
         del x, y
     rates = peak_rates(device)
     say(peak_per_second=rates)
-    for arch, layout in itertools.product(archs, ("last", "tails")):
+    for arch, layout in itertools.product(archs, ("last", "tails")[: 1 if dry else 2]):
         with reported(arch=arch, layout=layout):
             sizes = [5, 3] if dry else network_sizes(arch)
             N = sum(sizes)
