@@ -12,12 +12,12 @@ The definition (Mamba, https://arxiv.org/abs/2312.00752)
 --------------------------------------------------------
 u_t is the scalar token at step t. There are d channels and n states per channel; A = −exp(A_log).
 
-    x_t           = silu(conv(in_x u)_t + conv_b)        [d]
+    x_t            = silu(conv(in_x u)_t + conv_b)       [d]
     dt_t, B_t, C_t = x_proj x_t                          scalar, [n], [n]
-    Δ_t           = softplus(dt_w dt_t + dt_b)           [d]
-    h_t           = exp(Δ_t A) h_{t−1} + Δ_t x_t B_t     [d, n], h_0 = 0
-    Y_t           = h_t C_t + D x_t                      [d]
-    y_t           = Σ_d out Y_t silu(in_z u_t)           scalar, the output
+    Δ_t            = softplus(dt_w dt_t + dt_b)          [d]
+    h_t            = exp(Δ_t A) h_{t−1} + Δ_t x_t B_t    [d, n], h_0 = 0
+    Y_t            = h_t C_t + D x_t                     [d]
+    y_t            = Σ_d out Y_t silu(in_z u_t)          scalar, the output
 
 What `last` computes instead
 ----------------------------
@@ -36,9 +36,9 @@ The gradients of Δ, x, B and C then go back through softplus, the projections, 
 
 What `tails` computes instead
 -----------------------------
-The recurrence as written above, token by token. It skips the tokens that no wanted output depends on: a state that has
-decayed below float32's resolution by then. Each state has its own starting point, because states forget at different
-rates. selective_scan_cpu.cpp derives the backward pass.
+The recurrence as written above, token by token. It starts late: a token is skipped if its effect on the state decays
+below float32's resolution before the first wanted output. Each state has its own starting point, because states forget
+at different rates. selective_scan_cpu.cpp derives the backward pass.
 
 What makes it fast
 ------------------

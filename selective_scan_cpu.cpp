@@ -73,9 +73,9 @@ static inline bool all_less(V a, float b) {  // whether a < b in every lane
 // AVX-512: a x is rounded to a multiple of 1/STEPS. 2^(its fraction) is looked up in two registers; `scalef` applies
 //   its integer part. 2^(the rest r) is a parabola, c ((r + k)^2 + m). Completing the square with k = 23/16 lets the
 //   rounding step add k, and the table contains c. a x may be between -1e24, which gives 0, and 127.
-// AVX2: a x is rounded to a multiple of 1/4, whose four powers fit into one lookup. 2^(the rest) is a quartic in y = r
-//   + k: c (((y^2 + m) y + n) y + q). The integer part is added to the exponent bits, so a x must be between LOWEST and
-//   127. FAR: smaller values are allowed and count as LOWEST, for two more operations.
+// AVX2: a x is rounded to a multiple of 1/4, whose four powers fit into one lookup. 2^(the rest r) is a quartic,
+//   c (((y^2 + m) y + n) y + q) with y = r + k. The integer part is added to the exponent bits, so a x must be between
+//   LOWEST and 127. FAR: smaller values are allowed and count as LOWEST, for two more operations.
 // Others: a minimax polynomial on [-1/2, 1/2] times 2^(the integer part). Values below -126 count as -126.
 constexpr float LOWEST = -115.f;
 #ifdef __AVX512F__
@@ -166,9 +166,12 @@ static inline V reciprocal(V x) { return 1.f / x; }
 // powers_near: out = 2^(a x) for N vectors x that are near x0, with `known` = 2^(a x0). It takes DEGREE + 1 operations
 // instead of the 7 to 13 of exp2_products.
 //
-// 2^(a (x - x0)) is a minimax polynomial with an error of 4e-7 as long as |a (x - x0)| <= MINIMAX<DEGREE>.reach. It is
-// evaluated in v = a y + shift with y = (x - x0) * scale, which the caller passes. There it reads v^DEGREE + c_0
-// v^(DEGREE - 2) + c_1 v^(DEGREE - 3) + …: scale makes the leading coefficient 1, shift the second one 0.
+// A minimax polynomial computes 2^(a (x - x0)) with an error of 4e-7 as long as |a (x - x0)| <= MINIMAX<DEGREE>.reach.
+// The caller passes y = (x - x0) * scale. With v = a y + shift, the polynomial is
+//
+//     v^DEGREE + c_0 v^(DEGREE - 2) + c_1 v^(DEGREE - 3) + …
+//
+// scale makes the leading coefficient 1, and shift makes the second one 0, which saves two operations.
 struct Minimax { float reach, scale, shift, c[5]; };
 template <int DEGREE> constexpr Minimax MINIMAX = {};
 template <> constexpr Minimax MINIMAX<2> = {0.03066f, 0.490122153f, 0.707156687f, {0.499929426f}};
@@ -539,7 +542,8 @@ extern "C" void mamba_last_forward(const Params *params, int64_t sequences, cons
 }
 
 // gy [sequences] -> du [L, sequences], unless null, and the parameters' gradients, one after another in Params' order:
-// [conv d k | conv_b d | in_z d | xproj d (1 + 2n) | dt_w d | dt_b d | A d n | D d | out d]. A is A, not A2.
+// [conv d k | conv_b d | in_z d | xproj d (1 + 2n) | dt_w d | dt_b d | A d n | D d | out d].
+// A: the gradient with respect to A, not A2.
 extern "C" void mamba_last_backward(const Params *params, int64_t sequences, const float *u, const float *gy, float *du,
                                     float *grads, int threads) {
   const Params &P = *params;
@@ -687,13 +691,13 @@ extern "C" void mamba_last_backward(const Params *params, int64_t sequences, con
 // How it is computed:
 //
 // - A block is W channels, one per lane. A chunk is T consecutive tokens. Chunks are counted from the end of the
-//   sequence: chunk j has the tokens length - (j + 1) T <= t < length - j T. If the sequence is too short to fill the
-//   last chunk, the tokens before its start have x = 0 and Δ = 0, which leaves h at 0.
+//   sequence: chunk j has the tokens length - (j + 1) T <= t < length - j T. The earliest
+//   chunk may begin before the sequence does: there x = 0 and Δ = 0, which leaves h at 0.
 // - Within a chunk, a group of R states at a time goes through all tokens, with h in registers.
 // - The arrays of a chunk stay in the L2 cache: [blocks][T][W] for x and the like, [rows][T] for the projections, where
 //   the rows are dt, B and C. Those of one block stay near the L1 cache.
-// - Backward, the chunks are processed from the last to the first. Each computes x, the projections and Δ again, then
-//   the states from the h saved before the chunk, then the adjoint and all gradients.
+// - Backward, chunk 0 comes first. Each chunk computes x, the projections and Δ again, then the states from the h that
+//   was saved before the chunk, then the adjoint and all gradients.
 //
 // Which tokens are skipped:
 //
@@ -713,7 +717,7 @@ extern "C" void mamba_last_backward(const Params *params, int64_t sequences, con
 //     per token and channel           forward 2n + 1 multiply-adds of the projections, k of the convolution, silu twice
 //                                     and softplus once; backward all of that, the projections twice more and the
 //                                     convolution once more
-//     main memory                     4 bytes per token and output; 4 d n / T per token for h, written once and read once
+//     main memory                     4 bytes per token and output; 4 d n / T per token to write h, and to read it
 //
 // The work is divided into units of up to SEGMENT outputs of a layer. Each unit has its own sums of gradients, which
 // are added up in a fixed order. So the result does not depend on the number of threads, bit for bit.
@@ -961,8 +965,8 @@ struct Chunk {
   Chunk(const Net &m, const Sequences &s, bool back)
       : m(m), s(s), tokens(m.lags + T), x(m.lanes * T), slope(back ? m.lanes * T : 0), dx(back ? m.lanes * T : 0),
         projected(m.rows * T), dprojected(back ? m.rows * T : 0), delta(T * W), sigma(T * W), drive(T * W), y(T * W),
-        gy(T * W), ddelta(T * W), ddrive(T * W), gate(T * W), dgate(T * W), lanewise(T * W), decays(T * R * W), states(T * R * W),
-        carry(back ? m.n * m.lanes : 0), u(tokens + m.lags - 1) {}
+        gy(T * W), ddelta(T * W), ddrive(T * W), gate(T * W), dgate(T * W), lanewise(T * W), decays(T * R * W),
+        states(T * R * W), carry(back ? m.n * m.lanes : 0), u(tokens + m.lags - 1) {}
 
   // Compute x = silu(conv u) of chunk j, and if SLOPE, the derivative of silu.
   template <bool SLOPE>
@@ -1322,8 +1326,8 @@ extern "C" void mamba_tails_forward(const Params *params, const Sequences *s, co
 }
 
 // gy [weights] -> gfirst [layers], if has_first, and the parameters' gradients, one after another in Params' order:
-// [conv d k | conv_b d | in_z d | xproj d (1 + 2n) | dt_w d | dt_b d | A d n | D d | out d]. A is A, not A2. h: what mamba_tails_forward wrote; if
-// null, it is computed again.
+// [conv d k | conv_b d | in_z d | xproj d (1 + 2n) | dt_w d | dt_b d | A d n | D d | out d].
+// A: the gradient with respect to A, not A2. h: what mamba_tails_forward wrote; if null, it is computed again.
 extern "C" void mamba_tails_backward(const Params *params, const Sequences *s, const int32_t *plan, float *h,
                                      const float *gy, float *gfirst, float *grads, int threads) {
   const Params &P = *params;

@@ -1,64 +1,86 @@
-"""The fused selective scan on a GPU: SlowMamba.last() and .tails() of hypernet.py, forward and backward, in Triton.
+"""The fused selective scan on a CUDA GPU, in Triton: `last` and `tails` of selective_scan.py, forward and backward.
 
-Copy this file next to selective_scan.py. It wants the triton package, which comes with torch's CUDA builds on Linux;
-without it the file can still be imported, and `why_not` says what is missing. selective_scan.py derives the equations.
+Copy this file next to selective_scan.py. It needs the triton package, which torch's CUDA builds for Linux include. The
+file can be imported without it; `why_not` then says what is missing. The recurrence is
 
-`last`, for per-weight histories. In short, for the last of L tokens, with S_t = Δ_{t+1} + … + Δ_L and E = exp(A_n S_t),
-per channel and state n,
+    h_t = exp(Δ_t A) h_{t−1} + Δ_t x_t B_t,    Y_t = h_t C_t + D x_t,    output_t = Σ_d out Y_t silu(in_z u_t)
 
-    h_L C_L = Σ_t Δ_t x_t Σ_n E B_tn C_Ln        no step waits for another: (L − 1)·d·n exponentials a sequence
+and selective_scan.py gives all equations. Two runs on one device give the same bits: each program adds up its own
+blocks in order, and torch adds up the programs' sums.
 
-Shapes. L tokens, d channels, n states a channel (N: n rounded up to a power of two), K convolution taps (those that L
-tokens can meet), P = 7 + K + 3n parameters a channel. In memory, float32:
-    u, du [L, sequences], y, gy [sequences]    inputs and outputs, and their gradients
-    table [P, d]                               all parameters; column c is channel c's
-    sums [programs, P, d]                      the table's gradient, one copy a program, so that none waits for another
-In a kernel every tensor has three axes, [states, channels, sequences], each the full block N, BLOCK_D, BLOCK_B, or 1:
-    A2 [N, BLOCK_D, 1]    u_t, dt_t [1, 1, BLOCK_B]    x_t, Δ_t, S_t [1, BLOCK_D, BLOCK_B]    B_t, C [N, 1, BLOCK_B]
-Tokens are Python lists of such tensors: the loops over them are unrolled, and Triton has no other way to index them.
+last: many short sequences, the last output of each
+---------------------------------------------------
+With S_t = Δ_{t+1} + … + Δ_L and E = exp(A_n S_t),
 
-How it maps to the GPU. A Triton program is one warp here, 32 threads, and BLOCK_D · BLOCK_B = 32. Triton deals out
-threads along the last axes first, so each has one channel of one sequence with all its N states, in registers. A sum
-over states then needs no other thread; one over sequences or channels takes log2(BLOCK) exchanges between threads. The
-gradients of the parameters are summed over sequences, those of dt, B and C over channels; 4 × 8 balances the two.
+    h_L C_L = Σ_t Δ_t x_t Σ_n E B_tn C_Ln
 
-Costs per token for d = 100, n = 16, L = 6, counted in the machine code for an H100. Exponentials and reciprocals, 16 a
-cycle on each multiprocessor: 1,333 of the scan and 530 of silu and softplus forward, 2,200 in all backward. The other
-instructions, 128 a cycle: 12,000 forward, which run beside the exponentials, and 42,000 backward, which are what the
-backward pass waits for. FLOPs among them: 13,000 and 41,000. Main memory: 4 bytes forward (u), 8 backward (u, du), and
-4 a sequence (y, gy); `sums` stays in the L2 cache. No tensor [tokens, d] exists.
+Sizes: L tokens; d channels; n states per channel, rounded up to a power of two N; K taps of the convolution, at most L;
+P = 7 + K + 3n parameters per channel.
 
-`tails`, for the flat layout: a sequence a layer, of up to millions of tokens, and of its outputs the last ones. The
-recurrence, and its adjoint, which selective_scan_cpu.cpp derives, are computed as they are written, token by token, in
-chunks of T tokens that are counted from each sequence's end. A program takes one chunk after another, through all its
-channels, and one launch takes all layers. What a chunk hands on is linear in what it got, so a scan has two passes:
+In memory, float32:
+    u, du [L, sequences]; y, gy [sequences]    inputs, outputs, and their gradients
+    table [P, d]                               all parameters; column c belongs to channel c
+    sums [programs, P, d]                      the gradient of table; each program adds to a copy of its own
 
-    MEANS, _plan       which chunks are not needed, see below
-    ENDS               every chunk, as if it got h = 0: what it hands on, and its Σ_t Δ_t
-    _carry             one chunk after another: h <- exp(A Σ Δ) h + what it hands on
-    OUTPUTS            every chunk with outputs, from the h that it gets
-    ADJOINT, _carry    the same for the adjoint, exp(A Δ_t) ∂/∂h_t, which goes backwards in time
-    BACKWARD           every chunk, from the h and the adjoint that it gets: its h once more, then all gradients
+In a kernel, every tensor has the axes [states, channels, sequences]. The size of an axis is that of a block (N, BLOCK_D
+or BLOCK_B) or 1:
+    A2 [N, BLOCK_D, 1]; u_t, dt_t [1, 1, BLOCK_B]; x_t, Δ_t, S_t [1, BLOCK_D, BLOCK_B]; B_t, C [N, 1, BLOCK_B]
+Tokens are Python lists of such tensors, because Triton cannot index a tensor. Loops over tokens are unrolled.
 
-In memory, float32: h, and backward its adjoint, [chunks, n, d]; Σ Δ [chunks, d]; `layers`, which says where each
-layer's chunks are; `table` and `sums` as above; and for each program 227 T numbers of scratch, which should stay in the
-caches, see `_scratch`. T grows as the square root of the number of tokens, which balances the two. No tensor [tokens,
-d] or [tokens, n] exists. In a kernel, what is beside the scan are tiles of tokens and channels, [BT, BD]; in the scan
-it is [HI, N, LO], HI · LO = BD channels: a thread has N / 4 states of HI channels in registers, so that sums over
-states and sums over channels both take few exchanges between threads.
+What makes it fast:
+- A program is one warp of 32 threads, and BLOCK_D · BLOCK_B = 32. Triton distributes threads over the last axes first.
+  So each thread has one channel of one sequence, with all N states in registers.
+- A sum over states needs no other thread. A sum over sequences or channels takes log2(BLOCK) exchanges between threads.
+  The parameters' gradients are summed over sequences, those of dt, B and C over channels; 4 × 8 balances the two.
+- Main memory is read and written for u and du, 4 bytes per token forward and 8 backward, and for y and gy, 4 per
+  sequence. `sums` stays in the L2 cache. No tensor [tokens, d] exists.
 
-What is not computed. Between two tokens a state decays by exp(A Σ Δ), and behind a decay of e^-18, float32's resolution
-and a margin, an output does not feel it. A bound of Σ Δ needs no Δ, only dt, which MEANS averages: softplus is convex,
-so over a chunk Σ Δ >= T softplus(dt_w mean(dt) + dt_b). `_plan` adds these up, from the first chunk without outputs
-back to where the slowest state of the slowest channel of a block has decayed; blocks are of channels that forget about
-equally fast. The plan stays on the GPU: programs read it and leave out what is forgotten.
+Cost per token for d = 100, n = 16, L = 6, counted in the machine code for an H100:
+    exponentials and reciprocals    forward 1,333 for the scan and 530 for silu and softplus; backward 2,200. A
+                                    multiprocessor does 16 per cycle
+    other instructions              forward 12,000, which overlap with the exponentials; backward 42,000, which are the
+                                    bottleneck. A multiprocessor does 128 per cycle
+    floating-point operations       forward 13,000; backward 41,000
 
-Costs per scanned token for d = 100, n = 16, T = 64, counted in the machine code for an H100. Exponentials of the scan:
-1,792 in each of ENDS, OUTPUTS and ADJOINT (d is rounded up to 112) and 3,584 in BACKWARD. Instructions, 128 a cycle,
-for which it waits: 4,000 in MEANS, 36,000 ENDS, 50,000 OUTPUTS, 41,000 ADJOINT, 170,000 BACKWARD. Main memory: 4 d n /
-T = 100 bytes each time that h or its adjoint is read or written.
+tails: a few long sequences, the last outputs of each
+-----------------------------------------------------
+There is one sequence per layer, of up to millions of tokens. The recurrence is computed as it is written, token by
+token. So is its adjoint, which selective_scan_cpu.cpp derives. A sequence is divided into chunks of T tokens, counted
+from its end. Chunks run in parallel, because what a chunk hands on is linear in what it receives:
 
-Two runs on one device give the same bits: each program adds up its own blocks in order, and torch adds the programs'.
+    MEANS, _plan       find the chunks that are not needed, see below
+    ENDS               for every chunk: the h that it hands on if it receives h = 0, and Σ_t Δ_t
+    _carry             from chunk to chunk: the received h becomes exp(A Σ Δ) h + what the chunk hands on
+    OUTPUTS            for every chunk with outputs: the outputs, from the h that it receives
+    ADJOINT, _carry    like ENDS and _carry, for the adjoint exp(A Δ_t) ∂/∂h_t, backwards in time
+    BACKWARD           for every chunk: h again and all gradients, from the h and the adjoint that it receives
+
+One launch processes all layers. A program takes one chunk after another, and of each chunk all channels.
+
+In memory, float32:
+    states, adjoints [chunks, n, d]    h before each chunk, and the adjoint after it
+    totals [chunks, d]                 Σ_t Δ_t
+    layers                             where the chunks of each layer are
+    table, sums                        as above
+    scratch [programs, 227 T]          for n = 16; see `_scratch`; it should stay in the caches
+No tensor [tokens, d] or [tokens, n] exists. T grows with the square root of the number of tokens, which balances
+`states` and `scratch`.
+
+In a kernel, the scan itself works on tensors [HI, N, LO] with HI · LO = BD channels. A thread has N / 4 states of HI
+channels in registers, so that both sums over states and sums over channels take few exchanges between threads.
+Everything else works on tiles [BT, BD] of tokens and channels.
+
+Which chunks are skipped: between two tokens a state decays by exp(A Σ Δ). An output does not depend on what has decayed
+by e^-18 or more, which is float32's resolution and a margin. A lower bound of Σ Δ needs dt only, not Δ: softplus is
+convex, so over a chunk Σ Δ >= T softplus(dt_w mean(dt) + dt_b). MEANS computes the means. `_plan` adds up the bounds,
+from the first chunk without outputs backwards, until the slowest state of a block of channels has decayed. A block has
+channels that forget about equally fast. The plan stays on the GPU, where the programs read it.
+
+Cost per scanned token for d = 100, n = 16, T = 64, counted in the machine code for an H100:
+    exponentials of the scan    1,792 in each of ENDS, OUTPUTS and ADJOINT, with d rounded up to 112; 3,584 in BACKWARD
+    instructions                4,000 in MEANS, 36,000 in ENDS, 50,000 in OUTPUTS, 41,000 in ADJOINT and 170,000 in
+                                BACKWARD. They are the bottleneck
+    main memory                 4 d n / T = 100 bytes whenever h or its adjoint is read or written
 """
 # ruff: noqa: RUF005, SIM109  (Triton does not know [*a, b] and a in (b, c))
 
@@ -71,50 +93,54 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:
-    triton = None
+except ImportError as e:
+    triton, import_error = None, e
 
-MOST_TOKENS = 16  # of `last`: all its loops over tokens are unrolled
-MOST_KEPT = 2**26  # numbers that `tails` keeps for its backward pass; where it is more, they are computed again
+MOST_TOKENS = 16  # of `last`, because its loops over tokens are unrolled
+MOST_KEPT = 2**26  # elements of h that `tails` saves for its backward pass; if there are more, it recomputes them
 
 if triton is not None:
-    # With TRITON_INTERPRET=1 Triton runs the kernels in NumPy on CPU tensors: slow, for tests. Wide blocks help there.
+    # For tests without a GPU: with TRITON_INTERPRET=1, Triton runs the kernels in NumPy on CPU tensors. Wide blocks are
+    # faster there.
     INTERPRETED = triton.knobs.runtime.interpret
     BLOCK_D, BLOCK_B = (16, 16) if INTERPRETED else (4, 8)
 
-    # Rows of the table. From TAPS on: K taps (row k meets the token k steps back), n of x_proj for B, n for C, n of A2.
+    # Rows of the table. From TAPS on there are K taps (row k is multiplied by the token k steps back), n rows of x_proj
+    # for B, n for C, and n rows of A2.
     CONV_B, IN_Z, DT_W, DT_B, SKIP, OUT, DT, TAPS = (tl.constexpr(row) for row in range(8))
     LOG2E, LN2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
 
     @triton.jit
     def _rows(table, first, channel, d, n: tl.constexpr, N: tl.constexpr):
-        """Pointers to n rows of the table, [N, BLOCK_D], and which of them exist."""
+        """Return pointers to n rows of the table, [N, BLOCK_D], and a mask of those that exist."""
         row = tl.arange(0, N)[:, None]
         return table + (first + row) * d + channel[None, :], (row < n) & (channel < d)[None, :]
 
     @triton.jit
     def _get(table, first, channel, d, n: tl.constexpr = 1, N: tl.constexpr = 1):
-        """n rows of the table, as [N, BLOCK_D, 1]. Rows and channels that do not exist read as 0, and so do nothing."""
+        """Load n rows of the table: [N, BLOCK_D, 1]. Rows and channels that do not exist are 0, which has no effect."""
         at, exists = _rows(table, first, channel, d, n, N)
         return tl.load(at, mask=exists, other=0.0)[:, :, None]
 
     @triton.jit
     def _add(sums, first, channel, d, value, n: tl.constexpr = 1, N: tl.constexpr = 1):
-        """Adds value [N, BLOCK_D, BLOCK_B], summed over the sequences, to this program's n rows of the gradient."""
+        """Add value [N, BLOCK_D, BLOCK_B], summed over the sequences, to n rows of this program's gradient."""
         at, exists = _rows(sums, first, channel, d, n, N)
         tl.store(at, tl.load(at, mask=exists, other=0.0) + tl.sum(value, axis=2), mask=exists)
 
     @triton.jit
     def _silu(a):
-        """silu(a) = a σ(a) and its derivative. exp(−|a|) cannot overflow."""
+        """Return silu(a) = a σ(a) and its derivative. It uses exp(−|a|), which cannot overflow."""
         e = tl.exp2(tl.abs(a) * -LOG2E)
         sigmoid = tl.where(a < 0, e, 1.0) / (1.0 + e)
         return a * sigmoid, sigmoid * (1.0 + a * (1.0 - sigmoid))
 
     @triton.jit
     def _softplus(a):
-        """softplus(a) = max(a, 0) + log(1 + exp(−|a|)) and its derivative σ(a). log(1 + e) = e p(e), p a polynomial
-        fitted on [0, 1] with relative error 3e-8: 1 + e, rounded, would have lost a small e."""
+        """Return softplus(a) = max(a, 0) + log(1 + e) with e = exp(−|a|), and its derivative σ(a).
+
+        log(1 + e) is e times a polynomial, with a relative error of 3e-8. Rounding 1 + e would lose a small e.
+        """
         e = tl.exp2(tl.abs(a) * -LOG2E)
         p = (0.00525345793 * e - 0.0295885075) * e + 0.0783616677
         p = ((p * e - 0.136747703) * e + 0.191114306) * e - 0.248443693
@@ -123,7 +149,7 @@ if triton is not None:
 
     @triton.jit
     def _tokens(u, sequence, rows, L: tl.constexpr):
-        """The block's L tokens, [1, 1, BLOCK_B] each; 0 beyond the last sequence."""
+        """Load the L tokens of a block, [1, 1, BLOCK_B] each; 0 beyond the last sequence."""
         tokens = []
         for _ in tl.static_range(L):
             tokens = tokens + [tl.load(u + sequence, mask=sequence < rows, other=0.0)[None, None, :]]
@@ -132,7 +158,7 @@ if triton is not None:
 
     @triton.jit
     def _conv(table, channel, d, u, K: tl.constexpr):
-        """The K taps, x_t = silu(conv u) and the derivative of that silu, for all tokens."""
+        """Return the K taps, and for all tokens x_t = silu(conv u) and the derivative of that silu."""
         taps = []
         for k in tl.static_range(K):
             taps = taps + [_get(table, TAPS + k, channel, d)]
@@ -151,7 +177,10 @@ if triton is not None:
 
     @triton.jit
     def _conv_backward(taps, sums, channel, d, da, u, du):
-        """Adds what the gradients da_t of the convolution's outputs mean for its parameters and the tokens: -> du."""
+        """Backward pass of the convolution: from the gradients da_t of its outputs to its parameters' and the tokens'.
+
+        Returns du with the tokens' gradients added.
+        """
         L: tl.constexpr = len(u)
         _add(sums, CONV_B, channel, d, _dot(da))
         for k in tl.static_range(len(taps)):
@@ -167,7 +196,7 @@ if triton is not None:
 
     @triton.jit
     def _dot(a, b=None):
-        """Σ_t a_t b_t over two lists; Σ_t a_t over one."""
+        """Return Σ_t a_t b_t for two lists, Σ_t a_t for one."""
         total = a[0] if b is None else a[0] * b[0]
         for t in tl.static_range(1, len(a)):
             total += a[t] if b is None else a[t] * b[t]
@@ -175,7 +204,7 @@ if triton is not None:
 
     @triton.jit
     def _plus(sums, w, x):
-        """sums_t + w x_t for all tokens."""
+        """Return sums_t + w x_t for all tokens."""
         found = []
         for t in tl.static_range(len(x)):
             found = found + [sums[t] + w * x[t]]
@@ -183,10 +212,10 @@ if triton is not None:
 
     @triton.jit
     def _project(table, d, u, K: tl.constexpr, n: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr):
-        """dt_t [1, 1, BLOCK_B], B_t [N, 1, BLOCK_B] for all tokens and C [N, 1, BLOCK_B] of the last one."""
+        """Return dt_t [1, 1, BLOCK_B] and B_t [N, 1, BLOCK_B] of all tokens, and C [N, 1, BLOCK_B] of the last one."""
         L: tl.constexpr = len(u)
         BLOCK_B: tl.constexpr = u[0].shape[2]
-        dt = [tl.zeros([1, BLOCK_D, BLOCK_B], tl.float32)] * L  # a thread's own channels, until the end
+        dt = [tl.zeros([1, BLOCK_D, BLOCK_B], tl.float32)] * L  # sums over a thread's own channels
         B = [tl.zeros([N, BLOCK_D, BLOCK_B], tl.float32)] * L
         C = tl.zeros([N, BLOCK_D, BLOCK_B], tl.float32)
         for first in range(0, d, BLOCK_D):
@@ -207,7 +236,7 @@ if triton is not None:
 
     @triton.jit
     def _steps(table, channel, d, dt):
-        """Δ_t and its derivative through softplus for all tokens, S_t for all but the last."""
+        """Return Δ_t and the derivative of its softplus for all tokens, and S_t for all but the last."""
         w, b = _get(table, DT_W, channel, d), _get(table, DT_B, channel, d)
         delta = []
         slope = []
@@ -215,7 +244,7 @@ if triton is not None:
             a, da = _softplus(w * dt[t] + b)
             delta = delta + [a]
             slope = slope + [da]
-        S = [delta[len(dt) - 1]]  # summed from the end: a difference of two sums would cancel
+        S = [delta[len(dt) - 1]]  # summed from the end, because a difference of two sums would lose digits
         for i in tl.static_range(2, len(dt)):
             S = [S[0] + delta[len(dt) - i]] + S
         return delta, slope, [tl.minimum(value, 1e30) for value in S]  # A S stays finite
@@ -225,7 +254,7 @@ if triton is not None:
         u, y, table, rows, d, L: tl.constexpr, K: tl.constexpr, n: tl.constexpr, N: tl.constexpr,
         BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr,
     ):  # fmt: skip
-        """One block of sequences: u [L, rows] -> y [rows]."""
+        """Forward pass of one block of sequences. u [L, rows] -> y [rows], where rows is the number of sequences."""
         sequence = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
         u = _tokens(u, sequence, rows, L)
         dt, B, C = _project(table, d, u, K, n, N, BLOCK_D)
@@ -248,8 +277,11 @@ if triton is not None:
         u_at, gy_at, du_at, table, sums, rows, d, L: tl.constexpr, K: tl.constexpr, n: tl.constexpr, N: tl.constexpr,
         BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr,
     ):  # fmt: skip
-        """Blocks pid, pid + programs, …: u, gy [rows] -> du, and the table's gradient is added to `sums`."""
-        sums += tl.program_id(0) * d * (TAPS + K + 3 * n)  # this program's own
+        """Backward pass of the blocks pid, pid + programs, …: u [L, rows], gy [rows] -> du [L, rows].
+
+        The gradient of the table is added to `sums`.
+        """
+        sums += tl.program_id(0) * d * (TAPS + K + 3 * n)  # this program's copy
         for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_B), tl.num_programs(0)):
             sequence = block * BLOCK_B + tl.arange(0, BLOCK_B)
             u = _tokens(u_at, sequence, rows, L)
@@ -257,8 +289,9 @@ if triton is not None:
             dt, B, C = _project(table, d, u, K, n, N, BLOCK_D)
             BC = [Bt * C for Bt in B]
             at_end = _over_states(BC[L - 1])  # S_L = 0, E = 1
-            # Through the gate, the scan and Δ. What reaches x_t directly goes on through the convolution at once, what
-            # reaches it through dt, B and C in the next loop, once those gradients are complete.
+            # Backward through the gate, the scan and Δ. The part of x_t's gradient that comes from the scan goes on
+            # through the convolution here. The part that comes from dt, B and C follows in the next loop, when their
+            # gradients are complete.
             dBC = [tl.zeros([N, BLOCK_D, BLOCK_B], tl.float32)] * (L - 1)
             dat_end = tl.zeros([1, BLOCK_D, BLOCK_B], tl.float32)
             ddt = [tl.zeros([1, BLOCK_D, BLOCK_B], tl.float32)] * L
@@ -274,10 +307,10 @@ if triton is not None:
                 g = gy * out * gate  # ∂y/∂(h_L C_L)
                 hC = delta[L - 1] * x[L - 1] * at_end
                 dA2 = tl.zeros([N, BLOCK_D, BLOCK_B], tl.float32)
-                later = tl.zeros([1, BLOCK_D, BLOCK_B], tl.float32)  # Σ_{s<t} ∂/∂S_s: each of those S contains Δ_t
-                da = []  # for the arguments of softplus
-                dconv = []  # for those of the first silu
-                added = []  # dBC with this block of channels
+                later = tl.zeros([1, BLOCK_D, BLOCK_B], tl.float32)  # Σ_{s<t} ∂/∂S_s, because these S contain Δ_t
+                da = []  # gradients of softplus's arguments
+                dconv = []  # gradients of the convolution's outputs
+                added = []  # dBC, with this block of channels added
                 for t in tl.static_range(L - 1):
                     E = tl.exp2(A2 * S[t])
                     q = E * BC[t]
@@ -304,12 +337,12 @@ if triton is not None:
                 _add(sums, DT_B, channel, d, _dot(da))
                 _add(sums, SKIP, channel, d, g * x[L - 1])
                 _add(sums, OUT, channel, d, y * gate)
-            # Through the projections.
+            # Backward through the projections.
             ddt = _over_channels(ddt)
             dBC = _over_channels(dBC + [dat_end])
             dB = [dBCt * C for dBCt in dBC]
             dC = _dot(dBC, B)
-            tl.debug_barrier()  # `sums` has been written before it is read again
+            tl.debug_barrier()  # all of `sums` is written before it is read again
             for first in range(0, d, BLOCK_D):
                 channel = first + tl.arange(0, BLOCK_D)
                 taps, x, x_slope = _conv(table, channel, d, u, K)
@@ -332,17 +365,20 @@ if triton is not None:
                 tl.store(at, tl.sum(tl.sum(du[t], axis=1), axis=0), mask=sequence < rows)
                 at += rows
 
-    # `tails`, from here on.
+    # -- tails --------------------------------------------------------------------------------------------------------
 
     MEANS, ENDS, OUTPUTS, ADJOINT, BACKWARD = (tl.constexpr(stage) for stage in range(5))  # see _tails
-    HI, LO, BD = tl.constexpr(2), tl.constexpr(8), tl.constexpr(16)  # a block of channels: BD = HI · LO
-    BT, S = tl.constexpr(16), tl.constexpr(4)  # tokens of a tile; tokens at a time of a scan
+    HI, LO, BD = tl.constexpr(2), tl.constexpr(8), tl.constexpr(16)  # channels of a block: BD = HI · LO
+    BT, S = tl.constexpr(16), tl.constexpr(4)  # tokens of a tile; tokens that the scan loads together
     FORGOTTEN = tl.constexpr(18 * math.log2(math.e))
 
     @triton.jit
     def _scratch(scratch, T, size, K: tl.constexpr, N: tl.constexpr):
-        """This program's own memory: u [T + K], dt [T], B, C [T, N], Δ, Δ x, h C, gy [T, BD]; gradients of dt, B,
-        C, Δ and Δ x; h before each S tokens [T / S, N, BD]."""
+        """Return pointers into this program's scratch memory.
+
+        u [T + K]; dt [T]; B, C [T, N]; Δ, Δ x, h C, gy [T, BD]; the gradients of dt, B, C, Δ and Δ x; and h before
+        every S tokens [T / S, N, BD].
+        """
         u = scratch + tl.program_id(0).to(tl.int64) * size
         dt = u + T + K
         B = dt + T
@@ -360,8 +396,11 @@ if triton is not None:
 
     @triton.jit
     def _place(layers, chunk, T, steps, FIRST: tl.constexpr, LAYERS: tl.constexpr):
-        """A chunk's layer, that one's number of weights and first column, the chunk's number in it, counted from the
-        end, and the position of its first token: negative where the sequence is too short to fill it."""
+        """Return where a chunk is.
+
+        Its layer; the layer's first chunk, number of weights and first column; the chunk's index in the layer, counted
+        from the end; and the position of its first token, which is negative if the sequence begins later.
+        """
         layer = tl.sum((tl.load(layers + tl.arange(0, LAYERS)) <= chunk).to(tl.int32), axis=0)
         begin, size = tl.load(layers + LAYERS + layer), tl.load(layers + 2 * LAYERS + layer)
         j = chunk - begin
@@ -369,7 +408,7 @@ if triton is not None:
 
     @triton.jit
     def _fetch(u, past, first, weights, layer, size, column, base, T, FIRST: tl.constexpr, K: tl.constexpr):
-        """The chunk's tokens and the K − 1 before them, 0 before the sequence's start -> u [T + K − 1]."""
+        """Copy the chunk's tokens and the K − 1 before them to u [T + K − 1]; 0 before the sequence's start."""
         for i0 in range(0, T + K - 1, BT):
             i = i0 + tl.arange(0, BT)
             t = base - (K - 1) + i
@@ -387,24 +426,24 @@ if triton is not None:
 
     @triton.jit
     def _add_row(sums, row, channel, d, value):
-        """Adds value [BT, BD], summed over tokens, to this program's row of the gradient."""
+        """Add value [BT, BD], summed over the tokens, to a row of this program's gradient."""
         at = sums + row * d + channel
         tl.store(at, tl.load(at, mask=channel < d, other=0.0) + tl.sum(value, axis=0), mask=channel < d)
 
     @triton.jit
     def _matrix(table, row, channel, d, n: tl.constexpr, N: tl.constexpr):
-        """n rows of the table: [N, BD]."""
+        """Load n rows of the table: [N, BD]."""
         at, exists = _rows(table, row, channel, d, n, N)
         return tl.load(at, mask=exists, other=0.0)
 
     @triton.jit
     def _matmul(a, b, c):
-        """a b + c. Three products on tensor cores, which together are as good as one in float32."""
+        """Return a b + c, as three products on tensor cores that together are as precise as float32."""
         return tl.dot(a, b, c, input_precision="tf32x3")
 
     @triton.jit
     def _x(u, table, channel, d, base, t, K: tl.constexpr):
-        """x_t = silu(conv u) and the derivative of that silu, [BT, BD]; 0 before the sequence's start."""
+        """Return x_t = silu(conv u) and the derivative of that silu, [BT, BD]; 0 before the sequence's start."""
         a = _row(table, CONV_B, channel, d)
         for k in tl.static_range(K):
             a = a + _row(table, TAPS + k, channel, d) * tl.load(u + t + (K - 1 - k))[:, None]
@@ -414,7 +453,7 @@ if triton is not None:
 
     @triton.jit
     def _delta(dt, table, channel, d, base, t):
-        """Δ_t and its derivative through softplus, [BT, BD]; 0 before the sequence's start."""
+        """Return Δ_t and the derivative of its softplus, [BT, BD]; 0 before the sequence's start."""
         a = _row(table, DT_W, channel, d) * tl.load(dt + t)[:, None] + _row(table, DT_B, channel, d)
         delta, slope = _softplus(a)
         exists = (base + t >= 0)[:, None]
@@ -425,7 +464,7 @@ if triton is not None:
         u, dt_at, B_at, C_at, ddt_at, dB_at, dC_at, table, d, base, T,
         STAGE: tl.constexpr, K: tl.constexpr, n: tl.constexpr, N: tl.constexpr,
     ):  # fmt: skip
-        """-> dt [T], B, C [T, N], and zeros to their gradients. Returns Σ_t dt_t."""
+        """Store dt [T] and B, C [T, N] of the chunk, and zeros in their gradients. Return Σ_t dt_t."""
         total = tl.zeros([BT], tl.float32)
         for t0 in range(0, T, BT):
             t = t0 + tl.arange(0, BT)
@@ -454,7 +493,7 @@ if triton is not None:
 
     @triton.jit
     def _gate(u, table, channel, d, t, K: tl.constexpr):
-        """u_t [BT, 1], silu(z_t) and its derivative [BT, BD]."""
+        """Return u_t [BT, 1], and silu(z_t) and its derivative [BT, BD]."""
         now = tl.load(u + t + (K - 1))[:, None]
         gate, slope = _silu(_row(table, IN_Z, channel, d) * now)
         return now, gate, slope
@@ -463,7 +502,7 @@ if triton is not None:
     def _chunk_steps(
         u, dt, delta_at, drive_at, gy_at, g_at, table, channel, d, out, base, T, STAGE: tl.constexpr, K: tl.constexpr
     ):
-        """-> Δ, Δ x [T, BD] and, of the outputs' gradients g, gy = g out silu(z). Returns Σ_t Δ_t [BD]."""
+        """Store Δ, Δ x and, from the outputs' gradients g, gy = g out silu(z): [T, BD]. Return Σ_t Δ_t [BD]."""
         total = tl.zeros([BT, BD], tl.float32)
         for t0 in range(0, T, BT):
             t = t0 + tl.arange(0, BT)
@@ -482,7 +521,7 @@ if triton is not None:
 
     @triton.jit
     def _chunk_outputs(u, hC, y, table, c0, d, out, base, T, K: tl.constexpr):
-        """Adds what a block of channels gives to the chunk's outputs; the first block writes them."""
+        """Add the contribution of a block of channels to the chunk's outputs. The first block initialises them."""
         channel = c0 + tl.arange(0, BD)
         for t0 in range(0, T, BT):
             t = t0 + tl.arange(0, BT)
@@ -500,21 +539,24 @@ if triton is not None:
 
     @triton.jit
     def _states(c0, d, n: tl.constexpr, N: tl.constexpr):
-        """Where a block of channels is in an array [n, d], and which of it exists: [HI, N, LO]."""
+        """Return the offsets of a block of channels in an array [n, d], and a mask of those that exist: [HI, N, LO]."""
         channel, state = c0 + _lanes(), tl.arange(0, N)[None, :, None]
         return state * d + channel, (state < n) & (channel < d)
 
     @triton.jit
     def _step(a, h, b):
-        """2^a h + b for a <= 0. Near 0 as h + b and h times a polynomial for 2^a − 1, relative error 9e-7: a state that
-        forgets slowly remembers for 1 / (1 − E) tokens, and rounding E would be rounding how long."""
+        """Return 2^a h + b for a <= 0.
+
+        For a near 0 it is h + b + (2^a − 1) h, where a polynomial computes 2^a − 1 with a relative error of 9e-7. A
+        state with E = 2^a remembers about 1 / (1 − E) tokens, and rounding E to float32 would change that number.
+        """
         p = ((8.376760769e-3 * a + 5.512203524e-2) * a + 2.401881232e-1) * a + 6.931465670e-1
         near = a > -0.5
         return tl.where(near, p * a, tl.exp2(a)) * h + (tl.where(near, h, 0.0) + b)
 
     @triton.jit
     def _some(at, t0, stride, offset):
-        """S rows of an array, from t0 on: loaded together, so that the scan waits once."""
+        """Load S rows of an array from t0 on, together, so that the scan waits for memory once."""
         rows = []
         for i in tl.static_range(S):
             rows = rows + [tl.load(at + (t0 + i) * stride + offset)]
@@ -522,7 +564,10 @@ if triton is not None:
 
     @triton.jit
     def _scan(A2, h, delta, drive, B, C, hC, kept, T, N: tl.constexpr, OUT: tl.constexpr, KEEP: tl.constexpr):
-        """h [HI, N, LO] before the chunk -> after it. OUT: -> h C. KEEP: -> h before each S tokens."""
+        """Scan a chunk: return h [HI, N, LO] after it, from h before it.
+
+        OUT: store h C. KEEP: store h before every S tokens.
+        """
         lane, state = _lanes(), tl.arange(0, N)[None, :, None]
         for t0 in range(0, T, S):
             if KEEP:
@@ -538,7 +583,7 @@ if triton is not None:
 
     @triton.jit
     def _scan_adjoint(A2, eG, delta, C, gy, T, N: tl.constexpr):
-        """E_t G_t of the chunk's first token, from eG, that of the token after the chunk."""
+        """Return E_t G_t of the chunk's first token, from eG, which is that of the token after the chunk."""
         lane, state = _lanes(), tl.arange(0, N)[None, :, None]
         for back in range(S, T + S, S):
             deltas, gys = _some(delta, T - back, BD, lane), _some(gy, T - back, BD, lane)
@@ -549,8 +594,11 @@ if triton is not None:
 
     @triton.jit
     def _scan_back(A2, eG, delta, drive, B, C, gy, kept, ddelta, ddrive, dB, dC, T, N: tl.constexpr):
-        """The same, and the gradients: -> of Δ (in units of ln 2) and Δ x, added to those of B and C; returns A2's (in
-        units of ln 2)."""
+        """Scan a chunk backwards, from eG, the E G of the token after it.
+
+        Store the gradients of Δ and Δ x, add to those of B and C, and return that of A2. Those of Δ and A2 are in units
+        of ln 2.
+        """
         lane, state = _lanes(), tl.arange(0, N)[None, :, None]
         dA2 = tl.zeros([HI, N, LO], tl.float32)
         for back in range(S, T + S, S):
@@ -582,8 +630,10 @@ if triton is not None:
         u, dt, hC, gy, ddt, ddelta, ddrive, g_at, gfirst, table, sums, channel, d, out, base, T,
         FIRST: tl.constexpr, K: tl.constexpr,
     ):  # fmt: skip
-        """A block's gradients beside the scan: from the outputs to D, out and in_z, from Δ and Δ x to dt_w, dt_b and
-        dt. What reaches x directly goes on through the convolution at once."""
+        """Add the gradients of D, out, in_z, dt_w, dt_b and dt for one block of channels.
+
+        The part of x's gradient that does not come from dt, B and C goes on through the convolution.
+        """
         for t0 in range(0, T, BT):
             t = t0 + tl.arange(0, BT)
             at = t[:, None] * BD + tl.arange(0, BD)[None, :]
@@ -604,7 +654,10 @@ if triton is not None:
 
     @triton.jit
     def _taps_back(u, da, gfirst, table, sums, channel, d, base, t, FIRST: tl.constexpr, K: tl.constexpr):
-        """From the convolution's outputs to its parameters and `first`, which token t < K sees with lag t."""
+        """From the gradients da of the convolution's outputs to its parameters' and `first`'s.
+
+        `first` is token 0, which reaches token t through tap t.
+        """
         _add_row(sums, CONV_B, channel, d, da)
         for k in tl.static_range(K):
             _add_row(sums, TAPS + k, channel, d, da * tl.load(u + t + (K - 1 - k))[:, None])
@@ -622,7 +675,7 @@ if triton is not None:
         u, ddt_at, dB_at, dC_at, gfirst, table, sums, d, base, T,
         FIRST: tl.constexpr, K: tl.constexpr, n: tl.constexpr, N: tl.constexpr,
     ):  # fmt: skip
-        """From dt, B and C to x_proj, and through x, silu and the convolution."""
+        """From the gradients of dt, B and C to x_proj's, and on through x, silu and the convolution."""
         for c0 in range(0, d, BD):
             channel = c0 + tl.arange(0, BD)
             B_at, exists = _rows(sums, TAPS + K, channel, d, n, N)
@@ -646,12 +699,13 @@ if triton is not None:
         chunks, weights, steps, T, d, STAGE: tl.constexpr, FIRST: tl.constexpr, LAYERS: tl.constexpr,
         BLOCKS: tl.constexpr, K: tl.constexpr, n: tl.constexpr, N: tl.constexpr,
     ):  # fmt: skip
-        """Chunks pid, pid + programs, …: a stage of the computation (all chunks that are scanned, unless it says else).
-        MEANS      the mean of dt -> totals [chunks]; only chunks without outputs
-        ENDS       h after the chunk, were it 0 before -> states; Σ Δ -> totals
-        OUTPUTS    from h before the chunk, `states` -> y; only chunks with outputs
-        ADJOINT    E G of the chunk's first token, were G 0 after it -> adjoints; y holds ∂/∂y. Only chunks with outputs
-        BACKWARD   from h before the chunk, `states`, and E G after it, `adjoints`: all gradients -> gfirst, sums
+        """One stage of the computation, for the chunks pid, pid + programs, …
+
+        MEANS      chunks without outputs: the mean of dt -> totals [chunks]
+        ENDS       all planned chunks: h after the chunk if it is 0 before -> states; Σ Δ -> totals
+        OUTPUTS    chunks with outputs: from the h before the chunk, in `states` -> y
+        ADJOINT    chunks with outputs: E G of the first token if G is 0 after the chunk -> adjoints; y is ∂/∂y
+        BACKWARD   all planned chunks: from the h before it and the E G after it, in `adjoints` -> gfirst, sums
         """
         u, dt, B, C, delta, drive, hC, gy, ddt, dB, dC, ddelta, ddrive, kept = _scratch(scratch, T, scratch_size, K, N)
         if STAGE == BACKWARD:
@@ -667,7 +721,9 @@ if triton is not None:
             if wanted:
                 _fetch(u, past, first, weights, layer, size, column, base, T, FIRST, K)
                 total = _project_chunk(u, dt, B, C, ddt, dB, dC, table, d, base, T, STAGE, K, n, N)
-                out = base - size * (steps - 1) - FIRST  # which output the first token has; negative: none
+                out = (
+                    base - size * (steps - 1) - FIRST
+                )  # the index of the first token's output; negative if it has none
                 y_at = y + column if STAGE >= OUTPUTS else y
                 gfirst_at = gfirst + layer * K if STAGE == BACKWARD and FIRST else gfirst
                 if STAGE == MEANS:
@@ -690,7 +746,7 @@ if triton is not None:
         totals, adjoints, y, gfirst, sums, chunk, c0, d, out, base, T,
         STAGE: tl.constexpr, FIRST: tl.constexpr, K: tl.constexpr, n: tl.constexpr, N: tl.constexpr,
     ):  # fmt: skip
-        """What `_tails` does with one block of channels of a chunk."""
+        """One stage of the computation, for one block of channels of one chunk."""
         channel = c0 + tl.arange(0, BD)
         total = _chunk_steps(u, dt, delta, drive, gy, y, table, channel, d, out, base, T, STAGE, K)
         at, exists = _states(c0, d, n, N)
@@ -725,18 +781,22 @@ if triton is not None:
         values, totals, plan, table, layers, T, d, BACK: tl.constexpr, LAYERS: tl.constexpr, BLOCKS: tl.constexpr,
         K: tl.constexpr, n: tl.constexpr, N: tl.constexpr,
     ):  # fmt: skip
-        """Hands h (BACK: the adjoint) on from chunk to chunk of one layer and block of channels. values [chunks, n, d]:
-        what each chunk hands on had it got 0 -> what it gets."""
+        """Hand h on from chunk to chunk, for one layer and block of channels; BACK: the adjoint, backwards in time.
+
+        values [chunks, n, d]: what each chunk hands on if it receives 0. It is replaced by what the chunk receives.
+        """
         layer, block = tl.program_id(0), tl.program_id(1)
         begin = tl.load(layers + LAYERS + layer)
         end = begin + tl.load(plan + layer * BLOCKS + block)
         at, exists = _states(block * BD, d, n, N)
         A2 = tl.load(table + (TAPS + K + 2 * n) * d + at, mask=exists, other=0.0)
         channel = block * BD + _lanes()
-        last = begin + tl.cdiv(tl.load(layers + 2 * LAYERS + layer), T) if BACK else end  # that hands on anything new
+        last = (
+            begin + tl.cdiv(tl.load(layers + 2 * LAYERS + layer), T) if BACK else end
+        )  # chunks from `last` on add nothing
         start = tl.zeros([1, 1, 1], tl.int64) + (begin if BACK else end - 1)
         got = tl.zeros([HI, N, LO], tl.float32)
-        for i0 in range(0, end - begin, 4):  # four at a time, so that it waits for memory once
+        for i0 in range(0, end - begin, 4):  # loads four chunks together, to wait for memory once
             own = []
             total = []
             for i in tl.static_range(4):
@@ -754,20 +814,20 @@ if triton is not None:
         table, layers, means, plan, T, d, LAYERS: tl.constexpr, BLOCKS: tl.constexpr,
         K: tl.constexpr, n: tl.constexpr, N: tl.constexpr,
     ):  # fmt: skip
-        """How many chunks, from the end, one layer and block of channels is scanned over -> plan [layers, BLOCKS]."""
+        """plan [layers, BLOCKS] = for one layer and block of channels, the number of chunks to scan, from the end."""
         layer, block = tl.program_id(0), tl.program_id(1)
         begin = tl.load(layers + LAYERS + layer)
         count, j = tl.load(layers + layer) - begin, tl.cdiv(tl.load(layers + 2 * LAYERS + layer), T)
         channel = block * BD + tl.arange(0, BD)
         at, exists = _rows(table, TAPS + K + 2 * n, channel, d, n, N)
         slowest = tl.max(tl.load(at, mask=exists, other=-float("inf")), axis=0)[None, :]
-        gone = tl.zeros([1, BD], tl.float32)  # Σ Δ of the chunks without outputs so far, at least
+        gone = tl.zeros([1, BD], tl.float32)  # a lower bound of Σ Δ over the chunks without outputs so far
         found = count
         while (j < count) & (found == count):
             i = j + tl.arange(0, BT)
             mean = tl.load(means + begin + i, mask=i < count, other=0.0)[:, None]
             delta, _ = _softplus(_row(table, DT_W, channel, d) * mean + _row(table, DT_B, channel, d))
-            forgotten = slowest * (gone + tl.cumsum(delta * T, axis=0)) < -FORGOTTEN  # NaN: not
+            forgotten = slowest * (gone + tl.cumsum(delta * T, axis=0)) < -FORGOTTEN  # False for NaN
             felt = tl.sum(((channel < d)[None, :] & ~forgotten).to(tl.int32), axis=1)
             found = tl.minimum(found, tl.min(tl.where(felt == 0, i + 1, count), axis=0))
             gone += tl.sum(delta * T, axis=0)[None, :]
@@ -776,12 +836,14 @@ if triton is not None:
 
 
 def why_not(device: torch.device, dtype: torch.dtype, tokens: int | None) -> str | None:
-    """None where `last` (or `tails`, for tokens None) runs for tensors of that kind, else one sentence that says why it
-    does not."""
+    """Return None if the kernels run for such tensors, else one sentence that says why they do not.
+
+    tokens: the sequence length, for `last`; None for `tails`.
+    """
     if dtype != torch.float32 or (tokens or 0) > MOST_TOKENS:
         return f"the fused scan is for float32, up to {MOST_TOKENS} tokens; this is {dtype}, {tokens}"
     if triton is None:
-        return "the fused scan on a GPU needs the triton package, which is not installed"
+        return f"the fused scan on a GPU needs the triton package, which cannot be imported ({import_error})"
     if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
         return f"the Triton kernels of the fused scan run on CUDA devices; this is {device}"
     return _problem(device, tokens is None)
@@ -789,35 +851,36 @@ def why_not(device: torch.device, dtype: torch.dtype, tokens: int | None) -> str
 
 @functools.cache
 def _problem(device: torch.device, flat: bool) -> str | None:
-    """Triton compiles at the first call, with a C compiler's help: whether the smallest call works."""
+    """Triton compiles at the first call and needs a C compiler for it. Try the smallest call."""
     one = lambda *shape: torch.ones(shape, device=device)
     tiny = one(2, 1), one(1, 1, 1), one(1), one(3, 1), one(1, 1), one(1), one(1, 1), one(1), one(1, 1)
     try:
         tails(one(1, 1), [1], None, *tiny) if flat else last(one(1, 1), *tiny)
-    except Exception as e:  # no compiler, a GPU too old, …: each its own kind of error
+    except Exception as e:  # no compiler, a GPU that is too old, …: the types of the errors differ
         return f"Triton cannot compile the fused scan here ({' '.join(str(e).split())[:150]})"
     return None
 
 
 def last(u: Tensor, *parameters: Tensor) -> Tensor:
-    """SlowMamba.last: u [B, L] float32 on a GPU -> [B], with gradients for u and all parameters.
+    """Return SlowMamba's output at the last token of each sequence, differentiable in u and all parameters.
 
+    u: [B, L] float32, B sequences of L tokens. Returns [B].
     parameters: in_proj.weight [2d, 1], conv1d.weight [d, 1, k], conv1d.bias [d], x_proj.weight [1 + 2n, d],
-    dt_proj.weight [d, 1], dt_proj.bias [d], A_log [d, n], D [d], out_proj.weight [1, d].
-    Only where `why_not` gives None.
+        dt_proj.weight [d, 1], dt_proj.bias [d], A_log [d, n], D [d], out_proj.weight [1, d].
+    Call it only if `why_not` returns None. Raises ValueError if a parameter has another dtype or device than u.
     """
     K, n = min(parameters[1].shape[-1], u.shape[1]), parameters[6].shape[1]
     return _Last.apply(u, _table(u, K, parameters), K, n)
 
 
 def _table(u: Tensor, K: int, parameters: tuple[Tensor, ...], *others: Tensor) -> Tensor:
-    """The parameters as the kernels want them, [P, d]. Autograd takes the gradient apart again."""
+    """The parameters as the kernels take them, [P, d]. Autograd splits the gradient."""
     if any(p.dtype != torch.float32 or p.device != u.device for p in (u, *parameters, *others)):
         raise ValueError("the fused scan wants its parameters in float32 and where its input is")
     in_proj, conv, conv_b, x_proj, dt_w, dt_b, A_log, D, out = parameters
     d = len(A_log)
     in_x, in_z = in_proj.view(2, d)
-    # A token is one number: in_proj's x half and the convolution are one convolution.
+    # in_x and the convolution are one convolution, because a token is a scalar.
     taps = (in_x[:, None] * conv[:, 0]).flip(1)[:, :K]
     A2 = torch.exp(A_log) * -math.log2(math.e)  # exp(A S) = 2^(A2 S)
     rows = [conv_b, in_z, dt_w, dt_b, D, out, x_proj[:1], taps.T, x_proj[1:], A2.T]
@@ -827,7 +890,7 @@ def _table(u: Tensor, K: int, parameters: tuple[Tensor, ...], *others: Tensor) -
 class _Last(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u: Tensor, table: Tensor, K: int, n: int) -> Tensor:
-        u = u.T.contiguous()  # [L, B]: neighbouring threads read neighbouring sequences
+        u = u.T.contiguous()  # [L, B], so that neighbouring threads read neighbouring sequences
         ctx.save_for_backward(u, table)
         ctx.K, ctx.n = K, n
         y = u.new_empty(u.shape[1])
@@ -848,12 +911,12 @@ class _Last(torch.autograd.Function):
 
 
 def _programs(device: torch.device) -> int:
-    """Of kernels that go on from block to block: 8 on each multiprocessor, as many as its registers hold."""
+    """The number of programs of the kernels that loop over blocks: 8 per multiprocessor, which fills its registers."""
     return 8 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def _constants(u: Tensor, K: int, n: int) -> dict[str, int]:
-    """What the kernels are compiled for."""
+    """The constants and options that _forward and _backward are compiled for."""
     sizes = dict(L=len(u), K=K, n=n, N=triton.next_power_of_2(n), BLOCK_D=BLOCK_D, BLOCK_B=BLOCK_B)
     return dict(sizes, num_warps=1, enable_fp_fusion=True)
 
@@ -861,12 +924,14 @@ def _constants(u: Tensor, K: int, n: int) -> dict[str, int]:
 def tails(
     past: Tensor, sizes: list[int], first: Tensor | None, *parameters: Tensor, chunk: int | None = None
 ) -> Tensor:
-    """SlowMamba.tails: past [l, N] float32 on a GPU -> [N], with gradients for `first` and all parameters.
+    """Return SlowMamba's last outputs on one sequence per layer, differentiable in `first` and all parameters.
 
-    Arguments as selective_scan.tails'; chunk: tokens of a chunk, a multiple of 16, where that is not to be chosen here.
-    Only where `why_not` gives None. Keeps up to MOST_KEPT numbers for the backward pass.
+    past, sizes, first, parameters: as for selective_scan.tails, on a GPU. Returns [N].
+    chunk: the number of tokens of a chunk, a multiple of 16; by default it grows with the number of tokens.
+    Call it only if `why_not` returns None. Raises ValueError if a tensor has another dtype or device than past.
+    Saves up to MOST_KEPT elements for the backward pass.
     """
-    if chunk is None:  # the memory of all h goes with 1 / chunk, that of the programs with chunk
+    if chunk is None:  # the memory for all h is proportional to 1 / chunk, that for the programs to chunk
         chunk = 64
         while 512 * chunk**2 < past.numel():
             chunk *= 2
@@ -878,7 +943,7 @@ def tails(
 class _Tails(torch.autograd.Function):
     @staticmethod
     def forward(ctx, past: Tensor, first: Tensor | None, table: Tensor, shape: tuple) -> Tensor:
-        n = shape[-1]  # channels that forget about equally fast make a block
+        n = shape[-1]  # sorts the channels, so that those of a block forget about equally fast
         speed = table[-n:].amax(0) * torch.nn.functional.softplus(table[DT_B.value])
         order = torch.argsort(speed, descending=True, stable=True)
         table, first = table[:, order].contiguous(), None if first is None else first.contiguous()
@@ -906,7 +971,7 @@ class _Tails(torch.autograd.Function):
 
 
 class _Flat:
-    """The kernels of `tails` for some arguments, table's columns sorted, and the memory they work in."""
+    """The kernels of `tails` with their common arguments and scratch memory. The columns of table are sorted."""
 
     def __init__(self, past, first, table, sizes, T, K, n):
         (steps, weights), d, N = past.shape, table.shape[1], max(8, triton.next_power_of_2(n))  # 8: for tl.dot
@@ -915,7 +980,7 @@ class _Flat:
         self.grid, self.programs = (len(sizes), blocks), min(_programs(past.device), self.chunks)
         scratch = past.new_empty(self.programs, T * (3 + 4 * N + (6 + N // S.value) * BD.value) + K)
         self.net = dict(table=table, layers=layers, T=T, d=d, LAYERS=layers.shape[1], K=K, n=n, N=N)
-        # num_stages: a loop's loads must not overtake the stores of its round before.
+        # num_stages=1, because an iteration's loads must not be moved before the stores of the previous one.
         self.net |= dict(BLOCKS=triton.next_power_of_2(blocks), num_warps=1, num_stages=1, enable_fp_fusion=True)
         self.tokens = dict(past=past, first=first, weights=weights, steps=steps, FIRST=int(first is not None))
         self.tokens |= dict(scratch=scratch, scratch_size=scratch.shape[1], chunks=self.chunks, **self.net)
@@ -938,7 +1003,7 @@ class _Flat:
             _carry[self.grid](values=values, totals=totals, plan=plan, BACK=back, **self.net)
 
     def starts(self, plan: Tensor) -> tuple[Tensor, Tensor]:
-        """h before each chunk [chunks, n, d], and each one's Σ Δ [chunks, d]; of chunks that are scanned."""
+        """Return h before each chunk [chunks, n, d], and each chunk's Σ Δ [chunks, d], for the planned chunks."""
         d = self.net["d"]
         states, totals = self.past.new_empty(self.chunks, self.net["n"], d), self.past.new_empty(self.chunks, d)
         self.run(ENDS, plan, states, totals)
@@ -948,8 +1013,11 @@ class _Flat:
 
 @functools.lru_cache(maxsize=8)
 def _layers(sizes: tuple[int, ...], steps: int, has_first: bool, T: int, device: torch.device) -> tuple[Tensor, int]:
-    """Each layer's end and beginning among the chunks, number of weights, and first column: [4, a power of two]; and
-    the number of chunks. Kept, so that no step waits for the copy to the GPU."""
+    """Return a tensor [4, number of layers, rounded up to a power of two], and the number of chunks.
+
+    Its rows are each layer's end and beginning among the chunks, number of weights, and first column. The result is
+    cached, so that a training step does not wait for the copy to the GPU.
+    """
     rows, chunk, column = [], 0, 0
     for size in sizes:
         count = triton.cdiv(has_first + steps * size, T) if size else 0

@@ -1,5 +1,8 @@
-"""The Triton kernels against float64 (golden vectors, the recurrence by the book), extreme inputs, several blocks a
-program; on a GPU where there is one, else in Triton's interpreter (conftest.py). And that they compile for GPUs."""
+"""The fused scans in Triton: results and gradients against float64, extreme inputs, and what the kernels compile to.
+
+The tests run on a GPU if there is one, else in Triton's interpreter, which conftest.py turns on. float64 means golden
+vectors of the public Mamba block, or the recurrence as it is defined.
+"""
 
 import os
 import re
@@ -29,12 +32,12 @@ device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 problem = selective_scan_triton.why_not(device, torch.float32, 6)
 pytestmark = [
     pytest.mark.skipif(problem is not None, reason=str(problem)),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, of an overflow: on purpose
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, of overflows
 ]
 
 
 def on_triton(net):
-    """The net with its last() and tails(), in chunks of 16 tokens, on the kernels under test."""
+    """The net with last() and tails() replaced by the kernels under test, in chunks of 16 tokens."""
     net.to(device)
     net.tails = lambda *inputs: selective_scan_triton.tails(*inputs, *net.in_kernel_order(), chunk=16)
     net.last = lambda u: selective_scan_triton.last(u.squeeze(-1), *net.in_kernel_order())
@@ -46,7 +49,7 @@ def test_golden(golden, case):
     check_golden(on_triton(golden_net(golden, case)), golden, case)
 
 
-# Beyond a block of channels, of sequences, and of all programs' sequences; states that are no power of two.
+# Up to more than one block of channels and of sequences, more than one block per program, and any number of states.
 sizes = st.tuples(*(st.integers(1, n) for n in (40, 20, 8, 80)))  # d_inner, d_state, d_conv, rows
 lengths = st.sampled_from([1, 2, 4, 6, 9])
 
@@ -60,7 +63,7 @@ def test_equals_the_recurrence_for_any_shape(size, length, scale, dt_shift, seed
 
 
 @pytest.mark.parametrize("shape, length", [((17, 16, 8), 6), ((5, 33, 3), 16)])
-def test_equals_the_recurrence_over_several_blocks_a_program(monkeypatch, shape, length):
+def test_equals_the_recurrence_with_several_blocks_per_program(monkeypatch, shape, length):
     net = on_triton(fused(*shape, 0))
     monkeypatch.setattr(selective_scan_triton, "_programs", lambda device: 2)
     rows = 5 * selective_scan_triton.BLOCK_B + 1
@@ -69,7 +72,7 @@ def test_equals_the_recurrence_over_several_blocks_a_program(monkeypatch, shape,
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e4, 1e8])
 @pytest.mark.parametrize("dt_shift", [-50.0, 0.0, 50.0, 1e4])
-def test_no_nan_where_float64_has_none(scale, dt_shift):
+def test_no_nan_if_float64_has_none(scale, dt_shift):
     check_no_nan(on_triton(fused(7, 5, 4, 0, dt_shift)), scale, 20)
 
 
@@ -114,7 +117,7 @@ def test_parameters_of_another_kind_are_refused(wrong):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# tails: the flat layout. Chunks of 16 tokens, two programs, blocks of 16 channels.
+# tails: the flat layout, in chunks of 16 tokens, with two programs and blocks of 16 channels.
 
 
 def randn(*shape):
@@ -128,9 +131,9 @@ def test_tails_golden(golden):
 @pytest.mark.parametrize(
     "shape, length, layers, has_first",
     [
-        ((5, 3, 4), 2, [1, 9, 20], True),  # chunks: less than one, more than one, three
-        ((17, 5, 8), 1, [16, 3], False),  # exactly one; two blocks of channels
-        ((3, 16, 8), 1, [16], True),  # one and a token, which the convolution of the next chunk needs
+        ((5, 3, 4), 2, [1, 9, 20], True),  # less than one chunk, more than one, three
+        ((17, 5, 8), 1, [16, 3], False),  # exactly one chunk; two blocks of channels
+        ((3, 16, 8), 1, [16], True),  # a chunk and one token, which the next chunk's convolution needs
         ((1, 1, 1), 4, [1, 2], False),
         ((4, 9, 2), 3, [13, 1], True),
     ],
@@ -142,13 +145,13 @@ def test_tails_equals_the_recurrence(shape, length, layers, has_first):
 
 
 def test_tails_does_not_read_what_is_forgotten():
-    """Channels that remember for 1 to 3 tokens. Then one that remembers, and nothing is left out."""
+    """All channels forget within 3 tokens. Then one remembers, and nothing is skipped."""
     net = on_triton(fused(18, 2, 3, 0, 9.0))
     past, v, first = randn(4, 24), randn(24), randn(1).requires_grad_()
     _, exact = check_tails(net, past, [24], first, v, lambda book, u: book(u), tolerance=1e-4)
-    assert exact[0].item() == 0, "of `first`"
+    assert exact[0].item() == 0, "the gradient of `first`"
     y = net.tails(past, [24], first)
-    past.view(-1)[:46] = torch.nan  # the outputs' two chunks and one before them are tokens 49 to 96; 47, 48: its taps
+    past.view(-1)[:46] = torch.nan  # needed: tokens 49 to 96, three chunks, and 47 and 48 for their convolution
     poisoned = net.tails(past, [24], first)
     assert torch.equal(poisoned, y)
     for a, b in zip(exact, torch.autograd.grad(poisoned, [first, *net.parameters()], v), strict=True):
@@ -159,11 +162,11 @@ def test_tails_does_not_read_what_is_forgotten():
 
 
 @pytest.mark.parametrize("scale, dt_shift", [(0.0, 0.0), (1e8, -50.0), (1e4, 50.0), (1e8, 1e4)])
-def test_tails_has_no_nan_where_float64_has_none(scale, dt_shift):
+def test_tails_has_no_nan_if_float64_has_none(scale, dt_shift):
     check_tails_no_nan(on_triton(fused(7, 5, 4, 0, dt_shift)), scale, 2, [13, 6])
 
 
-def test_tails_gives_the_same_bits_twice_and_where_it_keeps_nothing(monkeypatch):
+def test_tails_gives_the_same_bits_twice_and_if_it_saves_nothing(monkeypatch):
     net = on_triton(fused(17, 3, 2, 0))
     layers = [18, 2] if device.type == "cpu" else [50_000, 5]
     past, first, v = randn(2, sum(layers)), randn(2).requires_grad_(), randn(sum(layers))
@@ -188,7 +191,7 @@ from triton.compiler import ASTSource
 integers = ("rows", "d", "scratch_size", "chunks", "weights", "steps", "T")
 last = dict(L=6, K=6, n=16, N=16, BLOCK_D=s.BLOCK_D, BLOCK_B=s.BLOCK_B)
 tails = dict(K=8, n=16, N=16, LAYERS=32, BLOCKS=8, FIRST=1)
-stages = {  # with None for what the stage is called without
+stages = {  # None for the arguments that a stage does not have
     name: (s._tails, dict(tails, STAGE=i) | dict.fromkeys(("states", "adjoints", "y", "gfirst", "sums")[used:]))
     for i, (name, used) in enumerate(zip(STAGES, (0, 1, 3, 3, 5)))
 }
@@ -210,9 +213,12 @@ STAGES = ("MEANS", "ENDS", "OUTPUTS", "ADJOINT", "BACKWARD")
 
 
 def test_the_kernels_compile_for_a_gpu_without_waste(tmp_path):
-    """For an H100 (compute capability 9.0), at the paper's size. Exponentials: (L − 1) n of the scan, L in each loop
-    for silu, L for softplus, 1 of the gate. Nothing spills forward. Backward, B and C may, which wait for the second
-    loop, and about a third of that again. Of `tails`, nothing to speak of spills but in BACKWARD, whose pointers do."""
+    """For an H100 (compute capability 9.0), at the paper's size.
+
+    The number of exponentials is (L − 1) n for the scan, L in each loop for silu, L for softplus, and 1 for the gate.
+    Registers must not spill in the forward pass of `last`. In its backward pass B and C may, which the second loop
+    needs, and about a third as much again. In `tails`, only BACKWARD may spill more than a few registers: its pointers.
+    """
     import triton
 
     code = f"STAGES = {STAGES}{COMPILE}"
@@ -220,7 +226,7 @@ def test_the_kernels_compile_for_a_gpu_without_waste(tmp_path):
     assert found.returncode == 0, found.stderr
     scan, silu, softplus, gate = 5 * 16, 6, 6, 1
     exponentials = {name: int(count) for name, count in map(str.split, found.stdout.splitlines())}
-    tile, four = 16 * 16 // 32, 4 * 16 * 16 // 32  # a thread's share of a tile; of four tokens of the scan
+    tile, four = 16 * 16 // 32, 4 * 16 * 16 // 32  # per thread: a tile; four tokens of the scan
     assert exponentials == {
         "_forward": scan + 2 * silu + softplus + gate,
         "_backward": scan + 3 * silu + softplus + gate,
