@@ -974,7 +974,7 @@ class _Flat:
     """The kernels of `tails` with their common arguments and scratch memory. The columns of table are sorted."""
 
     def __init__(self, past, first, table, sizes, T, K, n):
-        (steps, weights), d, N = past.shape, table.shape[1], max(8, triton.next_power_of_2(n))  # 8: for tl.dot
+        (steps, weights), d, N = past.shape, table.shape[1], _padded_states(n)
         layers, self.chunks = _layers(sizes, steps, first is not None, T, past.device)
         self.past, self.layers, blocks = past, len(sizes), triton.cdiv(d, BD.value)
         self.grid, self.programs = (len(sizes), blocks), min(_programs(past.device), self.chunks)
@@ -1009,6 +1009,11 @@ class _Flat:
         self.run(ENDS, plan, states, totals)
         self.carry(states, totals, plan, False)
         return states, totals
+
+
+def _padded_states(n: int) -> int:
+    """N of the kernels of `tails`: on a GPU, tl.dot sums over at least 16 elements."""
+    return max(16, triton.next_power_of_2(n))
 
 
 @functools.lru_cache(maxsize=8)

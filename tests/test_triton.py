@@ -189,8 +189,9 @@ import sys, triton, selective_scan_triton as s
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 integers = ("rows", "d", "scratch_size", "chunks", "weights", "steps", "T")
-last = dict(L=6, K=6, n=16, N=16, BLOCK_D=s.BLOCK_D, BLOCK_B=s.BLOCK_B)
-tails = dict(K=8, n=16, N=16, LAYERS=32, BLOCKS=8, FIRST=1)
+n, only = int(sys.argv[3]), sys.argv[4:]
+last = dict(L=6, K=6, n=n, N=triton.next_power_of_2(n), BLOCK_D=s.BLOCK_D, BLOCK_B=s.BLOCK_B)
+tails = dict(K=8, n=n, N=s._padded_states(n), LAYERS=32, BLOCKS=8, FIRST=1)
 stages = {  # None for the arguments that a stage does not have
     name: (s._tails, dict(tails, STAGE=i) | dict.fromkeys(("states", "adjoints", "y", "gfirst", "sums")[used:]))
     for i, (name, used) in enumerate(zip(STAGES, (0, 1, 3, 3, 5)))
@@ -198,6 +199,7 @@ stages = {  # None for the arguments that a stage does not have
 stages["OUTPUTS"][1]["adjoints"] = None
 kernels = {"_forward": (s._forward, last), "_backward": (s._backward, last), "_plan": (s._plan, tails), **stages}
 for name, (kernel, constants) in dict(kernels, _carry=(s._carry, dict(tails, BACK=True))).items():
+    if only and name not in only: continue
     constants = {a: value for a, value in constants.items() if a in kernel.arg_names}
     others = dict.fromkeys(integers, "i32") | dict(layers="*i64", plan="*i32") | dict.fromkeys(constants, "constexpr")
     arguments = {a: others.get(a, "*fp32") for a in kernel.arg_names}
@@ -212,6 +214,15 @@ for name, (kernel, constants) in dict(kernels, _carry=(s._carry, dict(tails, BAC
 STAGES = ("MEANS", "ENDS", "OUTPUTS", "ADJOINT", "BACKWARD")
 
 
+def test_the_flat_kernels_compile_for_a_gpu_with_few_states(tmp_path):
+    """The interpreter accepts matrix products that are too small for tensor cores; the compiler does not."""
+    code = f"STAGES = {STAGES}{COMPILE}"
+    stages = "ENDS", "BACKWARD"  # both ways in which matrix products are used
+    found = without_interpreter(code, "90", str(tmp_path / "_"), "3", *stages, TRITON_CACHE_DIR=str(tmp_path))
+    assert found.returncode == 0, found.stderr
+    assert [line.split()[0] for line in found.stdout.splitlines()] == [*stages]
+
+
 def test_the_kernels_compile_for_a_gpu_without_waste(tmp_path):
     """For an H100 (compute capability 9.0), at the paper's size.
 
@@ -222,7 +233,7 @@ def test_the_kernels_compile_for_a_gpu_without_waste(tmp_path):
     import triton
 
     code = f"STAGES = {STAGES}{COMPILE}"
-    found = without_interpreter(code, "90", str(tmp_path / "_"), TRITON_CACHE_DIR=str(tmp_path))
+    found = without_interpreter(code, "90", str(tmp_path / "_"), "16", TRITON_CACHE_DIR=str(tmp_path))
     assert found.returncode == 0, found.stderr
     scan, silu, softplus, gate = 5 * 16, 6, 6, 1
     exponentials = {name: int(count) for name, count in map(str.split, found.stdout.splitlines())}
