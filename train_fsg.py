@@ -254,7 +254,7 @@ def main(argv=None) -> int:
             for images, labels in run.batches():
                 lr = run.set_learning_rate(optimizer, epoch)
                 if args.preset == "released":
-                    generator.look_ahead(lr)  # the authors' code measures ĝ after a trial step along the last G
+                    generator.look_ahead(lr)  # the authors' code measures ĝ after a trial step with the last G
                 optimizer.zero_grad()
                 for x, y, fraction in runs.micro_batches(model, images, labels, args.accumulate):
                     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
@@ -263,7 +263,7 @@ def main(argv=None) -> int:
                     (fraction * loss).backward()  # now the .grad of every binary layer's weight is ĝ
                     run.count(loss, logits, y)
                 if generator:
-                    generator.generate()  # now it is G; this also trains the hypernetworks
+                    generator.generate()  # now the .grad is G; this also trains the hypernetworks
                 optimizer.step()
             if run.leaving:
                 break
