@@ -43,6 +43,26 @@ class RunError(Exception):
     """The run cannot start or continue. The message is one sentence that says why and what to do."""
 
 
+def command(main, *errors: type[Exception]) -> None:
+    """Run main() and exit with its code. RunError and `errors` print one sentence to standard error and exit with 1."""
+    try:
+        code = main()
+    except (RunError, *errors) as e:
+        code = f"error: {e}"
+    except Exception as e:
+        if not type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason = " ".join(str(e).split())[:150]
+        code = f"error: --compile failed ({reason}): leave it out; it needs a C++ compiler, on a GPU Triton"
+    except KeyboardInterrupt:  # before training, or the second Ctrl-C: last.pt is the last one that was saved
+        code = 128 + signal.SIGINT
+    if isinstance(code, str):
+        code = 1 if rank() else code  # rank 0 prints the sentence
+    else:
+        end_processes()
+    sys.exit(code)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Flags.
 
@@ -75,7 +95,7 @@ def common_flags(script: str, description: str, **defaults) -> argparse.Argument
     parser = argparse.ArgumentParser(script, description=description, formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument_group("data and network").add_argument
     datasets = ["cifar10", "cifar100", "mnist", "digits", "imagenet", "folder"]
-    folder = "cifar and mnist are downloaded; folder: DATA_DIR/train/CLASS/*.png and DATA_DIR/test/CLASS/*.png"
+    folder = "cifar and mnist: downloaded; digits: in scikit-learn; folder: DATA_DIR/{train,test}/CLASS/*.png"
     add("--arch", default="resnet20", help="the network, one of models.ARCHS")
     add("--dataset", default="cifar10", choices=datasets, help=folder)
     add("--data-dir", default="data", help="the folder with the images, or to download them to")
@@ -169,10 +189,8 @@ def only_for(args: argparse.Namespace, choice: str, flags: dict[str, tuple[str, 
             continue
         value = getattr(args, name)
         if value is not None and value is not False:
-            raise RunError(
-                f"{option(name)} is for {option(choice)} {' or '.join(owners)}: leave it out with "
-                f"{option(choice)} {chosen}"
-            )
+            flag, names = option(choice), " or ".join(owners)
+            raise RunError(f"{option(name)} is for {flag} {names}: leave it out with {flag} {chosen}")
         delattr(args, name)
 
 
@@ -291,7 +309,7 @@ def average_batchnorm(model: torch.nn.Module) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Optimizer and signals.
+# Training.
 
 
 def make_optimizer(params, args) -> torch.optim.Optimizer:
@@ -308,6 +326,27 @@ def learning_rate(args, epoch: int, step: int, total_steps: int) -> float:
     if args.schedule == "cosine":
         return args.lr * 0.5 * (1 + math.cos(math.pi * step / total_steps))
     return args.lr
+
+
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, batches, device: torch.device, amp: bool) -> tuple[float, float]:
+    """The mean cross-entropy and the accuracy (0 to 1) over the batches of a data set."""
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, correct
+    for images, labels in batches.epoch():
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+        sums += torch.stack([loss, (logits.argmax(1) == labels).sum()])
+    model.train()
+    loss, accuracy = (all_reduce_sum(sums) / batches.size).tolist()
+    return loss, accuracy
+
+
+def report(loss: float, accuracy: float, count: int) -> int:
+    """Print the result of --eval-only. Returns the exit code."""
+    console.print(f"test loss {loss:.4f}, test accuracy {100 * accuracy:.2f} % over {count:,} images")
+    return 0
 
 
 class Interrupt:
@@ -389,15 +428,15 @@ def load_weights(net: torch.nn.Module, args, checkpoint: dict | None, may_lack: 
 
     checkpoint: what parse() returned. may_lack: endings of the names of parameters that a --pretrained file may lack.
     """
-    if checkpoint or not args.pretrained:
-        return load_model(net, checkpoint["model"], args.resume) if checkpoint else None
+    if checkpoint:
+        return load_model(net, checkpoint["model"], args.resume)
+    if not args.pretrained:
+        return None
     path, checkpoint = args.pretrained, load(args.pretrained)
     theirs = checkpoint.get("args", {})
     arch = theirs.get("arch", args.arch)
     if arch != args.arch:
-        raise RunError(
-            f"--pretrained {path} holds a {arch}, not a {args.arch}: use --arch {arch} or another checkpoint"
-        )
+        raise RunError(f"--pretrained {path} holds a {arch}, not a {args.arch}: use --arch {arch} or another file")
     weights = checkpoint.get("model", checkpoint)  # a file without "model" is a plain state dict
     if args.eval_only:  # training may start from any weights, but a test must be of the network that was trained
         for name in ("script", "quantizer", "method", "act", "binarize_all", "ratio", "prune", "rho"):
@@ -417,34 +456,7 @@ def load_model(net: torch.nn.Module, weights: dict, path: Path | str) -> None:
         net.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as e:
         reason = str(e).strip().split("\n")[-1].strip()[:200]
-        raise RunError(
-            f"{path} is of another network or number of classes ({reason}): use another checkpoint"
-        ) from None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation.
-
-
-@torch.no_grad()
-def evaluate(model: torch.nn.Module, batches, device: torch.device, amp: bool) -> tuple[float, float]:
-    """The mean cross-entropy and the accuracy (0 to 1) over the batches of a data set."""
-    model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, correct
-    for images, labels in batches.epoch():
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            logits = model(images)
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-        sums += torch.stack([loss, (logits.argmax(1) == labels).sum()])
-    model.train()
-    loss, accuracy = (all_reduce_sum(sums) / batches.size).tolist()
-    return loss, accuracy
-
-
-def report(loss: float, accuracy: float, count: int) -> int:
-    """Print the result of --eval-only. Returns the exit code."""
-    console.print(f"test loss {loss:.4f}, test accuracy {100 * accuracy:.2f} % over {count:,} images")
-    return 0
+        raise RunError(f"{path} is of another network or number of classes ({reason}): use another file") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -503,7 +515,7 @@ def unlock(lock: int | None) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Metrics and progress. A row of metrics is a dictionary: METRICS and the trainer's own columns.
+# Metrics, progress, finite checks. A row of metrics is a dictionary: METRICS and the trainer's own columns.
 
 METRICS = (
     *("epoch", "step", "train_loss", "train_acc", "test_loss", "test_acc", "lr", "seconds", "images_per_s"),
@@ -517,8 +529,11 @@ def write_metrics(folder: Path, rows: list[dict]) -> None:
     with replacing(folder / "metrics.csv") as f:
         writer = csv.DictWriter(f, columns)
         writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+def best_accuracy(rows: list[dict]) -> float:
+    return max((row["test_acc"] for row in rows), default=-1.0)
 
 
 def print_metrics(row: dict, heading: bool) -> None:
@@ -549,10 +564,6 @@ class Bar(Progress):
     def show(self, description: str, step: int, **fields: float) -> None:
         self.next = time.perf_counter() + 0.5
         self.update(self.task_ids[0], description=description, completed=step, refresh=True, **fields)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Finite checks.
 
 
 class FiniteCheck:
@@ -683,8 +694,8 @@ class Run:
             f.write(json.dumps(vars(self.args), indent=1) + "\n")
         write_metrics(self.folder, self.rows)
         # A process that was killed just after it wrote last.pt has not written best.pt.
-        best, before = self.folder / "best.pt", max((row["test_acc"] for row in self.rows[:-1]), default=-1.0)
-        if self.rows and self.batch == 0 and self.rows[-1]["test_acc"] > before:
+        best, ended = self.folder / "best.pt", self.rows and self.batch == 0  # at the end of an epoch
+        if ended and self.rows[-1]["test_acc"] > best_accuracy(self.rows[:-1]):
             written = load(best).get("step", self.step) if best.exists() else -1
             if written < self.step:
                 save(best, self._model())
@@ -692,8 +703,7 @@ class Run:
     # The training loop, in the order in which the trainer calls it.
 
     def __enter__(self):
-        self.saved = time.perf_counter()
-        self.heading = True
+        self.saved, self.heading = time.perf_counter(), True
         self.interrupt, self.bar = Interrupt().__enter__(), Bar(self.total_steps, self.step).__enter__()
         return self
 
@@ -759,24 +769,15 @@ class Run:
         """Add a row to the metrics and write the checkpoints. bits: the signs now. extra: the trainer's own columns."""
         self.check_finite(test_loss)
         loss, correct, images = self._sums()
-        row = dict(
-            epoch=self.epoch + 1,
-            step=self.step,
-            train_loss=loss / images,
-            train_acc=correct / images,
-            test_loss=test_loss,
-            test_acc=test_acc,
-            lr=self.lr,
-            seconds=self.seconds,
-            images_per_s=images / self.seconds,
-            flip_ratio=(bits != self.bits).float().mean().item(),
-            plus_ratio=bits.float().mean().item(),
-            **extra,
-        )
+        row = {"epoch": self.epoch + 1, "step": self.step, "train_loss": loss / images, "train_acc": correct / images}
+        row |= {"test_loss": test_loss, "test_acc": test_acc, "lr": self.lr}
+        row |= {"seconds": self.seconds, "images_per_s": images / self.seconds}
+        row |= {"flip_ratio": (bits != self.bits).float().mean().item(), "plus_ratio": bits.float().mean().item()}
+        row |= extra
         # --limit-steps can end the run within an epoch. A run that is resumed from there with a higher limit must equal
         # one that never stopped, so last.pt then holds neither this row nor the end of the epoch.
         whole_epoch, best = self.batch == len(self.train), self.folder / "best.pt"
-        improved = test_acc > max((r["test_acc"] for r in self.rows), default=-1.0)
+        improved = test_acc > best_accuracy(self.rows)
         self.rows.append(row)
         on_rank_0(write_metrics, self.folder, self.rows)
         print_metrics(row, self.heading)
@@ -798,11 +799,10 @@ class Run:
             console.print(f"stopped after step {self.step:,}; to go on: python {script} --resume {folder}")
             return 128 + (self.interrupt.signal or signal.SIGTERM)  # another process may have received the signal
         if self.rows:
-            best, seconds = max(self.rows, key=lambda row: row["test_acc"]), sum(row["seconds"] for row in self.rows)
             console.print(
-                f"{self.step:,} steps in {seconds:,.0f} s; the best test accuracy, {100 * best['test_acc']:.2f} %, is "
-                f"that of epoch {best['epoch']}. Curves: python plot.py {folder}. Test it: python {script} --eval-only "
-                f"--resume {folder}/best.pt"
+                f"{self.step:,} steps in {sum(row['seconds'] for row in self.rows):,.0f} s, best test accuracy "
+                f"{100 * best_accuracy(self.rows):.2f} %. Curves: python plot.py {folder}. Test it: python {script} "
+                f"--eval-only --resume {folder}/best.pt"
             )
         return 0
 
@@ -838,27 +838,3 @@ class Run:
             checkpoint["cuda_rng"] = torch.cuda.get_rng_state(self.sums.device)
         on_rank_0(save, self.folder / "last.pt", checkpoint)
         self.saved = time.perf_counter()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line.
-
-
-def command(main, *errors: type[Exception]) -> None:
-    """Run main() and exit with its code. RunError and `errors` print one sentence to standard error and exit with 1."""
-    try:
-        code = main()
-    except (RunError, *errors) as e:
-        code = f"error: {e}"
-    except Exception as e:
-        if not type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise
-        reason = " ".join(str(e).split())[:150]
-        code = f"error: --compile failed ({reason}): leave it out; it needs a C++ compiler, on a GPU Triton"
-    except KeyboardInterrupt:  # before training, or the second Ctrl-C: last.pt is the last one that was saved
-        code = 128 + signal.SIGINT
-    if isinstance(code, str):
-        code = 1 if rank() else code  # rank 0 prints the sentence
-    else:
-        end_processes()
-    sys.exit(code)

@@ -133,8 +133,10 @@ def complete(args) -> None:
     runs.only_for(args, "quantizer", dict.fromkeys(("grad", *generator), binary))
     runs.fill(args, grad="fsg")
     runs.only_for(args, "grad", generator)
-    runs.fill(args, hgs="mamba", preset="none")
-    runs.only_for(args, "hgs", dict.fromkeys((*mamba, "preset"), ("mamba",)) if "hgs" in args else {})
+    if "hgs" in args:
+        runs.fill(args, hgs="mamba")
+        runs.only_for(args, "hgs", dict.fromkeys((*mamba, "preset"), ("mamba",)))
+    runs.fill(args, preset="none")
     if getattr(args, "preset", "none") == "released":
         runs.only_for(args, "preset", dict.fromkeys(text, ("none",)))
         args.binarize_all = True
@@ -274,7 +276,7 @@ def main(argv=None) -> int:
                     (fraction * loss).backward()  # now the .grad of every binary layer's weight is ĝ
                     run.count(loss, logits, y)
                 if generator:
-                    generator.generate()  # now it is G; this also trains the hypernetworks
+                    generator.generate()  # now the .grad is G; this also trains the hypernetworks
                 optimizer.step()
             if run.leaving:
                 break

@@ -241,10 +241,9 @@ def main(argv=None) -> int:
     layers = models.binary_layers(net)
     start, end = hardness_range(args)
     hardness = torch.tensor(start, device=device)  # μ or ρ, one tensor for all layers
+    parameter = {"bnn+": "mu", "bnn++": "mu", "pc": "rho"}.get(args.method)
     for layer in layers:
-        layer.options = {"bnn+": {"mu": hardness}, "bnn++": {"mu": hardness}, "pc": {"rho": hardness}}.get(
-            args.method, {}
-        )
+        layer.options = {parameter: hardness} if parameter else {}
     if args.eval_only:
         with true_signs(layers):
             return runs.report(*runs.evaluate(model, test, device, args.amp), test.size)

@@ -132,7 +132,7 @@ def main(argv=None) -> int:
         world_size=world_size,
     )
 
-    # Network. Its parameters are the latent weights; θ and Δ are among them.
+    # Network. Its parameters are the latent weights, θ and Δ, and those of the normalisations.
     net = network(args, train.num_classes, train.shape).to(device)
     runs.load_weights(net, args, checkpoint, may_lack=THRESHOLDS)
     model = runs.parallel(net, args, device)
@@ -171,7 +171,7 @@ def main(argv=None) -> int:
                     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                         logits = model(x)
                     loss = F.cross_entropy(logits.float(), y)
-                    (fraction * loss).backward()  # through the activations' window and the sign
+                    (fraction * loss).backward()  # straight through the signs; through the windows of the activations
                     run.count(loss, logits, y)
                 optimizer.step()
                 with torch.no_grad():
