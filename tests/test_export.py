@@ -1,6 +1,5 @@
 """The trained bits: packing, binary convolution, and every format of every trainer's networks against PyTorch."""
 
-import ctypes
 import importlib.util
 import shutil
 import struct
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 
 import data
 import export
+import export_c
 import models
 import runs
 import train_bihalf
@@ -99,49 +99,6 @@ def test_packing_and_back_for_any_shape(rows, n, seed):
         words = struct.unpack(f"<{-(-n // 64)}Q", bytes(found.tolist()))
         assert [words[i // 64] >> (i % 64) & 1 for i in range(n)] == row, "as the file's description says"
         assert sum(word.bit_count() for word in words) == sum(row), "the padding is 0"
-
-
-@needs_compiler
-@given(
-    *(st.integers(1, 140), st.integers(1, 40), st.sampled_from([1, 2, 3, 5]), st.integers(1, 3), st.integers(0, 3)),
-    *(st.integers(1, 11), st.integers(1, 11), st.sampled_from([0, 1, 2]), st.integers(0, 2**32)),
-)
-@settings(deadline=None, max_examples=60)
-def test_binary_convolution_is_conv2d(channels, filters, kernel, stride, padding, height, width, kind, seed):
-    """With every unit of vectors that is here; zero padding is neither −1 nor +1."""
-    if min(height, width) + 2 * padding < kernel:
-        return
-    rng = torch.Generator().manual_seed(seed)
-    bits = torch.rand(channels, height, width, generator=rng) < 0.5
-    least = -1 if kind == export.MASKED else 0
-    signs = torch.randint(least, 2, (filters, channels, kernel, kernel), generator=rng, dtype=torch.int8)
-    signs = signs if kind == export.MASKED else signs * 2 - 1
-    signs.view(-1)[0] = 0 if kind == export.MASKED else 1
-    x = bits.float() if kind == export.AND else bits.float() * 2 - 1
-    expected = F.conv2d(x[None], signs.float(), None, stride, padding)[0].int()
-    for level in range(export.kernels().binary_conv_best() + 1):
-        found = export.binary_conv2d(bits, signs, stride, padding, kind, level)
-        assert torch.equal(found, expected), export.LEVELS[level]
-
-
-@needs_compiler
-@pytest.mark.parametrize("filters", [5, 64, 100])
-def test_bits_in_bits_out(filters):
-    """The whole layer with its thresholds, by every unit of vectors."""
-    bits, signs = torch.rand(70, 9, 7) < 0.5, torch.randint(2, (filters, 70, 3, 3), dtype=torch.int8) * 2 - 1
-    low = torch.randint(-20, 10, (filters,), dtype=torch.int32)
-    high = low + torch.randint(0, 60, (filters,), dtype=torch.int32)
-    low[0], high[0] = 1, 0  # never
-    sums = F.conv2d(bits[None].float() * 2 - 1, signs.float(), padding=1)[0]
-    expected = (sums >= low.view(-1, 1, 1)) & (sums <= high.view(-1, 1, 1))
-    shape = export.Shape(9, 7, 70, filters, 3, 1, 1, export.XNOR)
-    x, weights, lib = export.packed_activations(bits), export.binary_weights(signs), export.kernels()
-    for level in range(lib.binary_conv_best() + 1):
-        out = np.empty((9, 7, -(-filters // 64)), dtype=np.uint64)
-        lib.binary_conv_use(level)
-        lib.binary_conv_bits(ctypes.byref(shape), *(export.pointer(a) for a in (x, weights, low, high, out)))
-        assert np.array_equal(out, export.packed_activations(expected)), export.LEVELS[level]
-    lib.binary_conv_use(len(export.LEVELS))
 
 
 @pytest.mark.parametrize("act", ["sign", "si"])
@@ -231,17 +188,17 @@ def test_c_predicts_the_same(network, capsys, monkeypatch):
 def test_a_batchnorm_before_a_binary_activation_is_a_comparison_of_sums(tmp_path):
     """In a ResNet's blocks between the two convolutions; at the blocks' ends the shortcut is in between."""
     found = export.read(trained(tmp_path, train_fsg, "--arch resnet8 --grad ste --act sign"))
-    text = export.CFile(found).text()
+    text = export.c_source(found)
     calls = text.split("void predict(const float *image, float *logits) {")[1]
-    assert calls.count("THRESHOLD(sums") == 3 and calls.count("pack(out") == 3
-    for group in export.fused(ops := export.operations(found)):
-        for activation in [op for op in export.consumers(ops)[group.result] if op.kind == "sign"]:
-            where = export.interval(group, activation)
+    assert calls.count("THRESHOLD(sums") == 3 and calls.count("pack_signs(out") == 3
+    for group in export_c.fuse(ops := export_c.operations(found.net, found.shape)):
+        for activation in [op for op in export_c.consumers(ops)[group.result] if op.kind == "sign"]:
+            where = export_c.interval(group, activation)
             if where is None:
                 continue
-            bn = found.net.get_submodule(group.ops[1].name.removesuffix("_affine").replace("_", "."))
+            bn = found.net.get_submodule(group.ops[1].name.removesuffix("_batchnorm").replace("_", "."))
             assert (bn.weight < 0).any() and (bn.weight > 0).any()
-            sums = torch.arange(-group.most, group.most + 1.0).view(-1, 1, 1, 1).expand(-1, len(bn.weight), 1, 1)
+            sums = torch.arange(-group.max_sum, group.max_sum + 1.0).view(-1, 1, 1, 1).expand(-1, len(bn.weight), 1, 1)
             expected = bn(sums).flatten(1) >= 0
             assert torch.equal((sums.flatten(1) >= where[0]) & (sums.flatten(1) <= where[1]), expected)
 
@@ -276,7 +233,7 @@ def test_transformers_have_bits_alone(tmp_path, capsys):
 @needs_compiler
 def test_bench_measures(binary_run, capsys, monkeypatch):
     pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(export, "IMAGENET_LAYERS", ((64, 14),))
+    monkeypatch.setattr(export_c, "IMAGENET_LAYERS", ((64, 14),))
     results = export.bench(export.read(binary_run), 1)
     assert {(row["cores"], row["batch"]) for row in results["networks"]} >= {(1, 1), (1, 32)}
     assert all(row[name] > 0 for row in results["networks"] for name in ("pytorch", "onnxruntime", "ours"))
@@ -414,10 +371,10 @@ def test_a_file_whose_parts_do_not_fit_is_refused(tmp_path, change):
         export.load(file)
 
 
-def test_a_format_that_says_something_else_ends_with_an_error(binary_run, tmp_path, monkeypatch):
+def test_a_file_that_predicts_other_classes_ends_with_an_error(binary_run, tmp_path, monkeypatch):
     real = export.check
     monkeypatch.setattr(export, "check", lambda *args: (real(*args)[0] - 1, *real(*args)[1:]))
-    with pytest.raises(runs.RunError, match=r"says something else .* of 1 images"):
+    with pytest.raises(runs.RunError, match="disagree on 1 of 359 images"):
         export.main([str(binary_run), "--to", "bits", "--out", str(tmp_path / "net.safetensors")])
 
 
