@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import export_c
+from runs import RunError
 
 needs_compiler = pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler (cc) here")
 
@@ -64,3 +65,32 @@ def test_bits_in_bits_out(filters):
         lib.binary_conv_bits(ctypes.byref(shape), *map(export_c.pointer, (x, weights, low, high, out)))
         assert np.array_equal(out, export_c.packed_activations(expected)), export_c.VECTOR_UNITS[unit]
     lib.binary_conv_use(len(export_c.VECTOR_UNITS))
+
+
+@needs_compiler
+def test_nothing_in_the_comment_of_a_c_file_is_compiled(tmp_path):
+    ops = export_c.operations(torch.nn.Sequential(torch.nn.Conv2d(1, 3, 2)).eval(), (1, 2, 2))
+    about = "net */ int injected = 1; /* \\\n?" + "?/\n" + "é" + "x" * 1000
+    text = export_c.c_source(ops, [[1.0], [0.0]], about)
+    (tmp_path / "net.c").write_text(text)
+    library = export_c.compile_library(tmp_path / "net.c", tmp_path)
+    assert not hasattr(library, "injected") and hasattr(library, "predict")
+    assert len(text.splitlines()[0]) < 300 and text.splitlines()[0].isascii()
+
+
+def test_a_compiler_that_fails_ends_with_a_sentence(tmp_path, monkeypatch):
+    (tmp_path / "net.c").write_text("this is not C")
+    for compiler in ("cc", str(tmp_path / "nothing"), "false"):
+        monkeypatch.setenv("CC", compiler)
+        with pytest.raises(RunError, match=r"could not be compiled by .* CC=") as error:
+            export_c.compile_library(tmp_path / "net.c", tmp_path)
+        assert "\n" not in str(error.value)
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RunError, match="no C compiler here"):
+        export_c.compile_library(tmp_path / "net.c", tmp_path)
+
+
+def test_what_is_no_convolutional_network_is_refused():
+    with pytest.raises(RunError, match=r"--to bits only .*Softmax"):
+        export_c.operations(torch.nn.Sequential(torch.nn.Conv2d(1, 3, 2), torch.nn.Softmax(1)), (1, 2, 2))
