@@ -216,8 +216,13 @@ def build(
     except RunError:  # a package is missing
         raise
     except Exception as e:  # what a network's constructor raises for wrong arguments can be anything
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise ValueError(f"its flags do not make a network: {reason:.100}") from None
+        raise ValueError(f"its flags do not make a network: {one_line(e)}") from None
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an error's message. It can quote a file, so what could control a terminal is replaced."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return "".join(c if c.isprintable() else "?" for c in line[:100])
 
 
 def is_flag(value, default) -> bool:
@@ -317,7 +322,7 @@ def read_bits(path: Path | str) -> Trained:
         with safetensors.safe_open(path, "pt") as f:
             metadata, tensors = f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as e:
-        raise RunError(f"{path} is damaged or not a .safetensors file ({e}): export it again") from None
+        raise RunError(f"{path} is damaged or not a .safetensors file ({one_line(e)}): export it again") from None
     if metadata.get("format") != FORMAT:
         raise RunError(f"{path} is a .safetensors file, but not one of packed bits: export one with --to bits")
     try:

@@ -448,23 +448,28 @@ ELEMENTWISE_C = {  # {0}, {1}: the names of the operation's constants
     "prelu": "v = v > 0 ? v : v * {0}[c];",
 }
 BUFFER_TYPES = {"floats": "float", "bits": "uint64_t", "sums": "int32_t"}
-PLAIN_TEXT = re.compile(r"[^A-Za-z0-9 .,:;+_-]")
+NOT_PLAIN = re.compile(r"[^A-Za-z0-9 .,:;+_-]")
 
 
 def binary_weights(signs: Tensor) -> np.ndarray:
     """A binary layer's signs, int8 [C_out, C_in, k, k], in the layout of binary_conv.cpp: uint64, flat."""
-    planes = [signs > 0, signs != 0] if (signs == 0).any() else [signs > 0]
-    bits = nn.functional.pad(torch.stack(planes), (0, 0) * 3 + (0, -len(signs) % 8))
-    words = pack_words(rearrange(bits, "plane filter c ky kx -> (plane filter ky kx) c"))
-    _, filters, _, k, _ = bits.shape
+    planes = [pad_filters(signs > 0, 8)]
+    if (signs == 0).any():
+        planes.append(pad_filters(signs != 0, 8))
+    k = signs.shape[-1]
+    words = pack_words(rearrange(planes, "plane filter c ky kx -> (plane filter ky kx) c"))
     layout = "(plane block lane ky kx) word -> (block ky kx word plane lane)"
-    return rearrange(words, layout, plane=len(planes), block=filters // 8, lane=8, ky=k, kx=k)
+    return rearrange(words, layout, plane=len(planes), lane=8, ky=k, kx=k)
+
+
+def pad_filters(weight: Tensor, multiple: int) -> Tensor:
+    """Weights [C_out, C_in, k, k], with filters of 0 added until their number is a multiple."""
+    return nn.functional.pad(weight, (0, 0, 0, 0, 0, 0, 0, -len(weight) % multiple))
 
 
 def blocks_of_16(weight: Tensor) -> Tensor:
     """Weights [C_out, C_in, k, k] -> [⌈C_out/16⌉, ky, kx, C_in, 16], padded with 0."""
-    padded = nn.functional.pad(weight, (0, 0) * 3 + (0, -len(weight) % 16))
-    return rearrange(padded, "(block lane) c ky kx -> block ky kx c lane", lane=16)
+    return rearrange(pad_filters(weight, 16), "(block lane) c ky kx -> block ky kx c lane", lane=16)
 
 
 def bits_of_16(bits: Tensor) -> np.ndarray:
@@ -473,14 +478,15 @@ def bits_of_16(bits: Tensor) -> np.ndarray:
 
 
 def c_source(ops: list[Op], normalisation: list[list[float]], about: str) -> str:
-    """The C file of a network. Raises RunError as `operations` does.
+    """The C file of a network.
 
     normalisation: per channel the factors for pixels of 0 to 255, and what is added to the products.
-    about: a few words for the comment at the top of the file. Only letters, digits and . , : ; + _ - are kept.
+    about: a few words for the comment at the top of the file. All but letters, digits, spaces and . , : ; + _ - become
+        underscores, so the comment cannot be closed.
     """
     writer = CWriter(ops, normalisation)
     c, h, w = ops[0].shape
-    header = f"""/* {PLAIN_TEXT.sub("?", about)[:200]}. Written by export.py.
+    header = f"""/* {NOT_PLAIN.sub("_", about[:200])}. Written by export.py.
 
    void predict(const float *image, float *logits);
 

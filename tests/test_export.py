@@ -1,4 +1,4 @@
-"""The trained bits: packing, binary convolution, and every format of every trainer's networks against PyTorch."""
+"""Packed bits, and every format of every trainer's networks against PyTorch; files from others, damaged or hostile."""
 
 import importlib.util
 import json
@@ -497,7 +497,7 @@ def test_any_damage_ends_with_a_sentence(packed_file, tmp_path, seed, count, cut
     try:
         export.load(file)  # a weight that has changed cannot be noticed
     except runs.RunError as e:
-        assert len(str(e).splitlines()) == 1
+        assert str(e).isprintable()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
