@@ -1,36 +1,41 @@
-// Convolution of bits with bits: exclusive-or (or and) and popcount in place of multiply and add, for networks whose
-// weights and activations are binary. export.py, which compiles this file at first use, is its only caller.
+// Convolution of bits with bits, for networks whose weights and activations are binary: exclusive-or (or and) and
+// popcount take the place of multiply and add. export_c.py compiles this file when it first needs it, and calls it.
 //
-// Activations are packed [height][width][words], channel c of a pixel being bit c % 64 of word c / 64; a set bit is +1,
-// a clear one -1 (XNOR, MASKED) or 0 (AND). Bits past the last channel are 0. Weights are packed
-// [block of 8 filters][ky][kx][word][plane][8 filters], so that a vector register holds one word of 8 filters, and one
-// word of a pixel, broadcast, meets all of them; no sum runs across a register. A set bit is +1, a clear one -1. MASKED
-// weights, which may be 0, have a second plane, set where the weight is not 0; bits past the last channel are 0 there.
+// Activations: [height][width][words]. Channel c of a pixel is bit c % 64 of word c / 64. Bits past the last channel
+// are 0.
+// Weights: [block of 8 filters][ky][kx][word][plane][8 filters]. A vector register holds one word of 8 filters, and one
+// word of a pixel is broadcast to all of them, so no sum runs across a register.
+// What a bit means depends on the mode:
 //
-// What comes out are whole numbers, the same on every machine. With n taps inside the image, a the pixel, w the weight:
+//     XNOR     activation 1: +1, 0: -1     weight 1: +1, 0: -1
+//     AND      activation 1: +1, 0:  0     weight 1: +1, 0: -1
+//     MASKED   as XNOR, and the weights have a second plane, in which 0 means that the weight is 0. Bits past the last
+//              channel are 0 in this plane.
+//
+// The results are integers and the same on every machine. For activations a, weights w, second plane m and n taps
+// inside the image:
 //
 //     XNOR     sum = n channels - 2 popcount(a ^ w)
-//     AND      sum = 2 popcount(a & w) - popcount(a)           (a is 0 or 1)
+//     AND      sum = 2 popcount(a & w) - popcount(a)
 //     MASKED   sum = popcount(m) - 2 popcount((a ^ w) & m)
 //
-// The zeros that a convolution is padded with are neither +1 nor -1: taps outside the image are left out, and n is
-// counted for each pixel.
+// Padding is neither +1 nor -1: taps outside the image are left out, so n depends on the pixel.
 //
-// From here to the mark below the text is C99 and C++ at once: export.py copies it into the C files that it writes.
+// From here to the line "// ----" the text is both C99 and C++. export_c.py copies it into the C files that it writes.
 #include <stdint.h>
 
 typedef struct {
     int height, width, channels;           // of the input
-    int filters, kernel, stride, padding;  // filters: channels of the output
-    int kind;                              // of the weights and activations
-} Shape;
+    int filters, kernel, stride, padding;  // filters: the channels of the output
+    int mode;                              // what the bits mean: XNOR, AND or MASKED
+} ConvShape;
 
 enum { XNOR, AND, MASKED };
 
-static inline int output_size(const Shape *s, int size) { return (size + 2 * s->padding - s->kernel) / s->stride + 1; }
+static inline int output_size(const ConvShape *s, int size) { return (size + 2 * s->padding - s->kernel) / s->stride + 1; }
 
-// The taps [*from, *to) of output `at` that lie inside the image, in one of its two directions.
-static inline void taps_inside(const Shape *s, int size, int at, int *from, int *to) {
+// The taps [*from, *to) of output `at` that are inside the image, in one of its two directions.
+static inline void taps_inside(const ConvShape *s, int size, int at, int *from, int *to) {
     const int start = at * s->stride - s->padding;
     *from = start < 0 ? -start : 0;
     *to = start + s->kernel > size ? size - start : s->kernel;
@@ -40,7 +45,7 @@ static inline void taps_inside(const Shape *s, int size, int at, int *from, int 
 static inline int popcount(uint64_t v) {
 #if defined(__POPCNT__) || defined(__aarch64__)
     return __builtin_popcountll(v);
-#else  // sums of 2, of 4, of 8 neighbouring bits; then all bytes at once
+#else  // the sums of 2, then 4, then 8 neighbouring bits; a multiplication adds up the bytes
     v -= (v >> 1) & 0x5555555555555555u;
     v = (v & 0x3333333333333333u) + ((v >> 2) & 0x3333333333333333u);
     return (int)((((v + (v >> 4)) & 0x0f0f0f0f0f0f0f0fu) * 0x0101010101010101u) >> 56);
@@ -48,14 +53,14 @@ static inline int popcount(uint64_t v) {
 }
 
 // One row of the output: sums [width of the output][filters, rounded up to a multiple of 8].
-static inline void sums_row_portable(const Shape *s, const uint64_t *x, const uint64_t *w, int row, int32_t *sums) {
+static inline void sums_row_portable(const ConvShape *s, const uint64_t *x, const uint64_t *w, int row, int32_t *sums) {
     const int words = (s->channels + 63) / 64, blocks = (s->filters + 7) / 8, width = output_size(s, s->width);
-    const int planes = s->kind == MASKED ? 2 : 1;
+    const int planes = s->mode == MASKED ? 2 : 1;
     int y0, y1, x0, x1;
     taps_inside(s, s->height, row, &y0, &y1);
     for (int column = 0; column < width; column++) {
         taps_inside(s, s->width, column, &x0, &x1);
-        const int length = (x1 - x0) * words;  // the taps of one row lie side by side
+        const int length = (x1 - x0) * words;  // the taps of a row are contiguous
         for (int block = 0; block < blocks; block++) {
             int32_t sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
             for (int ky = y0; ky < y1; ky++) {
@@ -63,9 +68,9 @@ static inline void sums_row_portable(const Shape *s, const uint64_t *x, const ui
                 const uint64_t *a = x + at * words;
                 const uint64_t *b = w + ((block * s->kernel + ky) * s->kernel + x0) * words * planes * 8;
                 for (int i = 0; i < length; i++) {
-                    if (s->kind == XNOR)
+                    if (s->mode == XNOR)
                         for (int f = 0; f < 8; f++) sum[f] -= 2 * popcount(a[i] ^ b[8 * i + f]);
-                    else if (s->kind == AND)
+                    else if (s->mode == AND)
                         for (int f = 0; f < 8; f++) sum[f] += 2 * popcount(a[i] & b[8 * i + f]) - popcount(a[i]);
                     else
                         for (int f = 0; f < 8; f++)
@@ -73,14 +78,14 @@ static inline void sums_row_portable(const Shape *s, const uint64_t *x, const ui
                                 - 2 * popcount((a[i] ^ b[16 * i + f]) & b[16 * i + 8 + f]);
                 }
             }
-            const int n = s->kind == XNOR ? (y1 - y0) * (x1 - x0) * s->channels : 0;
+            const int n = s->mode == XNOR ? (y1 - y0) * (x1 - x0) * s->channels : 0;
             for (int f = 0; f < 8; f++) sums[(column * blocks + block) * 8 + f] = n + sum[f];
         }
     }
 }
 
-// What follows a convolution up to the next binary activation, as an interval of its sum:
-// bits [pixels][words], set where low <= sum <= high. sums [pixels][filters, rounded up to a multiple of 8].
+// The binary activation after a convolution, as an interval of its sum: bits [pixels][words] are 1 where
+// low <= sum <= high. sums [pixels][filters, rounded up to a multiple of 8], low and high [filters].
 static inline void threshold_portable(
     const int32_t *sums, int pixels, int filters, const int32_t *low, const int32_t *high, uint64_t *bits) {
     const int words = (filters + 63) / 64, stride = (filters + 7) / 8 * 8;
@@ -93,22 +98,22 @@ static inline void threshold_portable(
             bits[i * words + word] = v;
         }
 }
-// ---- The end of what C files get. Below: the same with vector units, chosen when the program runs.
+// ---- End of the part for C files. Below is the same for vector units, one of which is chosen at run time.
 
 #include <algorithm>
 #include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-// B blocks of filters by P pixels of one row, whose counts are all kept in registers.
+// B blocks of filters by P pixels of one row. All their counts are kept in registers.
 struct Tile {
-    const uint64_t *x, *w;             // the first tap inside the image: of the first pixel, of the first block
-    int rows, length;                  // kernel rows inside; words of taps in each
-    int64_t x_row, x_pixel;            // words from one kernel row to the next, from one pixel to the next
-    int64_t w_row, w_block;            // from one kernel row to the next, from one block to the next
+    const uint64_t *x, *w;   // the first tap inside the image, of the first pixel and of the first block
+    int rows, length;        // kernel rows inside the image, and words of taps in each
+    int64_t x_row, x_pixel;  // distance in words between kernel rows and between pixels
+    int64_t w_row, w_block;  // distance in words between kernel rows and between blocks
     int32_t *sums;
-    int64_t stride;                    // of sums, from one pixel to the next
-    const int32_t *base;               // what no filter changes of each pixel's sums
+    int64_t stride;       // distance between pixels in sums
+    const int32_t *base;  // per pixel, the part of the sum that is the same for all filters
 };
 
 #define AVX512 __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx512vpopcntdq")))
@@ -117,7 +122,7 @@ struct Tile {
 struct Avx512 {
     static constexpr int BLOCKS = 4, PIXELS = 4;
 
-    template <int KIND, int B, int P>
+    template <int MODE, int B, int P>
     AVX512 static void tile(const Tile &t) {
         __m512i count[P][B], present[B];
         for (int b = 0; b < B; b++) {
@@ -126,11 +131,11 @@ struct Avx512 {
         }
         for (int row = 0; row < t.rows; row++) {
             const uint64_t *x = t.x + row * t.x_row, *w = t.w + row * t.w_row;
-            for (int i = 0; i < t.length; i++, w += KIND == MASKED ? 16 : 8) {
+            for (int i = 0; i < t.length; i++, w += MODE == MASKED ? 16 : 8) {
                 __m512i weight[B], mask[B];
                 for (int b = 0; b < B; b++) {
                     weight[b] = _mm512_loadu_si512(w + b * t.w_block);
-                    if (KIND == MASKED) {
+                    if (MODE == MASKED) {
                         mask[b] = _mm512_loadu_si512(w + b * t.w_block + 8);
                         present[b] = _mm512_add_epi64(present[b], _mm512_popcnt_epi64(mask[b]));
                     }
@@ -138,8 +143,8 @@ struct Avx512 {
                 for (int p = 0; p < P; p++) {
                     const __m512i a = _mm512_set1_epi64((long long)x[p * t.x_pixel + i]);
                     for (int b = 0; b < B; b++) {
-                        __m512i v = KIND == AND ? _mm512_and_si512(a, weight[b]) : _mm512_xor_si512(a, weight[b]);
-                        if (KIND == MASKED) v = _mm512_and_si512(v, mask[b]);
+                        __m512i v = MODE == AND ? _mm512_and_si512(a, weight[b]) : _mm512_xor_si512(a, weight[b]);
+                        if (MODE == MASKED) v = _mm512_and_si512(v, mask[b]);
                         count[p][b] = _mm512_add_epi64(count[p][b], _mm512_popcnt_epi64(v));
                     }
                 }
@@ -149,14 +154,14 @@ struct Avx512 {
             for (int b = 0; b < B; b++) {
                 const __m256i n = _mm512_cvtepi64_epi32(count[p][b]), twice = _mm256_add_epi32(n, n);
                 const __m256i base =
-                    KIND == MASKED ? _mm512_cvtepi64_epi32(present[b]) : _mm256_set1_epi32(t.base[p]);
-                const __m256i sum = KIND == AND ? _mm256_add_epi32(base, twice) : _mm256_sub_epi32(base, twice);
+                    MODE == MASKED ? _mm512_cvtepi64_epi32(present[b]) : _mm256_set1_epi32(t.base[p]);
+                const __m256i sum = MODE == AND ? _mm256_add_epi32(base, twice) : _mm256_sub_epi32(base, twice);
                 _mm256_storeu_si256((__m256i *)(t.sums + p * t.stride + 8 * b), sum);
             }
     }
 };
 
-// AVX2 has no popcount: two table look-ups count the bits of each byte. A block of 8 filters is two registers.
+// AVX2 has no popcount. Two table look-ups count the bits of each byte. A block of 8 filters takes two registers.
 struct Avx2 {
     static constexpr int BLOCKS = 1, PIXELS = 4;
 
@@ -168,7 +173,7 @@ struct Avx2 {
         return _mm256_add_epi8(_mm256_shuffle_epi8(table, low), _mm256_shuffle_epi8(table, high));
     }
 
-    template <int KIND, int B, int P>
+    template <int MODE, int B, int P>
     AVX2 static void tile(const Tile &t) {
         const __m256i zero = _mm256_setzero_si256();
         for (int half = 0; half < 2 * B; half++) {
@@ -177,20 +182,20 @@ struct Avx2 {
             for (int row = 0; row < t.rows; row++) {
                 const uint64_t *x = t.x + row * t.x_row;
                 const uint64_t *w = t.w + row * t.w_row + half / 2 * t.w_block + half % 2 * 4;
-                for (int from = 0; from < t.length; from += 31) {  // 31 · 8 is the most that a byte can hold
+                for (int from = 0; from < t.length; from += 31) {  // 31 · 8 = 248 fits in a byte, 32 · 8 does not
                     __m256i bytes[P], present_bytes = zero;
                     for (int p = 0; p < P; p++) bytes[p] = zero;
-                    for (int i = from; i < std::min(from + 31, t.length); i++, w += KIND == MASKED ? 16 : 8) {
+                    for (int i = from; i < std::min(from + 31, t.length); i++, w += MODE == MASKED ? 16 : 8) {
                         const __m256i weight = _mm256_loadu_si256((const __m256i *)w);
                         __m256i mask = zero;
-                        if (KIND == MASKED) {
+                        if (MODE == MASKED) {
                             mask = _mm256_loadu_si256((const __m256i *)(w + 8));
                             present_bytes = _mm256_add_epi8(present_bytes, popcount_bytes(mask));
                         }
                         for (int p = 0; p < P; p++) {
                             const __m256i a = _mm256_set1_epi64x((long long)x[p * t.x_pixel + i]);
-                            __m256i v = KIND == AND ? _mm256_and_si256(a, weight) : _mm256_xor_si256(a, weight);
-                            if (KIND == MASKED) v = _mm256_and_si256(v, mask);
+                            __m256i v = MODE == AND ? _mm256_and_si256(a, weight) : _mm256_xor_si256(a, weight);
+                            if (MODE == MASKED) v = _mm256_and_si256(v, mask);
                             bytes[p] = _mm256_add_epi8(bytes[p], popcount_bytes(v));
                         }
                     }
@@ -204,25 +209,25 @@ struct Avx2 {
             for (int p = 0; p < P; p++) {
                 _mm256_storeu_si256((__m256i *)n, count[p]);
                 for (int f = 0; f < 4; f++) {
-                    const int64_t base = KIND == MASKED ? m[f] : t.base[p];
-                    t.sums[p * t.stride + 4 * half + f] = (int32_t)(KIND == AND ? base + 2 * n[f] : base - 2 * n[f]);
+                    const int64_t base = MODE == MASKED ? m[f] : t.base[p];
+                    t.sums[p * t.stride + 4 * half + f] = (int32_t)(MODE == AND ? base + 2 * n[f] : base - 2 * n[f]);
                 }
             }
         }
     }
 };
 
-template <class Unit, int KIND, int B>
+template <class Unit, int MODE, int B>
 static void any_tile(const Tile &t, bool several) {
-    several ? Unit::template tile<KIND, B, Unit::PIXELS>(t) : Unit::template tile<KIND, B, 1>(t);
+    several ? Unit::template tile<MODE, B, Unit::PIXELS>(t) : Unit::template tile<MODE, B, 1>(t);
 }
 
-// A few blocks of filters, whose weights then stay in the cache, for all pixels of the row. Where the kernel reaches
-// over the image's edge a pixel is a tile of its own.
-template <class Unit, int KIND>
-static void sums_row(const Shape *s, const uint64_t *x, const uint64_t *w, int row, int32_t *sums) {
+// One row. The outer loop runs over groups of blocks, so that their weights stay in the cache for all pixels. At the
+// left and right edge, where taps are outside the image, a tile is a single pixel.
+template <class Unit, int MODE>
+static void sums_row(const ConvShape *s, const uint64_t *x, const uint64_t *w, int row, int32_t *sums) {
     const int words = (s->channels + 63) / 64, blocks = (s->filters + 7) / 8, width = output_size(s, s->width);
-    const int word = KIND == MASKED ? 16 : 8;
+    const int word = MODE == MASKED ? 16 : 8;
     int y0, y1;
     taps_inside(s, s->height, row, &y0, &y1);
     std::vector<int> from(width), to(width), base(width);
@@ -234,8 +239,8 @@ static void sums_row(const Shape *s, const uint64_t *x, const uint64_t *w, int r
     x += (row * s->stride - s->padding + y0) * t.x_row - s->padding * words;
     for (int column = 0; column < width; column++) {
         taps_inside(s, s->width, column, &from[column], &to[column]);
-        base[column] = KIND == XNOR ? t.rows * (to[column] - from[column]) * s->channels : 0;
-        for (int ky = 0; KIND == AND && ky < t.rows; ky++)
+        base[column] = MODE == XNOR ? t.rows * (to[column] - from[column]) * s->channels : 0;
+        for (int ky = 0; MODE == AND && ky < t.rows; ky++)
             for (int i = from[column] * words; i < to[column] * words; i++)
                 base[column] -= __builtin_popcountll(x[ky * t.x_row + column * t.x_pixel + i]);
     }
@@ -249,14 +254,14 @@ static void sums_row(const Shape *s, const uint64_t *x, const uint64_t *w, int r
             t.w = w + block * t.w_block + y0 * t.w_row + from[column] * words * word;
             t.sums = sums + column * t.stride + block * 8;
             t.base = &base[column];
-            b == 1 ? any_tile<Unit, KIND, 1>(t, p > 1) : any_tile<Unit, KIND, Unit::BLOCKS>(t, p > 1);
+            b == 1 ? any_tile<Unit, MODE, 1>(t, p > 1) : any_tile<Unit, MODE, Unit::BLOCKS>(t, p > 1);
         }
     }
 }
 
 template <class Unit>
-static void sums_row(const Shape *s, const uint64_t *x, const uint64_t *w, int row, int32_t *sums) {
-    (s->kind == XNOR ? sums_row<Unit, XNOR> : s->kind == AND ? sums_row<Unit, AND> : sums_row<Unit, MASKED>)(
+static void sums_row(const ConvShape *s, const uint64_t *x, const uint64_t *w, int row, int32_t *sums) {
+    (s->mode == XNOR ? sums_row<Unit, XNOR> : s->mode == AND ? sums_row<Unit, AND> : sums_row<Unit, MASKED>)(
         s, x, w, row, sums);
 }
 
@@ -274,14 +279,14 @@ AVX512 static void threshold_avx512(
         }
 }
 
-// What a kernel does for each vector, on registers alone: n times exclusive-or, popcount and addition.
+// What the kernel does per vector, without memory accesses: n times exclusive-or, popcount and addition.
 AVX512 static int64_t peak(int64_t n) {
     __m512i count[12], weight[12], a = _mm512_set1_epi64(n);
     for (int i = 0; i < 12; i++) count[i] = weight[i] = _mm512_set1_epi64(3 * i + n);
     for (int64_t done = 0; done < n; done += 12) {
         for (int i = 0; i < 12; i++)
             count[i] = _mm512_add_epi64(count[i], _mm512_popcnt_epi64(_mm512_xor_si512(a, weight[i])));
-        asm volatile("" : "+v"(a));  // or the compiler would see that nothing changes
+        asm volatile("" : "+v"(a));  // otherwise the compiler sees that the result is constant
     }
     for (int i = 1; i < 12; i++) count[0] = _mm512_add_epi64(count[0], count[i]);
     return _mm512_reduce_add_epi64(count[0]);
@@ -289,7 +294,7 @@ AVX512 static int64_t peak(int64_t n) {
 #endif
 
 extern "C" {
-// What this machine can do: 0 portable, 1 AVX2, 2 AVX-512 with VPOPCNTDQ.
+// The best vector unit of this machine: 0 portable, 1 AVX2, 2 AVX-512 with VPOPCNTDQ.
 int binary_conv_best() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -301,10 +306,11 @@ int binary_conv_best() {
     return 0;
 }
 
-static int level = binary_conv_best();
-void binary_conv_use(int wanted) { level = std::min(wanted, binary_conv_best()); }
+// The unit that the functions below use. binary_conv_use() is for tests.
+static int unit = binary_conv_best();
+void binary_conv_use(int wanted) { unit = std::min(wanted, binary_conv_best()); }
 
-// See peak(); 0 where there is no AVX-512.
+// See peak(). Returns 0 without AVX-512.
 int64_t binary_conv_peak(int64_t n) {
 #if defined(__x86_64__)
     if (binary_conv_best() == 2) return peak(n);
@@ -312,10 +318,10 @@ int64_t binary_conv_peak(int64_t n) {
     return 0 * n;
 }
 
-void binary_conv_row(const Shape *s, const uint64_t *x, const uint64_t *w, int row, int32_t *sums) {
+void binary_conv_row(const ConvShape *s, const uint64_t *x, const uint64_t *w, int row, int32_t *sums) {
 #if defined(__x86_64__)
-    if (level == 2) return sums_row<Avx512>(s, x, w, row, sums);
-    if (level == 1) return sums_row<Avx2>(s, x, w, row, sums);
+    if (unit == 2) return sums_row<Avx512>(s, x, w, row, sums);
+    if (unit == 1) return sums_row<Avx2>(s, x, w, row, sums);
 #endif
     sums_row_portable(s, x, w, row, sums);
 }
@@ -323,20 +329,20 @@ void binary_conv_row(const Shape *s, const uint64_t *x, const uint64_t *w, int r
 void binary_conv_threshold(
     const int32_t *sums, int pixels, int filters, const int32_t *low, const int32_t *high, uint64_t *bits) {
 #if defined(__x86_64__)
-    if (level == 2) return threshold_avx512(sums, pixels, filters, low, high, bits);
+    if (unit == 2) return threshold_avx512(sums, pixels, filters, low, high, bits);
 #endif
     threshold_portable(sums, pixels, filters, low, high, bits);
 }
 
-// A whole layer. sums [height][width][filters, rounded up to a multiple of 8] of the output.
-void binary_conv_sums(const Shape *s, const uint64_t *x, const uint64_t *w, int32_t *sums) {
+// All rows of a layer. sums [height][width][filters, rounded up to a multiple of 8] of the output.
+void binary_conv_sums(const ConvShape *s, const uint64_t *x, const uint64_t *w, int32_t *sums) {
     const int height = output_size(s, s->height), stride = output_size(s, s->width) * ((s->filters + 7) / 8 * 8);
     for (int row = 0; row < height; row++) binary_conv_row(s, x, w, row, sums + (int64_t)row * stride);
 }
 
-// A whole layer and the next binary activation: bits in, bits out.
+// All rows of a layer and the binary activation after it, from bits to bits.
 void binary_conv_bits(
-    const Shape *s, const uint64_t *x, const uint64_t *w, const int32_t *low, const int32_t *high, uint64_t *bits) {
+    const ConvShape *s, const uint64_t *x, const uint64_t *w, const int32_t *low, const int32_t *high, uint64_t *bits) {
     const int height = output_size(s, s->height), width = output_size(s, s->width);
     std::vector<int32_t> sums((size_t)width * ((s->filters + 7) / 8 * 8));
     for (int row = 0; row < height; row++) {

@@ -1,7 +1,7 @@
-"""The trained bits: packing, binary convolution, and every format of every trainer's networks against PyTorch."""
+"""Packed bits, and every format of every trainer's networks against PyTorch; files from others, damaged or hostile."""
 
-import ctypes
 import importlib.util
+import json
 import shutil
 import struct
 import subprocess
@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import data
 import export
+import export_c
 import models
 import runs
 import train_bihalf
@@ -99,49 +102,6 @@ def test_packing_and_back_for_any_shape(rows, n, seed):
         words = struct.unpack(f"<{-(-n // 64)}Q", bytes(found.tolist()))
         assert [words[i // 64] >> (i % 64) & 1 for i in range(n)] == row, "as the file's description says"
         assert sum(word.bit_count() for word in words) == sum(row), "the padding is 0"
-
-
-@needs_compiler
-@given(
-    *(st.integers(1, 140), st.integers(1, 40), st.sampled_from([1, 2, 3, 5]), st.integers(1, 3), st.integers(0, 3)),
-    *(st.integers(1, 11), st.integers(1, 11), st.sampled_from([0, 1, 2]), st.integers(0, 2**32)),
-)
-@settings(deadline=None, max_examples=60)
-def test_binary_convolution_is_conv2d(channels, filters, kernel, stride, padding, height, width, kind, seed):
-    """With every unit of vectors that is here; zero padding is neither −1 nor +1."""
-    if min(height, width) + 2 * padding < kernel:
-        return
-    rng = torch.Generator().manual_seed(seed)
-    bits = torch.rand(channels, height, width, generator=rng) < 0.5
-    least = -1 if kind == export.MASKED else 0
-    signs = torch.randint(least, 2, (filters, channels, kernel, kernel), generator=rng, dtype=torch.int8)
-    signs = signs if kind == export.MASKED else signs * 2 - 1
-    signs.view(-1)[0] = 0 if kind == export.MASKED else 1
-    x = bits.float() if kind == export.AND else bits.float() * 2 - 1
-    expected = F.conv2d(x[None], signs.float(), None, stride, padding)[0].int()
-    for level in range(export.kernels().binary_conv_best() + 1):
-        found = export.binary_conv2d(bits, signs, stride, padding, kind, level)
-        assert torch.equal(found, expected), export.LEVELS[level]
-
-
-@needs_compiler
-@pytest.mark.parametrize("filters", [5, 64, 100])
-def test_bits_in_bits_out(filters):
-    """The whole layer with its thresholds, by every unit of vectors."""
-    bits, signs = torch.rand(70, 9, 7) < 0.5, torch.randint(2, (filters, 70, 3, 3), dtype=torch.int8) * 2 - 1
-    low = torch.randint(-20, 10, (filters,), dtype=torch.int32)
-    high = low + torch.randint(0, 60, (filters,), dtype=torch.int32)
-    low[0], high[0] = 1, 0  # never
-    sums = F.conv2d(bits[None].float() * 2 - 1, signs.float(), padding=1)[0]
-    expected = (sums >= low.view(-1, 1, 1)) & (sums <= high.view(-1, 1, 1))
-    shape = export.Shape(9, 7, 70, filters, 3, 1, 1, export.XNOR)
-    x, weights, lib = export.packed_activations(bits), export.binary_weights(signs), export.kernels()
-    for level in range(lib.binary_conv_best() + 1):
-        out = np.empty((9, 7, -(-filters // 64)), dtype=np.uint64)
-        lib.binary_conv_use(level)
-        lib.binary_conv_bits(ctypes.byref(shape), *(export.pointer(a) for a in (x, weights, low, high, out)))
-        assert np.array_equal(out, export.packed_activations(expected)), export.LEVELS[level]
-    lib.binary_conv_use(len(export.LEVELS))
 
 
 @pytest.mark.parametrize("act", ["sign", "si"])
@@ -231,17 +191,17 @@ def test_c_predicts_the_same(network, capsys, monkeypatch):
 def test_a_batchnorm_before_a_binary_activation_is_a_comparison_of_sums(tmp_path):
     """In a ResNet's blocks between the two convolutions; at the blocks' ends the shortcut is in between."""
     found = export.read(trained(tmp_path, train_fsg, "--arch resnet8 --grad ste --act sign"))
-    text = export.CFile(found).text()
+    text = export.c_source(found)
     calls = text.split("void predict(const float *image, float *logits) {")[1]
-    assert calls.count("THRESHOLD(sums") == 3 and calls.count("pack(out") == 3
-    for group in export.fused(ops := export.operations(found)):
-        for activation in [op for op in export.consumers(ops)[group.result] if op.kind == "sign"]:
-            where = export.interval(group, activation)
+    assert calls.count("THRESHOLD(sums") == 3 and calls.count("pack_signs(out") == 3
+    for group in export_c.fuse(ops := export_c.operations(found.net, found.shape)):
+        for activation in [op for op in export_c.consumers(ops)[group.result] if op.kind == "sign"]:
+            where = export_c.interval(group, activation)
             if where is None:
                 continue
-            bn = found.net.get_submodule(group.ops[1].name.removesuffix("_affine").replace("_", "."))
+            bn = found.net.get_submodule(group.ops[1].name.removesuffix("_batchnorm").replace("_", "."))
             assert (bn.weight < 0).any() and (bn.weight > 0).any()
-            sums = torch.arange(-group.most, group.most + 1.0).view(-1, 1, 1, 1).expand(-1, len(bn.weight), 1, 1)
+            sums = torch.arange(-group.max_sum, group.max_sum + 1.0).view(-1, 1, 1, 1).expand(-1, len(bn.weight), 1, 1)
             expected = bn(sums).flatten(1) >= 0
             assert torch.equal((sums.flatten(1) >= where[0]) & (sums.flatten(1) <= where[1]), expected)
 
@@ -276,7 +236,7 @@ def test_transformers_have_bits_alone(tmp_path, capsys):
 @needs_compiler
 def test_bench_measures(binary_run, capsys, monkeypatch):
     pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(export, "IMAGENET_LAYERS", ((64, 14),))
+    monkeypatch.setattr(export_c, "IMAGENET_LAYERS", ((64, 14),))
     results = export.bench(export.read(binary_run), 1)
     assert {(row["cores"], row["batch"]) for row in results["networks"]} >= {(1, 1), (1, 32)}
     assert all(row[name] > 0 for row in results["networks"] for name in ("pytorch", "onnxruntime", "ours"))
@@ -395,29 +355,198 @@ def test_half_keeps_what_float16_cannot_hold(tmp_path):
     assert export.load(tmp_path / "net.safetensors").bn1.running_var[0] == 1e6
 
 
-@pytest.mark.parametrize("change", ["bits", "scale", "args", "normalisation"])
-def test_a_file_whose_parts_do_not_fit_is_refused(tmp_path, change):
-    import safetensors.torch
+@pytest.fixture(scope="module")
+def packed_file(tmp_path_factory):
+    """A .safetensors file of packed bits: its metadata and tensors, to be changed and written again with `crafted`."""
+    folder = tmp_path_factory.mktemp("packed")
+    path = checkpoint(folder / "last.pt", train_fsg, (1, 8, 8), "--arch", "resnet8", "--grad", "ste", "--act", "sign")
+    export.write_bits(export.read(path), folder / "net.safetensors")
+    with safe_open(folder / "net.safetensors", "pt") as f:
+        return f.metadata(), {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
 
-    path = checkpoint(tmp_path / "last.pt", train_fsg, (1, 8, 8), "--arch", "resnet8", "--grad", "ste")
-    file = tmp_path / "net.safetensors"
-    export.write_bits(export.read(path), file)
-    with safetensors.safe_open(file, "pt") as f:
-        metadata, tensors = f.metadata(), {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+
+def crafted(path, metadata, tensors):
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata)
+    return path
+
+
+@pytest.mark.parametrize("change", ["bits", "scale", "args", "normalisation"])
+def test_a_file_whose_parts_do_not_fit_is_refused(packed_file, tmp_path, change):
+    metadata, tensors = dict(packed_file[0]), dict(packed_file[1])
     if change in metadata:
         metadata[change] = "{"
     else:
         name = next(name for name in tensors if name.endswith(f".weight.{change}"))
-        tensors[name] = tensors[name][..., :8].contiguous()
-    safetensors.torch.save_file(tensors, file, metadata)
+        tensors[name] = tensors[name][..., :8]
     with pytest.raises(runs.RunError, match="export it again"):
-        export.load(file)
+        export.load(crafted(tmp_path / "net.safetensors", metadata, tensors))
 
 
-def test_a_format_that_says_something_else_ends_with_an_error(binary_run, tmp_path, monkeypatch):
+INJECTION = "resnet8 */ int injected = 1; /*"
+HOSTILE_METADATA = {
+    "arch": [INJECTION, "resnet20", ""],
+    "quantizer": [INJECTION, "bwn", "dorefa\n"],
+    "act": [INJECTION, "none"],
+    "shape": ["[1, 8]", "[1, 8, 8, 8]", '"188"', "8", "null", "[1, 0, 8]", "[1, -8, 8]", "[1, 8.0, 8]", "[true, 8, 8]"],
+    "num_classes": ["0", "-4", "5", "65536", "1e9", "NaN", "true", '"4"', "[4]", "9" * 4000, "9" * 5000],
+    "normalisation": ["[[1], [NaN]]", "[[1], [1e999]]", "[[1]]", "[[1, 1], [0, 0]]", '[["1"], [0]]', "[1, 0]", "{}"],
+    "args": ["[]", "null", "{}", "[" * 100_000, "{", '{"script": ["train_fsg.py"]}', '{"script": "train_fsg.py"}'],
+}
+HOSTILE_FLAGS = {
+    "script": ["os", "export.py", "../train_fsg.py", None, 5, [], {}, "train_fsg.py\n"],
+    "arch": [
+        INJECTION,
+        "hf-hub:someone/net",
+        "local-dir:/tmp",
+        "../resnet8",
+        "/resnet8",
+        8,
+        None,
+        ["resnet8"],
+        "nothing",
+    ],
+    "quantizer": [INJECTION, "none", "nothing", 3, None, ["dorefa"], {"dorefa": 1}],
+    "act": [INJECTION, "nothing", 3, {}],
+    "dataset": ["/etc", "nothing", 3, {}],
+    "binarize_all": ["yes", {}, True],
+    "seed": ["*/", {}, {"a": {}}],
+}
+HOSTILE_TENSORS = {
+    "layer1.0.conv1.weight.bits": [None, torch.zeros(16, 24, dtype=torch.int8), torch.zeros(16, 16, dtype=torch.uint8)],
+    "layer1.0.conv1.weight.scale": [None, -torch.ones(16), torch.full((16,), torch.nan), torch.ones(16).double()],
+    "layer1.0.conv1.weight.nonzero": [torch.zeros(16, 1, dtype=torch.uint8)],
+    "bn1.running_var": [None, torch.full((16,), torch.inf), torch.ones(17), torch.ones(16).long(), torch.ones(16, 1)],
+    "bn1.num_batches_tracked": [torch.tensor(1.0), torch.tensor([1])],
+    "layer1.0.conv1.weight": [torch.ones(16, 16, 3, 3)],
+    "no_such_layer.weight": [torch.ones(1)],
+}
+HOSTILE = [
+    *[("metadata", name, value) for name, values in HOSTILE_METADATA.items() for value in [None, *values]],
+    *[("metadata", "comment", "a field that is not known")],
+    *[("flag", name, value) for name, values in HOSTILE_FLAGS.items() for value in values],
+    *[("tensor", name, value) for name, values in HOSTILE_TENSORS.items() for value in values],
+]
+
+
+@pytest.mark.parametrize(
+    "place, name, value", HOSTILE, ids=lambda value: "" if torch.is_tensor(value) else f"{value}"[:20]
+)
+def test_a_hostile_file_is_refused(packed_file, tmp_path, place, name, value):
+    """With one sentence, and before anything of it reaches a C file. None: the field is left out."""
+    metadata, tensors = dict(packed_file[0]), dict(packed_file[1])
+    if place == "flag":
+        flags = json.loads(metadata["args"]) | {name: value}
+        metadata["args"] = json.dumps(flags)
+        if name in metadata and isinstance(value, str):
+            metadata[name] = value  # so that they do not contradict each other
+    else:
+        fields = metadata if place == "metadata" else tensors
+        fields[name] = value
+        if value is None:
+            del fields[name]
+    file = crafted(tmp_path / "net.safetensors", metadata, tensors)
+    said = sentence(file, "--to", "c")
+    assert "export it again" in said or "can be exported" in said or "full-precision" in said or "packed bits" in said
+    assert said.isprintable() and len(said) < 500
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_small_file_cannot_name_a_huge_network(packed_file, tmp_path):
+    metadata, tensors = packed_file
+    flags = json.loads(metadata["args"]) | {"arch": "vgg16", "binarize_all": False}
+    changed = metadata | {"args": json.dumps(flags), "arch": "vgg16", "num_classes": "65536"}
+    assert "too small for a network of this size" in sentence(
+        crafted(tmp_path / "a.safetensors", changed, tensors), "--bench"
+    )
+
+
+def test_a_file_does_not_say_where_data_are(packed_file, tmp_path):
+    metadata, tensors = packed_file
+    assert not {"data_dir", "out", "resume", "pretrained"} & json.loads(metadata["args"]).keys()
+    flags = json.loads(metadata["args"]) | {"data_dir": "/etc"}
+    file = crafted(tmp_path / "net.safetensors", metadata | {"args": json.dumps(flags)}, tensors)
+    assert export.read(file).args.data_dir == train_fsg.flags().get_default("data_dir")
+
+
+def test_text_of_a_checkpoint_does_not_reach_the_c_file(packed_file, tmp_path):
+    path = checkpoint(tmp_path / "last.pt", train_fsg, (1, 8, 8), "--arch", "resnet8", "--grad", "ste")
+    state = torch.load(path, weights_only=True)
+    for name in ("arch", "act", "quantizer", "script", "dataset"):
+        torch.save(state | {"args": state["args"] | {name: INJECTION}}, path)
+        assert "injected" not in sentence(path, "--to", "c").replace(INJECTION, "")
+        assert not (tmp_path / "last.c").exists()
+
+
+def test_values_that_become_nan_are_refused(packed_file, tmp_path):
+    """A negative variance is a finite number, but BatchNorm divides by its square root."""
+    metadata, tensors = packed_file
+    file = crafted(tmp_path / "net.safetensors", metadata, tensors | {"bn1.running_var": -torch.ones(16)})
+    assert "NaN or infinite values in bn1" in sentence(file, "--to", "c")
+    assert "NaN or infinite values in bn1" in sentence(file, "--to", "onnx")
+
+
+@given(seed=st.integers(0, 2**32), count=st.integers(1, 4), cut=st.booleans())
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_damage_ends_with_a_sentence(packed_file, tmp_path, seed, count, cut):
+    file = crafted(tmp_path / "net.safetensors", *packed_file)
+    contents, rng = bytearray(file.read_bytes()), np.random.default_rng(seed)
+    header = 8 + int.from_bytes(contents[:8], "little")
+    for _ in range(count):  # half of them in the header
+        contents[rng.integers(header if rng.random() < 0.5 else len(contents))] = rng.integers(256)
+    file.write_bytes(contents[: rng.integers(len(contents))] if cut else contents)
+    try:
+        export.load(file)  # a weight that has changed cannot be noticed
+    except runs.RunError as e:
+        assert str(e).isprintable()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that others write at the same time, and files that must not be overwritten.
+
+
+def test_exporting_a_checkpoint_while_its_run_saves(binary_run, tmp_path):
+    """The run has written half of last.pt when the export of the old one begins and ends."""
+    last = tmp_path / "last.pt"
+    shutil.copy(binary_run / "last.pt", last)
+    contents = last.read_bytes()
+    with runs.replacing(last, "wb") as f:
+        f.write(contents[:1000])
+        f.flush()
+        for to in ("bits", "c"):
+            assert export.main([str(last), "--to", to]) == 0
+        f.write(contents[1000:])
+    assert last.read_bytes() == contents
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["last.c", "last.pt", "last.safetensors"]
+    assert (tmp_path / "last.c").read_text().startswith("/* resnet8") and export.load(tmp_path / "last.safetensors")
+
+
+def test_two_exports_at_once(tmp_path):
+    with runs.replacing(tmp_path / "net.c", "wb") as f:
+        f.write(b"first, which ends last")
+        export.write(tmp_path / "net.c", b"second")
+        export.write(tmp_path / "net.onnx", b"another format")
+    assert (tmp_path / "net.c").read_bytes() == b"first, which ends last"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["net.c", "net.onnx"]
+
+
+def test_a_checkpoint_is_never_overwritten(binary_run, tmp_path):
+    new, old = tmp_path / "best.pt", tmp_path / "weights"
+    shutil.copy(binary_run / "best.pt", new)
+    torch.save({"a": torch.ones(2)}, old, _use_new_zipfile_serialization=False)
+    for file in (new, old):
+        contents = file.read_bytes()
+        for to in ("bits", "onnx", "c"):
+            assert "is a checkpoint" in sentence(binary_run, "--to", to, "--out", file)
+        assert file.read_bytes() == contents
+    export.write(tmp_path / "net.c", b"/* an older export */")
+    export.write(tmp_path / "net.c", b"/* a newer export */")
+    assert (tmp_path / "net.c").read_bytes() == b"/* a newer export */"
+
+
+def test_a_file_that_predicts_other_classes_ends_with_an_error(binary_run, tmp_path, monkeypatch):
     real = export.check
     monkeypatch.setattr(export, "check", lambda *args: (real(*args)[0] - 1, *real(*args)[1:]))
-    with pytest.raises(runs.RunError, match=r"says something else .* of 1 images"):
+    with pytest.raises(runs.RunError, match="disagree on 1 of 359 images"):
         export.main([str(binary_run), "--to", "bits", "--out", str(tmp_path / "net.safetensors")])
 
 
