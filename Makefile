@@ -2,13 +2,14 @@
 # make test   set up everything in .venv, run the tests
 # make lint   ruff
 # make gpu-check   the tests and benchmarks that need a CUDA GPU
+# make gpu-day   everything that only a GPU can answer, in MINUTES=10, as JSON files in runs/gpu-day (see gpu_day.py)
 
 PYTHON ?= python3
 PY := .venv/bin/python
 # What the tests are run with. For another build: make test TORCH="torch==2.11.0 torchvision==0.26.0"
 TORCH ?= torch==2.13.0 torchvision==0.28.0
 
-.PHONY: demo test lint gpu-check clean
+.PHONY: demo test lint gpu-check gpu-day clean
 
 demo: .venv/ready
 	rm -rf runs/demo
@@ -27,6 +28,10 @@ gpu-check: .venv/ready
 	$(PY) -m pytest -q -rs tests/test_gpu.py tests/test_triton.py
 	$(PY) bench.py scan --device cuda
 	$(PY) bench.py step --device cuda --arch resnet20 resnet32
+
+MINUTES ?= 10
+gpu-day: .venv/ready
+	$(PY) gpu_day.py --out runs/gpu-day --minutes $(MINUTES)
 
 .venv/ready: requirements.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.12')"

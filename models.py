@@ -1,120 +1,128 @@
-"""Binary layers, the networks they are used in, and `binarize_()`, which makes any network binary in place.
-
-Copy this file with quantizers.py.
+"""Binary layers, the networks of the papers, and `binarize_()`, which makes any network binary in place.
 
     model = build("resnet20", num_classes=10)                     # a CIFAR ResNet with binary weights
-    model = binarize_(my_network, quantizer="dorefa")             # or: your own
-    for layer in binary_layers(model): print(layer.weight.shape)  # what FSG(layers) in hypernet.py takes
+    model = binarize_(my_network, quantizer="dorefa")             # or your own network
+    for layer in binary_layers(model): print(layer.weight.shape)  # the layers that FSG(layers) in hypernet.py takes
+
+Copy with: quantizers.py.
 """
 
 import math
 from collections.abc import Callable
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quantizers import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS, step_activation
+from quantizers import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS, per_filter, step_activation
 
 
 class ModelError(ValueError):
-    """There is no such network; the message is one sentence that says why and what to do."""
+    """The network cannot be built. The message is one sentence that says why and what to do."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Binary layers: the usual layer with Ŵ = Q(W) in place of W. `weight` stays the latent weight W, so optimizers,
-# initialisation, checkpoints and state dicts work as ever, and a full-precision checkpoint loads unchanged.
+# Binary layers. A binary layer computes with Ŵ = Q(W) in place of W. Its parameter `weight` is the latent weight W, so
+# optimizers, initialisation and state dicts work as with nn.Conv2d and nn.Linear, and full-precision checkpoints load.
 
 
 class _Binary:
-    """What BinaryConv2d and BinaryLinear share.
+    """What BinaryConv2d and BinaryLinear have in common.
 
-    quantizer, act: names (quantizers.py). options: the quantizer's keyword arguments, such as {"ratio": 0.5}.
-    unit, scale: constants in Ŵ = scale · Q(W / unit).
-    With act 'si' a layer has two parameters more, theta and delta [C_in], and the constant rho.
+    quantizer, act: names of a weight quantizer and an activation quantizer (quantizers.py).
+    options: keyword arguments of the weight quantizer, such as {"ratio": 0.5}.
+    unit, scale: constants, Ŵ = scale · Q(W / unit).
+    With act 'si' the layer has the parameters theta and delta [C_in] and the constant rho: see `step_activation`.
     """
 
     quantizer: str
     act: str
-    options: dict = {}  # noqa: RUF012 (replaced, never changed)
+    options: dict = {}  # noqa: RUF012 (assigned to a layer, never modified)
     unit = scale = 1.0
     rho = 0.3
 
     def binary_weight(self) -> Tensor:
-        """Ŵ, the weight the layer computes with; same shape as `weight`."""
+        """Ŵ, the weight that the layer computes with. Same shape as `weight`."""
         w = self.weight if self.unit == 1 else self.weight / self.unit
         w = WEIGHT_QUANTIZERS[self.quantizer](w, **self.options)
         return w if self.scale == 1 else w * self.scale
 
     def binary_input(self, x: Tensor) -> Tensor:
+        """The quantized input. Same shape as x; x itself with act 'none'."""
         if self.act != "si":
             return ACTIVATION_QUANTIZERS[self.act](x)
-        channels = (-1, 1, 1) if isinstance(self, nn.Conv2d) else (-1,)
-        return step_activation(x, self.theta.view(channels), self.delta.view(channels), self.rho)
+        return step_activation(x, self.per_channel(self.theta), self.per_channel(self.delta), self.rho)
+
+    def per_channel(self, v: Tensor) -> Tensor:
+        """One value per channel, [C], in a shape that broadcasts with the layer's input or output."""
+        return rearrange(v, "c -> c 1 1") if isinstance(self, nn.Conv2d) else v
 
     def apply_weight(self, function: Callable, x: Tensor) -> Tensor:
-        """function(binary input, Ŵ, bias), function being the layer's convolution or product.
+        """function(binary input, Ŵ, bias), where function is the layer's convolution or matrix product.
 
-        In eval mode binary inputs are summed first and multiplied by the filter's scale afterwards: a sum of −1, 0 and
-        +1 is exact in every order, a sum of ±0.0123 is not. So what the next binary activation compares with its
-        threshold does not depend on the batch size, the library or the machine, nor on the format (export.py).
+        In eval mode with binary activations, the layer sums the signs first and multiplies the sums by the scale of
+        each filter afterwards. A sum of −1, 0 and +1 is exact in any order of summation, a sum of ±0.0123 is not. So
+        the next binary activation sees the same values with any batch size, library and machine, and in every format
+        that export.py writes.
         """
         x, w = self.binary_input(x), self.binary_weight()
         if self.training or self.act == "none":
             return function(x, w, self.bias)
         scale = w.detach().abs().flatten(1).amax(1).clamp_min(torch.finfo(w.dtype).tiny)
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 has not the digits of a large sum
-            outputs = function(x.float(), w / scale.view(-1, *[1] * (w.dim() - 1)), None)
-        like_outputs = (-1, 1, 1) if isinstance(self, nn.Conv2d) else (-1,)
-        outputs = outputs * scale.view(like_outputs)
-        return outputs if self.bias is None else outputs + self.bias.view(like_outputs)
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 cannot represent large sums exactly
+            outputs = function(x.float(), w / per_filter(scale, w), None)
+        outputs = outputs * self.per_channel(scale)
+        return outputs if self.bias is None else outputs + self.per_channel(self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, quantizer={self.quantizer}, act={self.act}"
 
 
 class BinaryConv2d(_Binary, nn.Conv2d):
-    """nn.Conv2d whose forward uses binary weights: x [B, C_in, H, W] -> [B, C_out, H', W']."""
+    """nn.Conv2d with binary weights: x [B, C_in, H, W] -> [B, C_out, H', W']."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.apply_weight(self._conv_forward, x)
 
 
 class BinaryLinear(_Binary, nn.Linear):
-    """nn.Linear whose forward uses binary weights: x [..., F_in] -> [..., F_out]."""
+    """nn.Linear with binary weights: x [..., F_in] -> [..., F_out]."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.apply_weight(F.linear, x)
 
 
 class FloatConv2d(nn.Conv2d):
-    """nn.Conv2d that binarize_() leaves in full precision."""
+    """A convolution that `binarize_` leaves in full precision."""
 
 
 def binary_layers(model: nn.Module) -> list[nn.Module]:
-    """The binary layers of a model, in module order (the order of `model.modules()`)."""
+    """The binary layers of a model, in the order of `model.modules()`."""
     return [m for m in model.modules() if isinstance(m, _Binary)]
 
 
 def binary_layer_names(model: nn.Module) -> list[str]:
-    """Their names, in the same order."""
+    """The names of the binary layers, in the same order."""
     return [name for name, m in model.named_modules() if isinstance(m, _Binary)]
 
 
 def binarize_(
     model: nn.Module, quantizer: str = "dorefa", act: str = "none", first: bool = False, last: bool = False
 ) -> nn.Module:
-    """Turn the Conv2d and Linear layers of any model into binary ones, in place, keeping their weights.
+    """Make the Conv2d and Linear layers of a model binary, in place, and return the model.
 
-    quantizer: one of WEIGHT_QUANTIZERS (quantizers.py), or 'none', which leaves the model as it is. A quantizer's own
-        settings are the layers' `options`: for layer in binary_layers(model): layer.options = {"ratio": 0.5}.
-    act: 'none' (full-precision activations), 'sign' or 'si' (inputs of the binary layers are binarized too, to −1 and
-        +1 or, as in Si-BNN, to 0 and 1; a ReLU right before such a layer would make them all 1, so use Hardtanh, PReLU
-        or nothing there). 'si' adds the parameters theta and delta to each layer: make the optimizer afterwards.
-    first, last: whether the first and the last of these layers, in module order, become binary too. They are left in
-        full precision by default, as nearly every BNN paper does.
-    The layer objects stay the same ones: parameters, hooks and optimizers that hold them are not disturbed.
-    Returns the model. Raises ModelError for an unknown name or when nothing is left to binarize.
+    quantizer: one of WEIGHT_QUANTIZERS (quantizers.py). 'none' leaves the model as it is. Set the arguments of a
+        quantizer afterwards: for layer in binary_layers(model): layer.options = {"ratio": 0.5}.
+    act: how the inputs of the binary layers are quantized. 'none' keeps full precision, 'sign' gives −1 and +1, 'si'
+        gives 0 and 1 (Si-BNN). With 'sign' do not place a ReLU right before such a layer, since every input would
+        become +1; use Hardtanh, PReLU or nothing. 'si' adds the parameters theta and delta to each layer, so create
+        the optimizer afterwards.
+    first, last: whether the first and the last Conv2d or Linear layer become binary too. By default they keep full
+        precision, as in most papers.
+
+    The modules stay the same objects with the same parameters. Hooks and optimizers that refer to them keep working.
+    Raises ModelError for an unknown name, and if there is no layer to make binary.
     """
     if quantizer != "none" and quantizer not in WEIGHT_QUANTIZERS:
         raise ModelError(f"no quantizer is called {quantizer!r}: use one of none, {', '.join(WEIGHT_QUANTIZERS)}")
@@ -128,22 +136,26 @@ def binarize_(
     if not layers:
         raise ModelError("nothing to binarize: the model has no Conv2d or Linear between its first and its last one")
     for layer in layers:
-        layer.__class__ = twin[type(layer)]  # same data, other forward
+        layer.__class__ = twin[type(layer)]  # keeps the parameters, changes forward
         layer.quantizer, layer.act = quantizer, act
         if act == "si" and not hasattr(layer, "theta"):
-            channels = layer.weight.new_ones(layer.weight.shape[1] * getattr(layer, "groups", 1))
-            layer.theta, layer.delta = nn.Parameter(0 * channels), nn.Parameter(channels)
+            channels = layer.weight.shape[1] * getattr(layer, "groups", 1)
+            layer.theta = nn.Parameter(layer.weight.new_zeros(channels))
+            layer.delta = nn.Parameter(layer.weight.new_ones(channels))
     return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# ResNets. Module names are torchvision's (conv1, bn1, layer1.0.conv1, …, downsample.0, fc).
+# ResNets. The module names are those of torchvision: conv1, bn1, layer1.0.conv1, ..., downsample.0, fc.
 
-Nonlinearity = Callable[[int], nn.Module]  # channels -> module
+Nonlinearity = Callable[[int], nn.Module]  # number of channels -> module
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions and a shortcut: [B, C_in, H, W] -> [B, C_out, H/stride, W/stride] (He et al., 2016)."""
+    """Two 3×3 convolutions and a shortcut around both: [B, C_in, H, W] -> [B, C_out, H/stride, W/stride].
+
+    He et al., CVPR 2016, https://arxiv.org/abs/1512.03385
+    """
 
     def __init__(self, c_in: int, c_out: int, stride: int, nonlinearity: Nonlinearity):
         super().__init__()
@@ -163,10 +175,16 @@ class BasicBlock(nn.Module):
 
 
 class BiRealBlock(nn.Module):
-    """The same with a shortcut around each convolution, so that what a binary activation destroys is not lost: Bi-Real
-    Net (Liu et al., ECCV 2018). The shortcut's 1×1 convolution stays full precision.
+    """Two 3×3 convolutions with a shortcut around each: [B, C_in, H, W] -> [B, C_out, H/stride, W/stride].
 
-    The nonlinearity stands before the normalisation, as in Equal Bits (there a PReLU; Bi-Real Net has none).
+    The shortcuts carry full-precision values past the binary activations. Where the shape changes, the shortcut is a
+    full-precision 1×1 convolution, a BatchNorm and an average pool.
+
+    Order: convolution, nonlinearity, BatchNorm, as in Equal Bits (https://arxiv.org/abs/2112.03406). The code of Equal
+    Bits uses one PReLU for both convolutions; here each has its own. Bi-Real Net has no nonlinearity besides the sign,
+    whose gradient it approximates by a piecewise linear function; `sign_activation` has the gradient of the hard tanh.
+
+    Liu et al. (Bi-Real Net), ECCV 2018, https://arxiv.org/abs/1808.00278
     """
 
     def __init__(self, c_in: int, c_out: int, stride: int, nonlinearity: Nonlinearity):
@@ -189,9 +207,10 @@ class BiRealBlock(nn.Module):
 class ResNet(nn.Module):
     """A ResNet: x [B, in_channels, H, W] -> logits [B, num_classes].
 
-    blocks: blocks per stage; widths: channels per stage (each later stage halves the resolution).
-    stem: 'cifar' is one 3×3 convolution; 'imagenet' is a 7×7 convolution of stride 2 and a max-pool.
-    norm_fc: a BatchNorm1d before the classifier, which MetaQuant's and FSG's CIFAR networks have.
+    block: BasicBlock or BiRealBlock.
+    blocks, widths: number of blocks and of channels in each stage. Every stage after the first halves the resolution.
+    stem: 'cifar' is a 3×3 convolution; 'imagenet' is a 7×7 convolution of stride 2 and a max pool.
+    norm_fc: whether a BatchNorm1d precedes the classifier. FSG's CIFAR networks have it, MetaQuant's do not.
     """
 
     def __init__(
@@ -232,7 +251,7 @@ class ResNet(nn.Module):
         return self.fc(self.bn_fc(x.mean(dim=(2, 3))))
 
 
-# 6n + 2 layers: n blocks in each of three stages. resnet8 is there for laptops and small images.
+# n blocks in each of three stages make 6n + 2 layers. resnet8 is for laptops and small images.
 CIFAR_RESNETS = {f"resnet{6 * n + 2}": n for n in (1, 3, 5, 7, 9, 18)}
 IMAGENET_RESNETS = {"resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3]}
 
@@ -244,11 +263,13 @@ IMAGENET_RESNETS = {"resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3]}
 class PlainNet(nn.Module):
     """Convolutions, then fully connected layers: x [B, in_channels, H, W] -> logits [B, num_classes].
 
-    features: what stands behind each other: C is a 3×3 convolution to C channels, (C, k, stride, padding) a k×k one,
-        'M' a 2×2 and 'P' a 3×3 max-pool of stride 2. Each convolution comes with [pool,] [BatchNorm,] nonlinearity, in
-        this order: a pool of binary values would be nearly all 1, so it stands before the next layer's quantizer.
-    side: pixels a side of what the fully connected layers see; images of another size are pooled to it.
+    features: the layers in order. An integer C is a 3×3 convolution to C channels, (C, k, stride, padding) a k×k
+        convolution, 'M' a 2×2 and 'P' a 3×3 max pool of stride 2. The modules of each convolution are: convolution,
+        pool if one follows, BatchNorm if `norm`, nonlinearity. The pool comes before the quantizer of the next layer,
+        because the maximum of several signs is nearly always +1.
+    side: the feature maps are average-pooled to side × side before the fully connected layers.
     hidden: widths of the fully connected layers before the classifier.
+    norm: whether a BatchNorm follows each layer; without it the layers have a bias.
     """
 
     def __init__(
@@ -262,43 +283,44 @@ class PlainNet(nn.Module):
         nonlinearity: Nonlinearity,
     ):
         super().__init__()
-        # ceil_mode: of tiny images something is left.
+        # ceil_mode keeps at least one pixel of small images.
         pools = {"M": lambda: nn.MaxPool2d(2, ceil_mode=True), "P": lambda: nn.MaxPool2d(3, 2, ceil_mode=True)}
         self.features, self.classifier = nn.Sequential(), nn.Sequential()
-        c = in_channels
+        channels = in_channels
         for i, feature in enumerate(features):
             if feature in pools:
                 continue
             width, k, stride, padding = feature if isinstance(feature, tuple) else (feature, 3, 1, 1)
-            self.features.append(nn.Conv2d(c, width, k, stride, padding, bias=not norm))
+            self.features.append(nn.Conv2d(channels, width, k, stride, padding, bias=not norm))
             if i + 1 < len(features) and features[i + 1] in pools:
                 self.features.append(pools[features[i + 1]]())
             if norm:
                 self.features.append(nn.BatchNorm2d(width))
             self.features.append(nonlinearity(width))
-            c = width
+            channels = width
         self.pool = nn.AdaptiveAvgPool2d(side)
-        c *= side * side
+        inputs = channels * side * side
         for width in hidden:
-            self.classifier.append(nn.Linear(c, width, bias=not norm))
+            self.classifier.append(nn.Linear(inputs, width, bias=not norm))
             if norm:
                 self.classifier.append(nn.BatchNorm1d(width))
             self.classifier.append(nonlinearity(width))
-            c = width
-        self.classifier.append(nn.Linear(c, num_classes))
+            inputs = width
+        self.classifier.append(nn.Linear(inputs, num_classes))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.pool(self.features(x)).flatten(1))
 
 
-VGG16 = [64, 64, "M", 128, 128, "M", *[256] * 3, "M", *[512] * 3, "M", *[512] * 3, "M"]
+VGG16 = [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"]
 ALEXNET = [(96, 11, 4, 2), "P", (256, 5, 1, 2), "P", 384, 384, 256, "P"]
 PLAIN_NETS = {  # features, side, hidden, norm
     "lenet": ([(32, 5, 1, 2), "M", (64, 5, 1, 2), "M"], 7, [512], True),  # MNIST
     "vgg-small": ([128, 128, "M", 256, 256, "M", 512, 512, "M"], 4, [], True),  # CIFAR
     "vgg16": (VGG16, 1, [], True),
     "alexnet": (ALEXNET, 6, [4096, 4096], True),  # ImageNet
-    # The shallow networks without normalisation that Equal Bits takes from Frankle and Carbin (ICLR 2019); CIFAR.
+    # CIFAR networks without normalisation, used in Equal Bits. From Frankle and Carbin, ICLR 2019,
+    # https://arxiv.org/abs/1803.03635
     "conv2": ([64, 64, "M"], 16, [256, 256], False),
     "conv4": ([64, 64, "M", 128, 128, "M"], 8, [256, 256], False),
     "conv6": ([64, 64, "M", 128, 128, "M", 256, 256, "M"], 4, [256, 256], False),
@@ -306,18 +328,28 @@ PLAIN_NETS = {  # features, side, hidden, norm
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
-# All of them, by name.
+# Networks by name.
 
 UNNORMALISED = [name for name, (*_, norm) in PLAIN_NETS.items() if not norm]
 BIREAL_NETS = [f"birealnet{depth}{prelu}" for depth in (8, 18, 20, 34) for prelu in ("", "-prelu")]
 ARCHS = [*CIFAR_RESNETS, *IMAGENET_RESNETS, *BIREAL_NETS, *PLAIN_NETS]
-# The sign of a ReLU's output is always +1, so with sign activations the bounded linear unit takes its place. Si-BNN's
-# activation is a non-linearity of its own, on both sides of its threshold.
-NONLINEARITIES = {
-    "none": lambda channels: nn.ReLU(inplace=True),
-    "sign": lambda channels: nn.Hardtanh(inplace=True),
-    "si": lambda channels: nn.Identity(),
-}
+
+
+def relu(channels: int) -> nn.Module:
+    return nn.ReLU(inplace=True)
+
+
+def hardtanh(channels: int) -> nn.Module:
+    return nn.Hardtanh(inplace=True)
+
+
+def no_nonlinearity(channels: int) -> nn.Module:
+    return nn.Identity()
+
+
+# The nonlinearity between the layers, by activation quantizer. The sign of a ReLU's output is always +1, so networks
+# with sign activations use the hard tanh. Si-BNN's step already is a nonlinearity.
+NONLINEARITIES = {"none": relu, "sign": hardtanh, "si": no_nonlinearity}
 
 
 def build(
@@ -329,18 +361,23 @@ def build(
     in_channels: int = 3,
     image_size: int | None = None,
 ) -> nn.Module:
-    """A freshly initialised network: x [B, in_channels, H, W] -> logits [B, num_classes].
+    """Build and initialise a network: x [B, in_channels, H, W] -> logits [B, num_classes].
 
     arch: one of ARCHS.
-        resnet8/20/32/44/56/110 (CIFAR: 16-32-64 channels) and resnet18/34 (64 to 512 channels);
-        birealnet8/20 and birealnet18/34, the same with a shortcut around each convolution, and -prelu;
-        lenet, vgg-small, vgg16, alexnet, conv2/4/6/8.
-    quantizer, act: see `binarize_`; quantizer 'none' is the full-precision network of the same shape and state dict.
-    binarize_all: the first convolution and the classifier become binary too (MetaQuant's setting).
-    image_size: pixels a side. Up to 96, the networks of 18 and 34 layers begin with a 3×3 convolution, as they do on
-        CIFAR; otherwise with ImageNet's 7×7 one and a max-pool.
-    In conv2/4/6/8, where no normalisation follows a layer, bits are multiplied by `he_scale`.
-    Raises ModelError for an unknown name, and for AlexNet on images that it would shrink to nothing.
+        resnet8/20/32/44/56/110: CIFAR ResNets of 16, 32 and 64 channels, with a BatchNorm1d before the classifier.
+        resnet18/34: ResNets of 64 to 512 channels.
+        birealnet8/20 and birealnet18/34: the same with a shortcut around each convolution. The suffix -prelu selects
+            PReLU as nonlinearity.
+        lenet, vgg-small, vgg16, alexnet, conv2/4/6/8: networks without shortcuts.
+    quantizer, act: see `binarize_`. quantizer 'none' gives the full-precision network of the same state dict.
+    binarize_all: whether the first convolution and the classifier become binary too, as in MetaQuant and in FSG's
+        released code.
+    image_size: height and width of the images in pixels. Networks of 18 and 34 layers start with a 3×3 convolution if
+        it is at most 96, else with a 7×7 convolution and a max pool (ImageNet's stem). None means ImageNet's stem.
+
+    conv2/4/6/8 have no normalisation, so their binary weights are multiplied by `he_scale`. 'bwn-f' has a scale of its
+    own and needs none.
+    Raises ModelError for an unknown name, and for AlexNet on images of less than 63 pixels.
     """
     if arch not in ARCHS:
         raise ModelError(f"no network is called {arch!r}: use one of {', '.join(ARCHS)}")
@@ -350,7 +387,8 @@ def build(
         raise ModelError(f"alexnet wants images of at least 63 pixels a side; these have {image_size}: use vgg-small")
     nonlinearity = NONLINEARITIES[act]
     if arch in PLAIN_NETS:
-        net = PlainNet(*PLAIN_NETS[arch], num_classes, in_channels, nonlinearity)
+        features, side, hidden, norm = PLAIN_NETS[arch]
+        net = PlainNet(features, side, hidden, norm, num_classes, in_channels, nonlinearity)
     else:
         block, resnet = BasicBlock, arch
         if arch in BIREAL_NETS:
@@ -358,7 +396,7 @@ def build(
             if arch.endswith("-prelu"):
                 nonlinearity = nn.PReLU
             elif act == "sign":
-                nonlinearity = NONLINEARITIES["si"]  # none: the sign alone, as in Bi-Real Net
+                nonlinearity = no_nonlinearity
         if resnet in CIFAR_RESNETS:
             blocks, widths, stem = [CIFAR_RESNETS[resnet]] * 3, [16, 32, 64], "cifar"
         else:
@@ -377,11 +415,14 @@ def build(
 
 
 def he_scale(layer: nn.Module) -> float:
-    """√2/√fan_in. Signs times this keep the variance of what passes through layers and ReLUs (He et al., 2015)."""
+    """√2/√fan_in. Signs times this keep the variance through layers followed by ReLUs.
+
+    He et al., ICCV 2015, https://arxiv.org/abs/1502.01852
+    """
     return math.sqrt(2 / layer.weight[0].numel())
 
 
 @torch.no_grad()
 def sign_bits(layers: list[nn.Module]) -> Tensor:
-    """The bits of all binary weights, [N] bool, True for +1, layer after layer (N = 0 without binary layers)."""
+    """The signs of all N binary weights, [N] bool, True for +1, in the order of `layers`. N may be 0."""
     return torch.cat([(layer.binary_weight() > 0).flatten() for layer in layers]) if layers else torch.empty(0).bool()

@@ -1,254 +1,311 @@
-"""Weight and activation quantizers: one short function per paper, the gradient beside the forward.
+"""Weight and activation quantizers of binary neural networks: one short function per paper.
 
-Copy this file alone, or with models.py.
+    w = torch.randn(16, 3, 3, 3, requires_grad=True)
+    bits = dorefa(w)                  # same shape, every element is -1 or +1
+    bits.sum().backward()             # w.grad is the gradient with respect to `bits`
 
-Notation, as in all files here: W is a layer's latent (full-precision) weight, the one the optimizer moves;
-A(W) = W̃ is the *pre-quantized* weight; Ŵ = Q(W̃) is the binary weight that the layer computes with;
-D = ∂Ŵ/∂W, taken straight through Q (as if Q were the identity), is the *calibration*.
+Copy this file alone (it needs torch and einops), or together with models.py.
 
-Most weight quantizers hand the incoming gradient ∂L/∂Ŵ to the latent weight unchanged. So after `loss.backward()` a
-latent weight's `.grad` is ĝ = ∂L/∂Ŵ, and whoever updates the weight decides what to make of it: D ⊙ ĝ is the classical
-straight-through estimator (STE); FSG learns something else (hypernet.py). The exceptions are BNN's, BNN+'s and BNN++'s
-quantizers, whose backward pass is part of the method; their docstrings say what it is.
-sign(0) is +1 everywhere, so a binary weight is never 0 (a pruned one may be: `bihalf_prune`).
+Notation of all files:
+
+    W                the latent, full-precision weight of a layer; the optimizer updates it
+    W̃ = A(W)         the pre-quantized weight
+    Ŵ = Q(W̃)         the binary weight; the layer computes with it
+    ĝ = ∂L/∂Ŵ        the gradient at the binary weight
+    D = ∂Ŵ/∂W        the calibration, computed as if Q were the identity
+
+Q has a derivative of 0 almost everywhere, so every function here replaces its gradient. Most weight quantizers pass
+the gradient to W unchanged: after `loss.backward()` the parameter's `.grad` is ĝ. The classical straight-through
+estimator (STE) then updates W with D ⊙ ĝ, and FSG generates another gradient from ĝ. The quantizers of BNN, BNN+ and
+BNN++ have a backward function of their own, which their docstrings give.
+
+sign(0) = +1 everywhere, so a binary weight is never 0. Only `bihalf_prune` makes zeros. In the authors' codes of Equal
+Bits, Si-BNN and MetaQuant, sign(0) = 0.
 """
 
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the quantizers share.
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        ctx.save_for_backward(mask)
+        return value
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (mask,) = ctx.saved_tensors
+        return (grad if mask is None else grad * mask), None, None
+
+
+def straight_through(x: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return `value`, whose gradient goes to x unchanged, or multiplied by `mask`.
+
+    The straight-through estimator: Bengio et al., 2013, https://arxiv.org/abs/1308.3432. All three tensors have the
+    same shape. `value` and `mask` receive no gradient.
+    """
+    return _StraightThrough.apply(x, value, mask)
 
 
 def _signs(x: Tensor) -> Tensor:
     return (x >= 0).to(x.dtype).mul_(2).sub_(1)
 
 
-class _Sign(torch.autograd.Function):
-    """Forward: +1 where x ≥ 0, else −1. Backward: the identity."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return _signs(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return grad
-
-
-class _ScaledSign(torch.autograd.Function):
-    """Forward: scale · sign(x). Backward: the identity in x."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor) -> Tensor:
-        return torch.where(x >= 0, scale, -scale)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-class _SignWithCut(torch.autograd.Function):
-    """Forward: +1 where x ≥ 0, else −1. Backward: the gradient passes where |x| ≤ 1 and is 0 elsewhere."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x.abs() <= 1)
-        return _signs(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        (inside,) = ctx.saved_tensors
-        return grad * inside
+def per_filter(values: Tensor, w: Tensor) -> Tensor:
+    """One value per filter, [C_out] -> [C_out, 1, ..., 1] with as many dimensions as w: broadcasts over the filters."""
+    return rearrange(values, "f -> f" + " 1" * (w.dim() - 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Weights. w is one layer's latent weight, of any shape; the result has the same shape.
+# Weights. w is the latent weight of one layer, [C_out, ...]; dimension 0 counts the filters. The result has its shape.
 
 
 def sign(w: Tensor) -> Tensor:
-    """Ŵ = sign W ∈ {−1, +1}, sign(0) = +1; ∂L/∂W := ∂L/∂Ŵ. BinaryConnect (Courbariaux et al., NeurIPS 2015)."""
-    return _Sign.apply(w)
+    """BinaryConnect: the sign of every weight.
+
+        Ŵ = +1 where W ≥ 0, else −1
+        ∂L/∂W := ∂L/∂Ŵ
+
+    Courbariaux et al., NeurIPS 2015, eq. 1, https://arxiv.org/abs/1511.00363
+    """
+    return straight_through(w, _signs(w))
 
 
 def dorefa(w: Tensor) -> Tensor:
-    """1-bit DoReFa: Ŵ = 2·round(A(W)) − 1 with A(W) = tanh W / (2 max|tanh W|) + ½; ∂L/∂W := ∂L/∂Ŵ.
+    """DoReFa-Net with 1-bit weights.
 
-    DoReFa-Net (Zhou et al., 2016), eq. 9 with k = 1. A maps the layer onto [0, 1] and keeps every sign, so rounding it
-    is nothing but the sign of W, and that is what is computed. What DoReFa adds to `sign` is in the gradient: its
-    W̃ = A(W) and D = 2 ∂A/∂W (see `pre_quantize` and `calibration`), which a gradient generator uses.
+        A(W) = tanh(W) / (2 max|tanh(W)|) + ½          the maximum is taken over the layer
+        Ŵ = 2 round(A(W)) − 1 = sign(W)
+        ∂L/∂W := ∂L/∂Ŵ
+
+    A maps the layer to [0, 1], and A(W) ≥ ½ exactly where W ≥ 0. So the rounded value is the sign, and the function
+    computes the sign. (At W = 0 the formula rounds ½; here the result is +1.) DoReFa differs from `sign` in its
+    gradient with respect to W, which is D ⊙ ĝ: see `calibration`.
+
+    Zhou et al., 2016, eq. 9, https://arxiv.org/abs/1606.06160
     """
-    return _Sign.apply(w)
+    return straight_through(w, _signs(w))
 
 
 def bwn_f(w: Tensor) -> Tensor:
-    """Ŵ = α_f · sign W with the scale α_f = mean|W| of each filter (dimension 0), held constant in the backward pass.
+    """Binary-Weight-Network: the sign, times one scale per filter.
 
-    Binary-Weight-Network (Rastegari et al., XNOR-Net, ECCV 2016), eq. 6; ∂L/∂W := ∂L/∂Ŵ.
+        α_f = mean|W_f|
+        Ŵ_f = α_f sign(W_f)
+        ∂L/∂W := ∂L/∂Ŵ
+
+    The backward pass treats α as a constant, and does not multiply the gradient by it.
+
+    Rastegari et al. (XNOR-Net), ECCV 2016, section 3.1, eq. 6, https://arxiv.org/abs/1603.05279
     """
-    scale = w.detach().abs().reshape(len(w), -1).mean(dim=1).view(-1, *[1] * (w.dim() - 1))
-    # The scale multiplies the *value* only: the product rule would also multiply the gradient by it.
-    return _ScaledSign.apply(w, scale)
-
-
-# Equal Bits (Li, Pintea, van Gemert, AAAI 2022): the share of +1 is prescribed, not learned.
-
-
-class _Ranked(torch.autograd.Function):
-    """Forward: of each row of w [rows, n], the `low` smallest become −1, the `high` largest +1, and those between 0.
-    Backward: the identity."""
-
-    @staticmethod
-    def forward(ctx, w: Tensor, low: int, high: int) -> Tensor:
-        # A selection costs a fifth of sorting. topk takes exactly as many as it is told, also among equal weights.
-        values, at = w.topk(w.shape[1] - low, sorted=False)
-        if values.shape[1] == high:
-            return torch.full_like(w, -1).scatter_(1, at, 1.0)
-        largest = at.gather(1, values.topk(high, sorted=False).indices)
-        return torch.full_like(w, -1).scatter_(1, at, 0.0).scatter_(1, largest, 1.0)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad, None, None
-
-
-def _floor(x: float) -> int:
-    """⌊x⌋ for an x that is a whole number but for rounding: (1 − 0.9)·10 is 0.9999999999999998."""
-    return math.floor(x + 1e-12 * max(1.0, x))
+    filters = rearrange(w.detach().abs(), "f ... -> f (...)")
+    scale = per_filter(filters.mean(dim=1), w)
+    return straight_through(w, torch.where(w >= 0, scale, -scale))
 
 
 def bihalf(w: Tensor, ratio: float = 0.5) -> Tensor:
-    """Per filter (dimension 0) the share `ratio` of largest weights becomes +1, the rest −1; ∂L/∂W := ∂L/∂Ŵ.
+    """Equal Bits: in every filter, the share `ratio` of the weights that are largest becomes +1, the rest −1.
 
-    Equal Bits, eqs. 4 to 7: the optimal transport of a filter's n latent weights onto a Bernoulli prior. In one
-    dimension transport keeps the order, so it is a matter of ranks: the n_minus = ⌊(1 − ratio)·n⌋ smallest become −1.
-    With ratio ½ (bi-half) the bits have the greatest entropy. Of equal weights any may be chosen, but exactly n_minus.
-    Raises ValueError for a ratio outside [0, 1].
+        Ŵ_f = −1 for the ⌊(1 − ratio) n⌋ smallest of the n weights of a filter, +1 for the others
+        ∂L/∂W := ∂L/∂Ŵ
+
+    This is the optimal transport of a filter's weights onto a Bernoulli distribution. In one dimension transport keeps
+    the order, so only the ranks of the weights matter. With ratio ½ (bi-half) the bits have the largest entropy.
+    Between equal weights the choice is arbitrary, but the counts are exact.
+
+    Raises ValueError if ratio is outside [0, 1].
+
+    Li et al., AAAI 2022, eqs. 4 to 7, https://arxiv.org/abs/2112.03406
     """
     if not 0 <= ratio <= 1:
-        raise ValueError(f"the ratio is a filter's share of +1, in [0, 1]; it is {ratio}")
-    rows = w.reshape(len(w), -1)
-    low = _floor((1 - ratio) * rows.shape[1])
-    return _Ranked.apply(rows, low, rows.shape[1] - low).view_as(w)
+        raise ValueError(f"ratio is the share of +1 in a filter and must be in [0, 1]; it is {ratio}")
+    n = w[0].numel()
+    minus = _floor((1 - ratio) * n)
+    return straight_through(w, _by_rank(w.detach(), minus=minus, plus=n - minus))
 
 
 def bihalf_prune(w: Tensor, prune: float) -> Tensor:
-    """Per filter (dimension 0) the share `prune` in the middle becomes 0, what is below −1, above +1; ∂L/∂W := ∂L/∂Ŵ.
+    """Equal Bits with pruning: in every filter, the share `prune` in the middle becomes 0.
 
-    Equal Bits, section "bi-half with pruning". Of n ranks 0 … n − 1: below i = ⌊(1 − prune)/2·n⌋ −1, from i to j − 1
-    with j = ⌊(1 + prune)/2·n⌋ 0, from j on +1. Raises ValueError for a prune outside [0, 1].
+        i = ⌊(1 − prune)/2 · n⌋,  j = ⌊(1 + prune)/2 · n⌋
+        Ŵ_f = −1 for the i smallest of the n weights of a filter, +1 for the n − j largest, 0 for the others
+        ∂L/∂W := ∂L/∂Ŵ
+
+    The products are rounded down exactly. The authors' code rounds them in floating point and can be one off.
+
+    Raises ValueError if prune is outside [0, 1].
+
+    Li et al., AAAI 2022, section on bi-half with pruning, https://arxiv.org/abs/2112.03406
     """
     if not 0 <= prune <= 1:
-        raise ValueError(f"prune is a filter's share of zeros, in [0, 1]; it is {prune}")
-    rows = w.reshape(len(w), -1)
-    n = rows.shape[1]
-    low, first_plus = _floor((1 - prune) / 2 * n), _floor((1 + prune) / 2 * n)
-    return _Ranked.apply(rows, low, n - first_plus).view_as(w)
+        raise ValueError(f"prune is the share of zeros in a filter and must be in [0, 1]; it is {prune}")
+    n = w[0].numel()
+    i, j = _floor((1 - prune) / 2 * n), _floor((1 + prune) / 2 * n)
+    return straight_through(w, _by_rank(w.detach(), minus=i, plus=n - j))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# ProxConnect++ (Lu, Yu, Li, Partovi Nia, NeurIPS 2023): a forward quantizer F, and a backward one B, so that the latent
-# weight w gets B(w) ⊙ ∂L/∂F(w).
+def _by_rank(w: Tensor, minus: int, plus: int) -> Tensor:
+    """In each filter the `minus` smallest weights become −1, the `plus` largest +1, and the others 0."""
+    filters = rearrange(w, "f ... -> f (...)")
+    # topk takes five times less time than sorting, and always returns exactly k elements, also among equal ones.
+    values, indices = filters.topk(filters.shape[1] - minus, sorted=False)
+    bits = torch.full_like(filters, -1)
+    if values.shape[1] == plus:
+        bits.scatter_(1, indices, 1.0)
+    else:
+        largest = indices.gather(1, values.topk(plus, sorted=False).indices)
+        bits.scatter_(1, indices, 0.0).scatter_(1, largest, 1.0)
+    return bits.view_as(w)
+
+
+def _floor(x: float) -> int:
+    """⌊x⌋, where x may be a whole number with a rounding error: (1 − 0.9) · 10 is 0.9999999999999998."""
+    return math.floor(x + 1e-12 * max(1.0, x))
+
+
+# ProxConnect++ (Lu et al., NeurIPS 2023, https://arxiv.org/abs/2402.17710) describes a method by two functions: the
+# forward quantizer F, with Ŵ = F(W), and the backward quantizer B, with ∂L/∂W := B(W) ⊙ ∂L/∂Ŵ.
+
+
+def linear_quantizer(w: Tensor, rho: float | Tensor) -> Tensor:
+    """ProxConnect: a piecewise linear function between the clipped identity (ρ = 0) and the sign (ρ ≥ 1).
+
+        F(w) = L_ρ(w) = sign(w) · min(1, |w| + ρ)
+        B(w) = 1
+
+    L_ρ is the proximal map of the distance to {−1, +1}. rho may be a 0-dimensional tensor.
+
+    Dockhorn et al., NeurIPS 2021, https://arxiv.org/abs/2110.13220
+    """
+    magnitude = (w.detach().abs() + rho).clamp_max_(1.0)
+    return straight_through(w, torch.where(w >= 0, magnitude, -magnitude))
+
+
+def sign_with_cut(w: Tensor) -> Tensor:
+    """BNN: the sign; large weights receive no gradient.
+
+        F(w) = sign(w)
+        B(w) = 1 where |w| ≤ 1, else 0
+
+    Hubara et al., NeurIPS 2016, https://arxiv.org/abs/1602.02830
+    """
+    return straight_through(w, _signs(w), mask=w.abs() <= 1)
+
+
+def sign_swish(x: Tensor, mu: float | Tensor) -> Tensor:
+    """BNN++: the sign-Swish, which approaches the sign as μ grows.
+
+        F(x) = SS_μ(x)  = 2σ(μx) (1 + μx (1 − σ(μx))) − 1
+        B(x) = SS′_μ(x) = μ (2 − μx tanh(μx/2)) / (1 + cosh(μx))
+
+    SS′ is negative for |μx| > 2.4: SS exceeds 1 there before it returns to 1. mu may be a 0-dimensional tensor.
+
+    Lu et al., NeurIPS 2023, https://arxiv.org/abs/2402.17710
+    """
+    return _SignSwish.apply(x, mu, False)
+
+
+def sign_with_swish_gradient(x: Tensor, mu: float | Tensor = 5.0) -> Tensor:
+    """BNN+: the sign, with the derivative of the sign-Swish as its gradient.
+
+        F(x) = sign(x)
+        B(x) = SS′_μ(x)          see `sign_swish`
+
+    Darabi et al., 2018, https://arxiv.org/abs/1812.11800
+    """
+    return _SignSwish.apply(x, mu, True)
 
 
 class _SignSwish(torch.autograd.Function):
-    """Forward: SS_μ(x), or sign x. Backward: times SS′_μ(x)."""
+    """Forward: SS_μ(x), or sign(x) if `hard`. Backward: multiplies by SS′_μ(x)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, mu, hard: bool) -> Tensor:
+    def forward(ctx, x: Tensor, mu: float | Tensor, hard: bool) -> Tensor:
         mu = torch.as_tensor(mu, dtype=x.dtype, device=x.device)
         ctx.save_for_backward(x, mu)
         if hard:
             return _signs(x)
-        z = (mu * x).clamp_(-1e3, 1e3)  # where both formulas are at their limits
+        z = (mu * x).clamp_(-1e3, 1e3)  # SS is constant beyond; without the clamp ∞ · 0 could occur
         t = torch.tanh(z / 2)  # 2σ(z) − 1
         return t + z * (1 - t * t) / 2
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         x, mu = ctx.saved_tensors
-        z = (mu * x).abs_().clamp_max_(1e3)  # SS′ is even
-        e = torch.exp(-z)  # 1 / (1 + cosh z) = 2e / (1 + e)², which never overflows
+        z = (mu * x).abs_().clamp_max_(1e3)  # SS′ is an even function
+        e = torch.exp(-z)  # 1 / (1 + cosh z) = 2e / (1 + e)², which cannot overflow
         return grad * (mu * (2 - z * torch.tanh(z / 2)) * 2 * e / (1 + e).square()), None, None
 
 
-def sign_swish(x: Tensor, mu: float | Tensor) -> Tensor:
-    """BNN++: F = SS_μ, B = SS′_μ, with SS_μ(x) = 2σ(μx)·(1 + μx(1 − σ(μx))) − 1, the sign-Swish, which tends to sign.
-
-    SS′_μ(x) = μ(2 − μx·tanh(μx/2)) / (1 + cosh μx). Past |μx| ≈ 2.4 it is negative: SS overshoots ±1 a little.
-    """
-    return _SignSwish.apply(x, mu, False)
-
-
-def sign_with_swish_gradient(x: Tensor, mu: float | Tensor = 5.0) -> Tensor:
-    """BNN+ (Darabi et al., 2018): F = sign, B = SS′_μ (see `sign_swish`)."""
-    return _SignSwish.apply(x, mu, True)
-
-
-def sign_with_cut(w: Tensor) -> Tensor:
-    """BNN (Hubara et al., NeurIPS 2016): F = sign, B = 1 where |w| ≤ 1, else 0."""
-    return _SignWithCut.apply(w)
-
-
-class _LinearQuantizer(torch.autograd.Function):
-    """Forward: L_ρ(w). Backward: the identity."""
-
-    @staticmethod
-    def forward(ctx, w: Tensor, rho) -> Tensor:
-        size = (w.abs() + rho).clamp_max_(1.0)
-        return torch.where(w >= 0, size, -size)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-def linear_quantizer(w: Tensor, rho: float | Tensor) -> Tensor:
-    """ProxConnect (Dockhorn et al., NeurIPS 2021): F = L_ρ, B = 1, with L_ρ(w) = sign(w)·min(1, |w| + ρ).
-
-    The proximal map of the distance to {−1, +1}, with equal horizontal and vertical shifts. Between the clipped
-    identity, ρ → 0, and sign, ρ ≥ 1.
-    """
-    return _LinearQuantizer.apply(w, rho)
-
-
 def identity(w: Tensor) -> Tensor:
-    """F = the identity, B = 1: full precision."""
+    """Full precision: F(w) = w, B(w) = 1."""
     return w
 
 
-# By name, as layers of models.py know them. What stands behind w (ratio, mu, …) is the layer's `options`.
+# The names that layers use (models.py). Arguments after w, such as ratio and mu, are the layer's `options`.
+# 'bwn' has no scale, as in FSG's code. MetaQuant's BWN multiplies the signs by mean|W| of the layer.
 WEIGHT_QUANTIZERS = {
-    **{"dorefa": dorefa, "bwn": sign, "bwn-f": bwn_f, "bihalf": bihalf, "bihalf-prune": bihalf_prune},
-    **{"bnn": sign_with_cut, "bnn+": sign_with_swish_gradient, "bnn++": sign_swish, "pc": linear_quantizer},
+    "dorefa": dorefa,
+    "bwn": sign,
+    "bwn-f": bwn_f,
+    "bihalf": bihalf,
+    "bihalf-prune": bihalf_prune,
+    "bnn": sign_with_cut,
+    "bnn+": sign_with_swish_gradient,
+    "bnn++": sign_swish,
+    "pc": linear_quantizer,
     "identity": identity,
 }
 
 
-def pre_quantize(w: Tensor, kind: str) -> Tensor:
-    """W̃ = A(W), the value that is rounded to a bit (MetaQuant, NeurIPS 2019, section 2.1).
+# ---------------------------------------------------------------------------------------------------------------------
+# What a gradient generator needs to know about a weight quantizer (MetaQuant, Chen et al., NeurIPS 2019, section 2.1,
+# https://papers.nips.cc/paper_files/paper/2019/hash/f8e59f4b2fe7c5705bf878bbd494ccdf-Abstract.html).
 
-    kind 'dorefa': tanh W / (2 max|tanh W|) + ½, in [0, 1], the maximum taken over the layer (½ everywhere if W is 0).
-    kind 'bwn' and 'bwn-f': W itself. Raises ValueError for another kind.
+
+@torch.no_grad()
+def pre_quantize(w: Tensor, kind: str) -> Tensor:
+    """W̃ = A(W), the value that Q rounds to a bit; same shape as w, no gradient.
+
+        kind 'dorefa'           A(W) = tanh(W) / (2 max|tanh(W)|) + ½, in [0, 1]; ½ everywhere if W = 0
+        kind 'bwn', 'bwn-f'     A(W) = W
+
+    w is the weight of one layer, over which the maximum is taken. For 'bwn' and 'bwn-f' the result shares its memory.
+    Raises ValueError for another kind.
     """
     if kind == "dorefa":
         t = torch.tanh(w)
         return t / (2 * t.abs().max().clamp_min(torch.finfo(w.dtype).tiny)) + 0.5
-    if kind in ("bwn", "bwn-f"):
-        return w
-    raise ValueError(f"no weight quantizer is called {kind!r}: use one of {', '.join(WEIGHT_QUANTIZERS)}")
+    _check_kind(kind)
+    return w.detach()
 
 
+@torch.no_grad()
 def calibration(w: Tensor, kind: str) -> Tensor:
-    """D = ∂Ŵ/∂W taken straight through the rounding, the layer's maximum held constant; same shape as w.
+    """D = ∂Ŵ/∂W with Q replaced by the identity; same shape as w, no gradient.
 
-    kind 'dorefa': (1 − tanh² W) / max|tanh W|. kind 'bwn' and 'bwn-f': 1. Raises ValueError for another kind.
+        kind 'dorefa'           D = 2 ∂A/∂W = (1 − tanh²(W)) / max|tanh(W)|, with the maximum held constant
+        kind 'bwn', 'bwn-f'     D = 1
+
+    w is the weight of one layer, over which the maximum is taken. Raises ValueError for another kind.
     """
     if kind == "dorefa":
         t = torch.tanh(w)
         return (1 - t.square()) / t.abs().max().clamp_min(torch.finfo(w.dtype).tiny)
-    if kind in ("bwn", "bwn-f"):
-        return torch.ones_like(w)
-    raise ValueError(f"no weight quantizer is called {kind!r}: use one of {', '.join(WEIGHT_QUANTIZERS)}")
+    _check_kind(kind)
+    return torch.ones_like(w)
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in ("bwn", "bwn-f"):
+        raise ValueError(f"gradients cannot be generated for the quantizer {kind!r}: use one of dorefa, bwn, bwn-f")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,38 +313,36 @@ def calibration(w: Tensor, kind: str) -> Tensor:
 
 
 def sign_activation(x: Tensor) -> Tensor:
-    """a = sign x ∈ {−1, +1}, sign(0) = +1; the gradient passes where |x| ≤ 1 (hard-tanh estimator).
+    """BNN: the sign of every activation, with the gradient of the hard tanh.
 
-    Binarized Neural Networks (Hubara et al., NeurIPS 2016), eq. 4. Mind what stands in front of it: after a ReLU every
-    input is ≥ 0, and every output +1.
+        a = +1 where x ≥ 0, else −1
+        ∂L/∂x := ∂L/∂a where |x| ≤ 1, else 0
+
+    After a ReLU every x is ≥ 0 and every a is +1: do not place a ReLU in front. In the code of Equal Bits the gradient
+    is also 0 at x = −1 and x = 1.
+
+    Hubara et al., NeurIPS 2016, eq. 4, https://arxiv.org/abs/1602.02830
     """
-    return _SignWithCut.apply(x)
-
-
-class _Step(torch.autograd.Function):
-    """Forward: 1 where y ≥ 0, else 0. Backward: the gradient passes where −ρ < y < 1 and is 0 elsewhere."""
-
-    @staticmethod
-    def forward(ctx, y: Tensor, rho: float) -> Tensor:
-        ctx.save_for_backward((y > -rho) & (y < 1))
-        return (y >= 0).to(y.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        (inside,) = ctx.saved_tensors
-        return grad * inside, None
+    return sign_with_cut(x)
 
 
 def step_activation(x: Tensor, theta: Tensor, delta: Tensor, rho: float) -> Tensor:
-    """a = 1 where y ≥ 0, else 0, with y = (x − θ)·Δ; the gradient passes where −ρ < y < 1.
+    """Si-BNN: activations 0 and 1, with a trainable threshold.
 
-    Si-BNN (Wang et al., AAAI 2020), eqs. 5 to 9. θ and Δ (broadcast against x, one number a channel) are trained: θ
-    moves the threshold, Δ the width of the window through which the gradient passes. The window is that of a ReLU
-    clipped at 1, of which the step is a 1-bit version; ρ in [0, 1] lets inputs just below the threshold learn too.
-    A channel that is 0 costs nothing at inference, hence "sparsity-inducing".
+        y = (x − θ) Δ
+        a = 1 where y ≥ 0, else 0
+        ∂L/∂y := ∂L/∂a where −ρ < y < 1, else 0
+
+    theta and delta have one element per channel and a shape that broadcasts with x. Both are trained: θ moves the
+    threshold, Δ the width of the window that the gradient passes. The window 0 < y < 1 is that of a ReLU clipped at 1;
+    with ρ in (0, 1] inputs slightly below the threshold receive a gradient too. The authors' code gives a = 0.5 at
+    y = 0.
+
+    Wang et al., AAAI 2020, eqs. 5 to 9, https://doi.org/10.1609/aaai.v34i07.6900
     """
-    return _Step.apply((x - theta) * delta, rho)
+    y = (x - theta) * delta
+    return straight_through(y, (y >= 0).to(y.dtype), mask=(y > -rho) & (y < 1))
 
 
-# By name. 'si' is `step_activation`, whose θ and Δ belong to a layer (models.py).
+# The names that layers use. 'si' is `step_activation`; θ and Δ are parameters of the layer (models.py).
 ACTIVATION_QUANTIZERS = {"none": identity, "sign": sign_activation, "si": step_activation}

@@ -1,19 +1,19 @@
-"""What every trainer needs and no paper is about: common flags, the run folder, checkpoints, resuming, progress.
+"""What all trainers share and no paper is about: common flags, devices and processes, checkpoints, metrics, progress.
 
-Copy this file with any train_*.py. A run writes a folder runs/NAME/:
+Needs no other file of this repository; copy it with any train_*.py. A run writes the folder runs/NAME/:
 
-    args.json     the flags it ran with
-    metrics.csv   one row an epoch (METRICS below)
-    last.pt       all that is needed to go on exactly where it stopped
-    best.pt       the model with the best test accuracy so far
+    args.json     the flags that the run used
+    metrics.csv   one row per epoch, with the columns METRICS below and the trainer's own
+    last.pt       the whole state of the run; --resume continues from it bit for bit
+    best.pt       the network with the best test accuracy so far
 
-Whatever happens at whatever moment, last.pt is whole: it is written to another file first, which then takes its name.
+A checkpoint is complete at any moment, even if the process is killed: it is written to a temporary file, which then
+replaces the old checkpoint.
 """
 
 import argparse
 import contextlib
 import csv
-import itertools
 import json
 import math
 import os
@@ -21,8 +21,8 @@ import shutil
 import signal
 import sys
 import time
+import uuid
 import warnings
-import weakref
 from pathlib import Path
 
 try:
@@ -34,120 +34,93 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 from torch.nn import functional as F
 
-METRICS = (
-    *("epoch", "step", "train_loss", "train_acc", "test_loss", "test_acc", "lr", "seconds", "images_per_s"),
-    *("flip_ratio", "plus_ratio"),  # share of binary weights that changed sign in the epoch; share that are +1
-)
-NEVER = 2**62  # a step that does not come
-console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)  # names may hold [ ] and : :
-
-# What may be given anew with --resume; everything else would make it another run.
-MAY_CHANGE = {
-    *("epochs", "limit_steps", "lr", "schedule", "milestones", "data_dir", "workers", "device", "compile"),
-    *("accumulate", "save_every", "out", "name", "resume", "eval_only", "pretrained"),
-}
+console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)  # a name may contain [ ] and :x:
 
 
 class RunError(Exception):
-    """The run cannot start or go on; the message is one sentence that says why and what to do."""
+    """The run cannot start or continue. The message is one sentence that says why and what to do."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Flags.
 
+# The flags that may change when a run is resumed. A change of any other flag would make it a different run.
+MAY_CHANGE = {
+    *("epochs", "limit_steps", "lr", "schedule", "milestones", "data_dir", "workers", "device", "compile"),
+    *("accumulate", "save_every", "out", "name", "resume", "eval_only", "pretrained"),
+}
+SMALLEST = {"epochs": 1, "batch_size": 2, "limit_steps": 1, "image_size": 8, "accumulate": 1}  # 0 for the flags below
+NOT_NEGATIVE = ("workers", "seed", "save_every", "weight_decay", "lr", "lr_fast", "lr_slow")
+
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Help that leaves the description's lines as they are, and says where a default depends on other flags."""
+    """Help that keeps the description's line breaks and adds the default of each flag that has one."""
+
+    def _get_help_string(self, action) -> str:
+        has_default = action.default not in (None, argparse.SUPPRESS) and action.nargs != 0
+        return action.help + " (default: %(default)s)" * (has_default and "default" not in action.help)
 
     def _expand_help(self, action) -> str:
-        return super()._expand_help(action).replace("(default: None)", "(default: by other flags, see the file)")
+        return super()._expand_help(action).replace("(default: None)", "(default: depends on the other flags)")
 
 
 def common_flags(script: str, description: str, **defaults) -> argparse.ArgumentParser:
-    """A parser with the flags that all trainers share; a trainer adds its paper's own.
+    """A parser with the flags that all trainers share. A trainer adds the flags of its paper.
 
-    script: the trainer's file name. defaults: the paper's values for these flags, by name.
+    script: the trainer's file name. defaults: the paper's values of these flags, by name; None if a value depends on
+    other flags.
     """
     parser = argparse.ArgumentParser(script, description=description, formatter_class=Help, allow_abbrev=False)
-    data = parser.add_argument_group("data and network")
-    data.add_argument("--arch", default="resnet20", help="network, see models.ARCHS (default: %(default)s)")
-    data.add_argument(
-        "--dataset",
-        default="cifar10",
-        choices=["cifar10", "cifar100", "mnist", "digits", "imagenet", "folder"],
-        help="cifar10, cifar100, mnist: downloaded; digits: comes with scikit-learn; "
-        "folder: DATA_DIR/train/CLASS/*.png and DATA_DIR/test/CLASS/* (default: %(default)s)",
-    )
-    data.add_argument(
-        "--data-dir", default="data", help="where the images are or are downloaded to (default: %(default)s)"
-    )
-    data.add_argument("--image-size", type=int, help="pixels a side (default: the images' own; large ones 224)")
-    data.add_argument("--no-crop", action="store_true", help="no random crops of the training images (up to 96 pixels)")
-    data.add_argument("--no-flip", action="store_true", help="no mirroring of the training images")
-    data.add_argument(
-        "--workers", type=int, default=8, help="processes that decode large images (default: %(default)s)"
-    )
-    training = parser.add_argument_group("training")
-    training.add_argument(
-        "--epochs", type=int, default=100, help="passes over the training images (default: %(default)s)"
-    )
-    training.add_argument("--limit-steps", type=int, help="train so many steps at most")
-    training.add_argument("--batch-size", type=int, default=128, help="images a step (default: %(default)s)")
-    training.add_argument(
-        "--accumulate",
-        type=int,
-        default=1,
-        metavar="N",
-        help="compute each batch in N parts, one after another: the same step in less memory (default: %(default)s)",
-    )
-    training.add_argument(
-        "--opt", default="adam", choices=["adam", "sgd", "sgdm"], help="sgdm: momentum 0.9 (default: %(default)s)"
-    )
-    training.add_argument("--lr", type=float, help="learning rate (default: %(default)s)")
-    training.add_argument("--weight-decay", type=float, default=0.0, help="L2 (default: %(default)s)")
-    training.add_argument(
-        "--schedule",
-        default="step",
-        choices=["step", "cosine", "none"],
-        help="of --lr over all steps; step: by --milestones (default: %(default)s)",
-    )
-    training.add_argument(
-        "--milestones",
-        type=int,
-        nargs="*",
-        default=[30, 60, 90],
-        help="epochs at which lr /= 10 (default: %(default)s)",
-    )
-    training.add_argument(
-        "--seed", type=int, default=0, help="of weights, order and augmentation (default: %(default)s)"
-    )
-    training.add_argument("--pretrained", metavar="FILE", help="start from this checkpoint's weights")
-    machine = parser.add_argument_group("machine and run")
-    machine.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
-    machine.add_argument("--amp", action="store_true", help="the network's forward pass in bfloat16")
-    machine.add_argument("--compile", action="store_true", help="torch.compile the network")
-    machine.add_argument(
-        "--save-every",
-        type=float,
-        default=10.0,
-        metavar="MINUTES",
-        help="checkpoint within an epoch too, so often (default: %(default)s)",
-    )
-    machine.add_argument("--out", default="runs", help="folder of the run folders (default: runs)")
-    machine.add_argument("--name", help="name of the run (default: made from the flags)")
-    machine.add_argument("--resume", metavar="RUN", help="go on with this run (its folder), with its flags")
-    machine.add_argument("--eval-only", action="store_true", help="test the --resume or --pretrained model, and stop")
+    add = parser.add_argument_group("data and network").add_argument
+    datasets = ["cifar10", "cifar100", "mnist", "digits", "imagenet", "folder"]
+    folder = "cifar and mnist are downloaded; folder: DATA_DIR/train/CLASS/*.png and DATA_DIR/test/CLASS/*.png"
+    add("--arch", default="resnet20", help="the network, one of models.ARCHS")
+    add("--dataset", default="cifar10", choices=datasets, help=folder)
+    add("--data-dir", default="data", help="the folder with the images, or to download them to")
+    add("--image-size", type=int, help="width and height in pixels (default: the images' own; 224 for large images)")
+    add("--no-crop", action="store_true", help="no random crops of training images (images of up to 96 pixels)")
+    add("--no-flip", action="store_true", help="no horizontal flips of training images")
+    add("--workers", type=int, default=8, help="number of processes that decode large images")
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=int, default=100, help="passes over the training images (default: %(default)s)")
+    add("--limit-steps", type=int, help="stop after this many steps (default: no limit)")
+    add("--batch-size", type=int, default=128, help="images per step, over all processes (default: %(default)s)")
+    add("--accumulate", type=int, default=1, metavar="N", help="split each batch into N micro-batches to save memory")
+    add("--opt", default="adam", choices=["adam", "sgd", "sgdm"], help="sgdm: momentum 0.9 (default: %(default)s)")
+    add("--lr", type=float, help="learning rate at the start (default: %(default)s)")
+    betas = "adam: decay per step of its averages of the gradient and of its square (default: 0.9 0.999)"
+    add("--betas", type=float, nargs=2, metavar=("B1", "B2"), help=betas)
+    add("--weight-decay", type=float, default=0.0, help="L2 penalty (default: %(default)s)")
+    schedules = "step: divide by 10 at each milestone; cosine: decay to 0 over all steps (default: %(default)s)"
+    add("--schedule", default="step", choices=["step", "cosine", "none"], help=schedules)
+    milestones = "epochs at which --schedule step divides the learning rate (default: %(default)s)"
+    add("--milestones", type=int, nargs="*", default=[30, 60, 90], help=milestones)
+    add("--seed", type=int, default=0, help="seed of the weights, the order of the images and the augmentation")
+    add("--pretrained", metavar="FILE", help="start from the weights of this checkpoint")
+    add = parser.add_argument_group("machine and run").add_argument
+    add("--device", default="auto", help="cpu, cuda, cuda:1, … (default: cuda if there is a GPU, else cpu)")
+    add("--amp", action="store_true", help="run the network's forward pass in bfloat16")
+    add("--compile", action="store_true", help="compile the network with torch.compile")
+    add("--save-every", type=float, default=10.0, metavar="MINUTES", help="time between checkpoints within an epoch")
+    add("--out", default="runs", help="the folder in which run folders are made")
+    add("--name", help="name of the run and its folder (default: made from the flags)")
+    add("--resume", metavar="RUN", help="continue the run in this folder, with the flags that it was started with")
+    add("--eval-only", action="store_true", help="test the network of --resume or --pretrained, do not train")
     parser.set_defaults(script=script, **defaults)
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
-    """The flags, and the checkpoint to resume from (or None).
+def option(name: str) -> str:
+    """The flag as it is typed: option("batch_size") is "--batch-size"."""
+    return "--" + name.replace("_", "-")
 
-    With --resume the run's own flags are the defaults, of which MAY_CHANGE may be given anew (--epochs 200).
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
+    """The flags, and the checkpoint to resume from, or None.
+
+    With --resume, the flags in the checkpoint are the defaults; those in MAY_CHANGE may be given again (--epochs 200).
     """
     args = parser.parse_args(argv)
     checkpoint = None
@@ -156,44 +129,73 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
         path = path / "last.pt" if path.is_dir() else path
         checkpoint = load(path)
         if "args" not in checkpoint or ("optimizer" not in checkpoint and not args.eval_only):
-            raise RunError(f"{path} is no whole run, which could go on: resume last.pt, or use --pretrained {path}")
+            raise RunError(f"{path} is not the checkpoint of a whole run: resume last.pt, or use --pretrained {path}")
         before = checkpoint["args"]
         script = before.get("script", args.script)
         if script != args.script:
-            raise RunError(f"{path} is a run of {script}: go on with it, or test it, with python {script}")
+            raise RunError(f"{path} is a run of {script}: resume or test it with python {script}")
         parser.set_defaults(**before)
         args = parser.parse_args(argv)
         args.name, args.out = path.parent.name, str(path.parent.parent)
         for name, value in vars(args).items():
             if name not in MAY_CHANGE and value != before.get(name, value):
                 raise RunError(
-                    f"--{name.replace('_', '-')} cannot change within a run (it was {before[name]}): leave it out, or "
-                    f"start another run from these weights with --pretrained {path.parent / 'best.pt'}"
+                    f"{option(name)} cannot change within a run (it was {before[name]}): leave it out, or start "
+                    f"another run from these weights with --pretrained {path.parent / 'best.pt'}"
                 )
-    least = {"epochs": 1, "batch_size": 2, "limit_steps": 1, "image_size": 8, "accumulate": 1}
-    for name in (*least, "workers", "seed", "save_every", "weight_decay", "lr", "lr_fast", "lr_slow"):
-        value = getattr(args, name, None)
-        most = 1e30 if isinstance(value, float) else 2**63 - 1
-        if value is not None and not least.get(name, 0) <= value <= most:
-            raise RunError(f"--{name.replace('_', '-')} must be a number from {least.get(name, 0)} on; it is {value}")
+    for name in (*SMALLEST, *NOT_NEGATIVE):
+        value, smallest = getattr(args, name, None), SMALLEST.get(name, 0)
+        largest = 1e30 if isinstance(value, float) else 2**63 - 1
+        if value is not None and not smallest <= value <= largest:
+            raise RunError(f"{option(name)} must be a number from {smallest} on; it is {value}")
+    only_for(args, "opt", {"betas": ("adam",)})
+    fill(args, betas=[0.9, 0.999])
+    if not all(0 <= beta < 1 for beta in getattr(args, "betas", ())):
+        raise RunError(f"--betas must be at least 0 and below 1; they are {args.betas}")
     if args.eval_only and not (args.resume or args.pretrained):
-        raise RunError("--eval-only needs a model to test: give --resume runs/NAME or --pretrained runs/NAME/best.pt")
+        raise RunError("--eval-only needs a network to test: give --resume runs/NAME or --pretrained runs/NAME/best.pt")
     return args, checkpoint
 
 
+def only_for(args: argparse.Namespace, choice: str, flags: dict[str, tuple[str, ...]]) -> None:
+    """Refuse the flags that the chosen method does not have, and remove them from `args`.
+
+    choice: the flag that chooses, such as "method". flags: for each flag the values of `choice` that have it.
+    These flags have the argparse default None, or False. Raises RunError if one is given to a method without it.
+    """
+    chosen = getattr(args, choice, None)
+    for name, owners in flags.items():
+        if chosen in owners or name not in args:
+            continue
+        value = getattr(args, name)
+        if value is not None and value is not False:
+            raise RunError(
+                f"{option(name)} is for {option(choice)} {' or '.join(owners)}: leave it out with "
+                f"{option(choice)} {chosen}"
+            )
+        delattr(args, name)
+
+
+def fill(args: argparse.Namespace, **defaults) -> None:
+    """Set the flags of `args` that are None to these defaults. A flag that only_for() removed stays removed."""
+    for name, value in defaults.items():
+        if name in args and getattr(args, name) is None:
+            setattr(args, name, value)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Set-up.
+# Device and processes.
 
 
 def pick_device(name: str) -> torch.device:
-    """'auto' is the first CUDA device, or the CPU. Started by torchrun, each process takes the GPU of its number."""
+    """The device that --device names; "auto" is the GPU if there is one. torchrun's processes take one GPU each."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         if device.type == "cuda" and "LOCAL_RANK" in os.environ:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()
-        torch.backends.cudnn.deterministic = True  # so that a resumed run is the same run
+        torch.backends.cudnn.deterministic = True  # a resumed run must equal an uninterrupted one
     except (RuntimeError, AssertionError, ImportError) as e:
         reason = str(e).splitlines()[0][:100]
         raise RunError(f"--device {name} cannot be used here ({reason}): try --device cpu") from None
@@ -201,79 +203,106 @@ def pick_device(name: str) -> torch.device:
 
 
 def start_processes(device: torch.device) -> tuple[int, int]:
-    """Meet the other processes that torchrun has started, if it has: this one's rank, and how many there are.
-
-    Rank 0 alone speaks, and writes files.
-    """
+    """Join the process group if torchrun started this process: (rank, world_size). Only rank 0 prints and writes."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        # gloo too on GPUs: what the processes say to each other on the host need not wait for the device.
+        # gloo also on GPU machines: the small messages between the hosts need not wait for the devices.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     console.quiet = rank() > 0
-    return rank(), processes()
+    return rank(), world_size()
 
 
 def end_processes() -> None:
-    """All processes have come to the end: none may go while another one still talks to it."""
-    if processes() > 1:
+    """Leave the process group, after all processes have arrived here."""
+    if world_size() > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
 def rank() -> int:
-    return dist.get_rank() if processes() > 1 else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
-def processes() -> int:
+def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def total(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of all processes' tensors, in place."""
-    if processes() > 1:
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum the tensor over all processes, in place."""
+    if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def parallel(net: torch.nn.Module, args, device: torch.device) -> torch.nn.Module:
-    """What the training step calls: the network, compiled with --compile, its gradients averaged over the processes.
+def any_process(*facts) -> list[bool]:
+    """For each fact, whether it is true in any process. All processes must leave the training loop at the same step."""
+    if world_size() == 1:
+        return [bool(fact) for fact in facts]
+    return [count > 0 for count in all_reduce_sum(torch.tensor([int(bool(fact)) for fact in facts])).tolist()]
 
-    On GPUs BatchNorm then normalises by the statistics of the whole batch, on CPUs each process by those of its part.
+
+def on_rank_0(write, *arguments) -> None:
+    """Call write(*arguments) in rank 0 only. If it raises RunError, all processes do."""
+    error = None
+    try:
+        if rank() == 0:
+            write(*arguments)
+    except RunError as e:
+        error = e
+    if any_process(error)[0]:
+        raise error or RunError("the first process could not write")
+
+
+def parallel(net: torch.nn.Module, args, device: torch.device) -> torch.nn.Module:
+    """The network as the training step calls it: compiled with --compile, gradients averaged over the processes.
+
+    On GPUs BatchNorm uses the statistics of the whole batch, on CPUs those of each process's images.
     """
-    if processes() > 1 and device.type == "cuda":
+    if world_size() > 1 and device.type == "cuda":
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    # CUDA graphs, which spare the launch of each kernel, hold one step's gradients until the next step begins: these
-    # must not be added to, nor waited for by other processes.
-    graphs = device.type == "cuda" and processes() == args.accumulate == 1
+    # CUDA graphs save the launch of each kernel, but they overwrite the gradients of the last call. This rules out
+    # micro-batches, which accumulate gradients, and other processes, which wait for them.
+    graphs = device.type == "cuda" and world_size() == args.accumulate == 1
     model = torch.compile(net, mode="reduce-overhead" if graphs else "default") if args.compile else net
-    if processes() > 1:
-        with warnings.catch_warnings():  # that the argument has another name since torch 2.13
+    if world_size() > 1:
+        with warnings.catch_warnings():  # torch 2.13 renamed an argument
             warnings.simplefilter("ignore", FutureWarning)
             model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     return model
 
 
-def parts(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, accumulate: int):
-    """A batch in so many parts (--accumulate): of each its images, its labels, and its share of the batch.
+def micro_batches(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, count: int):
+    """Split a batch into `count` micro-batches; yield (images, labels, fraction of the batch) of each.
 
-    Between processes gradients are averaged once, after the last part.
+    Weight each loss by the fraction. The gradients are averaged over the processes once, after the last micro-batch.
     """
-    count = max(1, min(accumulate, len(labels) // 2))  # BatchNorm can make nothing of a single image
-    pieces = list(zip(images.tensor_split(count), labels.tensor_split(count), strict=True))
-    for i, (x, y) in enumerate(pieces, 1):
-        alone = processes() == 1 or i == len(pieces)
-        with contextlib.nullcontext() if alone else model.no_sync():
+    count = max(1, min(count, len(labels) // 2))  # BatchNorm needs two images
+    chunks = list(zip(images.tensor_split(count), labels.tensor_split(count), strict=True))
+    for i, (x, y) in enumerate(chunks, 1):
+        with model.no_sync() if world_size() > 1 and i < len(chunks) else contextlib.nullcontext():
             yield x, y, len(y) / len(labels)
 
 
+def average_batchnorm(model: torch.nn.Module) -> None:
+    """Average BatchNorm's running statistics over the processes, each of which has seen other images."""
+    for m in model.modules() if world_size() > 1 else []:
+        if isinstance(m, torch.nn.modules.batchnorm._BatchNorm):
+            for statistic in (m.running_mean, m.running_var):
+                all_reduce_sum(statistic).div_(world_size())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer and signals.
+
+
 def make_optimizer(params, args) -> torch.optim.Optimizer:
-    """The main network's optimizer, by --opt, --lr and --weight-decay."""
+    """The network's optimizer, from --opt, --lr and --weight-decay."""
     if args.opt == "adam":
-        return torch.optim.Adam(params, args.lr, weight_decay=args.weight_decay)
+        return torch.optim.Adam(params, args.lr, betas=tuple(args.betas), weight_decay=args.weight_decay)
     return torch.optim.SGD(params, args.lr, momentum=0.9 if args.opt == "sgdm" else 0.0, weight_decay=args.weight_decay)
 
 
 def learning_rate(args, epoch: int, step: int, total_steps: int) -> float:
-    """--schedule: 'step' divides by 10 at each of the milestones (epochs); 'cosine' falls to 0 over all steps."""
+    """--schedule step divides --lr by 10 at each milestone (an epoch); cosine lets it decay to 0 over all steps."""
     if args.schedule == "step":
         return args.lr * 0.1 ** sum(epoch >= m for m in args.milestones)
     if args.schedule == "cosine":
@@ -282,8 +311,8 @@ def learning_rate(args, epoch: int, step: int, total_steps: int) -> float:
 
 
 class Interrupt:
-    """Within `with Interrupt() as interrupt`, Ctrl-C and SIGTERM ask the loop to stop after the step in hand
-    (`if interrupt: …`). A second one stops at once."""
+    """Within `with Interrupt() as interrupt`, Ctrl-C and SIGTERM only make `interrupt` true, so that the loop can save
+    and stop after the current step. A second signal stops at once."""
 
     def __enter__(self):
         self.signal = None
@@ -295,7 +324,8 @@ class Interrupt:
             signal.signal(which, handler)
 
     def _ask(self, which, frame):
-        if self.signal is not None and processes() == 1:  # torchrun passes on what the terminal has sent already
+        # With several processes a second signal is normal: the terminal sends one, and torchrun sends it again.
+        if self.signal is not None and world_size() == 1:
             raise KeyboardInterrupt
         self.signal = which
 
@@ -304,99 +334,92 @@ class Interrupt:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: dictionaries of tensors, numbers, strings, lists and dictionaries, so they load with weights_only=True.
+# Checkpoints: dictionaries of tensors, numbers, strings, lists and dictionaries, which load with weights_only=True.
 
 
 @contextlib.contextmanager
 def replacing(path: Path, mode: str = "w"):
-    """A file to write to, which takes the place of `path` when it is done: at any moment that is the old one or the new
-    one, whole. Raises RunError where it cannot be written; `path` is then as it was."""
-    temporary = path.with_suffix(".tmp")
+    """Open a temporary file, and let it replace `path` at the end: readers see the old file or the new one, complete.
+
+    mode: "w" or "wb". Every writer has its own temporary file. Raises RunError if it cannot be written; `path` then
+    stays as it was.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(temporary, mode, newline=None if "b" in mode else "") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
         temporary.replace(path)
-    except (OSError, RuntimeError) as e:  # of a full disk torch.save only says that it is at an "unexpected pos"
+    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
         reason = str(e).splitlines()[0]
         with contextlib.suppress(OSError):
             reason += f"; {shutil.disk_usage(path.parent).free >> 20:,} MB are free"
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         kept = "the one before it is untouched" if os.path.exists(path) else "there was none before it"
         raise RunError(
             f"{path} could not be written ({reason}): make room there, or make it writable; {kept}"
         ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # there is none if it has replaced `path`
 
 
-def save(path: Path, state: dict) -> None:
-    """Write a checkpoint. Raises RunError where it cannot be written."""
+def save(path: Path, checkpoint: dict) -> None:
+    """Write a checkpoint. Raises RunError if it cannot be written."""
     with replacing(path, "wb") as f:
-        torch.save(state, f)
+        torch.save(checkpoint, f)
 
 
 def load(path: Path | str) -> dict:
-    """Read a checkpoint. Raises RunError where there is none or it is damaged."""
+    """Read a checkpoint. Raises RunError if there is none or if it is damaged."""
     if not Path(path).is_file():
         raise RunError(f"there is no checkpoint at {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # a truncated or foreign file shows as many kinds: RuntimeError, EOFError, UnpicklingError…
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # a damaged file raises many types: RuntimeError, EOFError, UnpicklingError, …
         reason = str(e).strip().splitlines()[0][:100] if str(e).strip() else type(e).__name__
         raise RunError(f"the checkpoint {path} is damaged or not a checkpoint ({reason}): use another one") from None
-    if not isinstance(state, dict):
-        raise RunError(f"{path} is not a checkpoint: it holds a {type(state).__name__}")
-    return state
+    if not isinstance(checkpoint, dict):
+        raise RunError(f"{path} is not a checkpoint: it holds a {type(checkpoint).__name__}")
+    return checkpoint
 
 
-def load_weights(model: torch.nn.Module, args, resumed: dict | None, may_lack: tuple[str, ...] = ()) -> None:
-    """The weights that the run starts or goes on from: --resume's, --pretrained's, or the model's own.
+def load_weights(net: torch.nn.Module, args, checkpoint: dict | None, may_lack: tuple[str, ...] = ()) -> None:
+    """Load the weights of --resume or --pretrained into the network. Without either it keeps its own.
 
-    may_lack: endings of parameters that a --pretrained network of another kind need not have.
+    checkpoint: what parse() returned. may_lack: endings of the names of parameters that a --pretrained file may lack.
     """
-    if resumed:
-        load_model(model, resumed["model"], args.resume)
-    elif args.pretrained:
-        load_pretrained(model, args.pretrained, args, may_lack)
-
-
-def load_pretrained(model: torch.nn.Module, path: str, args, may_lack: tuple[str, ...]) -> None:
-    """Start from the weights in a checkpoint of ours or in a plain state dict."""
-    checkpoint = load(path)
+    if checkpoint or not args.pretrained:
+        return load_model(net, checkpoint["model"], args.resume) if checkpoint else None
+    path, checkpoint = args.pretrained, load(args.pretrained)
     theirs = checkpoint.get("args", {})
-    if theirs.get("arch", args.arch) != args.arch:
+    arch = theirs.get("arch", args.arch)
+    if arch != args.arch:
         raise RunError(
-            f"--pretrained {path} holds a {theirs['arch']}, not a {args.arch}: use --arch {theirs['arch']} or another "
-            "checkpoint"
+            f"--pretrained {path} holds a {arch}, not a {args.arch}: use --arch {arch} or another checkpoint"
         )
-    if args.eval_only:  # training may start from other weights, but a test must be of the network that was trained
+    weights = checkpoint.get("model", checkpoint)  # a file without "model" is a plain state dict
+    if args.eval_only:  # training may start from any weights, but a test must be of the network that was trained
         for name in ("script", "quantizer", "method", "act", "binarize_all", "ratio", "prune", "rho"):
             if theirs.get(name, getattr(args, name, None)) != getattr(args, name, None):
                 raise RunError(
                     f"{path} was trained with {name} {theirs[name]}: test it with --eval-only --resume {path}, which "
                     "takes its flags too"
                 )
-    state = checkpoint.get("model", checkpoint)
-    if not args.eval_only and isinstance(state, dict):
-        state = {name: own for name, own in model.state_dict().items() if name.endswith(may_lack)} | state
-    load_model(model, state, path)
+    elif isinstance(weights, dict):
+        weights = {name: own for name, own in net.state_dict().items() if name.endswith(may_lack)} | weights
+    load_model(net, weights, path)
 
 
-def load_model(model: torch.nn.Module, state: dict, path: Path | str) -> None:
-    """model.load_state_dict, with a sentence instead of a list of mismatches."""
+def load_model(net: torch.nn.Module, weights: dict, path: Path | str) -> None:
+    """net.load_state_dict(weights), with the first mismatch in a RunError of one sentence. path: for the sentence."""
     try:
-        model.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError):
-        ours = model.state_dict()
-        for name in sorted(ours.keys() | state.keys()):
-            a, b = (tuple(d[name].shape) if name in d and hasattr(d[name], "shape") else None for d in (state, ours))
-            if a != b:
-                there, here = ("nothing" if shape is None else f"the shape {list(shape)}" for shape in (a, b))
-                raise RunError(
-                    f"{path} is of another network or number of classes: {name} has {there} there and {here} here"
-                ) from None
-        raise
+        net.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as e:
+        reason = str(e).strip().split("\n")[-1].strip()[:200]
+        raise RunError(
+            f"{path} is of another network or number of classes ({reason}): use another checkpoint"
+        ) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -405,23 +428,177 @@ def load_model(model: torch.nn.Module, state: dict, path: Path | str) -> None:
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, batches, device: torch.device, amp: bool) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy (0 to 1) over a data set's batches."""
+    """The mean cross-entropy and the accuracy (0 to 1) over the batches of a data set."""
     model.eval()
-    totals = torch.zeros(2, dtype=torch.float64, device=device)  # Σ loss, correct
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, correct
     for images, labels in batches.epoch():
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             logits = model(images)
         loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-        totals += torch.stack([loss, (logits.argmax(1) == labels).sum()])
+        sums += torch.stack([loss, (logits.argmax(1) == labels).sum()])
     model.train()
-    loss, correct = (total(totals) / batches.size).tolist()
-    return loss, correct
+    loss, accuracy = (all_reduce_sum(sums) / batches.size).tolist()
+    return loss, accuracy
 
 
 def report(loss: float, accuracy: float, count: int) -> int:
-    """What --eval-only prints; the exit code."""
+    """Print the result of --eval-only. Returns the exit code."""
     console.print(f"test loss {loss:.4f}, test accuracy {100 * accuracy:.2f} % over {count:,} images")
     return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run folder.
+
+
+def open_folder(folder: Path, reuse: bool, resumed: bool) -> tuple[Path, int | None]:
+    """Make and lock the run folder, and delete the temporary files of killed processes: (folder, lock).
+
+    reuse: use this folder (--name); otherwise the first of NAME, NAME-2, NAME-3, … that does not exist.
+    Raises RunError if it cannot be written, if another process uses it, or if it holds a run and this one is new.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        name, number = folder.name, 1
+        while not reuse:
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                break
+            number += 1
+            folder = folder.with_name(f"{name}-{number}")
+        folder.mkdir(exist_ok=True)
+        lock = lock_folder(folder)
+        if not resumed and any((folder / file).exists() for file in ("last.pt", "best.pt")):
+            unlock(lock)
+            resume = f"resume it (--resume {folder}), or " if (folder / "last.pt").exists() else ""
+            raise RunError(f"{folder} holds a run already: {resume}choose another --name")
+        for file in ("args.json", "metrics.csv", "last.pt", "best.pt"):
+            for temporary in folder.glob(f"{file}.*.tmp"):
+                temporary.unlink()
+    except OSError as e:
+        raise RunError(f"the run folder {folder} cannot be written ({e}): choose another --out") from None
+    return folder, lock
+
+
+def lock_folder(folder: Path) -> int | None:
+    """Lock the folder for this process. The system releases the lock when the process ends, even if it is killed."""
+    if fcntl is None:
+        return None
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise RunError(f"another process trains in {folder}: wait for it, or choose another --name") from None
+    except OSError:  # a file system without locks
+        pass
+    return lock
+
+
+def unlock(lock: int | None) -> None:
+    if lock is not None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_UN)  # os.close() alone does not, while DataLoader workers hold copies
+        os.close(lock)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics and progress. A row of metrics is a dictionary: METRICS and the trainer's own columns.
+
+METRICS = (
+    *("epoch", "step", "train_loss", "train_acc", "test_loss", "test_acc", "lr", "seconds", "images_per_s"),
+    "flip_ratio",  # fraction of the binary weights that changed sign in the epoch
+    "plus_ratio",  # fraction of the binary weights that are +1
+)
+
+
+def write_metrics(folder: Path, rows: list[dict]) -> None:
+    columns = dict.fromkeys((*METRICS, *(column for row in rows for column in row)))
+    with replacing(folder / "metrics.csv") as f:
+        writer = csv.DictWriter(f, columns)
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def print_metrics(row: dict, heading: bool) -> None:
+    """Print one row, but not the columns of single layers, such as zeros/layer1.0.conv1."""
+    shown = {name: value for name, value in row.items() if "/" not in name}
+    if heading:
+        console.print("  ".join(f"{name:>7}" for name in shown))
+    cells = (f"{value:.0f}" if value >= 1000 or isinstance(value, int) else f"{value:.4g}" for value in shown.values())
+    console.print("  ".join(f"{cell:>{max(7, len(name))}}" for name, cell in zip(shown, cells, strict=True)))
+
+
+class Bar(Progress):
+    """The live line: epoch, progress, loss, accuracy, images per second, time left. Hidden if the output is a file."""
+
+    def __init__(self, total_steps: int, step: int):
+        metrics = "loss {task.fields[loss]:.4f}  acc {task.fields[acc]:.2%}  {task.fields[speed]:,.0f} img/s"
+        before, after = TextColumn("{task.description}"), TextColumn("left")
+        columns = (before, BarColumn(bar_width=20), TextColumn(metrics), TimeElapsedColumn(), after)
+        hidden = rank() > 0 or not console.is_terminal
+        super().__init__(*columns, TimeRemainingColumn(), console=console, transient=True, disable=hidden)
+        self.add_task("", total=total_steps, completed=step, loss=math.nan, acc=0.0, speed=0.0)
+        self.next = 0.0
+
+    def due(self) -> bool:
+        """True twice a second. To read a number from a GPU the host must wait for it, so not every step does that."""
+        return time.perf_counter() >= self.next
+
+    def show(self, description: str, step: int, **fields: float) -> None:
+        self.next = time.perf_counter() + 0.5
+        self.update(self.task_ids[0], description=description, completed=step, refresh=True, **fields)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finite checks.
+
+
+class FiniteCheck:
+    """Finds the first loss, gradient or weight that is NaN or infinite.
+
+    watch() is called in every step and leaves its findings on the device. check() reads them and waits for the device
+    to do so; it is called only now and then.
+    """
+
+    NEVER = 2**62
+
+    def __init__(self, net: torch.nn.Module, generator, device: torch.device):
+        self.names, self.weights = zip(*net.named_parameters(), strict=True)
+        self.phi = list(generator.named_parameters()) if generator else []  # the hypernetworks' parameters
+        # The first step in which the loss (element 0) or each weight's gradient was not finite.
+        self.first = torch.full((1 + len(self.names),), self.NEVER, device=device)
+
+    @torch.no_grad()
+    def watch(self, loss: torch.Tensor, step: int) -> None:
+        grads = [w.detach() if w.grad is None else w.grad for w in self.weights]
+        largest = torch.stack([loss.float(), *torch._foreach_norm(grads, math.inf)])
+        self.first.clamp_max_(torch.where(largest.isfinite(), self.NEVER, step))
+
+    def check(self, epoch: int, step: int, folder: Path, test_loss: float) -> None:
+        """Raise RunError if something has become NaN or infinite; it names what did so first. The rest: to name it."""
+        if world_size() > 1:
+            dist.all_reduce(self.first, dist.ReduceOp.MIN)
+        first = self.first.tolist()
+        # The weights too: a finite step can overflow them, and the loss stays finite because sign(NaN) is −1.
+        values = [*zip(self.names, self.weights, strict=True), *self.phi]
+        finite = torch.stack(torch._foreach_norm([w.detach() for _, w in values], math.inf)).isfinite().tolist()
+        if min(first) < self.NEVER:
+            step, when = min(first), "in"
+            what = ("the loss", *(f"the gradient of {name}" for name in self.names))[first.index(step)]
+        elif not all(finite):
+            what, when = values[finite.index(False)][0], "by"
+        elif not math.isfinite(test_loss):
+            what, when = "the test loss", "after"
+        else:
+            return
+        last = folder / "last.pt"
+        kept = f"the last good checkpoint is {last}" if last.exists() else "there was no checkpoint yet"
+        smaller = "--lr or --lr-fast" if self.phi else "--lr"
+        raise RunError(
+            f"{what} became NaN or infinite {when} step {step:,}, epoch {epoch}: {kept}; try a smaller {smaller}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -429,122 +606,83 @@ def report(loss: float, accuracy: float, count: int) -> int:
 
 
 class Run:
-    """A run: its folder, its metrics and checkpoints, and how far it is.
+    """One training run: how far it is, its metrics and its checkpoints.
 
-        run = Run(args, "ste", "straight-through", (train, test), device, bits, resumed, model=net, optimizer=optimizer)
-        with run:  # Ctrl-C and SIGTERM now wait for the end of the step
-            while run.goes_on():
+        run = runs.Run(args, kind="ste", about="gradients: ste", train=train, test=test, device=device, bits=bits,
+                       checkpoint=checkpoint, state={"model": net, "optimizer": optimizer})
+        with run:  # Ctrl-C and SIGTERM take effect after a step
+            for epoch in run.epochs():
                 for images, labels in run.batches():
-                    ...  # a training step, which tells what it saw: run.count(loss, logits, labels)
-                if run.leaving:  # asked to stop within the epoch: all is saved
+                    ...  # one training step, which calls run.count(loss, logits, labels)
+                if run.leaving:  # stopped within the epoch; everything is saved
                     break
                 run.end_epoch(test_loss, test_acc, bits)
         return run.finish()
 
-    kind: what is trained, for the name that a run without --name gets; about: the same in words.
-    bits [N] bool: the signs of the binary weights now. resumed: the checkpoint to go on from, or None.
-    parts: all that must be in a checkpoint, objects with state_dict() and load_state_dict(); `model` among them, whose
-    state the trainer has loaded already.
-    Raises RunError where the folder cannot be written, where it holds another run, or where the checkpoint is not of
-    these parts.
+    kind: the first part of the name of a run without --name. about: a sentence for the first line that is printed.
+    train, test: batches (data.py). bits [N] bool: the signs of the binary weights. checkpoint: what parse() returned.
+    state: what a checkpoint holds, objects with state_dict() and load_state_dict(), or None. "model" is one of them;
+    the trainer has loaded it already.
+    Raises RunError if the folder cannot be written or holds another run, or if the checkpoint does not fit.
     """
 
-    def __init__(self, args, kind: str, about: str, batches, device, bits, resumed: dict | None, **parts):
-        self.args, self.parts, (self.train, test) = args, parts, batches
-        self.total_steps = min(args.epochs * len(self.train), args.limit_steps or math.inf)
-        self.epoch = self.batch = self.step = 0  # whole epochs; batches of this epoch; steps in all
-        self.seconds = 0.0  # of training in this epoch
-        self.totals = torch.zeros(3, dtype=torch.float64, device=device)  # of this epoch: Σ loss, correct, seen
-        self.names, self.weights = zip(*parts["model"].named_parameters(), strict=True)
-        generator = parts.get("generator")
-        self.phi = list(generator.named_parameters()) if generator else []
-        # The first step whose loss (in front), or whose gradient of each of the weights, was NaN or infinite.
-        self.broken = torch.full((1 + len(self.names),), NEVER, device=device)
+    def __init__(self, args, *, kind: str, train, test, device, bits, checkpoint, state: dict, about: str = ""):
+        self.args, self.train = args, train
+        self.state = {name: part for name, part in state.items() if part is not None}
+        self.total_steps = min(args.epochs * len(train), args.limit_steps or math.inf)
+        self.epoch = self.batch = self.step = 0  # complete epochs; batches of this epoch; steps in total
+        self.seconds = 0.0  # training time of this epoch
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # of this epoch: loss, correct, images
         self.bits = bits  # at the start of this epoch
-        self.rows: list[dict] = []
+        self.rows: list[dict] = []  # of metrics.csv
         self.leaving = False
-        if resumed:
-            self._restore(resumed)
-        self.folder = Path(args.out) / (args.name or f"{kind}-{args.arch}-{args.dataset}-{args.opt}-seed{args.seed}")
-        self._first_writes(self._make_folder, resumed is not None)
-        self._first_writes(self._mend_best)
-        where = f"{device}" if processes() == 1 else f"{processes()} processes on {device.type}"
-        parameters = sum(p.numel() for p in parts["model"].parameters())
+        self.finite = FiniteCheck(state["model"], state.get("generator"), device)
+        if args.schedule != "step":
+            vars(args).pop("milestones", None)
+        if checkpoint:
+            self._restore(checkpoint)
+        name = args.name or f"{kind}-{args.arch}-{args.dataset}-{args.opt}-seed{args.seed}"
+        self.folder, self.lock = Path(args.out) / name, None
+        on_rank_0(self._open, checkpoint is not None)
+        where = f"{device}" if world_size() == 1 else f"{world_size()} processes on {device.type}"
+        parameters = sum(p.numel() for p in state["model"].parameters())
         console.print(
-            f"{self.folder}: {args.arch} on {args.dataset} ({self.train.size:,} + {test.size:,} images), {where}, "
-            f"{parameters:,} parameters, {len(bits):,} of them binary; {about}"
+            f"{self.folder}: {args.arch} on {args.dataset} ({train.size:,} + {test.size:,} images), {where}, "
+            f"{parameters:,} parameters, {len(bits):,} of them binary; {args.opt}, learning rate {args.lr:g}"
+            + (f"; {about}" if about else "")
         )
 
-    def _restore(self, resumed: dict) -> None:
-        """Go to exactly where the checkpoint was written."""
-        source, steps = self.args.resume, self.total_steps
+    def _restore(self, checkpoint: dict) -> None:
+        """Set everything to what it was when the checkpoint was written."""
+        source, total_steps = self.args.resume, self.total_steps
         try:
-            for name, part in self.parts.items():
+            for name, part in self.state.items():
                 if name != "model":
-                    part.load_state_dict(resumed[name])
-            self.epoch, self.batch, self.step = (resumed[k] for k in ("epoch", "batch", "step"))
-            self.seconds, self.rows = resumed["seconds"], resumed["rows"]
-            if rank() == 0:  # the others' are among them
-                self.totals.copy_(resumed["totals"])
-            self.bits = resumed["bits"].to(self.bits.device)
-            torch.set_rng_state(resumed["rng"])
-            if "cuda_rng" in resumed and self.totals.is_cuda:
-                torch.cuda.set_rng_state(resumed["cuda_rng"], self.totals.device)
+                    part.load_state_dict(checkpoint[name])
+            self.epoch, self.batch, self.step = (checkpoint[k] for k in ("epoch", "batch", "step"))
+            self.seconds, self.rows = checkpoint["seconds"], checkpoint["rows"]
+            if rank() == 0:  # the checkpoint holds the sums over all processes
+                self.sums.copy_(checkpoint["totals"])
+            self.bits = checkpoint["bits"].to(self.bits.device)
+            torch.set_rng_state(checkpoint["rng"])
+            if "cuda_rng" in checkpoint and self.sums.is_cuda:
+                torch.cuda.set_rng_state(checkpoint["cuda_rng"], self.sums.device)
         except (RuntimeError, ValueError, KeyError, TypeError) as e:
             reason = " ".join(str(e).split())[:200]
             raise RunError(f"{source} is not a run of this trainer and these flags ({reason})") from None
         if self.batch >= len(self.train):
             raise RunError(f"{source} was trained on more images than {self.args.data_dir} has: use its data")
-        if self.step >= steps:
+        if self.step >= total_steps:
             raise RunError(f"{source} has done its {self.step:,} steps: to go on, give more --epochs, --limit-steps")
 
-    def _make_folder(self, exists: bool) -> None:
-        args = self.args
-        try:
-            if args.name:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            else:
-                self._find_free_folder()
-            self._lock()
-            if not exists and any((self.folder / file).exists() for file in ("last.pt", "best.pt")):
-                go_on = f"go on with it (--resume {self.folder}), or " if (self.folder / "last.pt").exists() else ""
-                raise RunError(f"{self.folder} holds a run already: {go_on}choose another --name")
-            for file in self.folder.glob("*.tmp"):  # of a process that was killed while it wrote
-                file.unlink()
-        except OSError as e:
-            raise RunError(f"the run folder {self.folder} cannot be written ({e}): choose another --out") from None
-        args.name = self.folder.name
+    def _open(self, resumed: bool) -> None:
+        """Open the run folder and write the files that describe the run."""
+        self.folder, self.lock = open_folder(self.folder, reuse=bool(self.args.name), resumed=resumed)
+        self.args.name = self.folder.name
         with replacing(self.folder / "args.json") as f:
-            f.write(json.dumps(vars(args), indent=1) + "\n")
-        self._write_rows()
-
-    def _lock(self) -> None:
-        """No two processes may train in one folder. The system unlocks it when this one ends, however it ends."""
-        if fcntl is None:
-            return
-        self.lock = os.open(self.folder, os.O_RDONLY)
-        weakref.finalize(self, os.close, self.lock)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(f"another process trains in {self.folder}: wait for it, or choose another --name") from None
-        except OSError:  # a file system without locks
-            pass
-
-    def _find_free_folder(self) -> None:
-        """Make OUT/name, or OUT/name-2, … where that is taken."""
-        out, name = self.folder.parent, self.folder.name
-        out.mkdir(parents=True, exist_ok=True)
-        for n in itertools.count(1):
-            self.folder = out / (name if n == 1 else f"{name}-{n}")
-            try:
-                self.folder.mkdir()
-            except FileExistsError:
-                continue
-            return
-
-    def _mend_best(self) -> None:
-        """A process that is killed just after last.pt was written has not written best.pt yet."""
+            f.write(json.dumps(vars(self.args), indent=1) + "\n")
+        write_metrics(self.folder, self.rows)
+        # A process that was killed just after it wrote last.pt has not written best.pt.
         best, before = self.folder / "best.pt", max((row["test_acc"] for row in self.rows[:-1]), default=-1.0)
         if self.rows and self.batch == 0 and self.rows[-1]["test_acc"] > before:
             written = load(best).get("step", self.step) if best.exists() else -1
@@ -555,296 +693,159 @@ class Run:
 
     def __enter__(self):
         self.saved = time.perf_counter()
+        self.heading = True
         self.interrupt, self.bar = Interrupt().__enter__(), Bar(self.total_steps, self.step).__enter__()
         return self
 
     def __exit__(self, *error):
         self.bar.__exit__(*error)
         self.interrupt.__exit__(*error)
-        if hasattr(self, "lock"):
-            fcntl.flock(self.lock, fcntl.LOCK_UN)
-        if rank() and error[1] and not isinstance(error[1], RunError):  # of these the first process knows nothing
+        unlock(self.lock)
+        if rank() and error[1] and not isinstance(error[1], RunError):  # an error that rank 0 does not know about
             print(f"error in process {rank()}: {error[1]}", file=sys.stderr)
 
-    def goes_on(self) -> bool:
-        return self.step < self.total_steps and not self.leaving
+    def epochs(self):
+        """The numbers of the epochs that remain, from 0 on."""
+        while self.step < self.total_steps and not self.leaving:
+            yield self.epoch
 
     def batches(self):
-        """This epoch's training batches (images, labels), from where the run is. When the user wants to stop, all is
-        saved and the batches end; `leaving` is then True."""
+        """The training batches (images, labels) that remain of this epoch.
+
+        If the user stops the run within the epoch, everything is saved, the batches end, and `leaving` is True.
+        """
         started = time.perf_counter() - self.seconds
         for images, labels in self.train.epoch(self.epoch, self.batch):
             yield images, labels
             self.step, self.batch = self.step + 1, self.batch + 1
-            self._watch()
+            self.finite.watch(self.sums[0], self.step)
             now = time.perf_counter()
             self.seconds = now - started
             done, whole_epoch = self.step == self.total_steps, self.batch == len(self.train)
-            old = now - self.saved > 60 * self.args.save_every
-            interrupted, due, old = self._any(self.interrupt, *((self.bar.due(), old) if rank() == 0 else (0, 0)))
-            if due or interrupted or done:
+            save_due = rank() == 0 and now - self.saved > 60 * self.args.save_every
+            show_due = rank() == 0 and self.bar.due()
+            interrupted, show_due, save_due = any_process(self.interrupt, show_due, save_due)
+            if show_due or interrupted or done:
                 self.check_finite()
-                loss_sum, correct, seen = self._sums()
-                epoch = f"epoch {self.epoch + 1}/{self.args.epochs}"
-                self.bar.show(epoch, self.step, loss_sum / seen, correct / seen, seen / self.seconds)
+                loss, correct, images_seen = self._sums()
+                means = {"loss": loss / images_seen, "acc": correct / images_seen, "speed": images_seen / self.seconds}
+                self.bar.show(f"epoch {self.epoch + 1}/{self.args.epochs}", self.step, **means)
             self.leaving = interrupted and not whole_epoch and not done
             if self.leaving or done:
                 break
-            if old and not whole_epoch:
-                self._average_statistics()
+            if save_due and not whole_epoch:
+                average_batchnorm(self.state["model"])
                 self.save(self.rows)
-        self._average_statistics()
-        self.totals.tolist()  # the device has caught up, and the epoch's time is known
+        average_batchnorm(self.state["model"])
+        self.sums.tolist()  # wait for the device, so that the time is that of the whole epoch
         self.seconds = time.perf_counter() - started
         if self.leaving:
             self.save(self.rows)
 
-    def set_learning_rate(self, optimizer: torch.optim.Optimizer) -> float:
-        """This step's learning rate, by --schedule; all of the optimizer's groups get it."""
-        self.lr = learning_rate(self.args, self.epoch, self.step, self.total_steps)
+    def set_learning_rate(self, optimizer: torch.optim.Optimizer, epoch: int) -> float:
+        """Set the learning rate of this step in all parameter groups, and return it."""
+        self.lr = learning_rate(self.args, epoch, self.step, self.total_steps)
         for group in optimizer.param_groups:
             group["lr"] = self.lr
         return self.lr
 
     @torch.no_grad()
     def count(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Of a step, or a part of it: mean loss [], logits [B, classes], labels [B]. Does not wait for the device."""
+        """Add a micro-batch to the metrics: mean loss [], logits [B, classes], labels [B]. Does not wait for a GPU."""
         correct = (logits.argmax(1) == labels).sum()
-        self.totals += torch.stack([loss * len(labels), correct, torch.full_like(correct, len(labels))])
+        self.sums += torch.stack([loss * len(labels), correct, torch.full_like(correct, len(labels))])
 
     def end_epoch(self, test_loss: float, test_acc: float, bits: torch.Tensor, **extra: float) -> None:
-        """One row of metrics, and the checkpoints. bits: as in __init__, now. extra: the paper's own columns."""
+        """Add a row to the metrics and write the checkpoints. bits: the signs now. extra: the trainer's own columns."""
         self.check_finite(test_loss)
-        loss_sum, correct, seen = self._sums()
+        loss, correct, images = self._sums()
         row = dict(
             epoch=self.epoch + 1,
             step=self.step,
-            train_loss=loss_sum / seen,
-            train_acc=correct / seen,
+            train_loss=loss / images,
+            train_acc=correct / images,
             test_loss=test_loss,
             test_acc=test_acc,
             lr=self.lr,
             seconds=self.seconds,
-            images_per_s=seen / self.seconds,
+            images_per_s=images / self.seconds,
             flip_ratio=(bits != self.bits).float().mean().item(),
             plus_ratio=bits.float().mean().item(),
             **extra,
         )
-        # --limit-steps may end within an epoch. Resumed with a higher limit, the run goes on there as if it had never
-        # stopped, and then this test has not been.
+        # --limit-steps can end the run within an epoch. A run that is resumed from there with a higher limit must equal
+        # one that never stopped, so last.pt then holds neither this row nor the end of the epoch.
         whole_epoch, best = self.batch == len(self.train), self.folder / "best.pt"
-        is_best = test_acc > self.best and (whole_epoch or not best.exists())
-        self._add(row)
+        improved = test_acc > max((r["test_acc"] for r in self.rows), default=-1.0)
+        self.rows.append(row)
+        on_rank_0(write_metrics, self.folder, self.rows)
+        print_metrics(row, self.heading)
+        self.heading = False
         if whole_epoch:
             self.epoch, self.batch, self.seconds, self.bits = self.epoch + 1, 0, 0.0, bits
-            self.totals.zero_()
+            self.sums.zero_()
             self.save(self.rows)
-        if is_best:
-            self._first_writes(save, best, self._model())
+        if improved and (whole_epoch or not best.exists()):
+            on_rank_0(save, best, self._model())
         if not whole_epoch:
             self.save(self.rows[:-1])
-        self.leaving = self._any(self.interrupt)[0] and self.step < self.total_steps
+        self.leaving = any_process(self.interrupt)[0] and self.step < self.total_steps
 
     def finish(self) -> int:
-        """The last words, and the exit code: 0, or what shells expect of a program that a signal ended."""
+        """Print the summary. Returns the exit code: 0, or 128 + the number of the signal that stopped the run."""
+        script, folder = self.args.script, self.folder
         if self.leaving:
+            console.print(f"stopped after step {self.step:,}; to go on: python {script} --resume {folder}")
+            return 128 + (self.interrupt.signal or signal.SIGTERM)  # another process may have received the signal
+        if self.rows:
+            best, seconds = max(self.rows, key=lambda row: row["test_acc"]), sum(row["seconds"] for row in self.rows)
             console.print(
-                f"stopped after step {self.step:,}; to go on: python {self.args.script} --resume {self.folder}"
+                f"{self.step:,} steps in {seconds:,.0f} s; the best test accuracy, {100 * best['test_acc']:.2f} %, is "
+                f"that of epoch {best['epoch']}. Curves: python plot.py {folder}. Test it: python {script} --eval-only "
+                f"--resume {folder}/best.pt"
             )
-            return 128 + (self.interrupt.signal or signal.SIGTERM)  # which another process may have got
-        self._summary()
         return 0
 
-    # Its parts.
-
-    def _any(self, *facts) -> list[bool]:
-        """Which of the facts are true in any process: all must leave the loop at the same step."""
-        if processes() == 1:
-            return [bool(fact) for fact in facts]
-        facts = torch.tensor([int(bool(fact)) for fact in facts])
-        return [bool(fact) for fact in total(facts).tolist()]
-
-    def _first_writes(self, write, *arguments) -> None:
-        """The first process writes; where it cannot, all end."""
-        error = None
-        try:
-            if rank() == 0:
-                write(*arguments)
-        except RunError as e:
-            error = e
-        if self._any(error)[0]:
-            raise error or RunError("the first process could not write")
+    # Saving.
 
     def _sums(self) -> list[float]:
-        """Of this epoch so far: Σ loss, correct, seen."""
-        return total(self.totals.clone()).tolist()
-
-    def _average_statistics(self) -> None:
-        """BatchNorm's running statistics, which each process has of its part of the batches, become their average."""
-        norms = [m for m in self.parts["model"].modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-        for m in norms if processes() > 1 else []:
-            for statistic in (m.running_mean, m.running_var):
-                total(statistic).div_(processes())
-
-    @torch.no_grad()
-    def _watch(self) -> None:
-        """Note on the device which of this step's loss and gradients are not finite, for check_finite(), which waits
-        for the device and so is not called every step."""
-        grads = [w.detach() if w.grad is None else w.grad for w in self.weights]
-        largest = torch.stack([self.totals[0].float(), *torch._foreach_norm(grads, math.inf)])
-        self.broken.clamp_max_(torch.where(largest.isfinite(), NEVER, self.step))
+        """Of this epoch, over all processes: the sum of the losses, correct predictions, images."""
+        return all_reduce_sum(self.sums.clone()).tolist()
 
     def check_finite(self, test_loss: float = 0.0) -> None:
-        """Raise RunError where the loss, a gradient or a weight has been NaN or infinite; it names the first."""
-        if processes() > 1:
-            dist.all_reduce(self.broken, dist.ReduceOp.MIN)
-        broken = self.broken.tolist()
-        # The weights too: a finite step can overflow them, and as sign(NaN) is −1, the loss stays finite.
-        values = [*zip(self.names, self.weights, strict=True), *self.phi]
-        finite = torch.stack(torch._foreach_norm([w.detach() for _, w in values], math.inf)).isfinite().tolist()
-        if (step := min(broken)) < NEVER:
-            problem, when = ("the loss", *(f"the gradient of {name}" for name in self.names))[broken.index(step)], "in"
-        elif not all(finite):
-            problem, step, when = values[finite.index(False)][0], self.step, "by"
-        elif not math.isfinite(test_loss):
-            problem, step, when = "the test loss", self.step, "after"
-        else:
-            return
-        last = self.folder / "last.pt"
-        kept = f"the last good checkpoint is {last}" if last.exists() else "there was no checkpoint yet"
-        fast = " or --lr-fast" if self.phi else ""
-        raise RunError(
-            f"{problem} became NaN or infinite {when} step {step:,}, epoch {self.epoch + 1}: {kept}; try a smaller "
-            f"--lr{fast}"
-        )
+        self.finite.check(self.epoch + 1, self.step, self.folder, test_loss)
 
     def _model(self) -> dict:
+        """What best.pt holds: the network, and what is needed to use it."""
         return {
             "args": vars(self.args),
             "num_classes": self.train.num_classes,
             "shape": tuple(self.train.shape),  # of an image: [C, H, W]
-            # What an image's numbers, 0…255, are multiplied by, and what is added then: by channel.
+            # An image's pixels (0 to 255) are multiplied by the first list and added to the second, per channel.
             "normalisation": [v.flatten().tolist() for v in (self.train.scale, self.train.shift)],
             "step": self.step,
-            "model": self.parts["model"].state_dict(),
+            "model": self.state["model"].state_dict(),
         }
 
     def save(self, rows: list[dict]) -> None:
-        """last.pt: all that the rest of the run depends on, with these rows of metrics. All processes take part."""
+        """Write last.pt: everything that the rest of the run depends on, with these rows. Call it in all processes."""
         self.check_finite()
-        place = {k: getattr(self, k) for k in ("epoch", "batch", "step", "seconds", "bits")}
-        place |= {"rows": rows, "totals": total(self.totals.clone())}
-        parts = {name: part.state_dict() for name, part in self.parts.items()}
-        random = {"rng": torch.get_rng_state()}
-        if self.totals.is_cuda:
-            random["cuda_rng"] = torch.cuda.get_rng_state(self.totals.device)
-        self._first_writes(save, self.folder / "last.pt", {**self._model(), **parts, **place, **random})
+        checkpoint = self._model()
+        checkpoint |= {name: part.state_dict() for name, part in self.state.items()}
+        checkpoint |= {k: getattr(self, k) for k in ("epoch", "batch", "seconds", "bits")}
+        checkpoint |= {"rows": rows, "totals": all_reduce_sum(self.sums.clone()), "rng": torch.get_rng_state()}
+        if self.sums.is_cuda:
+            checkpoint["cuda_rng"] = torch.cuda.get_rng_state(self.sums.device)
+        on_rank_0(save, self.folder / "last.pt", checkpoint)
         self.saved = time.perf_counter()
 
-    @property
-    def best(self) -> float:
-        return max((row["test_acc"] for row in self.rows), default=-1.0)
 
-    def _add(self, row: dict) -> None:
-        """One epoch's metrics, to metrics.csv and to the terminal; there without the columns NAME/DETAIL, and shares of
-        a whole in %."""
-        extra = {name: 1 if name.endswith("loss") else 100 for name in row if name not in METRICS and "/" not in name}
-        if not self.rows:
-            more = "".join(f"  {name + ' %' * (factor == 100):>10}" for name, factor in extra.items())
-            console.print(
-                f"epoch     step  train loss   acc %   test loss   acc %        lr   img/s  flips %  plus %{more}"
-            )
-        is_best = row["test_acc"] > self.best
-        self.rows.append(row)
-        self._first_writes(self._write_rows)
-        more = "".join(
-            f"  {factor * row[name]:{max(10, len(name) + 2 * (factor == 100))}.{2 if factor == 100 else 4}f}"
-            for name, factor in extra.items()
-        )
-        console.print(
-            f"{row['epoch']:5d} {row['step']:8d}  {row['train_loss']:10.4f}  {100 * row['train_acc']:6.2f}  "
-            f"{row['test_loss']:10.4f}  {100 * row['test_acc']:6.2f}{'*' if is_best else ' '} {row['lr']:9.2e} "
-            f"{row['images_per_s']:7.0f}  {100 * row['flip_ratio']:7.3f}  {100 * row['plus_ratio']:6.2f}{more}"
-        )
-
-    def _write_rows(self) -> None:
-        columns = dict.fromkeys((*METRICS, *(column for row in self.rows for column in row)))
-        with replacing(self.folder / "metrics.csv") as f:
-            writer = csv.DictWriter(f, columns)
-            writer.writeheader()
-            for row in self.rows:
-                writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-
-    def _summary(self) -> None:
-        """The table at the end: what was reached, in which time, and where it is."""
-        if not self.rows:
-            return
-        last, best = self.rows[-1], max(self.rows, key=lambda row: row["test_acc"])
-        table = Table(title=f"{self.folder}", title_justify="left")
-        for column in ("", "epoch", "train loss", "train acc %", "test loss", "test acc %"):
-            table.add_column(column, justify="right" if column else "left")
-        for label, row in (("best", best), ("last", last)):
-            table.add_row(
-                label,
-                str(row["epoch"]),
-                f"{row['train_loss']:.4f}",
-                f"{100 * row['train_acc']:.2f}",
-                f"{row['test_loss']:.4f}",
-                f"{100 * row['test_acc']:.2f}",
-            )
-        console.print(table)
-        for name in dict.fromkeys(column.split("/")[0] for column in last if "/" in column):
-            table = Table(title=f"{name}, at the end", title_justify="left")
-            table.add_column(""), table.add_column(name, justify="right")
-            for column, value in last.items():
-                if column.startswith(f"{name}/"):
-                    table.add_row(column.partition("/")[2], f"{value:.4g}")
-            console.print(table)
-        seconds, script = sum(row["seconds"] for row in self.rows), self.args.script
-        console.print(
-            f"{last['step']:,} steps in {seconds:,.0f} s. Curves: python plot.py {self.folder}. "
-            f"Test it: python {script} --eval-only --resume {self.folder}/best.pt"
-        )
-
-
-class Bar:
-    """The live line: epoch, progress, loss, accuracy, images a second, time left. Nothing where output is a file."""
-
-    def __init__(self, total_steps: int, step: int):
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("loss {task.fields[loss]:.4f}  acc {task.fields[acc]:.2f} %  {task.fields[speed]:,.0f} img/s"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=rank() > 0 or not console.is_terminal,
-        )
-        self.task = self.progress.add_task("", total=total_steps, completed=step, loss=math.nan, acc=0.0, speed=0.0)
-        self.next = 0.0
-
-    def due(self) -> bool:
-        """True twice a second: looking at a number on a GPU makes the host wait, so it is not done every step."""
-        return time.perf_counter() >= self.next
-
-    def show(self, description: str, step: int, loss: float, acc: float, speed: float) -> None:
-        self.next = time.perf_counter() + 0.5
-        self.progress.update(
-            self.task, completed=step, description=description, loss=loss, acc=100 * acc, speed=speed, refresh=True
-        )
-
-    def __enter__(self):
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_):
-        self.progress.stop()
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line.
 
 
 def command(main, *errors: type[Exception]) -> None:
-    """Run `main()` and exit with its code; RunError and `errors` end as one sentence on standard error, code 1."""
+    """Run main() and exit with its code. RunError and `errors` print one sentence to standard error and exit with 1."""
     try:
         code = main()
     except (RunError, *errors) as e:
@@ -854,10 +855,10 @@ def command(main, *errors: type[Exception]) -> None:
             raise
         reason = " ".join(str(e).split())[:150]
         code = f"error: --compile failed ({reason}): leave it out; it needs a C++ compiler, on a GPU Triton"
-    except KeyboardInterrupt:  # before training has begun, or the second one: last.pt is as it was saved last
+    except KeyboardInterrupt:  # before training, or the second Ctrl-C: last.pt is the last one that was saved
         code = 128 + signal.SIGINT
     if isinstance(code, str):
-        code = 1 if rank() else code  # the first process says why
+        code = 1 if rank() else code  # rank 0 prints the sentence
     else:
         end_processes()
     sys.exit(code)

@@ -1,36 +1,60 @@
-"""The fused selective scan of a Mamba block on scalar tokens: SlowMamba.last() and .tails() of hypernet.py.
+"""The selective scan of a Mamba block on scalar tokens, fused into one kernel: SlowMamba of hypernet.py, faster.
 
-Copy this file with selective_scan_cpu.cpp (for CPUs) and selective_scan_triton.py (for CUDA GPUs) next to hypernet.py,
-which finds them there and does without otherwise.
+Copy this file next to hypernet.py, together with selective_scan_cpu.cpp (for CPUs) and selective_scan_triton.py (for
+CUDA GPUs). hypernet.py imports it if it is there and uses plain PyTorch if it is not.
 
-`last`, for per-weight histories. SlowMamba on a sequence u_1 … u_L of scalars, and of its outputs only the last. Per
-channel d and state n, with x_t = silu(conv u), its projections dt_t, B_t, C_t, and Δ_t = softplus(dt_w dt_t + dt_b),
-the recurrence
+There are two functions, one for each of FSG's history layouts:
 
-    h_t = exp(Δ_t A) h_{t−1} + Δ_t x_t B_t,    y = out · ((h_L C_L + D x_L) silu(z_L))
+    last     per-weight: many short sequences; returns the last output of each. SlowMamba.last
+    tails    flat: a few sequences of up to millions of tokens; returns the last outputs of each. SlowMamba.tails
 
-unrolls to a sum in which no step waits for another, S_t being the Δ that come after token t:
+The definition (Mamba, https://arxiv.org/abs/2312.00752)
+--------------------------------------------------------
+u_t is the scalar token at step t. There are d channels and n states per channel; A = −exp(A_log).
 
-    h_L C_L = Σ_t Δ_t x_t Σ_n exp(A_n S_t) B_tn C_Ln,    S_t = Δ_{t+1} + … + Δ_L
+    x_t           = silu(conv(in_x u)_t + conv_b)        [d]
+    dt_t, B_t, C_t = x_proj x_t                          scalar, [n], [n]
+    Δ_t           = softplus(dt_w dt_t + dt_b)           [d]
+    h_t           = exp(Δ_t A) h_{t−1} + Δ_t x_t B_t     [d, n], h_0 = 0
+    Y_t           = h_t C_t + D x_t                      [d]
+    y_t           = Σ_d out Y_t silu(in_z u_t)           scalar, the output
 
-With E = exp(A_n S_t), q = E · B_tn C_Ln, g = ∂y/∂(h_L C_L) and c_t = g Δ_t x_t, the gradients need the same E again:
+What `last` computes instead
+----------------------------
+Only h_L is needed, L being the last token. Inserting the recurrence into itself gives h_L as a sum. Each term decays by
+the steps Δ that follow it:
+
+    h_L C_L = Σ_t Δ_t x_t Σ_n exp(A_n S_t) B_tn C_Ln,    S_t = Δ_{t+1} + … + Δ_L,    S_L = 0
+
+The terms do not depend on each other, so they can be computed in any order. The backward pass needs the same
+exponentials. With E = exp(A_n S_t), q = E B_tn C_Ln, g = ∂y/∂(h_L C_L) and c_t = g Δ_t x_t:
 
     ∂/∂(B_tn C_Ln) += c_t E      ∂/∂A_n += c_t S_t q      ∂/∂S_t += c_t A_n q      ∂/∂(Δ_t x_t) += g Σ_n q
-    ∂/∂Δ_s += Σ_{t<s} ∂/∂S_t, and from there through softplus, the projections, silu and the convolution.
+    ∂/∂Δ_s         += Σ_{t<s} ∂/∂S_t
 
-So (L − 1)·d·n exponentials a sequence are the cost, forward and once more backward; the rest is multiply-adds. For a
-ResNet-20 at the paper's size (270,000 weights, L = 6, d = 100, n = 16) that is 2.2 billion each way. On a CPU few are
-left: Δ depends little on the gradients, so most are near those of another sequence, a short polynomial away. Nothing is
-kept for the backward pass but the input.
+The gradients of Δ, x, B and C then go back through softplus, the projections, silu and the convolution as usual.
 
-`tails`, for the flat layout. SlowMamba on a few sequences of up to millions of tokens, and of its outputs the last n of
-each. There the recurrence is computed as it is written, token by token, vector lanes being channels; the backward pass
-starts each stretch of tokens from a kept h. What has been forgotten when the first wanted output is due is not scanned,
-which is decided state by state: few remember long. selective_scan_cpu.cpp derives the adjoint.
+What `tails` computes instead
+-----------------------------
+The recurrence as written above, token by token. It skips the tokens that no wanted output depends on: a state that has
+decayed below float32's resolution by then. Each state has its own starting point, because states forget at different
+rates. selective_scan_cpu.cpp derives the backward pass.
 
-On a GPU both are selective_scan_triton.py's, in Triton. The CPU kernels are C++, compiled at first use by torch's
-extension loader for the machine's vector units, and `last` for one L (seconds; kept in torch's extension folder). Two
-runs with the same number of threads give the same bits; `tails` gives the same ones for any number of threads.
+What makes it fast
+------------------
+- No tensor of shape [tokens, d] or [tokens, n] goes through main memory, and no [tokens, d, n] exists.
+- The backward pass of `last` saves the input alone and recomputes the rest. That of `tails` also saves one h per chunk
+  of tokens.
+- The cost is one exponential per token, channel and state, forward and again backward. For `last` on a ResNet-20 at the
+  paper's size (270,000 weights, L = 6, d = 100, n = 16) that is (L − 1) d n per weight, 2.2 billion each way. The CPU
+  kernel replaces most of them by a short polynomial around a known exponential.
+- The CPU kernel is compiled at first use, in a few seconds, for the vector instructions of the machine. `last` is
+  compiled for each L, which unrolls its loops over tokens.
+
+Two runs with the same number of threads give the same bits. `tails` gives the same bits for any number of threads.
+
+The compiled CPU kernels are kept in ~/.cache/torch_extensions, or in the folder that the environment variable
+TORCH_EXTENSIONS_DIR names. The compiler is the one that CXX names, else c++, g++ or clang++.
 """
 
 import ctypes
@@ -38,104 +62,173 @@ import functools
 import hashlib
 import math
 import os
+import platform
+import shlex
+import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+MOST_TOKENS = 16  # of `last`, because its loops over tokens are unrolled
+MOST_KEPT = 2**26  # elements of h that `tails` saves for its backward pass; if there are more, it recomputes them
+
 SOURCE = Path(__file__).with_name("selective_scan_cpu.cpp")
-VECTOR_FLAGS = {  # by torch's own name for what the processor can do
+COMPILER_FLAGS = ["-shared", "-fPIC", "-pthread", "-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno"]
+VECTOR_FLAGS = {  # for what torch.backends.cpu.get_cpu_capability() returns
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
     "AVX2": ["-mavx2", "-mfma"],
 }
 
 
 class _Params(ctypes.Structure):
-    """selective_scan_cpu.cpp's Params."""
+    """The struct Params of selective_scan_cpu.cpp."""
 
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in "dnk"),
-        *((name, ctypes.c_void_p) for name in ("conv", "conv_b", "in_z", "xproj")),
-        *((name, ctypes.c_void_p) for name in ("dt_w", "dt_b", "A2", "D", "out")),
-    )
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("d", "n", "k")),
+        *((name, ctypes.c_void_p) for name in ("conv", "conv_b", "in_z", "xproj", "dt_w", "dt_b", "A2", "D", "out")),
+    ]
 
 
 class _Sequences(ctypes.Structure):
-    """selective_scan_cpu.cpp's Sequences."""
+    """The struct Sequences of selective_scan_cpu.cpp."""
 
-    _fields_ = (
+    _fields_ = [
         *((name, ctypes.c_int64) for name in ("length", "weights", "layers", "has_first")),
         *((name, ctypes.c_void_p) for name in ("sizes", "past", "first")),
-    )
-
-
-MOST_TOKENS = 16  # of `last`, whose loops over tokens are unrolled
-MOST_KEPT = 2**26  # numbers that `tails` keeps for its backward pass; where it is more, that runs forward again
+    ]
 
 
 @functools.cache
 def library(tokens: int | None) -> ctypes.CDLL | str:
-    """The kernels of `last` for sequences of that many tokens, or of `tails` (None); where they cannot be compiled, the
-    sentence that says why, which is printed too, once."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    flags = ["-O3", "-ffp-contract=fast", "-fno-math-errno", *VECTOR_FLAGS.get(capability, [])]
-    if tokens is not None:
-        flags.append(f"-DTOKENS={tokens}")
-    path = os.environ["PATH"]
-    # ninja, which the loader calls, lies beside python in a virtual environment, activated or not.
-    os.environ["PATH"] = os.pathsep.join([path, str(Path(sys.executable).parent)])
-    try:
-        from torch.utils.cpp_extension import load
+    """Load the CPU kernels, after compiling them if necessary.
 
-        version = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:8]  # copies keep out of each other's way
-        name = f"selective_scan_cpu_{tokens or 'flat'}_{capability.lower()}_{version}"
-        if not _is_built(name):
+    tokens: the sequence length for `last`; None for `tails`.
+    If it is impossible, print one sentence that says why, and return it.
+    """
+    capability = torch.backends.cpu.get_cpu_capability()
+    flags = COMPILER_FLAGS + VECTOR_FLAGS.get(capability, [])
+    if tokens is not None:
+        flags = [*flags, f"-DTOKENS={tokens}"]
+    try:
+        if not SOURCE.exists():
+            raise RuntimeError(f"copy {SOURCE.name} next to selective_scan.py")
+        built_from = repr([SOURCE.read_bytes(), flags, platform.system(), platform.machine()])
+        name = f"selective_scan_cpu_{tokens or 'flat'}_{capability.lower()}_{_digest(built_from.encode())}"
+        found = _find(name)
+        if found is None:
             what = "the flat layout" if tokens is None else f"{tokens} tokens"
             print(f"compiling the fused selective scan for {what} and {capability}, once …", file=sys.stderr)
-        file = load(name, [str(SOURCE)], extra_cflags=flags, extra_ldflags=["-pthread"], is_python_module=False)
-    except Exception as e:  # no compiler, no ninja, an unwritable cache, …: each its own kind of error
-        lines = str(e).splitlines() or [repr(e)]
-        reason = next((line for line in lines if "error:" in line or "not found" in line), lines[0]).strip()[:150]
-        problem = f"the fused scan needs a C++ compiler and ninja, and could not be compiled ({reason})"
+            found = _compile(name, flags)
+    except (OSError, RuntimeError) as e:
+        problem = f"the fused scan cannot be compiled: {e}"
         print(f"{problem}; the reference scan is many times slower", file=sys.stderr)
         return problem
-    finally:
-        os.environ["PATH"] = path
-    return ctypes.CDLL(file)
+    return found
 
 
-def _is_built(name: str) -> bool:
-    from torch.utils.cpp_extension import _get_build_directory
+def _cache() -> Path:
+    """The folder of the compiled kernels."""
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if folder:
+        return Path(folder).absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "torch_extensions").absolute()
 
-    return (Path(_get_build_directory(name, False)) / f"{name}.so").exists()
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _find(name: str) -> ctypes.CDLL | None:
+    """The library of that name in the cache. A file's name ends with the digest of its content, so that a damaged file
+    is never loaded."""
+    for file in sorted(_cache().glob(f"{name}_*.so")):
+        try:
+            if file.stem == f"{name}_{_digest(file.read_bytes())}":
+                return ctypes.CDLL(str(file))
+        except OSError:  # not readable, or compiled for another system: compile it again
+            continue
+    return None
+
+
+def _compile(name: str, flags: list[str]) -> ctypes.CDLL:
+    """Compile SOURCE into the cache. The file gets its final name when it is complete, so any number of processes may
+    do this at once, and each may be killed at any moment."""
+    compiler, folder = _compiler(), _cache()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="selective_scan_build_", dir=folder) as build:
+            built = Path(build, "library.so")
+            _run([*compiler, *flags, str(SOURCE), "-o", str(built)])
+            file = folder / f"{name}_{_digest(built.read_bytes())}.so"
+            os.replace(built, file)
+        return ctypes.CDLL(str(file))
+    except OSError as e:
+        raise RuntimeError(
+            f"the folder {folder} cannot be used ({e.strerror or e}); set the environment variable "
+            "TORCH_EXTENSIONS_DIR to a folder where files can be written and loaded"
+        ) from e
+
+
+def _compiler() -> list[str]:
+    """The command of the C++ compiler."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    if named and not shutil.which(named[0]):
+        raise RuntimeError(f"it needs a C++ compiler, and the one that CXX names, {named[0]}, is not found")
+    found = next((command for command in ("c++", "g++", "clang++") if shutil.which(command)), None)
+    if not named and not found:
+        raise RuntimeError("it needs a C++ compiler; install g++ or clang++, or set CXX to the compiler's command")
+    return named or [found]
+
+
+def _run(command: list[str]) -> None:
+    environment = {**os.environ, "LC_ALL": "C"}  # messages in English
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
+    except OSError as e:
+        raise RuntimeError(f"it needs a C++ compiler, and {command[0]} cannot be run ({e.strerror or e})") from e
+    if done.returncode != 0:
+        lines = done.stderr.splitlines() or [f"exit status {done.returncode}"]
+        reason = next((line for line in lines if "error:" in line or "failed" in line), lines[0]).strip()[:150]
+        raise RuntimeError(
+            f"it needs a C++ compiler that supports C++20 and vector extensions, and {command[0]} says: {reason}"
+        )
 
 
 def why_not(device: torch.device, dtype: torch.dtype, tokens: int | None) -> str | None:
-    """None where `last` (or `tails`, for tokens None) runs for tensors of that kind, else one sentence that says why it
-    does not."""
+    """Return None if the fused scan runs for such tensors, else one sentence that says why it does not.
+
+    tokens: the sequence length, for `last`; None for `tails`.
+    """
     if device.type not in ("cpu", "cuda") or dtype != torch.float32:
         return f"the fused scan is for float32 on a CPU or a CUDA GPU; this is {dtype} on {device}"
     if tokens is not None and tokens > MOST_TOKENS:
         return f"the fused scan is for histories of up to {MOST_TOKENS} tokens; these have {tokens}"
-    if device.type == "cuda":
-        try:
-            import selective_scan_triton
-        except ImportError:
-            return "the fused scan on a GPU needs selective_scan_triton.py beside selective_scan.py"
-        except AttributeError:
-            return "the fused scan on a GPU needs Triton 3.6 or newer"
-        return selective_scan_triton.why_not(device, dtype, tokens)
-    found = library(tokens)
-    return found if isinstance(found, str) else None
+    if device.type == "cpu":
+        found = library(tokens)
+        return found if isinstance(found, str) else None
+    try:
+        import selective_scan_triton
+    except Exception as e:  # whatever a broken or an old Triton raises
+        if isinstance(e, ModuleNotFoundError) and e.name == "selective_scan_triton":
+            return "the fused scan on a GPU needs selective_scan_triton.py: copy it next to selective_scan.py"
+        return (
+            "the fused scan on a GPU needs Triton 3.6 or newer, and selective_scan_triton.py cannot be imported "
+            f"({type(e).__name__}: {e})"
+        )
+    return selective_scan_triton.why_not(device, dtype, tokens)
 
 
 def last(u: Tensor, *parameters: Tensor) -> Tensor:
-    """SlowMamba.last: u [B, L] float32 -> [B], with gradients for u and all parameters.
+    """Return SlowMamba's output at the last token of each sequence, differentiable in u and all parameters.
 
+    u: [B, L] float32, B sequences of L tokens. Returns [B].
     parameters: in_proj.weight [2d, 1], conv1d.weight [d, 1, k], conv1d.bias [d], x_proj.weight [1 + 2n, d],
-    dt_proj.weight [d, 1], dt_proj.bias [d], A_log [d, n], D [d], out_proj.weight [1, d].
-    Only where `why_not` gives None.
+        dt_proj.weight [d, 1], dt_proj.bias [d], A_log [d, n], D [d], out_proj.weight [1, d].
+    Call it only if `why_not` returns None. Raises ValueError if a parameter has another dtype or device than u.
     """
     if u.is_cuda:
         import selective_scan_triton
@@ -147,10 +240,10 @@ def last(u: Tensor, *parameters: Tensor) -> Tensor:
 class _Last(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u: Tensor, *parameters: Tensor) -> Tensor:
-        u = u.T.contiguous()  # [L, B]: sequences along vector lanes. FSG's history lies in memory like this already
+        u = u.T.contiguous()  # [L, B], the layout of FSG's history: vector lanes are neighbouring sequences
         ctx.save_for_backward(u, *parameters)
         y = u.new_empty(u.shape[1])
-        _call("mamba_last_forward", parameters, u, y)
+        _call_last("mamba_last_forward", parameters, u, y)
         return y
 
     @staticmethod
@@ -158,11 +251,11 @@ class _Last(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         u, *parameters = ctx.saved_tensors
         du, grads = torch.empty_like(u) if ctx.needs_input_grad[0] else None, _new_grads(parameters)
-        _call("mamba_last_backward", parameters, u, grad.contiguous(), du, grads)
+        _call_last("mamba_last_backward", parameters, u, grad.contiguous(), du, grads)
         return du if du is None else du.T, *_split_grads(grads, parameters)
 
 
-def _call(function: str, parameters: tuple[Tensor, ...], u: Tensor, *tensors: Tensor) -> None:
+def _call_last(function: str, parameters: tuple[Tensor, ...], u: Tensor, *tensors: Tensor) -> None:
     params, _owners = _params(parameters)
     run = getattr(library(u.shape[0]), function)
     run(ctypes.byref(params), ctypes.c_int64(u.shape[1]), *map(_pointer, (u, *tensors)), torch.get_num_threads())
@@ -173,40 +266,48 @@ def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
 
 
 def _params(parameters: tuple[Tensor, ...]) -> tuple[_Params, tuple[Tensor, ...]]:
-    """The parameters as the kernels want them, and the tensors that own the memory."""
+    """The parameters as the kernels take them, and the tensors that own the memory."""
     if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in parameters):
         raise ValueError("the fused scan wants its parameters in float32 and where its input is")
     in_proj, conv, conv_b, x_proj, dt_w, dt_b, A_log, D, out = (p.detach().contiguous() for p in parameters)
     d, n = A_log.shape
+    in_x, in_z = in_proj[:d], in_proj[d:]
+    folded = conv[:, 0] * in_x  # [d, k]: in_x and the convolution in one, because a token is a scalar
     A2 = torch.exp(A_log) * -math.log2(math.e)  # exp(A S) = 2^(A2 S)
-    arrays = (conv[:, 0] * in_proj[:d], conv_b, in_proj[d:], x_proj.T.contiguous(), dt_w, dt_b, A2, D, out)
-    return _Params(d, n, conv.shape[-1], *(a.data_ptr() for a in arrays)), arrays
+    owners = (folded, conv_b, in_z, x_proj.T.contiguous(), dt_w, dt_b, A2, D, out)
+    return _Params(d, n, conv.shape[-1], *(tensor.data_ptr() for tensor in owners)), owners
 
 
 def _new_grads(parameters: tuple[Tensor, ...]) -> Tensor:
-    """Room for the kernels' gradients, in the order of _Params."""
-    return parameters[0].new_empty(sum(p.numel() for p in parameters) - len(parameters[7]))  # in_x is part of conv
+    """Memory for the gradients of what _Params holds, in its order: all parameters, but in_x is part of conv."""
+    d = len(parameters[7])
+    return parameters[0].new_empty(sum(p.numel() for p in parameters) - d)
 
 
 def _split_grads(grads: Tensor, parameters: tuple[Tensor, ...]) -> list[Tensor]:
-    """The kernels' gradients as those of the parameters. The kernels know conv · in_x and A = −exp(A_log) only."""
+    """From the gradients of what _Params holds to those of the parameters. The gradient of A2 is given as A's."""
     in_proj, conv, _, x_proj, _, _, A_log, D, _ = parameters
     d = len(D)
     sizes = [conv.numel(), d, d, x_proj.numel(), d, d, A_log.numel(), d, d]
     folded, conv_b, in_z, x_proj, dt_w, dt_b, A, D, out = grads.split(sizes)
     in_x, folded = in_proj[:d], folded.view(d, -1)
     in_proj = torch.cat([(folded * conv[:, 0]).sum(1), in_z])
-    A = A.view_as(A_log) * -torch.exp(A_log)
-    found = (in_proj, folded * in_x, conv_b, x_proj.view(d, -1).T, dt_w, dt_b, A, D, out)
+    A_log = A.view_as(A_log) * -torch.exp(A_log)
+    found = (in_proj, folded * in_x, conv_b, x_proj.view(d, -1).T, dt_w, dt_b, A_log, D, out)
     return [g.reshape(p.shape) for g, p in zip(found, parameters, strict=True)]
 
 
 def tails(past: Tensor, sizes: list[int], first: Tensor | None, *parameters: Tensor) -> Tensor:
-    """SlowMamba.tails: past [l, N] float32 -> [N], with gradients for `first` and all parameters.
+    """Return SlowMamba's last outputs on one sequence per layer, differentiable in `first` and all parameters.
 
-    Layer i, sizes[i] columns of `past`, is one sequence: [first[i],] its columns of past[0], of past[1], …; the block's
-    outputs at its last sizes[i] tokens. first: [layers], or None. parameters: as for `last`; only where `why_not` gives
-    None. Keeps up to MOST_KEPT numbers for the backward pass.
+    past: [l, N] float32. Layer i owns the next sizes[i] columns; its sequence is [first[i],] its columns of past[0], of
+        past[1], …, of past[l − 1].
+    sizes: the number of weights of each layer, N together.
+    first: [layers], or None.
+    parameters: as for `last`.
+    Returns [N]: for each layer, the outputs at the last sizes[i] tokens.
+    Call it only if `why_not` returns None. Raises ValueError if the sizes do not add up to N, or if a parameter has
+    another dtype or device than past. Saves up to MOST_KEPT elements for the backward pass.
     """
     if sum(sizes) != past.shape[1]:
         raise ValueError(f"the layers have {sum(sizes)} weights together, and their history {past.shape[1]} columns")
@@ -223,12 +324,12 @@ class _Tails(torch.autograd.Function):
     def forward(ctx, past: Tensor, sizes: list[int], first: Tensor | None, keep: bool, *parameters: Tensor) -> Tensor:
         past, first = past.contiguous(), None if first is None else first.contiguous()
         sizes = torch.tensor(sizes)
-        inputs = past, sizes, first, parameters
+        inputs, threads = (past, sizes, first, parameters), torch.get_num_threads()
         plan = torch.empty(_call_tails("mamba_tails_plan_size", *inputs), dtype=torch.int32)
-        numbers = _call_tails("mamba_tails_plan", *inputs, _pointer(plan), torch.get_num_threads())
-        states = past.new_empty(numbers) if keep and numbers <= MOST_KEPT else None
+        elements = _call_tails("mamba_tails_plan", *inputs, _pointer(plan), threads)
+        states = past.new_empty(elements) if keep and elements <= MOST_KEPT else None
         y = past.new_empty(past.shape[1])
-        _call_tails("mamba_tails_forward", *inputs, *map(_pointer, (plan, states, y)), torch.get_num_threads())
+        _call_tails("mamba_tails_forward", *inputs, *map(_pointer, (plan, states, y)), threads)
         ctx.save_for_backward(past, sizes, first, plan, states, *parameters)
         return y
 

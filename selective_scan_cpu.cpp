@@ -1,6 +1,14 @@
-// Mamba on sequences of scalar tokens, forward and backward, on a CPU's vector units. selective_scan.py, which compiles
-// this file at first use, says what is computed; the names here are the ones there. Two compilations, one file: with
-// -DTOKENS=L the last output of many sequences of L tokens, without it the last outputs of a few long ones.
+// The CPU kernels of selective_scan.py: a Mamba block on scalar tokens, forward and backward, with vector instructions.
+// selective_scan.py gives the equations and compiles this file at first use. The recurrence is
+//
+//     h_t = exp(Δ_t A) h_{t-1} + Δ_t x_t B_t,    Y_t = h_t C_t + D x_t,    output_t = Σ_channels out Y_t silu(in_z u_t)
+//
+// The file is compiled in two ways:
+//
+//     with -DTOKENS=L    `last`: many sequences of L tokens, the last output of each; vector lanes are sequences
+//     without            `tails`: a few long sequences, the last outputs of each; vector lanes are channels
+//
+// It needs the vector extensions of GCC or Clang. Constants: W floats are one vector.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -17,7 +25,7 @@
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
-#if defined(TOKENS) && !defined(__clang__)  // its unrolled loops: side by side what need not wait for each other
+#if defined(TOKENS) && !defined(__clang__)  // interleaves the independent operations of the unrolled loops
 #pragma GCC optimize("schedule-insns", "sched-pressure")
 #endif
 #if defined(__AVX512F__)
@@ -34,8 +42,8 @@ typedef int32_t I __attribute__((vector_size(4 * W)));
 static inline V splat(float a) { return a - (V){}; }
 static inline V load(const float *p) { V v; std::memcpy(&v, p, sizeof v); return v; }
 static inline void store(float *p, V v) { std::memcpy(p, &v, sizeof v); }
-// The larger and the smaller; where one is NaN, b.
-#if defined(__AVX512F__)  // one instruction each; the compiler makes two of the comparison below
+// The larger and the smaller of a and b; b if either is NaN.
+#if defined(__AVX512F__)  // one instruction; GCC compiles the comparison below to two
 static inline V vmax(V a, V b) { return (V)_mm512_max_ps((__m512)a, (__m512)b); }
 static inline V vmin(V a, V b) { return (V)_mm512_min_ps((__m512)a, (__m512)b); }
 #elif defined(__AVX2__)
@@ -45,7 +53,7 @@ static inline V vmin(V a, V b) { return (V)_mm256_min_ps((__m256)a, (__m256)b); 
 static inline V vmax(V a, V b) { return a > b ? a : b; }
 static inline V vmin(V a, V b) { return a < b ? a : b; }
 #endif
-static inline bool all_less(V a, float b) {  // in every lane
+static inline bool all_less(V a, float b) {  // whether a < b in every lane
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask((__m512)a, _mm512_set1_ps(b), _CMP_LT_OQ) == 0xffff;
 #elif defined(__AVX2__)
@@ -57,17 +65,18 @@ static inline bool all_less(V a, float b) {  // in every lane
 #endif
 }
 
-// out = 2^(a x), N at a time, stage by stage: each stage waits for the one before, but not for its neighbours. A
-// relative error of 2e-7 to 4e-7, which is rounding, of either sign: it averages out where decays of many tokens
-// multiply up.
+// exp2_products: out = 2^(a x) for N vectors x.
 //
-// AVX-512: a x is rounded to STEPS parts of one, whose fractional part two registers look up and whose integer part
-// scalef applies. For the rest r, a parabola does: c ((r + k)^2 + m). The square is completed with k = 23/16, so that k
-// comes off as part of the rounding; c is part of the table. Any a x down to -1e24 (gives 0) and up to 127.
-// AVX2: the same with quarters, whose four powers fit in one lookup, and a quartic, c (((y^2 + m) y + n) y + q) with
-// y = r + k. The integer part is added to the exponent's bits, so a x is in [LOWEST, 127]; FAR: or below, and taken for
-// LOWEST, which takes two more operations.
-// Elsewhere: a minimax polynomial on [-1/2, 1/2], times 2^(the integer part), a x >= -126 or taken for it.
+// The relative error is 2e-7 to 4e-7 and has either sign, so it averages out in products of many decays. Each stage is
+// a loop over the N vectors, because the operations of one stage do not depend on each other.
+//
+// AVX-512: a x is rounded to a multiple of 1/STEPS. 2^(its fraction) is looked up in two registers; `scalef` applies
+//   its integer part. 2^(the rest r) is a parabola, c ((r + k)^2 + m). Completing the square with k = 23/16 lets the
+//   rounding step add k, and the table contains c. a x may be between -1e24, which gives 0, and 127.
+// AVX2: a x is rounded to a multiple of 1/4, whose four powers fit into one lookup. 2^(the rest) is a quartic in y = r
+//   + k: c (((y^2 + m) y + n) y + q). The integer part is added to the exponent bits, so a x must be between LOWEST and
+//   127. FAR: smaller values are allowed and count as LOWEST, for two more operations.
+// Others: a minimax polynomial on [-1/2, 1/2] times 2^(the integer part). Values below -126 count as -126.
 constexpr float LOWEST = -115.f;
 #ifdef __AVX512F__
 constexpr int STEPS = 32;
@@ -85,11 +94,11 @@ static const Table TABLE;
 template <int N, bool FAR = false, class A>
 static inline void exp2_products(A a, const V *x, V *out) {
   constexpr float MAGIC = 12582912.f / STEPS;  // 1.5 * 2^23 / STEPS: adding it rounds; the low bits then count steps
-  V shifted[N], rounded[N], r[N];              // r: of the formula, plus k
+  V shifted[N], rounded[N], r[N];              // r is the formula's r + k
   for (int i = 0; i < N; i++) shifted[i] = a * x[i] + MAGIC;
   for (int i = 0; i < N; i++) rounded[i] = shifted[i] - (MAGIC + PARABOLA_K);
   for (int i = 0; i < N; i++) r[i] = a * x[i] - rounded[i];
-  for (int i = 0; i < N; i++)  // looks up the lowest 5 bits
+  for (int i = 0; i < N; i++)  // the index is the lowest 5 bits
     shifted[i] = (V)_mm512_permutex2var_ps(_mm512_load_ps(TABLE.p), (__m512i)shifted[i], _mm512_load_ps(TABLE.p + 16));
   for (int i = 0; i < N; i++) r[i] = (r[i] * r[i] + PARABOLA_M) * shifted[i];
   for (int i = 0; i < N; i++) out[i] = (V)_mm512_scalef_ps((__m512)r[i], (__m512)rounded[i]);
@@ -107,7 +116,7 @@ struct Table {
       const float power = QUARTIC.c * std::exp2(i % 4 / 4.f);
       int32_t bits;
       std::memcpy(&bits, &power, sizeof bits);
-      bits -= i % 4 << 21;  // what the shift below leaves of i in the fraction's bits
+      bits -= i % 4 << 21;  // cancels what the shift in exp2_products adds to the mantissa
       std::memcpy(p + i, &bits, sizeof bits);
     }
   }
@@ -115,7 +124,7 @@ struct Table {
 static const Table TABLE;
 template <int N, bool FAR = false, class A>
 static inline void exp2_products(A a, const V *x, V *out) {
-  constexpr float MAGIC = 12582912.f / 4;  // 1.5 * 2^23 / 4: adding it rounds; the low bits then count the quarters
+  constexpr float MAGIC = 12582912.f / 4;  // 1.5 * 2^23 / 4: adding it rounds; the low bits then count quarters
   V shifted[N], y[N];
   for (int i = 0; i < N; i++) {
     shifted[i] = a * x[i] + MAGIC;
@@ -154,11 +163,12 @@ static inline void exp2_products(A a, const V *x, V *out) {
 static inline V reciprocal(V x) { return 1.f / x; }
 #endif
 
-// out = 2^(a x) = known 2^(a (x - x0)), N at a time, known being 2^(a x0): where x is close to x0, DEGREE + 1
-// operations instead of the 7 to 13 above. y: (x - x0) * MINIMAX<DEGREE>.scale. Up to |a (x - x0)| =
-// MINIMAX<DEGREE>.reach, a minimax polynomial of that degree has an error of 4e-7. In v = a y + shift it is
-// v^DEGREE + c_0 v^(DEGREE - 2) + c_1 v^(DEGREE - 3) + …: scale and shift leave nothing to multiply the highest power
-// by, and no second highest.
+// powers_near: out = 2^(a x) for N vectors x that are near x0, with `known` = 2^(a x0). It takes DEGREE + 1 operations
+// instead of the 7 to 13 of exp2_products.
+//
+// 2^(a (x - x0)) is a minimax polynomial with an error of 4e-7 as long as |a (x - x0)| <= MINIMAX<DEGREE>.reach. It is
+// evaluated in v = a y + shift with y = (x - x0) * scale, which the caller passes. There it reads v^DEGREE + c_0
+// v^(DEGREE - 2) + c_1 v^(DEGREE - 3) + …: scale makes the leading coefficient 1, shift the second one 0.
 struct Minimax { float reach, scale, shift, c[5]; };
 template <int DEGREE> constexpr Minimax MINIMAX = {};
 template <> constexpr Minimax MINIMAX<2> = {0.03066f, 0.490122153f, 0.707156687f, {0.499929426f}};
@@ -185,9 +195,11 @@ template <int N> static inline void sigmoids(const V *x, V *out) {
   for (int i = 0; i < N; i++) out[i] = reciprocal(1.f + e[i]);
 }
 
-// log(1 + e^x), and its derivative, the sigmoid. With e = e^-|x|: log(1 + e), e in [0, 1], is e times a minimax
-// polynomial, error 3e-8. Where all x are so low that e is in [0, 0.2], a shorter one does, error 7e-8: the steps Δ of
-// a Mamba begin between 0.001 and 0.1.
+// softpluses: out = log(1 + e^x) and, if SLOPE, its derivative sigmoid(x).
+//
+// With e = e^-|x|, between 0 and 1, softplus is max(x, 0) + log(1 + e), and log(1 + e) is e times a minimax polynomial
+// with an error of 3e-8. If x < -1.61 in all N vectors, then e < 0.2, and a shorter polynomial has an error of 7e-8.
+// That is the usual case: the steps Δ of a new Mamba are between 0.001 and 0.1.
 template <int N, bool SLOPE> static inline void softpluses(const V *x, V *out, V *slope) {
   constexpr float LOW[] = {0.135555684f, -0.239698414f, 0.332629516f, -0.499982846f, 0.999999932f};
   constexpr float ANY[] = {0.0052326943f, -0.0295052389f, 0.0782259521f, -0.136632458f, 0.191060068f,
@@ -221,18 +233,19 @@ template <int N, bool SLOPE> static inline void softpluses(const V *x, V *out, V
 static inline V sigmoid(V x) { sigmoids<1>(&x, &x); return x; }
 static inline V softplus(V x) { softpluses<1, false>(&x, &x, nullptr); return x; }
 
-struct Params {  // row-major
+// The parameters, row-major: d channels, n states per channel, k taps of the convolution.
+struct Params {
   int64_t d, n, k;
-  const float *conv, *conv_b;   // [d, k], in_proj multiplied in, as a token is one number; [d]
+  const float *conv, *conv_b;   // [d, k], multiplied by in_x, because a token is a scalar; [d]
   const float *in_z;            // [d]
-  const float *xproj;           // [d, 1 + 2n]: to dt, B, C
+  const float *xproj;           // [d, 1 + 2n]: the columns are dt, B, C
   const float *dt_w, *dt_b;     // [d]
-  const float *A2;              // [d, n]: -exp(A_log) * log2(e)
+  const float *A2;              // [d, n]: A log2(e), so that exp(A S) = 2^(A2 S)
   const float *D, *out;         // [d]
 };
 
-// body(thread, first block, one past the last) on every thread, an equal share of the blocks each. Plain threads rather
-// than OpenMP: PyTorch brings an OpenMP of its own, and two pools of spinning threads fight for the cores.
+// Call body(thread, first block, end block) on every thread, with an equal number of blocks each. std::thread and not
+// OpenMP, because PyTorch has an OpenMP pool of its own and two pools of spinning threads compete for the cores.
 static void on_threads(int threads, int64_t blocks, const std::function<void(int, int64_t, int64_t)> &body) {
   std::vector<std::thread> pool;
   for (int i = 1; i < threads; i++) pool.emplace_back(body, i, blocks * i / threads, blocks * (i + 1) / threads);
@@ -240,8 +253,7 @@ static void on_threads(int threads, int64_t blocks, const std::function<void(int
   for (auto &thread : pool) thread.join();
 }
 
-// For bench.py, the machine's bound: `count` vector multiply-adds on each thread, 12 chains at a time, as each waits
-// for itself. Returns W.
+// For bench.py, to measure the peak: `count` vector multiply-adds on each thread, in 12 independent chains. Returns W.
 extern "C" int multiply_adds(int64_t count, int threads) {
   on_threads(threads, threads, [&](int, int64_t, int64_t) {
     V sums[12], factor = splat(0.999f), term = splat(0.001f);
@@ -254,7 +266,7 @@ extern "C" int multiply_adds(int64_t count, int threads) {
   return W;
 }
 
-struct Array {  // zeros, aligned to a cache line
+struct Array {  // initialised with zeros, aligned to a cache line
   std::vector<float> data;
   float *p;
   explicit Array(int64_t size) : data(size + 16), p((float *)(((uintptr_t)data.data() + 63) & ~(uintptr_t)63)) {}
@@ -264,84 +276,96 @@ struct Array {  // zeros, aligned to a cache line
 static inline void add(float *p, V v) { store(p, load(p) + v); }
 
 #ifdef TOKENS
-// The last output of many short sequences; selective_scan.py derives the equations.
+// =====================================================================================================================
+// last: the last output of many short sequences
+// =====================================================================================================================
 //
-// Compiled for one sequence length, -DTOKENS=L, so that loops over tokens unroll and their values stay in registers.
-// The sequences run along the lanes of a vector V of W floats: one block is W sequences, and every line below does the
-// same to all of them. A block's intermediate values (x and its slope, [d, L], 80 KB at the paper's size and W = 16)
-// stay in the L2 cache; main memory sees the L input tokens, one output, and L input gradients a sequence.
+// The equations, from selective_scan.py. With S_t = Δ_{t+1} + … + Δ_L,
 //
-// The powers 2^(A2 S) of the scan are found from known ones. The steps Δ = softplus(dt_w dt + dt_b) depend little on
-// the sequence, as dt is small, so S is close to the S̄ of another sequence, the centre: the one that begins with the
-// same token (with 0, where a block's do not begin alike) and continues with zeros. 2^(A2 S̄), [d, n, L - 1], is
-// computed once a thread for the blocks that begin alike, a layer's weights; a polynomial of low degree does the rest,
-// 2^(A2 (S - S̄)). Its degree is chosen channel by channel, for the sequence of the block that is farthest from the
-// centre; beyond the last degree the power is computed by itself.
+//     h_L C_L = Σ_t Δ_t x_t Σ_n exp(A_n S_t) B_tn C_Ln
 //
-// Per sequence, with d channels, n states a channel, L tokens and a convolution of k >= L, forward: (L - 1) d n powers
-// (degree + 1 multiplications or multiply-adds each, 3 at least; in a new net mostly 3 or 4; by itself 4 with AVX-512,
-// else 6) and as many multiply-adds of the scan; (L (n + 1) + n) d of the projections and L (L + 1) / 2 d of the
-// convolution; L d times silu and softplus (17 for the two with AVX-512, else 21; 4 more where Δ > 0.18); d times the
-// gate's silu. Of all but the first and the last, where sequences begin with the same token, its part is found once for
-// all. Backward: all of it again, 3 more for each power of the scan, 4 for each silu and softplus, and twice the
-// projections' and the convolution's, for x or the tokens and for the weights.
+// What makes it fast:
+//
+// 1. L is a compile-time constant, so loops over tokens are unrolled and their values stay in registers.
+// 2. A block is W sequences, one per lane. Its intermediate values, [d, L] vectors of x and the like, stay in the L2
+//    cache (80 KB at the paper's size with W = 16). Main memory sees L tokens, one output and L gradients per sequence.
+// 3. Most exponentials are computed from known ones. The steps Δ = softplus(dt_w dt + dt_b) depend little on the
+//    sequence, because dt is small. So S is near the S̄ of another sequence, the centre: a block's first token,
+//    followed by zeros. (If the sequences of a block do not begin alike, the centre begins with 0.) 2^(A2 S̄) is
+//    computed once per thread for all consecutive blocks with the same first token, which are a layer's weights. Then
+//    2^(A2 S) = 2^(A2 S̄) 2^(A2 (S - S̄)), and a polynomial computes the second factor. Its degree is chosen per
+//    channel and block, for the largest exponent. If that is too large for every degree, the exponential is computed
+//    directly.
+// 4. If consecutive blocks have the same first token, what depends on it alone is kept for the next block.
+//
+// The number of multiplications and multiply-adds per sequence, forward:
+//
+//     scan            (L - 1) d n exponentials and as many multiply-adds. An exponential is degree + 1 operations, in a
+//                     new net mostly 3 or 4; computed directly 4 with AVX-512, else 6
+//     projections     (L (n + 1) + n) d
+//     convolution     L (L + 1) / 2 d, if k >= L
+//     silu, softplus  L d times 17 with AVX-512, else 21; 4 more if Δ > 0.18
+//     gate            d times a silu
+//
+// Backward repeats all of it and adds 3 per exponential of the scan, 4 per silu and softplus, and twice the projections
+// and the convolution.
 
 constexpr int L = TOKENS;
 
-// The sequence token0, 0, 0, …
+// The centre: the sequence token0, 0, 0, …
 struct Centre {
   float token0;
   bool found = false;
-  Array S, powers;  // [d, L - 1]: S̄; [d, n, L - 1]: 2^(A2 S̄)
-  Array unit;       // [d]: |S - S̄| where the channel's largest exponent, A2 (S - S̄), is 1
+  Array S, powers;  // S̄ [d, L - 1]; 2^(A2 S̄) [d, n, L - 1]
+  Array unit;       // [d]: the |S - S̄| for which the channel's largest |A2 (S - S̄)| is 1
   explicit Centre(const Params &P) : S(P.d * (L - 1)), powers(P.d * P.n * (L - 1)), unit(P.d) {
     for (int64_t c = 0; c < P.d; c++) unit[c] = -1.f / *std::min_element(P.A2 + c * P.n, P.A2 + (c + 1) * P.n);
   }
 };
 
-// What one block of W sequences needs besides the parameters; all [.., W], in the L1 and L2 caches.
+// The intermediate values of one block. The last axis of every array is W, the sequences.
 struct Work {
-  V token0;                  // the first token that x, slope, dtB, delta and dslope were made for
+  V token0;                  // the first token that x, slope, dtB, delta and dslope are valid for
   bool filled = false;
-  Array x, slope;            // [d, L]: x = silu(conv), and silu's derivative there
-  Array dtB, C;              // [1 + n, L]: dt and B of every token; [n]: C of the last one
-  Array delta, dslope;       // [d, L]: the steps and softplus's derivative
-  Array BC, sumBC;           // [n, L]: B C; [1]: its sum over n at the last token, which does not decay
-  Array dx, ddtB, dC, dBC;   // gradients
+  Array x, slope;            // [d, L]: x = silu(conv), and the derivative of that silu
+  Array dtB, C;              // [1 + n, L]: dt and B of each token; [n]: C of the last token
+  Array delta, dslope;       // [d, L]: Δ, and the derivative of its softplus
+  Array BC, sumBC;           // [n, L]: B C; [1]: its sum over n at the last token, for which E = 1
+  Array dx, ddtB, dC, dBC;   // gradients of x, dtB, C, BC
   Work(int64_t d, int64_t n)
       : x(d * L * W), slope(d * L * W), dtB((1 + n) * L * W), C(n * W), delta(d * L * W), dslope(d * L * W),
         BC(n * L * W), sumBC(W), dx(d * L * W), ddtB((1 + n) * L * W), dC(n * W), dBC(n * L * W) {}
 };
 
-// The projections are small matrix products. They run in tiles of T tokens and ROWS rows (or channels), which keep two
-// dozen sums in registers (a dozen where there are 16 registers), because a processor multiplies faster than it loads.
+// The projections are small matrix products. A tile of COUNT tokens and ROWS rows (or channels) keeps its sums in
+// registers, because a processor multiplies faster than it loads: SUMS of the 32 registers of AVX-512, else of 16.
 constexpr int SUMS = W == 16 ? 24 : 12;
-template <int T> constexpr int TILE = T > SUMS ? 1 : SUMS / T > 8 ? 8 : SUMS / T;
+template <int COUNT> constexpr int TILE = COUNT > SUMS ? 1 : SUMS / COUNT > 8 ? 8 : SUMS / COUNT;
 
-// T tokens of out [rows, stride_out] = those of x [d, L], times `rows` columns of xproj [d, stride] from `weight` on.
-template <int ROWS, int T>
+// out [rows, stride_out] = x [d, L] projected by `rows` columns of xproj [d, stride], for COUNT tokens.
+template <int ROWS, int COUNT>
 static void project_tile(const float *weight, int64_t stride, int64_t d, const float *x, float *out, int stride_out) {
-  V sum[ROWS][T];
+  V sum[ROWS][COUNT];
   for (int r = 0; r < ROWS; r++)
-    for (int t = 0; t < T; t++) sum[r][t] = splat(0.f);
+    for (int t = 0; t < COUNT; t++) sum[r][t] = splat(0.f);
   for (int64_t c = 0; c < d; c++, weight += stride, x += L * W)
-    for (int t = 0; t < T; t++) {
+    for (int t = 0; t < COUNT; t++) {
       V v = load(x + t * W);
       for (int r = 0; r < ROWS; r++) sum[r][t] += weight[r] * v;
     }
   for (int r = 0; r < ROWS; r++)
-    for (int t = 0; t < T; t++) store(out + (r * stride_out + t) * W, sum[r][t]);
+    for (int t = 0; t < COUNT; t++) store(out + (r * stride_out + t) * W, sum[r][t]);
 }
-template <int T>
+template <int COUNT>
 static void project_rows(const float *weight, int64_t rows, int64_t stride, int64_t d, const float *x, float *out,
                          int stride_out) {
   int64_t r = 0;
-  for (; r + TILE<T> <= rows; r += TILE<T>)
-    project_tile<TILE<T>, T>(weight + r, stride, d, x, out + r * stride_out * W, stride_out);
-  for (; r < rows; r++) project_tile<1, T>(weight + r, stride, d, x, out + r * stride_out * W, stride_out);
+  for (; r + TILE<COUNT> <= rows; r += TILE<COUNT>)
+    project_tile<TILE<COUNT>, COUNT>(weight + r, stride, d, x, out + r * stride_out * W, stride_out);
+  for (; r < rows; r++) project_tile<1, COUNT>(weight + r, stride, d, x, out + r * stride_out * W, stride_out);
 }
 
-// Of tokens [FROM, TO), all channels: x_t = silu(conv); its projections dt_t, B_t; Δ_t. SLOPE: the derivatives too.
+// Compute x_t, dt_t, B_t and Δ_t of the tokens FROM <= t < TO; if SLOPE, the derivatives of silu and softplus too.
 template <bool SLOPE, int FROM, int TO>
 static inline void project_tokens(const Params &P, const V *u, Work &w) {
   const int64_t d = P.d, n = P.n, K = P.k;
@@ -371,7 +395,7 @@ static inline void project_tokens(const Params &P, const V *u, Work &w) {
   }
 }
 
-// Overwrites w.
+// Uses w as scratch memory.
 static void find_centre(const Params &P, float token0, Work &w, Centre &centre) {
   const V tokens[L] = {splat(token0)};
   w.filled = false;
@@ -381,15 +405,16 @@ static void find_centre(const Params &P, float token0, Work &w, Centre &centre) 
     for (int t = L - 2; t >= 0; t--) {
       centre.S[c * (L - 1) + t] = S = std::min(1e18f, S + w.delta[(c * L + t + 1) * W]);
       for (int64_t r = c * P.n; r < (c + 1) * P.n; r++)
-        centre.powers[r * (L - 1) + t] = std::exp2(std::max(P.A2[r] * S, LOWEST));  // a NaN stays
+        centre.powers[r * (L - 1) + t] = std::exp2(std::max(P.A2[r] * S, LOWEST));  // keeps NaN
     }
   }
   centre.token0 = token0, centre.found = true;
 }
 
-// Of a block: x, dt, B, C, B C and Δ. Where its sequences begin with the same tokens as those of the block before, as
-// one layer's weights do (with the layer embedding), what was found for these is kept. If they do not begin alike,
-// their centre begins with 0: a block's bits do not depend on other blocks.
+// Compute x, dt, B, C, B C and Δ of a block, and its centre.
+//
+// What depends on the first token alone is kept from the block before if the first tokens are the same. With a layer
+// embedding, they are in all blocks of a layer. The result of a block does not depend on other blocks, bit for bit.
 template <bool SLOPE> static void project(const Params &P, const V *u, Work &w, Centre &centre) {
   const int64_t n = P.n;
   bool alike = L > 1;
@@ -409,7 +434,8 @@ template <bool SLOPE> static void project(const Params &P, const V *u, Work &w, 
   store(w.sumBC, sum);
 }
 
-// scan(powers), for channel c; powers(r, E) gives E_t = 2^(A2_cr S_t), t < L - 1. Compiled for each way to find them.
+// Call scan(powers) for channel c, with a function powers(r, E) that computes E_t = 2^(A2_cr S_t) for t < L - 1. `scan`
+// is compiled once for each of the ways to compute them.
 template <class Scan>
 static inline void scan_with_powers(const Params &P, const Centre &centre, int64_t c, const V *S, Scan scan) {
   const float *A = P.A2 + c * P.n, *S_centre = centre.S + c * (L - 1), *known = centre.powers + c * P.n * (L - 1);
@@ -423,12 +449,12 @@ static inline void scan_with_powers(const Params &P, const Centre &centre, int64
   if (all_less(far, MINIMAX<2>.reach * unit)) return near(std::integral_constant<int, 2>());
   if (all_less(far, MINIMAX<3>.reach * unit)) return near(std::integral_constant<int, 3>());
   if (all_less(far, MINIMAX<4>.reach * unit)) return near(std::integral_constant<int, 4>());
-  // Degree 6 takes as many operations as AVX-512 needs for a power by itself.
+  // With AVX-512, degree 6 would take as many operations as exp2_products.
   if (W < 16 && all_less(far, MINIMAX<6>.reach * unit)) return near(std::integral_constant<int, 6>());
   scan([&](int64_t r, V *E) { exp2_products<L - 1, true>(A[r], S, E); });
 }
 
-// The way back for TILED channels from c on: dx [.., L] += xproj (ddt, dB, dC), and g [.., 1 + 2n] += xproj's gradient.
+// The backward pass of the projections for channels c to c + TILED: adds to dx, and to xproj's gradient g [d, 1 + 2n].
 template <int TILED> static void project_back(const Params &P, int64_t c, Work &w, float *g) {
   const int64_t n = P.n, stride = 1 + 2 * n;
   const float *weight = P.xproj + c * stride;
@@ -462,26 +488,26 @@ template <int TILED> static void project_back(const Params &P, int64_t c, Work &
     }
 }
 
-static void load_tokens(const float *u, int64_t rows, int64_t first, V *out) {  // u [L, rows]
-  const int64_t count = std::min<int64_t>(rows - first, W);
+static void load_tokens(const float *u, int64_t sequences, int64_t first, V *out) {  // u [L, sequences]
+  const int64_t count = std::min<int64_t>(sequences - first, W);
   for (int t = 0; t < L; t++) {
     float lane[W] = {};
-    std::memcpy(lane, u + t * rows + first, count * sizeof(float));
+    std::memcpy(lane, u + t * sequences + first, count * sizeof(float));
     out[t] = load(lane);
   }
 }
 
-// u [L, rows] -> y [rows].
-extern "C" void mamba_last_forward(const Params *params, int64_t rows, const float *u, float *y, int threads) {
+// u [L, sequences] -> y [sequences], each sequence's last output.
+extern "C" void mamba_last_forward(const Params *params, int64_t sequences, const float *u, float *y, int threads) {
   const Params &P = *params;
-  const int64_t blocks = (rows + W - 1) / W;
+  const int64_t blocks = (sequences + W - 1) / W;
   on_threads(threads, blocks, [&](int, int64_t first, int64_t last) {
-    const int64_t d = P.d, n = P.n;  // in registers; what P points to, every store might change
+    const int64_t d = P.d, n = P.n;  // local copies, which the compiler knows no store can change
     Work w(d, n);
     Centre centre(P);
     for (int64_t b = first; b < last; b++) {
       V tok[L];
-      load_tokens(u, rows, b * W, tok);
+      load_tokens(u, sequences, b * W, tok);
       project<false>(P, tok, w, centre);
       V total = splat(0.f);
       for (int64_t c = 0; c < d; c++) {
@@ -507,19 +533,19 @@ extern "C" void mamba_last_forward(const Params *params, int64_t rows, const flo
       }
       float lane[W];
       store(lane, total);
-      std::memcpy(y + b * W, lane, std::min<int64_t>(rows - b * W, W) * sizeof(float));
+      std::memcpy(y + b * W, lane, std::min<int64_t>(sequences - b * W, W) * sizeof(float));
     }
   });
 }
 
-// gy [rows] -> du [L, rows] (or null), and grads, in Params' order: [conv d k | conv_b d | in_z d | xproj d (1 + 2n) |
-// dt_w d | dt_b d | A d n | D d | out d], A's with respect to A = -exp(A_log).
-extern "C" void mamba_last_backward(const Params *params, int64_t rows, const float *u, const float *gy, float *du,
+// gy [sequences] -> du [L, sequences], unless null, and the parameters' gradients, one after another in Params' order:
+// [conv d k | conv_b d | in_z d | xproj d (1 + 2n) | dt_w d | dt_b d | A d n | D d | out d]. A is A, not A2.
+extern "C" void mamba_last_backward(const Params *params, int64_t sequences, const float *u, const float *gy, float *du,
                                     float *grads, int threads) {
   const Params &P = *params;
-  const int64_t d = P.d, n = P.n, K = P.k, blocks = (rows + W - 1) / W;
+  const int64_t d = P.d, n = P.n, K = P.k, blocks = (sequences + W - 1) / W;
   const int64_t size = d * K + d + d + d * (1 + 2 * n) + d + d + d * n + d + d;
-  Array parts(threads * size * W);  // each thread's sums, lane by lane; added up in order at the end
+  Array parts(threads * size * W);  // each thread's sums, one per lane; added up in a fixed order at the end
   on_threads(threads, blocks, [&](int thread, int64_t first, int64_t last) {
     const int64_t d = P.d, n = P.n, K = P.k;
     Work w(d, n);
@@ -529,17 +555,17 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
           *g_A = g_dt_b + d * W, *g_D = g_A + d * n * W, *g_out = g_D + d * W;
     for (int64_t b = first; b < last; b++) {
       V tok[L], dtok[L], go;
-      load_tokens(u, rows, b * W, tok);
+      load_tokens(u, sequences, b * W, tok);
       {
         float lane[W] = {};
-        std::memcpy(lane, gy + b * W, std::min<int64_t>(rows - b * W, W) * sizeof(float));
+        std::memcpy(lane, gy + b * W, std::min<int64_t>(sequences - b * W, W) * sizeof(float));
         go = load(lane);
       }
       project<true>(P, tok, w, centre);
       for (int t = 0; t < L; t++) dtok[t] = splat(0.f);
       std::memset(w.ddtB, 0, L * W * sizeof(float));
       std::memset(w.dBC, 0, L * n * W * sizeof(float));
-      V dsum = splat(0.f);  // of sumBC
+      V dsum = splat(0.f);  // the gradient of sumBC
       for (int64_t c = 0; c < d; c++) {
         V delta[L], S[L], acc[L], accA[L], cc[L], cS[L], x[L];
         V z = P.in_z[c] * tok[L - 1], sz = sigmoid(z), silu = z * sz;
@@ -569,15 +595,15 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
         });
         acc[L - 1] = load(w.sumBC);
         dsum += cc[L - 1];
-        // y_c = sum_t drive_t acc_t + D x_L, times silu(z), times out
+        // The channel's part of the output is out silu(z) (Σ_t Δ_t x_t acc_t + D x_L).
         V yc = P.D[c] * x[L - 1], dx[L], ddelta[L], carry = splat(0.f);
         const float ln2 = 0.693147181f;
         for (int t = 0; t < L; t++) {
           yc += delta[t] * x[t] * acc[t];
           V ddrive = dy * acc[t];
           dx[t] = ddrive * delta[t];
-          ddelta[t] = ddrive * x[t] + carry;  // S_s for every s < t contains delta_t
-          carry += cc[t] * accA[t] * ln2;     // dS_t; A2 is in units of log2(e)
+          ddelta[t] = ddrive * x[t] + carry;  // S_s contains Δ_t for every s < t
+          carry += cc[t] * accA[t] * ln2;     // the gradient of S_t; ln 2 because accA uses A2
         }
         dx[L - 1] += dy * P.D[c];
         add(g_D + c * W, dy * x[L - 1]);
@@ -595,7 +621,7 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
         }
         add(g_dt_w + c * W, gw), add(g_dt_b + c * W, gb);
       }
-      for (int64_t r = 0; r < n; r++) {  // from B C to B and C
+      for (int64_t r = 0; r < n; r++) {  // the gradients of B and C from that of B C
         store(w.dBC + (r * L + L - 1) * W, dsum);
         V dC = splat(0.f), C = load(w.C + r * W);
         for (int t = 0; t < L; t++) {
@@ -622,7 +648,7 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
       for (int t = 0; t < L && du; t++) {
         float lane[W];
         store(lane, dtok[t]);
-        std::memcpy(du + t * rows + b * W, lane, std::min<int64_t>(rows - b * W, W) * sizeof(float));
+        std::memcpy(du + t * sequences + b * W, lane, std::min<int64_t>(sequences - b * W, W) * sizeof(float));
       }
     }
   });
@@ -635,104 +661,128 @@ extern "C" void mamba_last_backward(const Params *params, int64_t rows, const fl
 }
 
 #else
-// The last outputs of a few long sequences.
+// =====================================================================================================================
+// tails: the last outputs of a few long sequences
+// =====================================================================================================================
 //
-// One sequence a layer: u = [first,] past[0], …, past[l-1] of that layer; wanted are the outputs at its last n tokens.
+// There is one sequence per layer: u = [first,] past[0], …, past[l-1] of that layer. The outputs at its last tokens are
+// wanted, one per weight of the layer. Forward, with h [d, n]; a, x, Δ, Y [d]; B, C [n]; u, dt scalar:
 //
-//     a_t = conv * u + bias     x_t = silu(a_t)     dt_t, B_t, C_t = proj x_t     Δ_t = softplus(dt_w dt_t + dt_b)
-//     h_t = E_t h_{t-1} + Δ_t x_t B_t,  E_t = exp(A Δ_t)              h [d, n] a token; x, Δ [d]; B, C [n]; dt a scalar
-//     Y_t = h_t C_t + D x_t,  output_t = Σ_c out_c Y_t silu(z_t)      Y [d]
+//     a_t = conv * u + bias              x_t = silu(a_t)
+//     dt_t, B_t, C_t = proj x_t          Δ_t = softplus(dt_w dt_t + dt_b)
+//     h_t = E_t h_{t-1} + Δ_t x_t B_t    E_t = exp(A Δ_t)
+//     Y_t = h_t C_t + D x_t              output_t = Σ_d out Y_t silu(z_t)
 //
-// With g_t the output's gradient and gy_t = ∂/∂(h_t C_t) = g_t out silu(z_t), the adjoint of h, G_t = ∂/∂h_t, runs
-// backwards in time, and all else comes from it:
+// Backward, with g_t the gradient of output_t and gy_t = g_t out silu(z_t) that of h_t C_t. The gradient of h_t, called
+// the adjoint G_t, is a recurrence backwards in time:
 //
-//     G_t = gy_t C_t + E_{t+1} G_{t+1}           ∂/∂(Δ_t x_t) = Σ_n G_t B_t      ∂/∂B_t = Σ_d G_t Δ_t x_t
-//     λ_t = ∂/∂(A Δ_t) = E_t G_t h_{t-1}         ∂/∂Δ_t += Σ_n A λ_t             ∂/∂C_t = Σ_d gy_t h_t
-//                                                ∂/∂A += Δ_t λ_t
+//     G_t = gy_t C_t + E_{t+1} G_{t+1}
 //
-// Lanes are channels: a block is W of them, and [T][W] its values over a chunk, T tokens. Tokens come one after
-// another. R states go together, their h in registers for a whole chunk. What a chunk needs ([blocks][T][W] of x and
-// its like, [rows][T] of the projections) stays in the L2 cache, and what one block needs in or near the L1. Chunks
-// are counted from the sequence's end: chunk j is its tokens [length - (j + 1) T, length - j T). Before the
-// sequence's start come tokens with x = 0 and Δ = 0, which leave h at 0.
+// Everything else follows from it, with λ_t = E_t G_t h_{t-1}, the gradient of A Δ_t:
 //
-// What is not computed. States forget: between two tokens, one decays by exp(A Σ Δ). An output does not feel what
-// comes from before a decay of e^-18, float32's resolution and a margin. So each R states of a block have a chunk of
-// their own to start from, with h = 0: `plan` walks back from the first chunk with an output. It needs no Δ, only dt:
-// softplus is convex, so over a chunk Σ Δ >= T softplus(dt_w mean(dt) + dt_b). At first A = -1, …, -n and Δ is 1e-3
-// to 1e-1, so few states start early; the blocks are of channels that forget about equally fast. Chunks before the
-// first with an output need no C and no y, and B only for the states that have started.
+//     ∂/∂(Δ_t x_t) = Σ_n G_t B_t         ∂/∂B_t = Σ_d G_t Δ_t x_t
+//     ∂/∂Δ_t      += Σ_n A λ_t           ∂/∂C_t = Σ_d gy_t h_t
+//     ∂/∂A        += Δ_t λ_t
 //
-// Backward, chunk by chunk from the end: x, the projections and Δ again; the states' h, from the one kept at the
-// chunk's start (1/T of all h), with E and h in the L1 cache; at once their adjoint; at last from x down to the
-// parameters.
+// How it is computed:
 //
-// Per token, channel and state: forward an exponential (4 multiply-adds for a small exponent, else 6 with AVX2) and 3
-// multiply-adds, backward the exponential and 11. Per token and channel besides, forward: 2n + 1 multiply-adds of the
-// projections, k of the convolution, silu twice, a softplus; backward all of that, the projections' twice more and the
-// convolution's once. Main memory sees 4 bytes a token and output, and 4 d n / T of h, written once and read once.
+// - A block is W channels, one per lane. A chunk is T consecutive tokens. Chunks are counted from the end of the
+//   sequence: chunk j has the tokens length - (j + 1) T <= t < length - j T. If the sequence is too short to fill the
+//   last chunk, the tokens before its start have x = 0 and Δ = 0, which leaves h at 0.
+// - Within a chunk, a group of R states at a time goes through all tokens, with h in registers.
+// - The arrays of a chunk stay in the L2 cache: [blocks][T][W] for x and the like, [rows][T] for the projections, where
+//   the rows are dt, B and C. Those of one block stay near the L1 cache.
+// - Backward, the chunks are processed from the last to the first. Each computes x, the projections and Δ again, then
+//   the states from the h saved before the chunk, then the adjoint and all gradients.
 //
-// The work is cut into units, up to SEGMENT outputs of a layer, which have their own sums of gradients, added in order
-// at the end: however many threads share the units, the bits are the same.
+// Which tokens are skipped:
+//
+// - A state decays between two tokens by exp(A Σ Δ). An output does not depend on what has decayed by e^-18 or more:
+//   that is float32's resolution and a margin.
+// - So each group of states of each block starts at a chunk of its own, with h = 0. `plan_unit` finds it. It walks back
+//   from the first chunk with an output. It does not need Δ, only dt: softplus is convex, so over a chunk
+//   Σ Δ >= T softplus(dt_w mean(dt) + dt_b).
+// - Blocks are made of channels that forget about equally fast. In a new net, A = -1, …, -n and Δ is between 1e-3 and
+//   1e-1, so only a few states start early.
+// - Chunks without outputs need no C and no y, and B only for the states that have started.
+//
+// What it costs:
+//
+//     per token, channel and state    forward an exponential and 3 multiply-adds; backward the exponential and 11. The
+//                                     exponential is 4 multiply-adds if the exponent is small, else 6 with AVX2
+//     per token and channel           forward 2n + 1 multiply-adds of the projections, k of the convolution, silu twice
+//                                     and softplus once; backward all of that, the projections twice more and the
+//                                     convolution once more
+//     main memory                     4 bytes per token and output; 4 d n / T per token for h, written once and read once
+//
+// The work is divided into units of up to SEGMENT outputs of a layer. Each unit has its own sums of gradients, which
+// are added up in a fixed order. So the result does not depend on the number of threads, bit for bit.
 
 constexpr int T = 64, R = 2;
 constexpr int64_t SEGMENT = 1 << 18;
 constexpr float FORGOTTEN = 18 * LOG2E;
 static_assert(T % W == 0 && T % 8 == 0, "chunks are whole vectors of tokens");
 
+// The history of all layers.
 struct Sequences {
-  int64_t length, weights, layers, has_first;  // past [length, weights]
-  const int64_t *sizes;                        // [layers], together `weights`
-  const float *past, *first;                   // first [layers], if has_first
+  int64_t length, weights, layers, has_first;
+  const int64_t *sizes;  // [layers]: the number of weights of each, `weights` together
+  const float *past;     // [length, weights]
+  const float *first;    // [layers], if has_first
 };
 
+// The outputs start <= i < start + outputs of a layer. They are the last outputs of a sequence of `length` tokens.
 struct Unit {
-  int64_t layer, offset, n;                // the layer's weights are past[:, offset : offset + n]
-  int64_t start, outputs, length, chunks;  // wanted: [start, start + outputs) of the layer, the last of `length` tokens
+  int64_t layer, offset, weights;  // the layer's columns are past[:, offset : offset + weights]
+  int64_t start, outputs, length, chunks;
 };
 
 static std::vector<Unit> units_of(const Sequences &s) {
   std::vector<Unit> units;
   for (int64_t i = 0, offset = 0; i < s.layers; offset += s.sizes[i++])
-    for (int64_t start = 0, n = s.sizes[i]; start < n; start += SEGMENT) {
-      const int64_t outputs = std::min(SEGMENT, n - start);
-      const int64_t length = s.has_first + (s.length - 1) * n + start + outputs;
-      units.push_back({i, offset, n, start, outputs, length, (length + T - 1) / T});
+    for (int64_t start = 0, weights = s.sizes[i]; start < weights; start += SEGMENT) {
+      const int64_t outputs = std::min(SEGMENT, weights - start);
+      const int64_t length = s.has_first + (s.length - 1) * weights + start + outputs;
+      units.push_back({i, offset, weights, start, outputs, length, (length + T - 1) / T});
     }
   return units;
 }
 
-// Tokens [from, from + count) of a unit's sequence; zeros before its start.
-static void tokens_of(const Sequences &s, const Unit &q, int64_t from, int64_t count, float *u) {
+// u [count] = the tokens of a unit's sequence from position `from` on; 0 before its start.
+static void tokens_of(const Sequences &s, const Unit &unit, int64_t from, int64_t count, float *u) {
   for (int64_t i = 0, run; i < count; i += run) {
-    const int64_t t = from + i, w = t - s.has_first, row = w / q.n, column = w % q.n;
+    const int64_t t = from + i, w = t - s.has_first, row = w / unit.weights, column = w % unit.weights;
     run = 1;
     if (t < 0) u[i] = 0.f;
-    else if (w < 0) u[i] = s.first[q.layer];
+    else if (w < 0) u[i] = s.first[unit.layer];
     else {
-      run = std::min(count - i, q.n - column);
-      std::memcpy(u + i, s.past + row * s.weights + q.offset + column, run * sizeof(float));
+      run = std::min(count - i, unit.weights - column);
+      std::memcpy(u + i, s.past + row * s.weights + unit.offset + column, run * sizeof(float));
     }
   }
 }
 
-// The parameters by blocks of channels, these sorted by how fast they forget. The last block's empty lanes copy a real
-// channel's Δ and A, and have x = 0 and weights 0; so do states from n on.
+// The parameters, laid out by blocks of channels. The channels are sorted by how fast they forget, slowest first.
+// Unused lanes of the last block, and states beyond P.n, have the Δ and A of a real one, but all weights to and from
+// them are 0.
 struct Net {
   const Params &P;
-  int64_t blocks, groups, n, lags, rows, lanes;  // n, lags: the states and k, rounded up to R and 4; rows: of proj
-  std::vector<int64_t> channel;               // of each lane, -1 for an empty one
-  Array conv, conv_b, in_z, dt_w, dt_b, D, out;  // conv [blocks][lags][W], in_x included; the others [lanes]
-  Array A2, least, proj;  // [blocks][groups][R][W]; the group's fastest [blocks][groups][W]; [rows][blocks][W]
+  int64_t blocks, groups;        // of W channels; of R states
+  int64_t n, lags, rows, lanes;  // groups * R; k rounded up to a multiple of 4; 1 + 2n; blocks * W
+  std::vector<int64_t> channel;  // of each lane; -1 if it is unused
+  Array conv;                    // [blocks][lags][W], multiplied by in_x
+  Array conv_b, in_z, dt_w, dt_b, D, out;  // [lanes]
+  Array A2, fastest;             // [blocks][groups][R][W]; [blocks][groups][W]: the smallest A2 of a group
+  Array proj;                    // [rows][blocks][W]
 
   explicit Net(const Params &P)
       : P(P), blocks((P.d + W - 1) / W), groups((P.n + R - 1) / R), n(groups * R), lags((P.k + 3) / 4 * 4),
         rows(1 + 2 * n), lanes(blocks * W), channel(lanes, -1), conv(blocks * lags * W), conv_b(lanes), in_z(lanes),
-        dt_w(lanes), dt_b(lanes), D(lanes), out(lanes), A2(n * lanes), least(groups * lanes), proj(rows * lanes) {
+        dt_w(lanes), dt_b(lanes), D(lanes), out(lanes), A2(n * lanes), fastest(groups * lanes), proj(rows * lanes) {
     std::vector<std::pair<float, int64_t>> order;
     for (int64_t c = 0; c < P.d; c++) {
       const float decay = *std::max_element(P.A2 + c * P.n, P.A2 + (c + 1) * P.n) * std::log1p(std::exp(P.dt_b[c]));
-      order.push_back({decay < 0 ? decay : 0.f, c});  // NaN has no order
+      order.push_back({decay < 0 ? decay : 0.f, c});  // NaN cannot be sorted
     }
     std::sort(order.begin(), order.end(), std::greater<>());
     for (int64_t i = 0; i < lanes; i++) {
@@ -740,7 +790,7 @@ struct Net {
       dt_w[i] = P.dt_w[c], dt_b[i] = P.dt_b[c];
       for (int64_t r = 0; r < n; r++) A2[(b * n + r) * W + lane] = P.A2[c * P.n + std::min(r, P.n - 1)];
       for (int64_t g = 0; g < groups; g++) {
-        float &a = least[(b * groups + g) * W + lane] = 0.f;
+        float &a = fastest[(b * groups + g) * W + lane] = 0.f;
         for (int r = 0; r < R; r++) a = std::min(a, A2[(b * n + g * R + r) * W + lane]);
       }
       if (i >= P.d) continue;
@@ -750,24 +800,24 @@ struct Net {
       for (int64_t r = 0; r < 1 + 2 * P.n; r++) proj[row(r) * lanes + i] = P.xproj[c * (1 + 2 * P.n) + r];
     }
   }
-  int64_t row(int64_t r) const { return r <= P.n ? r : r + n - P.n; }  // of x_proj's row r: dt, B (n), C (n)
+  int64_t row(int64_t r) const { return r <= P.n ? r : r + n - P.n; }  // proj's row for row r of x_proj
 };
 
 template <int... M>
-static inline V pick(V a, V b) {  // lane i: lane M[i] of a and b in a row
+static inline V pick(V a, V b) {  // lane i is lane M[i] of a and b concatenated
 #ifdef __clang__
   return __builtin_shufflevector(a, b, M...);
 #else
   return __builtin_shuffle(a, b, (I){M...});
 #endif
 }
-// One step of a sum over lanes for two vectors at a time: lane i is a[i] + a[i ^ S] where i has no bit S, else b's.
+// One step of summing the lanes of two vectors: lane i is a[i] + a[i ^ S] if i has no bit S, else b[i] + b[i ^ S].
 template <int S, int... i>
 static inline V halve(V a, V b, std::integer_sequence<int, i...>) {
   return pick<(i & S ? W + i : i)...>(a, b) + pick<(i & S ? W + (i ^ S) : (i ^ S))...>(a, b);
 }
-// v [N] -> one vector. N = W and S = 1: the sum of v[i]'s lanes in lane i. The same in two steps: N = 4 for each four
-// of them, then N = W / 4 and S = 4 for the results.
+// Sum the lanes of N vectors v. With N = W and S = 1, lane i of the result is the sum of the lanes of v[i]. The same
+// can be done in two steps: N = 4 and S = 1 for each 4 of the vectors, then N = W / 4 and S = 4 for the results.
 template <int N = W, int S = 1>
 static inline V lane_sums(const V *v) {
   if constexpr (N == 1) {
@@ -778,7 +828,7 @@ static inline V lane_sums(const V *v) {
     return lane_sums<N / 2, 2 * S>(half);
   }
 }
-static void add_lane_sums(const float *v, float *to) {  // v [T][W], to [T]
+static void add_lane_sums(const float *v, float *to) {  // to [T] += the sums over the lanes of v [T][W]
   for (int t0 = 0; t0 < T; t0 += W) {
     V part[W];
     for (int t = 0; t < W; t++) part[t] = load(v + (t0 + t) * W);
@@ -786,12 +836,12 @@ static void add_lane_sums(const float *v, float *to) {  // v [T][W], to [T]
   }
 }
 
-// How far a state decays in a step at most: by 2^-0.5, by 2^LOWEST, or further.
+// The range of the exponents A2 Δ of a group in a chunk: at least -0.5, at least LOWEST, or any.
 enum Reach { NEAR, MID, FAR };
 
-// E = 2^(a delta), a state's decay over a step. NEAR gives E - 1, with a relative error of 9e-7, as a polynomial in
-// delta: where E is close to 1 a state remembers for 1 / (1 - E) tokens, and rounding E there would be rounding how
-// long.
+// The decay E = 2^(a delta) of a state in one step. NEAR returns E - 1 instead, with a relative error of 9e-7, as a
+// polynomial in delta. If E is close to 1, a state remembers about 1 / (1 - E) tokens, and rounding E to float32 would
+// change that number.
 template <Reach REACH> struct Decay {
   V a, c[5];
   explicit Decay(V a) : a(a) {
@@ -806,16 +856,17 @@ template <Reach REACH> struct Decay {
   }
 };
 template <Reach REACH>
-static inline V times(V decay, V h, V b) {  // E h + b
+static inline V times(V decay, V h, V b) {  // E h + b, with the result of Decay
   return REACH == NEAR ? decay * h + (h + b) : decay * h + b;
 }
 
-// R states of a block over a chunk, h before it -> after it; OUT: y [T][W] += h C. KEEP: decay and h before each token.
-// delta, drive = Δ, Δ x [T][W]; B, C [R][T]; A2, h, after [R][W].
+// Scan a chunk with one group of states of a block.
+// A2 [R][W]; delta = Δ and drive = Δ x [T][W]; B, C [R][T]; h [R][W] before the chunk -> after [R][W].
+// OUT: y [T][W] += h C. KEEP: store the decay and the h before each token in decays, states [T][R][W].
 template <Reach REACH, bool OUT, bool KEEP>
 static void scan(const float *A2, const float *delta, const float *drive, const float *B, const float *C,
                  const float *h, float *after, float *y, float *decays, float *states) {
-  static_assert(R == 2, "decay is written out");
+  static_assert(R == 2, "the constructor calls below are written out");
   const Decay<REACH> decay[R] = {Decay<REACH>(load(A2)), Decay<REACH>(load(A2 + W))};
   V s[R];
   for (int r = 0; r < R; r++) s[r] = load(h + r * W);
@@ -836,8 +887,9 @@ constexpr auto scan_for(Reach reach) {
   return reach == NEAR ? scan<NEAR, OUT, KEEP> : reach == MID ? scan<MID, OUT, KEEP> : scan<FAR, OUT, KEEP>;
 }
 
-// The adjoint of `scan`. h [R][W] is the state after the chunk; carry [R][W]: E G of the token after the chunk -> of
-// its first. Adds to ddrive, ddelta [T][W] (that in units of ln 2), dA [R][W], dB and dC [R][T].
+// The backward pass of `scan`. h [R][W] is the state after the chunk. carry [R][W] is E G of the token after the chunk
+// and becomes that of the chunk's first token. Adds to the gradients ddrive [T][W], dB and dC [R][T], dA [R][W], and to
+// ddelta [T][W], which is in units of ln 2.
 template <bool NEAR, bool OUT>
 static void scan_back(const float *A2, const float *delta, const float *drive, const float *B, const float *C,
                       const float *h, const float *gy, const float *decays, const float *states, float *carry,
@@ -846,7 +898,7 @@ static void scan_back(const float *A2, const float *delta, const float *drive, c
   for (int r = 0; r < R; r++) a[r] = load(A2 + r * W), s[r] = load(h + r * W), eG[r] = load(carry + r * W);
   for (V &sum : sumA) sum = splat(0.f);
   for (int t0 = T - W; t0 >= 0; t0 -= W) {
-    V forB[R][W / 4], forC[R][W / 4];  // summed over 4 lanes: the shuffles find room between the multiply-adds
+    V forB[R][W / 4], forC[R][W / 4];  // partial lane sums; spreads the shuffles over the multiply-adds
     for (int i = W - 4; i >= 0; i -= 4) {
       V fourB[R][4], fourC[R][4];
 #pragma GCC unroll 4
@@ -880,9 +932,9 @@ static void scan_back(const float *A2, const float *delta, const float *drive, c
   for (int r = 0; r < R; r++) store(carry + r * W, eG[r]), add(dA + r * W, sumA[r]);
 }
 
-// Sums of one unit's gradients; lanes are channels, in the order of Net's.
+// The gradients of one unit, in Net's layout. `first` is one vector, to be summed over its lanes.
 struct Sums {
-  float *conv, *conv_b, *in_z, *dt_w, *dt_b, *D, *out, *A, *proj, *first;  // conv as a whole: of Net's, in_x included
+  float *conv, *conv_b, *in_z, *dt_w, *dt_b, *D, *out, *A, *proj, *first;
   static int64_t size(const Net &m) { return (m.lags + 6 + m.n + m.rows) * m.lanes + W; }
   Sums(const Net &m, float *p)
       : conv(p), conv_b(conv + m.lags * m.lanes), in_z(conv_b + m.lanes), dt_w(in_z + m.lanes), dt_b(dt_w + m.lanes),
@@ -890,28 +942,33 @@ struct Sums {
         first(proj + m.rows * m.lanes) {}
 };
 
-// One thread's chunk.
+// The memory in which a thread processes one chunk.
 struct Chunk {
   const Net &m;
   const Sequences &s;
-  Array tokens, x, slope, dx, P, dP;                       // [blocks][T][W]: x, silu', ∂/∂x; P, dP [rows][T]
-  Array delta, sigma, drive, y, gy, ddelta, ddrive, gate, dgate;  // one block's, [T][W]; sigma: softplus'
-  Array lanewise, decays, states, carry;                   // [T][W]; [T][R][W]; [blocks][groups][R][W]
-  float *u;                                                // the chunk's tokens; those before it lie before it
-  int64_t base;                                            // the first one's position
-  std::vector<int64_t> active;                             // rows of proj in use
+  Array tokens;                               // [lags - 1 + T]
+  Array x, slope, dx;                         // [blocks][T][W]: x, the derivative of its silu, its gradient
+  Array projected, dprojected;                // [rows][T]: dt, B and C, and their gradients
+  Array delta, sigma, drive;                  // [T][W], of one block: Δ, the derivative of its softplus, Δ x
+  Array y, gy, ddelta, ddrive, gate, dgate;   // [T][W], of one block: h C and its gradient; …; silu(z), its derivative
+  Array lanewise;                             // [T][W]: outputs, or the gradient of dt, to be summed over the lanes
+  Array decays, states;                       // [T][R][W]: E (or E - 1) and the h before each token, of one group
+  Array carry;                                // [blocks][groups][R][W]: E G of the token after the chunk
+  float *u;                                   // the chunk's first token in `tokens`
+  int64_t base;                               // its position in the sequence; negative before the start
+  std::vector<int64_t> active;                // the rows of proj that are needed
 
   Chunk(const Net &m, const Sequences &s, bool back)
       : m(m), s(s), tokens(m.lags + T), x(m.lanes * T), slope(back ? m.lanes * T : 0), dx(back ? m.lanes * T : 0),
-        P(m.rows * T), dP(back ? m.rows * T : 0), delta(T * W), sigma(T * W), drive(T * W), y(T * W), gy(T * W),
-        ddelta(T * W), ddrive(T * W), gate(T * W), dgate(T * W), lanewise(T * W), decays(T * R * W), states(T * R * W),
+        projected(m.rows * T), dprojected(back ? m.rows * T : 0), delta(T * W), sigma(T * W), drive(T * W), y(T * W),
+        gy(T * W), ddelta(T * W), ddrive(T * W), gate(T * W), dgate(T * W), lanewise(T * W), decays(T * R * W), states(T * R * W),
         carry(back ? m.n * m.lanes : 0), u(tokens + m.lags - 1) {}
 
-  // x_t = silu(conv u) of chunk j, all blocks; SLOPE: silu' too.
+  // Compute x = silu(conv u) of chunk j, and if SLOPE, the derivative of silu.
   template <bool SLOPE>
-  void inputs(const Unit &q, int64_t j) {
-    base = q.length - (j + 1) * T;
-    tokens_of(s, q, base - (m.lags - 1), m.lags - 1 + T, tokens);
+  void inputs(const Unit &unit, int64_t j) {
+    base = unit.length - (j + 1) * T;
+    tokens_of(s, unit, base - (m.lags - 1), m.lags - 1 + T, tokens);
     for (int64_t b = 0; b < m.blocks; b++)
       for (int t = 0; t < T; t += 8) {
         V a[8];
@@ -932,7 +989,7 @@ struct Chunk {
       for (int64_t t = 0; t < std::min<int64_t>(T, -base); t++) store(x + (b * T + t) * W, splat(0.f));
   }
 
-  // dt, and B of the groups of states that have started; OUT: all of dt, B, C.
+  // Compute dt, and B of the groups of states that have started; if `out`, dt and all of B and C.
   void project(const int32_t *plan, int64_t j, bool out) {
     active.assign(1, 0);
     for (int64_t r = 0; r < m.P.n; r++) {
@@ -949,17 +1006,17 @@ struct Chunk {
           V w = load(m.proj + row * m.lanes + b * W);
           for (int i = 0; i < W; i++) a[i] += w * load(x + (b * T + t + i) * W);
         }
-        store(P + row * T + t, lane_sums(a));
+        store(projected + row * T + t, lane_sums(a));
       }
   }
 
-  // A block's Δ and Δ x, SLOPE: softplus' too; the largest Δ.
+  // Compute Δ and Δ x of a block, and if SLOPE, the derivative of softplus. Returns the largest Δ.
   template <bool SLOPE>
   V steps(int64_t b) {
     V w = load(m.dt_w + b * W), bias = load(m.dt_b + b * W), most = splat(0.f);
     for (int t0 = 0; t0 < T; t0 += 8) {
       V a[8], d[8], slope[8];
-      for (int i = 0; i < 8; i++) a[i] = w * P[t0 + i] + bias;
+      for (int i = 0; i < 8; i++) a[i] = w * projected[t0 + i] + bias;
       softpluses<8, SLOPE>(a, d, slope);
       for (int i = 0, t = t0; i < 8; i++, t++) {
         d[i] = base + t < 0 ? splat(0.f) : vmin(splat(1e18f), d[i]);  // A Δ stays finite
@@ -972,13 +1029,13 @@ struct Chunk {
   }
   Reach reach(int64_t group, V most) const {
     float x[W];
-    store(x, load(m.least + group * W) * most);
+    store(x, load(m.fastest + group * W) * most);
     bool near = true, mid = true;
     for (int i = 0; i < W; i++) near &= x[i] >= -0.5f, mid &= x[i] >= LOWEST;
     return near ? NEAR : mid ? MID : FAR;
   }
 
-  // silu(z) of a block, its derivative, and gy from the outputs' gradients g [T].
+  // Compute silu(z) of a block, its derivative, and gy from the outputs' gradients g [T].
   void gates(int64_t b, const float *g) {
     V w = load(m.out + b * W), in_z = load(m.in_z + b * W);
     for (int t = 0; t < T; t++) {
@@ -987,7 +1044,7 @@ struct Chunk {
     }
   }
 
-  // From Y silu(z) out, beside the scan: to D, out and in_z.
+  // Gradients of D, out and in_z.
   void outputs_back(int64_t b, const float *g, const Sums &sum) {
     V D = load(m.D + b * W), sum_D = splat(0.f), sum_out = sum_D, sum_z = sum_D;
     for (int t = 0; t < T; t++) {
@@ -999,13 +1056,13 @@ struct Chunk {
     add(sum.D + b * W, sum_D), add(sum.out + b * W, sum_out), add(sum.in_z + b * W, sum_z * load(m.out + b * W));
   }
 
-  // From Δ and Δ x to dt_w, dt_b, dt (lanewise) and x.
+  // From the gradients of Δ and Δ x to those of dt_w, dt_b, x, and dt (in lanewise).
   void steps_back(int64_t b, bool out, const Sums &sum) {
     V w = load(m.dt_w + b * W), D = load(m.D + b * W), sum_w = splat(0.f), sum_b = sum_w;
     for (int t = 0; t < T; t++) {
       V into = load(ddrive + t * W), v = into * load(delta + t * W);
       V da = (load(ddelta + t * W) * 0.693147181f + into * load(x + (b * T + t) * W)) * load(sigma + t * W);
-      sum_w += da * P[t], sum_b += da;
+      sum_w += da * projected[t], sum_b += da;
       add(lanewise + t * W, da * w);
       if (out) v += load(gy + t * W) * D;
       store(dx + (b * T + t) * W, v);
@@ -1013,11 +1070,12 @@ struct Chunk {
     add(sum.dt_w + b * W, sum_w), add(sum.dt_b + b * W, sum_b);
   }
 
-  template <int N>  // from dP's rows first, first + 1, … in use, to proj's
+  // From the gradients of N active rows to that of proj.
+  template <int N>
   void rows_back(int64_t b, size_t first, const Sums &sum) {
     V part[N] = {};
     const float *from[N];
-    for (int i = 0; i < N; i++) from[i] = dP + active[first + i] * T;
+    for (int i = 0; i < N; i++) from[i] = dprojected + active[first + i] * T;
     for (int t = 0; t < T; t++) {
       V v = load(x + (b * T + t) * W);
       for (int i = 0; i < N; i++) part[i] += v * from[i][t];
@@ -1025,7 +1083,7 @@ struct Chunk {
     for (int i = 0; i < N; i++) add(sum.proj + active[first + i] * m.lanes + b * W, part[i]);
   }
 
-  // From dP to proj and x.
+  // From the gradients of dt, B and C to those of proj and x.
   void project_back(const Sums &sum) {
     for (int64_t b = 0; b < m.blocks; b++) {
       float *dxb = dx + b * T * W;
@@ -1038,14 +1096,14 @@ struct Chunk {
         for (int i = 0; i < 8; i++) v[i] = load(dxb + (t + i) * W);
         for (int64_t row : active) {
           V w = load(m.proj + row * m.lanes + b * W);
-          for (int i = 0; i < 8; i++) v[i] += w * dP[row * T + t + i];
+          for (int i = 0; i < 8; i++) v[i] += w * dprojected[row * T + t + i];
         }
         for (int i = 0; i < 8; i++) store(dxb + (t + i) * W, v[i]);
       }
     }
   }
 
-  // From x through silu and the convolution to conv, conv_b and `first`.
+  // From the gradient of x to those of conv, conv_b and `first`.
   void inputs_back(const Sums &sum) {
     for (int64_t b = 0; b < m.blocks; b++) {
       float *da = dx + b * T * W;
@@ -1064,25 +1122,25 @@ struct Chunk {
         }
         for (int i = 0; i < 4; i++) add(sum.conv + (b * m.lags + k + i) * W, part[i]);
       }
-      if (s.has_first)  // token 0 is what a_t sees with lag t
+      if (s.has_first)  // token 0 reaches a_t through tap t
         for (int64_t t = std::max<int64_t>(0, -base); t < T && base + t < m.lags; t++)
           add(sum.first, load(da + t * W) * load(m.conv + (b * m.lags + base + t) * W));
     }
   }
 
-  const float *B(int64_t g) const { return P + (1 + g * R) * T; }
-  const float *C(int64_t g) const { return P + (1 + m.n + g * R) * T; }
+  const float *B(int64_t g) const { return projected + (1 + g * R) * T; }
+  const float *C(int64_t g) const { return projected + (1 + m.n + g * R) * T; }
 };
 
-// plan [units][blocks][groups]: the number of chunks, from the end, that a group of states is scanned over.
-static void plan_unit(Chunk &c, const Unit &q, int32_t *plan) {
+// plan [blocks][groups] = for each group of states, the number of chunks to scan, counted from the end.
+static void plan_unit(Chunk &c, const Unit &unit, int32_t *plan) {
   const Net &m = c.m;
   const int64_t count = m.blocks * m.groups;
-  std::vector<float> gone(m.lanes, 0.f);  // the decay's Σ Δ from chunk j on, at least
+  std::vector<float> elapsed(m.lanes, 0.f);  // a lower bound of Σ Δ from chunk j up to the first output
   std::fill(plan, plan + count, 0);
-  int64_t j = (q.outputs + T - 1) / T, open = count;
-  for (; j < q.chunks; j++) {
-    c.inputs<false>(q, j);
+  int64_t j = (unit.outputs + T - 1) / T, open = count;
+  for (; j < unit.chunks; j++) {
+    c.inputs<false>(unit, j);
     V dt = splat(0.f);
     for (int64_t b = 0; b < m.blocks; b++) {
       V sum = splat(0.f);
@@ -1092,8 +1150,8 @@ static void plan_unit(Chunk &c, const Unit &q, int32_t *plan) {
     float mean = 0;
     for (int i = 0; i < W; i++) mean += dt[i];
     for (int64_t b = 0; b < m.blocks; b++) {
-      V total = load(gone.data() + b * W) + (float)T * softplus(load(m.dt_w + b * W) * mean + load(m.dt_b + b * W));
-      store(gone.data() + b * W, total);
+      V total = load(elapsed.data() + b * W) + (float)T * softplus(load(m.dt_w + b * W) * mean + load(m.dt_b + b * W));
+      store(elapsed.data() + b * W, total);
       for (int64_t g = 0; g < m.groups; g++) {
         if (plan[b * m.groups + g]) continue;
         bool felt = false;
@@ -1110,7 +1168,7 @@ static void plan_unit(Chunk &c, const Unit &q, int32_t *plan) {
     if (!plan[i]) plan[i] = j;
 }
 
-// Where a group's h before chunk j is: all of them are kept, [chunks][R][W] a group, or only the latest, [R][W].
+// The h before each chunk. If `all`, every chunk's is kept, [chunks][R][W] per group, else only the latest, [R][W].
 struct States {
   float *p;
   bool all;
@@ -1121,14 +1179,14 @@ struct States {
   float *of(int64_t group, int64_t j) const { return p + at[group] + (all ? j * R * W : 0); }
 };
 
-// y [outputs], and h before each chunk; y null: only that.
-static void forward_unit(Chunk &c, const Unit &q, const int32_t *plan, const States &h, float *y) {
+// Compute h before each chunk and, unless y is null, y [outputs].
+static void forward_unit(Chunk &c, const Unit &unit, const int32_t *plan, const States &h, float *y) {
   const Net &m = c.m;
   const int64_t count = m.blocks * m.groups, chunks = *std::max_element(plan, plan + count);
   for (int64_t i = 0; i < count; i++) std::memset(h.of(i, plan[i] - 1), 0, R * W * sizeof(float));
   for (int64_t j = chunks - 1; j >= 0; j--) {
-    const bool out = y && j * T < q.outputs;
-    c.inputs<false>(q, j);
+    const bool out = y && j * T < unit.outputs;
+    c.inputs<false>(unit, j);
     c.project(plan, j, out);
     std::memset(c.lanewise, 0, T * W * sizeof(float));
     for (int64_t b = 0; b < m.blocks; b++) {
@@ -1153,26 +1211,26 @@ static void forward_unit(Chunk &c, const Unit &q, const int32_t *plan, const Sta
     if (!out) continue;
     float sums[T] = {};
     add_lane_sums(c.lanewise, sums);
-    const int64_t skip = std::max<int64_t>(0, (j + 1) * T - q.outputs);
-    std::memcpy(y + q.outputs - (j + 1) * T + skip, sums + skip, (T - skip) * sizeof(float));
+    const int64_t skip = std::max<int64_t>(0, (j + 1) * T - unit.outputs);
+    std::memcpy(y + unit.outputs - (j + 1) * T + skip, sums + skip, (T - skip) * sizeof(float));
   }
 }
 
-// gy [outputs] -> sums.
-static void backward_unit(Chunk &c, const Unit &q, const int32_t *plan, const States &h, const float *gy,
+// From the outputs' gradients gy [outputs] to the sums of the parameters' gradients.
+static void backward_unit(Chunk &c, const Unit &unit, const int32_t *plan, const States &h, const float *gy,
                           const Sums &sum) {
   const Net &m = c.m;
   const int64_t count = m.blocks * m.groups, chunks = *std::max_element(plan, plan + count);
   std::memset(c.carry, 0, count * R * W * sizeof(float));
   for (int64_t j = 0; j < chunks; j++) {
-    const bool out = j * T < q.outputs;
+    const bool out = j * T < unit.outputs;
     float g[T] = {};
-    const int64_t skip = std::max<int64_t>(0, (j + 1) * T - q.outputs);
-    if (out) std::memcpy(g + skip, gy + q.outputs - (j + 1) * T + skip, (T - skip) * sizeof(float));
-    c.inputs<true>(q, j);
+    const int64_t skip = std::max<int64_t>(0, (j + 1) * T - unit.outputs);
+    if (out) std::memcpy(g + skip, gy + unit.outputs - (j + 1) * T + skip, (T - skip) * sizeof(float));
+    c.inputs<true>(unit, j);
     c.project(plan, j, out);
-    std::memset(c.dP, 0, m.rows * T * sizeof(float));
-    std::memset(c.lanewise, 0, T * W * sizeof(float));  // ∂/∂dt
+    std::memset(c.dprojected, 0, m.rows * T * sizeof(float));
+    std::memset(c.lanewise, 0, T * W * sizeof(float));  // the gradient of dt
     for (int64_t b = 0; b < m.blocks; b++) {
       if (j >= *std::max_element(plan + b * m.groups, plan + (b + 1) * m.groups)) {
         std::memset(c.dx + b * T * W, 0, T * W * sizeof(float));
@@ -1186,7 +1244,7 @@ static void backward_unit(Chunk &c, const Unit &q, const int32_t *plan, const St
         if (j >= plan[i]) continue;
         for (int k = 0; k < R * W && j + 1 < plan[i]; k += 16) __builtin_prefetch(h.of(i, j + 1) + k);
         const Reach reach = c.reach(i, most);
-        float state[R * W], *dB = c.dP + (1 + group * R) * T, *dC = dB + m.n * T;
+        float state[R * W], *dB = c.dprojected + (1 + group * R) * T, *dC = dB + m.n * T;
         auto again = out ? scan_for<true, true>(reach) : scan_for<false, true>(reach);
         again(m.A2 + i * R * W, c.delta, c.drive, c.B(group), c.C(group), h.of(i, j), state, c.y, c.decays, c.states);
         auto back = reach == NEAR ? (out ? scan_back<true, true> : scan_back<true, false>)
@@ -1197,13 +1255,14 @@ static void backward_unit(Chunk &c, const Unit &q, const int32_t *plan, const St
       if (out) c.outputs_back(b, g, sum);
       c.steps_back(b, out, sum);
     }
-    add_lane_sums(c.lanewise, c.dP);
+    add_lane_sums(c.lanewise, c.dprojected);
     c.project_back(sum);
     c.inputs_back(sum);
   }
 }
 
-// body()(unit) for all of them on `threads` threads, body() once each; the longest first.
+// Process all units on `threads` threads, the longest first. Each thread calls body() once; the function that it
+// returns processes one unit.
 static void on_units(const std::vector<Unit> &units, int threads,
                      const std::function<std::function<void(int64_t)>()> &body) {
   std::vector<int64_t> order(units.size());
@@ -1218,20 +1277,20 @@ static void on_units(const std::vector<Unit> &units, int threads,
   });
 }
 
-// Where each unit's h begin, in groups of states.
+// The position of each unit's first h, as a number of [R][W] arrays.
 static std::vector<int64_t> starts_of(const int32_t *plan, size_t units, int64_t count) {
   std::vector<int64_t> at(1, 0);
   for (size_t i = 0; i < units; i++, plan += count) at.push_back(std::accumulate(plan, plan + count, at.back()));
   return at;
 }
 
-// The number of plan's entries.
+// Returns the number of entries of plan [units][blocks][groups].
 extern "C" int64_t mamba_tails_plan_size(const Params *params, const Sequences *s) {
   Net m(*params);
   return units_of(*s).size() * m.blocks * m.groups;
 }
 
-// Writes plan; returns how many numbers the h before all chunks are.
+// Writes plan. Returns the number of elements of h before all chunks.
 extern "C" int64_t mamba_tails_plan(const Params *params, const Sequences *s, int32_t *plan, int threads) {
   Net m(*params);
   const auto units = units_of(*s);
@@ -1243,7 +1302,7 @@ extern "C" int64_t mamba_tails_plan(const Params *params, const Sequences *s, in
   return std::accumulate(plan, plan + units.size() * count, (int64_t)0) * R * W;
 }
 
-// y [weights]; h: that many numbers for `backward`, or null.
+// Writes y [weights] and, unless h is null, the h before all chunks, for mamba_tails_backward.
 extern "C" void mamba_tails_forward(const Params *params, const Sequences *s, const int32_t *plan, float *h, float *y,
                                     int threads) {
   Net m(*params);
@@ -1254,17 +1313,17 @@ extern "C" void mamba_tails_forward(const Params *params, const Sequences *s, co
     auto c = std::make_shared<Chunk>(m, *s, false);
     auto latest = std::make_shared<Array>(h ? 0 : count * R * W);
     return [&, c, latest](int64_t i) {
-      const Unit &q = units[i];
+      const Unit &unit = units[i];
       const int32_t *p = plan + i * count;
       States states(m, p, h ? h + at[i] * R * W : latest->p, h);
-      forward_unit(*c, q, p, states, y + q.offset + q.start);
+      forward_unit(*c, unit, p, states, y + unit.offset + unit.start);
     };
   });
 }
 
-// gy [weights] -> gfirst [layers] if has_first, and grads, in Params' order: [conv d k | conv_b d | in_z d |
-// xproj d (1 + 2n) | dt_w d | dt_b d | A d n | D d | out d], A's with respect to A = -exp(A_log). h: what forward
-// wrote, or null.
+// gy [weights] -> gfirst [layers], if has_first, and the parameters' gradients, one after another in Params' order:
+// [conv d k | conv_b d | in_z d | xproj d (1 + 2n) | dt_w d | dt_b d | A d n | D d | out d]. A is A, not A2. h: what mamba_tails_forward wrote; if
+// null, it is computed again.
 extern "C" void mamba_tails_backward(const Params *params, const Sequences *s, const int32_t *plan, float *h,
                                      const float *gy, float *gfirst, float *grads, int threads) {
   const Params &P = *params;
@@ -1276,12 +1335,12 @@ extern "C" void mamba_tails_backward(const Params *params, const Sequences *s, c
   on_units(units, threads, [&] {
     auto c = std::make_shared<Chunk>(m, *s, true);
     return [&, c](int64_t i) {
-      const Unit &q = units[i];
+      const Unit &unit = units[i];
       const int32_t *p = plan + i * count;
       Array own(h ? 0 : (at[i + 1] - at[i]) * R * W);
       States states(m, p, h ? h + at[i] * R * W : own.p, true);
-      if (!h) forward_unit(*c, q, p, states, nullptr);
-      backward_unit(*c, q, p, states, gy + q.offset + q.start, Sums(m, parts + i * size));
+      if (!h) forward_unit(*c, unit, p, states, nullptr);
+      backward_unit(*c, unit, p, states, gy + unit.offset + unit.start, Sums(m, parts + i * size));
     };
   });
   std::vector<double> total(size, 0.);
@@ -1291,7 +1350,7 @@ extern "C" void mamba_tails_backward(const Params *params, const Sequences *s, c
     for (int64_t k = 0; k < size; k++) total[k] += part[k];
     if (s->has_first) gfirst[units[i].layer] += std::accumulate(part + size - W, part + size, 0.);
   }
-  const Sums at0(m, nullptr);  // only its distances
+  const Sums at0(m, nullptr);  // for the offsets of its arrays
   auto from = [&](const float *p) { return total.data() + (p - at0.conv); };
   float *conv = grads, *conv_b = conv + d * K, *in_z = conv_b + d, *xproj = in_z + d, *dt_w = xproj + (1 + 2 * n) * d,
         *dt_b = dt_w + d, *A = dt_b + d, *D = A + d * n, *out = D + d;

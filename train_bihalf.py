@@ -1,22 +1,29 @@
-"""Equal Bits (AAAI 2022): bi-half weights, half of each filter +1 and half −1, in one file.
+"""Equal Bits: bi-half weights. In each filter, half of the weights are +1 and half are −1.
 
-    # A minute on a laptop, nothing to download:
+    # One minute on a laptop, without a download:
     python train_bihalf.py --dataset digits --arch birealnet8-prelu --epochs 12 --batch-size 64
-    python train_bihalf.py --toy                                         # the paper's 2-D example: figures, an image
+    python train_bihalf.py --toy                                         # the paper's 2-D example: a table and a plot
     python train_bihalf.py --arch conv6                                  # CIFAR-10; or conv2, conv4, conv8
     python train_bihalf.py --arch birealnet20-prelu                      # CIFAR-10, binary activations too
     python train_bihalf.py --arch birealnet18-prelu --dataset cifar100   # or birealnet34-prelu, vgg16
     python train_bihalf.py --arch birealnet18-prelu --dataset imagenet --data-dir my/imagenet
-    python train_bihalf.py --arch conv6 --quantizer sign                 # the baseline; or any --ratio, or --prune
+    python train_bihalf.py --arch conv6 --quantizer sign                 # the baseline
+    python train_bihalf.py --arch conv6 --ratio 0.3                      # 30 % of the weights are +1
+    python train_bihalf.py --arch conv6 --prune 0.4                      # 40 % of the weights are 0
 
     python train_bihalf.py --resume runs/NAME                            # after Ctrl-C or a crash, bit for bit
     python plot.py runs/A runs/B                                         # curves
 
-The sign of a weight knows nothing of the other weights, and training may end with most of a filter's bits alike. Equal
-Bits prescribes their distribution: of the n latent weights of a filter, the n/2 largest become +1 and the others −1,
-which is the optimal transport of the weights onto a Bernoulli prior with p = ½, the one of greatest entropy. So a
-weight flips when its *rank* changes. The gradient goes straight through. Any other share of +1 is `--ratio`; `--prune`
-makes those in the middle 0. Each layer's bits are multiplied by the constant √2/√fan_in.
+Paper: Equal Bits: Enforcing Equally Distributed Binary Network Weights (AAAI 2022), https://arxiv.org/abs/2112.03406
+
+The sign of a weight does not depend on the other weights, and training can end with most signs of a filter alike. Equal
+Bits prescribes their distribution. Of the n latent weights of a filter,
+
+    the n/2 largest become +1, the others −1
+
+which is the optimal transport of the weights to a Bernoulli prior with p = ½, the prior of largest entropy. A weight
+flips when its *rank* changes. The gradient passes straight through. --ratio sets another fraction of +1; --prune sets
+the weights in the middle to 0. The bits of each layer are multiplied by the constant √2/√fan_in.
 
     flags → data → network → optimizer → the training loop → evaluation
 
@@ -34,14 +41,14 @@ import data
 import models
 import runs
 
-# The paper's recipes, all with SGD, momentum 0.9 and a first learning rate of 0.1. For CIFAR-10 that of IR-Net.
+# The paper's recipes, by network ("conv") or data set, all for SGD with momentum 0.9. "other" is IR-Net's for CIFAR-10.
 RECIPES = {
     "conv": dict(epochs=100, batch_size=128, weight_decay=1e-4, schedule="cosine", milestones=[]),
     "cifar100": dict(epochs=350, batch_size=128, weight_decay=5e-4, schedule="step", milestones=[150, 250, 320]),
     "imagenet": dict(epochs=100, batch_size=256, weight_decay=1e-4, schedule="step", milestones=[30, 60, 90]),
     "other": dict(epochs=400, batch_size=128, weight_decay=1e-4, schedule="cosine", milestones=[]),
 }
-DEFAULT_LR = {"adam": 1e-3, "sgd": 0.1, "sgdm": 0.1}
+DEFAULT_LR = {"adam": 1e-3, "sgd": 0.1, "sgdm": 0.1}  # sgdm: the paper's
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -49,37 +56,35 @@ DEFAULT_LR = {"adam": 1e-3, "sgd": 0.1, "sgdm": 0.1}
 
 
 def flags():
-    by_recipe = dict.fromkeys(RECIPES["other"])  # filled in by complete()
+    by_recipe = dict.fromkeys(RECIPES["other"])  # None; complete() sets them
     parser = runs.common_flags("train_bihalf.py", __doc__, arch="birealnet20-prelu", opt="sgdm", **by_recipe)
-    bnn = parser.add_argument_group("binary network")
-    bnn.add_argument("--quantizer", default="bihalf", choices=["bihalf", "sign"], help="sign: the baseline")
-    bnn.add_argument("--ratio", type=float, default=0.5, help="share of a filter's weights that are +1 (default: 0.5)")
-    bnn.add_argument("--prune", type=float, default=0.0, help="share of a filter's weights that are 0 (default: 0)")
-    bnn.add_argument("--act", choices=["none", "sign"], help="sign: binary activations too (default: in birealnets)")
-    bnn.add_argument("--binarize-all", action="store_true", help="the first and the last layer too")
-    bnn.add_argument("--toy", action="store_true", help="the paper's 2-D example, and stop; writes OUT/toy.png")
+    add = parser.add_argument_group("binary network").add_argument
+    add("--quantizer", default="bihalf", choices=["bihalf", "sign"], help="sign is the baseline")
+    add("--ratio", type=float, help="fraction of a filter's weights that are +1 (default: 0.5)")
+    add("--prune", type=float, help="fraction of a filter's weights that are 0 (default: 0)")
+    add("--act", choices=["none", "sign"], help="sign: binary activations too, W1A1 (default: sign in birealnets)")
+    add("--binarize-all", action="store_true", help="binarize the first and the last layer too")
+    add("--toy", action="store_true", help="show the paper's 2-D example, do not train; writes OUT/toy.png")
     return parser
 
 
 def complete(args) -> None:
-    """Defaults that depend on other flags, and combinations that make no sense."""
+    """Set the defaults that depend on other flags, and refuse flags that do not go together."""
     if args.arch not in models.ARCHS:
         raise runs.RunError(f"--arch {args.arch} is not known: use one of {', '.join(models.ARCHS)}")
-    for name in ("ratio", "prune"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise runs.RunError(f"--{name} is a share of a filter's weights, in [0, 1]; it is {getattr(args, name)}")
-    if args.quantizer == "sign" and (args.ratio != 0.5 or args.prune):
-        raise runs.RunError("--ratio and --prune are for --quantizer bihalf: leave them out with sign")
-    if args.prune and args.ratio != 0.5:
-        raise runs.RunError("--prune takes as many weights from either side: leave out --ratio with it")
-    kind = "conv" if args.arch in models.UNNORMALISED else args.dataset
-    for name, value in RECIPES.get(kind, RECIPES["other"]).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.lr is None:
-        args.lr = DEFAULT_LR[args.opt]
-    if args.act is None:
-        args.act = "sign" if args.arch in models.BIREAL_NETS else "none"
+    runs.only_for(args, "quantizer", {"ratio": ("bihalf",), "prune": ("bihalf",)})
+    runs.fill(args, ratio=0.5, prune=0.0)
+    if args.quantizer == "bihalf":
+        for name in ("ratio", "prune"):
+            if not 0 <= getattr(args, name) <= 1:
+                raise runs.RunError(
+                    f"--{name} is a fraction of a filter's weights, in [0, 1]; it is {vars(args)[name]}"
+                )
+        if args.prune and args.ratio != 0.5:
+            raise runs.RunError("--prune removes as many weights of either sign: leave out --ratio with it")
+    recipe = "conv" if args.arch in models.UNNORMALISED else args.dataset
+    runs.fill(args, **RECIPES.get(recipe, RECIPES["other"]))
+    runs.fill(args, lr=DEFAULT_LR[args.opt], act="sign" if args.arch in models.BIREAL_NETS else "none")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,26 +92,30 @@ def complete(args) -> None:
 
 
 def network(args, num_classes: int, shape: tuple[int, int, int]) -> torch.nn.Module:
-    """The network that is trained, freshly initialised: images [B, *shape] -> logits [B, num_classes]."""
-    quantizer = "bwn" if args.quantizer == "sign" else "bihalf-prune" if args.prune else "bihalf"
+    """The network before training: images [B, *shape] -> logits [B, num_classes]."""
+    if args.quantizer == "sign":
+        quantizer, options = "bwn", {}
+    elif args.prune:
+        quantizer, options = "bihalf-prune", {"prune": args.prune}
+    else:
+        quantizer, options = "bihalf", {"ratio": args.ratio}
     net = models.build(args.arch, num_classes, quantizer, args.act, args.binarize_all, *shape[:2])
     for layer in models.binary_layers(net):
-        layer.options = {"bihalf": {"ratio": args.ratio}, "bihalf-prune": {"prune": args.prune}}.get(quantizer, {})
-        layer.scale = models.he_scale(layer)
+        layer.options, layer.scale = options, models.he_scale(layer)
     return net
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The paper's toy example: what equal bits cost, and what they leave.
+# The paper's toy example: how many decision boundaries networks with equal bits can still have.
 
 
 def all_networks(points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """All 4,096 binary networks of 12 weights (2 inputs, 3 sigmoid units with a bias, 1 output) on points [P, 2].
 
-    Returns `units` [16, P] and `networks` [4096, 3], such that network i's output is units[networks[i]].sum(0), its
-    decision the sign of that; and how many of each network's weights are +1 [4096].
+    Returns units [16, P], networks [4096, 3] and plus [4096]. The output of network i is units[networks[i]].sum(0), its
+    decision is the sign of the output, and plus[i] of its weights are +1.
     """
-    # A hidden unit is one of 16: signs of two weights, of the bias, and of what the output multiplies it by.
+    # There are 16 hidden units: two weights, a bias and the weight of the output layer are −1 or +1 each.
     signs = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=4)), dtype=points.dtype)
     units = signs[:, 3:] * torch.sigmoid(signs[:, :2] @ points.T + signs[:, 2:3])
     networks = torch.tensor(list(itertools.product(range(16), repeat=3)))
@@ -114,18 +123,18 @@ def all_networks(points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torc
 
 
 def toy(out: Path) -> int:
-    """Count distinct decision boundaries by the number of +1, print them, draw them."""
+    """Count the distinct decision boundaries for each number of +1, print the counts, draw the boundaries."""
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
         raise runs.RunError(f"--toy needs matplotlib ({e}): pip install matplotlib") from None
-    # The grid lies off the symmetry axes, on which networks whose units cancel each other are exactly undecided.
+    # The grid avoids the symmetry axes, on which units can cancel each other exactly.
     side = torch.linspace(-5, 5, 250, dtype=torch.float64) + 0.0117
     x, y = torch.meshgrid(side, side + 0.0031, indexing="xy")
     units, networks, plus = all_networks(torch.stack([x.flatten(), y.flatten()], 1))
     decisions = torch.stack([units[network].sum(0) > 0 for network in networks])  # [4096, P]
     boundaries = decisions ^ decisions[:, :1]  # a network and its negative have the same boundary
-    some = boundaries.any(1)  # the others decide the same everywhere
+    some = boundaries.any(1)  # networks that have a boundary; the others decide the same everywhere
     ids = torch.full((4096,), -1)
     ids[some] = boundaries[some].unique(dim=0, return_inverse=True)[1]
 
@@ -166,61 +175,80 @@ def toy(out: Path) -> int:
 
 
 def main(argv=None) -> int:
-    args, resumed = runs.parse(flags(), argv)
+    args, checkpoint = runs.parse(flags(), argv)
     if args.toy:
         return toy(Path(args.out))
     complete(args)
     device = runs.pick_device(args.device)
-    part = runs.start_processes(device)
+    rank, world_size = runs.start_processes(device)
     torch.manual_seed(args.seed)
 
     # Data.
     train, test = data.load(
-        *(args.dataset, args.data_dir, device, args.batch_size, args.seed, not args.no_crop, not args.no_flip),
-        *(args.image_size, args.workers, runs.console.print, part),
+        args.dataset,
+        args.data_dir,
+        device,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        crop=not args.no_crop,
+        flip=not args.no_flip,
+        image_size=args.image_size,
+        workers=args.workers,
+        log=runs.console.print,
+        rank=rank,
+        world_size=world_size,
     )
 
-    # Network. The latent weights are its parameters; its binary layers quantize them in the forward pass.
-    net = network(args, train.num_classes, train.shape)
-    net.to(device)
-    runs.load_weights(net, args, resumed)
+    # Network. Its parameters are the latent weights; the binary layers quantize them in the forward pass.
+    net = network(args, train.num_classes, train.shape).to(device)
+    runs.load_weights(net, args, checkpoint)
     model = runs.parallel(net, args, device)
     layers = models.binary_layers(net)
-    sizes = [layer.weight.numel() for layer in layers]
     if args.eval_only:
         return runs.report(*runs.evaluate(model, test, device, args.amp), test.size)
 
+    # Optimizer.
     optimizer = runs.make_optimizer(net.parameters(), args)
 
-    # The run: at the start, or exactly where the resumed one stopped.
+    # The run, from its start or from the checkpoint on.
     kind = args.quantizer
-    if args.prune:
+    if kind == "bihalf" and args.prune:
         kind += f"-prune{args.prune:g}"
-    elif args.ratio != 0.5:
+    elif kind == "bihalf" and args.ratio != 0.5:
         kind += f"-{args.ratio:g}"
-    about = f"weights: {kind}"
-    parts = {"model": net, "optimizer": optimizer}
-    run = runs.Run(args, kind, about, (train, test), device, models.sign_bits(layers), resumed, **parts)
+    run = runs.Run(
+        args,
+        kind=kind,
+        about=f"weights: {kind}",
+        train=train,
+        test=test,
+        device=device,
+        bits=models.sign_bits(layers),
+        checkpoint=checkpoint,
+        state={"model": net, "optimizer": optimizer},
+    )
 
+    # Training.
     net.train()
     with run:
-        while run.goes_on():
-            for batch in run.batches():
-                run.set_learning_rate(optimizer)
+        for epoch in run.epochs():
+            for images, labels in run.batches():
+                run.set_learning_rate(optimizer, epoch)
                 optimizer.zero_grad()
-                for images, labels, share in runs.parts(model, *batch, args.accumulate):
+                for x, y, fraction in runs.micro_batches(model, images, labels, args.accumulate):
                     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                        logits = model(images)
-                    loss = F.cross_entropy(logits.float(), labels)
-                    (share * loss).backward()  # straight through: every latent weight's gradient is that of its bit
-                    run.count(loss, logits, labels)
+                        logits = model(x)
+                    loss = F.cross_entropy(logits.float(), y)
+                    (fraction * loss).backward()  # straight through: a latent weight's gradient is that of its bit
+                    run.count(loss, logits, y)
                 optimizer.step()
             if run.leaving:
                 break
+            test_loss, test_acc = runs.evaluate(model, test, device, args.amp)
             bits = models.sign_bits(layers)
-            by_layer = zip(models.binary_layer_names(net), bits.split(sizes), strict=True)
-            shares = {f"plus/{name}": part.double().mean().item() for name, part in by_layer}
-            run.end_epoch(*runs.evaluate(model, test, device, args.amp), bits, **shares)
+            by_layer = zip(models.binary_layer_names(net), bits.split([w.weight.numel() for w in layers]), strict=True)
+            plus = {f"plus/{name}": layer_bits.double().mean().item() for name, layer_bits in by_layer}
+            run.end_epoch(test_loss, test_acc, bits, **plus)
     return run.finish()
 
 

@@ -1,5 +1,6 @@
-"""Puts the repository on the import path, and says where the optional reference material lies."""
+"""Set-up of all tests: the import path, threads, and the fixture of the optional reference arrays."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -8,22 +9,33 @@ import pytest
 import torch
 from hypothesis import settings
 
-# The same examples in every continuous-integration run; new ones in every other.
+# Continuous integration always runs the same examples, other runs draw new ones.
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: there is one test a core
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start: each core runs one test
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton, which looks when it is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it when it is imported
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(1)  # small tensors: threads only get in each other's way
+torch.set_num_threads(1)  # the tensors are small, and each core runs one test
+
+# pip can install torchvision's CUDA build with torch's CPU build: its operators cannot load, so its import needs stubs.
+torchvision = importlib.util.find_spec("torchvision")
+if torchvision:
+    try:
+        for library in Path(torchvision.origin).parent.glob("_C*.so"):
+            torch.ops.load_library(library)
+    except OSError:
+        stubs = torch.library.Library("torchvision", "DEF")  # they exist as long as this object does
+        stubs.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        stubs.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 @pytest.fixture
 def golden():
-    """Outputs and gradients of the public Mamba block, ../shared/golden/mamba.npz."""
+    """The arrays of ../shared/golden/mamba.npz: outputs and gradients of the public Mamba block."""
     file = ROOT.parent / "shared" / "golden" / "mamba.npz"
     if not file.exists():
         pytest.skip("the golden vectors ../shared/golden/mamba.npz are not here")

@@ -878,6 +878,14 @@ def test_without_torchvision(monkeypatch, tmp_path):
     error_of(lambda: data.load("cifar10", tmp_path), "pip install torchvision")
 
 
+def test_torchvision_of_another_build(monkeypatch, tmp_path):
+    def fail(name):
+        raise RuntimeError("operator torchvision::nms\ndoes not exist")
+
+    monkeypatch.setattr(data.importlib, "import_module", fail)
+    error_of(lambda: data.load("mnist", tmp_path), "torchvision::nms does not exist", "matches torch", "pip install")
+
+
 def write_cifar(root: Path, name: str, monkeypatch) -> dict[str, tuple[np.ndarray, list[int]]]:
     """torchvision's unpacked archive with few images: what must be read of it for 'train' and 'test'."""
     # the only thing these files cannot have is the checksum of the real ones

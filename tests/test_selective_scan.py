@@ -1,11 +1,18 @@
-"""The fused scans against float64 (golden vectors, the recurrence by the book), extreme inputs, and no compiler."""
+"""The fused scans on a CPU: results and gradients against float64, extreme inputs, and the compiler's cache.
+
+float64 means golden vectors of the public Mamba block, or the recurrence as it is defined.
+"""
 
 import functools
+import importlib.metadata
 import math
+import multiprocessing
 import os
+import random
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -19,11 +26,12 @@ from hypernet import FSG, SlowMamba
 from models import binarize_, binary_layers
 
 problem = selective_scan.why_not(torch.device("cpu"), torch.float32, 6)
-compiler = shutil.which(os.environ.get("CXX", "c++"))  # where there is one, a problem is a failure
+compiler = shutil.which(os.environ.get("CXX", "c++"))  # if there is one, the scan must work
 pytestmark = pytest.mark.skipif(problem is not None and not compiler, reason=str(problem))
 
 
-# What `last` must do, for test_triton.py too.
+# ---------------------------------------------------------------------------------------------------------------------
+# last: per-weight histories. The functions called check_… are for test_triton.py too.
 
 
 def golden_net(golden, case):
@@ -65,8 +73,10 @@ lengths = st.sampled_from([1, 2, 4, 6, 9])  # each is compiled once
 
 
 def by_the_book(net, u, v):
-    """mamba_by_the_book in u's precision and on its device: y [rows], and the gradients of each v_i y_i for u and the
-    parameters, [rows, …] each."""
+    """Outputs and gradients of mamba_by_the_book, in u's precision and on its device.
+
+    Returns y [rows], and for u and each parameter the gradients of v_i y_i, one per row i: [rows, …].
+    """
     book = double(net).to(u)
     u = u.detach().requires_grad_()
     y, inputs = mamba_by_the_book(book, u)[:, -1, 0], [u, *book.parameters()]
@@ -76,9 +86,12 @@ def by_the_book(net, u, v):
 
 
 def check(net, u, v):
-    """net.last(u) and its gradients for the cotangent v are within 1e-5 of float64, relative to the largest output, and
-    to the sum of the rows' absolute gradients. Where terms within a row cancel so far that float32 cannot hold that,
-    they are within eight times what changes in the last digit of the input and the parameters do to the exact ones."""
+    """Compare net.last(u) and its gradients for the cotangent v with float64. The bound is 1e-5.
+
+    It is relative to the largest output, and for gradients to the sum of the rows' absolute gradients. If terms within
+    a row cancel, float32 may not be able to meet it. Then the bound is eight times the change in the exact result when
+    the last digit of the input and of the parameters changes.
+    """
     u.requires_grad_()
     y = net.last(u)
     ours = [y, *torch.autograd.grad(y, [u, *net.parameters()], v)]
@@ -88,7 +101,7 @@ def check(net, u, v):
         shaken = [t * (1 + rounding * torch.randn_like(t)) for t in (u.detach().double(), *book.parameters())]
         torch.nn.utils.vector_to_parameters(torch.cat([p.flatten() for p in shaken[1:]]), book.parameters())
         y, each = by_the_book(book, shaken[0], v)
-        return [y.unsqueeze(0), *each]  # what is to be summed over rows, [1 or rows, …]
+        return [y.unsqueeze(0), *each]  # [1 or rows, …], to be summed over rows
 
     found, rounded = exact(), functools.cache(lambda: [exact(2**-24) for _ in range(4)])
     for i, name in enumerate(["y", "u", *dict(net.named_parameters())]):
@@ -100,7 +113,7 @@ def check(net, u, v):
 
 
 def check_no_nan(net, scale, rows):
-    """Finite where float64 is."""
+    """The results are finite if those in float64 are."""
     book, u = double(net), (torch.randn(rows, 6, 1, device=net.D.device) * scale).requires_grad_()
     y = net.last(u)
     y64 = mamba_by_the_book(book, u.detach().double())[:, -1, 0]
@@ -131,20 +144,20 @@ def test_equals_the_recurrence_for_any_shape(size, length, scale, dt_shift, seed
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e4, 1e8])
 @pytest.mark.parametrize("dt_shift", [-50.0, 0.0, 50.0, 1e4])
-def test_no_nan_where_float64_has_none(scale, dt_shift):
+def test_no_nan_if_float64_has_none(scale, dt_shift):
     check_no_nan(fused(7, 5, 4, 0, dt_shift), scale, 40)
 
 
 @pytest.mark.parametrize("name", dict(SlowMamba().named_parameters()))
-def test_nan_in_a_parameter_is_seen(name):
+def test_nan_in_a_parameter_reaches_the_output(name):
     net = fused(20, 16, 8, 0)
     dict(net.named_parameters())[name].data.flatten()[3] = torch.nan
     assert net.last(torch.randn(40, 6, 1)).isnan().all()
     assert net.tails(torch.randn(5, 40), [40], None).isnan().all()
 
 
-def test_the_same_first_token_in_a_row_of_blocks():
-    """As in a layer; the kernel keeps what it found for the block before. In another order it cannot."""
+def test_blocks_that_begin_with_the_same_token():
+    """The kernel keeps what depends on the first token alone for the next block. In random order it cannot."""
     net = fused(20, 16, 8, 0)
     u, v, order = torch.randn(240, 6, 1), torch.randn(240), torch.randperm(240)
     u[:, 0, 0] = torch.tensor([0.3, -0.2, 0.3]).repeat_interleave(torch.tensor([100, 50, 90]))
@@ -162,8 +175,10 @@ def test_the_same_first_token_in_a_row_of_blocks():
 
 
 def exponents(net, u):
-    """[rows, d]: how far S is from the S̄ of the sequence that begins with the same token and goes on with zeros, as the
-    largest exponent of 2 in 2^(A (S − S̄)), of all states and tokens."""
+    """How far S is from the S̄ of the sequence with the same first token, followed by zeros: [rows, d].
+
+    The distance is the largest exponent of 2 in exp(A (S − S̄)), over all states and tokens.
+    """
     zeros = torch.zeros_like(u)
     zeros[:, 0] = u[:, 0]
     S, centre = (net.project(v)[1].flip(1).cumsum(1)[:, :-1] for v in (u, zeros))  # [rows, L - 1, d]
@@ -172,23 +187,23 @@ def exponents(net, u):
 
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 0.03, 0.3, 1.0, 3.0, 10.0, 30.0])
 def test_near_and_far_from_the_sequence_without_gradients(scale):
-    """Decays are found from that sequence's, the better the nearer; their number of terms must not show."""
+    """The kernel computes decays from that sequence's, with a polynomial whose degree depends on the distance. The
+    error must not depend on the degree."""
     net = fused(30, 16, 8, 0)
     u, v = torch.randn(100, 6, 1) * scale, torch.randn(100)
     u[:, 0] = torch.tensor([0.3, -2.0]).repeat_interleave(50)[:, None]
     far = exponents(net, u).amax(1)
     assert far.max() < 0.03 if scale <= 0.03 else far.max() > 2 if scale >= 3 else 0.135 < far.max() < 1.07
     check(net, u, v)
-    net.D.data.zero_()  # decays, and the last token's part
+    net.D.data.zero_()  # so that the output depends on the decays and the last token alone
     assert relative(net.last(u), double(net).last(u.double())) < 3e-6
 
 
 @pytest.mark.parametrize("bias", [-4.0, -1.0])
 def test_the_rows_beside_it_change_a_row_in_its_last_digits_only(bias):
-    """Ordinary rows, and in the same blocks others that are far from them, whose decays are beyond the exponents of
-    float32."""
+    """Every other row of a block is ordinary; those between have decays beyond float32's exponents."""
     net = fused(12, 16, 8, 0)
-    net.x_proj.weight.data[0].abs_()  # dt > 0 where the input is large
+    net.x_proj.weight.data[0].abs_()  # dt > 0 if the input is large
     net.dt_proj.weight.data.fill_(1.0)
     net.dt_proj.bias.data.fill_(bias)
     u, v = torch.randn(64, 6, 1), torch.randn(64)
@@ -209,7 +224,7 @@ def test_the_rows_beside_it_change_a_row_in_its_last_digits_only(bias):
 def test_two_runs_give_the_same_bits_and_threads_only_reorder_sums():
     net = fused(20, 16, 8, 0)
     u, v = torch.randn(5000, 6, 1), torch.randn(5000)
-    u[1000:3000, 0] = 3.0  # a layer's, between others: a block's bits must not depend on the block before
+    u[1000:3000, 0] = 3.0  # some blocks begin alike; a block's bits must not depend on the block before
     u.requires_grad_()
     threads = torch.get_num_threads()
     found = {}
@@ -228,7 +243,7 @@ def test_two_runs_give_the_same_bits_and_threads_only_reorder_sums():
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="all tests run without vector units")
 def test_without_vector_units():
-    chosen = "near_and_far or beyond_a_segment"
+    chosen = "near_and_far or two_segments"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
     env = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
@@ -256,7 +271,7 @@ def test_tails_golden(golden, case, count):
 
 
 def flat_by(function, past, layers, first):
-    """tails, from `function`: u [1, L, 1] -> all outputs [1, L, 1]."""
+    """What `tails` returns, from a function that maps u [1, L, 1] to all outputs [1, L, 1]."""
     found = []
     for i, part in enumerate(past.split(layers, dim=1)):
         u = part.reshape(1, -1, 1)
@@ -266,9 +281,12 @@ def flat_by(function, past, layers, first):
 
 
 def check_tails(net, past, layers, first, v, function=mamba_by_the_book, tolerance=1e-5):
-    """net.tails and its gradients for the cotangent v are within 1e-5 of `function` in float64, relative to the largest
-    output, and to the sum of the absolute gradients that some 16 parts of v make; or as good as it in float32.
-    tolerance: for the gradients. With another function it is relative to the whole gradient, where terms cancel."""
+    """Compare net.tails and its gradients for the cotangent v with `function` in float64. The bound is 1e-5.
+
+    It is relative to the largest output, and for gradients to the sum of the absolute gradients of 16 parts of v. Five
+    times the error of `function` in float32 is allowed as well. tolerance: the bound for gradients; with a function
+    other than mamba_by_the_book it is relative to the gradient itself, which is smaller because terms cancel.
+    """
     first = [] if first is None else [first.requires_grad_()]
     y = net.tails(past, layers, *(first or [None]))
     ours = torch.autograd.grad(y, [*first, *net.parameters()], v)
@@ -289,7 +307,7 @@ def check_tails(net, past, layers, first, v, function=mamba_by_the_book, toleran
     for name, a, b, c in zip(names, [y, *ours], *found, strict=True):
         error, mass = (a - b.sum(0)).abs().max(), b.abs().sum(0).max()
         bound = 1e-5 if name == "y" else tolerance
-        # A first token that has decayed by far more than the outputs' own digits need not keep all of its digits.
+        # If the first token has decayed far below the outputs' resolution, its gradient need not be precise.
         least = 1e-15 * v.abs().max() if name == "first" else 1e-30
         assert error <= bound * mass + 5 * (c.sum(0) - b.sum(0)).abs().max() + least, (name, error.item(), mass.item())
     return y, ours
@@ -316,7 +334,7 @@ def test_tails_equals_the_recurrence_for_any_shape(shape, layers, length, has_fi
 
 @pytest.mark.parametrize("shape", [(100, 16, 8), (128, 32, 1), (128, 3, 5), (1, 1, 1)])
 def test_tails_equals_the_reference_at_full_size(shape):
-    """The reference, not the loops of the book, because it is faster; it is tested against them."""
+    """SlowMamba's reference scan is faster than mamba_by_the_book and tested against it."""
     net = fused(*shape, 0)
     layers = [300, 1, 130]
     check_tails(
@@ -324,29 +342,29 @@ def test_tails_equals_the_reference_at_full_size(shape):
     )
 
 
-def test_tails_leaves_out_what_is_forgotten_and_nothing_else():
-    """Channels that remember for 3 to 1000 tokens, and outputs 3000 tokens after the `first`."""
+def test_tails_skips_what_is_forgotten_and_nothing_else():
+    """Channels remember for 3 to 1000 tokens; layers are 500 and 7,500 tokens long."""
     net = fused(40, 4, 4, 0)
     net.dt_proj.bias.data = torch.linspace(-4, 4, 40)[torch.randperm(40)]
     layers, length = [100, 1500], 5
     past, first, v = torch.randn(length, 1600), torch.randn(2), torch.randn(1600)
     _, (at_first, *_) = check_tails(net, past, layers, first, v, lambda book, u: book(u), tolerance=1e-4)
-    assert at_first[1] == 0, "forgotten after 6000 tokens"
-    assert at_first[0] != 0, "felt after 400"
-    # With a memory that never ends nothing is left out.
+    assert at_first[1] == 0, "the outputs 6000 tokens later do not depend on it"
+    assert at_first[0] != 0, "the outputs 400 tokens later do"
+    # Nothing is skipped if the channels do not forget.
     net.dt_proj.bias.data -= 14
     _, (at_first, *_) = check_tails(net, past, layers, first, v, lambda book, u: book(u), tolerance=1e-4)
     assert at_first.all()
 
 
-def test_tails_of_layers_beyond_a_segment():
+def test_tails_of_a_layer_with_two_segments():
     net = fused(3, 2, 2, 0, 2.0)
     layers = [2**18 + 100, 7]
     past = torch.randn(1, sum(layers))
     check_tails(net, past, layers, None, torch.randn(sum(layers)), lambda book, u: book(u), tolerance=1e-3)
 
 
-def test_tails_keeps_the_states_or_computes_them_again(monkeypatch):
+def test_tails_saves_the_states_or_recomputes_them(monkeypatch):
     net = fused(20, 5, 3, 0)
     past, first, v = torch.randn(5, 500), torch.randn(2), torch.randn(500)
     results = []
@@ -376,11 +394,11 @@ def test_tails_gives_the_same_bits_for_any_number_of_threads():
 
 
 def check_tails_no_nan(net, scale, length, layers):
-    """Finite where float64 is."""
+    """The results are finite if those in float64 are."""
     book, device = double(net), net.D.device
     past = torch.randn(length, sum(layers), device=device) * scale
     first = torch.randn(len(layers), device=device) * scale
-    past[0, 7] = past[1, -5] = 1e3 * scale  # what comes later is small beside it
+    past[0, 7] = past[1, -5] = 1e3 * scale  # later tokens are small compared with it
     y = net.tails(past, layers, first)
     y64 = flat_by(lambda u: book(u), past.double(), layers, first.double())
     finite = y64.isfinite() & (y64.abs() < 1e35)
@@ -395,7 +413,7 @@ def check_tails_no_nan(net, scale, length, layers):
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e4, 1e8])
 @pytest.mark.parametrize("dt_shift", [-50.0, 0.0, 50.0, 1e4])
-def test_tails_has_no_nan_where_float64_has_none(scale, dt_shift):
+def test_tails_has_no_nan_if_float64_has_none(scale, dt_shift):
     check_tails_no_nan(fused(7, 5, 4, 0, dt_shift), scale, 3, [50, 10])
 
 
@@ -419,7 +437,7 @@ def test_fsg_with_the_flat_layout_is_the_same_with_either_scan(lre, normalize):
         assert relative(a, b) < 1e-4
 
 
-def test_what_auto_takes():
+def test_which_scan_auto_chooses():
     net = SlowMamba(3, 4, 5)
     assert net.backend("cpu", torch.float32, 6) == net.backend("cpu", torch.float32, None) == "fused"
     assert net.backend("cpu", torch.float64, 6) == net.backend("cpu", torch.float64, None) == "reference"
@@ -434,6 +452,112 @@ def test_what_auto_takes():
     assert long == "reference (the fused scan is for histories of up to 16 tokens; these have 18)"
     assert FSG(layers, length=17, scan="reference").backend_and_why() == "reference", "asked for"
     assert FSG(layers, hgs="lstm").backend_and_why() == "nn.LSTM"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The compiler and its cache, with a stand-in source.
+
+load = selective_scan.library.__wrapped__  # compiles or loads, without remembering it in this process
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache, and a source that compiles at once."""
+    source = tmp_path / "selective_scan_cpu.cpp"
+    source.write_text('extern "C" int answer() { return 42; }')
+    monkeypatch.setattr(selective_scan, "SOURCE", source)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def slow_compiler(tmp_path, monkeypatch):
+    """A compiler that creates the file `started`, and then its output in two halves, in about 0.3 seconds."""
+    script = tmp_path / "slow-c++"
+    script.write_text(f"""#!/bin/sh
+for out; do :; done
+touch {tmp_path}/started
+{compiler} "$@" || exit 1
+mv "$out" "$out.whole"; head -c 3000 "$out.whole" > "$out"; sleep 0.2; tail -c +3001 "$out.whole" >> "$out"
+""")
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    return tmp_path / "started"
+
+
+def process():
+    """A started process that loads the library, calls it, and exits with 0 if the answer is right."""
+    started = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(load(None).answer() - 42))
+    started.start()
+    return started
+
+
+def loads():
+    last = process()
+    last.join(60)
+    return last.exitcode == 0
+
+
+def test_a_run_killed_while_it_compiles_does_not_harm_the_next(cache, slow_compiler):
+    for _ in range(4):
+        killed = process()
+        while not slow_compiler.exists():
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 0.5))
+        killed.kill()
+        killed.join(60)
+        assert loads(), "after a kill"
+        shutil.rmtree(cache)
+        slow_compiler.unlink()
+
+
+def test_two_processes_compile_at_once(cache, slow_compiler):
+    both = [process(), process()]
+    for each in both:
+        each.join(60)
+    assert [each.exitcode for each in both] == [0, 0]
+    assert all(file.suffix == ".so" for file in cache.iterdir()), "nothing else is left behind"
+
+
+def test_a_truncated_library_is_compiled_again(cache):
+    assert loads()
+    (file,) = cache.glob("*.so")
+    whole = file.read_bytes()
+    for length in (0, 100, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        assert loads() and file.read_bytes() == whole, length
+
+
+def test_a_cache_that_can_only_be_read_is_used_without_a_compiler(cache, monkeypatch, capfd):
+    assert loads() and "compiling the fused selective scan" in capfd.readouterr().err
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    cache.chmod(0o555)
+    assert loads() and capfd.readouterr().err == ""
+
+
+def test_another_source_is_compiled(cache):
+    assert loads()
+    selective_scan.SOURCE.write_text('extern "C" int answer() { return 43; }')
+    assert not loads() and len([*cache.glob("*.so")]) == 2
+
+
+def test_what_is_wrong_is_said_in_one_sentence(cache, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "no-such-compiler -O3")
+    assert "needs a C++ compiler, and the one that CXX names, no-such-compiler, is not found" in load(None)
+    monkeypatch.delenv("CXX")
+    selective_scan.SOURCE.write_text("#error not today")
+    assert load(6).endswith("error: #error not today")
+    cache.rmdir()
+    cache.write_text("a file where the folder should be")
+    problem = load(None)
+    assert str(cache) in problem and "TORCH_EXTENSIONS_DIR" in problem
+    selective_scan.SOURCE.unlink()
+    assert load(None) == "the fused scan cannot be compiled: copy selective_scan_cpu.cpp next to selective_scan.py"
+    monkeypatch.setenv("PATH", "")
+    selective_scan.SOURCE.touch()
+    assert "install g++ or clang++" in load(None)
+    errors = capsys.readouterr().err.splitlines()
+    assert sum("the reference scan is many times slower" in line for line in errors) == 5
 
 
 def test_without_a_compiler_auto_falls_back_and_fused_says_why(tmp_path):
@@ -454,3 +578,59 @@ except RuntimeError as e: print(e)
     assert result.returncode == 0, result.stderr
     first, second = result.stdout.strip().splitlines()[0], result.stdout.strip().splitlines()[-1]
     assert first == "reference torch.Size([3])" and "needs a C++ compiler" in second
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names, and the GPU's file.
+
+WELL_KNOWN = """
+    mamba_ssm selective_scan_cuda selective_scan_cuda_core selective_scan_cuda_oflex selective_scan_cuda_ndstate
+    causal_conv1d causal_conv1d_cuda flash_attn flash_attn_2_cuda apex amp_C xformers bitsandbytes deepspeed
+    torch torchgen functorch torchvision torchaudio torchmetrics torchao torchdata torchtext ignite
+    lightning pytorch_lightning lightning_fabric accelerate transformers datasets diffusers peft huggingface_hub
+    einops timm triton rich onnx onnxruntime onnxscript sklearn safetensors tensorboard tensorboardX wandb mlflow
+    tensorflow keras larq larq_zoo jax jaxlib flax optax brevitas numpy scipy pandas matplotlib seaborn cv2 PIL tqdm
+    yaml hydra omegaconf fire click ray optuna pytest hypothesis ninja packaging setuptools wheel pip
+"""
+
+
+def test_no_module_has_the_name_of_a_known_package():
+    """A file beside the script is imported before a package of the same name."""
+    taken = {*WELL_KNOWN.split(), *importlib.metadata.packages_distributions(), *sys.stdlib_module_names}
+    ours = {file.stem.lower() for file in ROOT.glob("*.py")}
+    assert not ours & {name.lower() for name in taken}
+
+
+@pytest.mark.parametrize("copied", ["selective_scan.py", "*.py"])
+def test_mamba_ssm_finds_its_own_extension(tmp_path, copied):
+    """mamba-ssm imports a compiled top-level module, selective_scan_cuda. The stand-in is imported in the same way."""
+    package, ours = tmp_path / "site-packages", tmp_path / "ours"
+    (package / "mamba_ssm" / "ops").mkdir(parents=True)
+    (package / "selective_scan_cuda.py").write_text("fwd = lambda: 'from the extension'")
+    interface = "import selective_scan_cuda\nselective_scan_fn = lambda: selective_scan_cuda.fwd()"
+    (package / "mamba_ssm" / "ops" / "selective_scan_interface.py").write_text(interface)
+    ours.mkdir()
+    for file in ROOT.glob(copied):
+        shutil.copy(file, ours)
+    code = """if True:
+        import selective_scan, torch
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+        print(selective_scan_fn())
+"""
+    if copied == "selective_scan.py":
+        code += "        print(selective_scan.why_not(torch.device('cuda'), torch.float32, 6))"
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ours, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[0] == "from the extension"
+    if copied == "selective_scan.py":
+        assert "needs selective_scan_triton.py: copy it next to selective_scan.py" in result.stdout
+
+
+def test_an_error_while_the_gpu_file_is_imported_is_shown(tmp_path, monkeypatch):
+    (tmp_path / "selective_scan_triton.py").write_text("import math; math.knobs")
+    monkeypatch.delitem(sys.modules, "selective_scan_triton", raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    problem = selective_scan.why_not(torch.device("cuda"), torch.float32, 6)
+    assert problem.endswith("(AttributeError: module 'math' has no attribute 'knobs')")
+    assert "needs Triton 3.6 or newer" in problem

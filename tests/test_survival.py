@@ -211,8 +211,8 @@ def test_watching_for_divergence_waits_for_the_device_only_now_and_then(tmp_path
 # --accumulate, --save-every, --compile.
 
 
-def test_accumulated_parts_are_the_batch(tmp_path, monkeypatch):
-    """On a network without BatchNorm; 7 parts of 60 images are not equally large."""
+def test_micro_batches_are_the_batch(tmp_path, monkeypatch):
+    """On a network without BatchNorm; 7 micro-batches of 60 images differ in size."""
     import models
 
     monkeypatch.setitem(models.PLAIN_NETS, "tiny", ([8, "M", 8], 4, [16], False))
@@ -289,6 +289,51 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path):
             train_fsg.main(["--resume", folder, "--limit-steps", "5"])
         other.communicate(b"\n")
     assert train_fsg.main(["--resume", folder, "--limit-steps", "5"]) == 0
+
+
+def test_writers_of_the_same_file_do_not_collide(tmp_path):
+    """Each writes a temporary file of its own; the last one to finish wins, and readers see complete files only."""
+    path = tmp_path / "last.pt"
+    with runs.replacing(path) as first:
+        first.write("first, ")
+        with runs.replacing(path) as second:
+            second.write("second, complete")
+        assert path.read_text() == "second, complete"
+        first.write("complete")
+    assert path.read_text() == "first, complete" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(KeyboardInterrupt), runs.replacing(path) as interrupted:
+        interrupted.write("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "first, complete" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_three_processes_write_is_complete_whenever_it_is_read(tmp_path):
+    path = tmp_path / "last.pt"
+    runs.save(path, {"writer": -1, "x": torch.zeros(50_000)})
+    code = """
+        import pathlib, sys, torch, runs
+        path, writer = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+        for _ in range(20): runs.save(path, {"writer": writer, "x": torch.full((50_000,), writer)})
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(path)]
+    writers = [subprocess.Popen([*command, str(i)], cwd=ROOT, stderr=subprocess.PIPE) for i in range(3)]
+    while any(writer.poll() is None for writer in writers):
+        state = runs.load(path)
+        assert (state["x"] == max(state["writer"], 0)).all()
+    assert [writer.communicate()[1] for writer in writers] == [b""] * 3
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_deletes_its_old_temporary_files_and_no_others(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    stale = [folder / f"{name}.4242-0a1b2c3d.tmp" for name in ("last.pt", "best.pt", "metrics.csv", "args.json")]
+    others = [folder / "run.onnx.4242-0a1b2c3d.tmp", folder / "notes.tmp"]
+    for file in (*stale, *others):
+        file.write_text("half")
+    argv = [*DIGITS, "--grad", "ste", "--out", str(tmp_path), "--name", "run", "--limit-steps", "2"]
+    assert train_fsg.main(argv) == 0
+    assert not any(file.exists() for file in stale) and all(file.exists() for file in others)
 
 
 def test_the_last_row_is_there_also_if_the_last_checkpoint_cannot_be_written(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The trainers as users meet them: runs, resuming, interruption, bad input. Small networks on real digits."""
 
+import argparse
 import csv
 import functools
 import itertools
@@ -29,7 +30,7 @@ import train_proxconnect
 import train_sibnn
 
 SMALL = ["--dataset", "digits", "--arch", "resnet8", "--batch-size", "64", "--device", "cpu"]
-TINY_NETS = ["--expand", "2", "--d-state", "2", "--hidden", "3"]
+TINY_NETS = ["--expand", "2", "--d-state", "2", "--hidden", "3"]  # FSG with Mamba
 GRADS = {
     "ste": ["--grad", "ste"],
     "fcgrad": ["--grad", "fcgrad"],
@@ -56,8 +57,13 @@ def name_of(value):
 
 
 def small(trainer, flags=()):
-    """The gate has no nets to make tiny."""
-    return SMALL + TINY_NETS if trainer is train_fsg and "gate" not in flags else SMALL
+    """SMALL, with those of TINY_NETS that the method has."""
+    value = dict(itertools.pairwise(flags))
+    if trainer is not train_fsg or value.get("--quantizer") == "none" or {"gate", "ste"} & set(flags):
+        return SMALL
+    if value.get("--grad", "fsg") != "fsg" or value.get("--hgs") == "lstm":
+        return [*SMALL, "--hidden", "3"]
+    return SMALL + TINY_NETS
 
 
 def train(out, name, *extra, trainer=train_fsg):
@@ -435,11 +441,23 @@ def test_wrong_flags(tmp_path, extra, says):
         (train_proxconnect, ["--pretrained-timm"], "are for transformers"),
         (train_proxconnect, ["--arch", "test_vit", "--pretrained-timm", "--pretrained", "x.pt"], "give one of them"),
         (train_proxconnect, ["--mu", "0", "30"], "positive"),
-        (train_proxconnect, ["--rho", "1", "nan"], "positive"),
+        (train_proxconnect, ["--method", "pc", "--rho", "1", "nan"], "two positive numbers"),
+        (train_proxconnect, ["--method", "bnn++", "--mu", "5"], "two positive numbers"),
+        (train_proxconnect, ["--method", "bnn+", "--mu", "5", "30"], "one positive number"),
+        (train_proxconnect, ["--rho", "1", "2"], r"^--rho is for --method pc or pq or rpc: leave it out .* bnn\+\+$"),
+        (
+            train_proxconnect,
+            ["--method", "bc", "--mu", "5", "30"],
+            r"^--mu is for --method bnn\+ or bnn\+\+: leave it out",
+        ),
+        (train_proxconnect, ["--method", "fp", "--rho", "0.01", "10"], "^--rho is for --method"),
+        (train_sibnn, ["--act", "sign", "--rho", "0.3"], "^--rho is for --act si: leave it out with --act sign$"),
+        (train_bihalf, ["--quantizer", "sign", "--ratio", "0.5"], "^--ratio is for --quantizer bihalf: leave it out"),
+        (train_bihalf, ["--quantizer", "sign", "--prune", "0"], "^--prune is for --quantizer bihalf: leave it out"),
         (train_bihalf, ["--ratio", "1.01"], r"\[0, 1\]"),
         (train_bihalf, ["--prune", "-0.1"], r"\[0, 1\]"),
         (train_bihalf, ["--prune", "0.2", "--ratio", "0.3"], "leave out --ratio"),
-        (train_bihalf, ["--prune", "0.2", "--quantizer", "sign"], "leave them out"),
+        (train_bihalf, ["--prune", "0.2", "--quantizer", "sign"], "leave it out"),
         (train_bihalf, ["--arch", "conv5"], "conv4"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
@@ -447,6 +465,55 @@ def test_wrong_flags(tmp_path, extra, says):
 def test_wrong_flags_of_the_siblings(tmp_path, trainer, extra, says):
     assert re.search(says, sentence([*SMALL, "--out", str(tmp_path), *extra], trainer))
     assert not list(tmp_path.iterdir()), "nothing was begun"
+
+
+@pytest.mark.parametrize(
+    "trainer, extra, used, unused",
+    [
+        (train_proxconnect, ["--method", "bc"], {}, ["mu", "rho", "milestones"]),
+        (train_proxconnect, ["--method", "bnn+"], {"mu": [5.0]}, ["rho"]),
+        (train_proxconnect, ["--method", "bnn++"], {"mu": [5.0, 30.0], "lr": 0.1}, ["rho"]),
+        (train_proxconnect, ["--method", "rpc", "--rho", "1", "2"], {"rho": [1.0, 2.0]}, ["mu"]),
+        (train_sibnn, ["--act", "sign"], {"milestones": [40, 80]}, ["rho"]),
+        (train_sibnn, [], {"rho": 0.3}, []),
+        (train_bihalf, ["--quantizer", "sign"], {"epochs": 400}, ["ratio", "prune", "milestones"]),
+        (train_bihalf, ["--prune", "0.4"], {"prune": 0.4, "ratio": 0.5}, []),
+    ],
+    ids=name_of,
+)
+def test_args_json_holds_the_flags_that_the_run_used(tmp_path, trainer, extra, used, unused, capsys):
+    train(tmp_path, "run", "--limit-steps", "2", *extra, trainer=trainer)
+    written = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert used.items() <= written.items() and not set(unused) & written.keys()
+    assert f", learning rate {written['lr']:g}; " in capsys.readouterr().out.splitlines()[0]
+    # The same for a run that is resumed, which still refuses the flags of other methods.
+    assert trainer.main(["--resume", str(tmp_path / "run"), "--limit-steps", "3"]) == 0
+    resumed = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert written.keys() == resumed.keys() and used.items() <= resumed.items()
+    for name in {"mu", "rho", "ratio", "prune"} & set(unused):
+        values = ["0.5"] * (2 if trainer is train_proxconnect else 1)
+        text = sentence(["--resume", str(tmp_path / "run"), "--limit-steps", "4", f"--{name}", *values], trainer)
+        assert text.startswith(f"--{name} is for ")
+
+
+def test_a_schedule_that_needs_milestones_has_them_after_a_resume(tmp_path):
+    train(tmp_path, "run", "--limit-steps", "2", "--schedule", "none", trainer=train_sibnn)
+    again = ["--resume", str(tmp_path / "run"), "--limit-steps", "3", "--schedule", "step"]
+    assert train_sibnn.main(again) == 0
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["milestones"] == [40, 80]
+
+
+def test_only_for_and_fill_chain():
+    args = argparse.Namespace(quantizer="none", grad=None, length=None, plain=False)
+    runs.only_for(args, "quantizer", {"grad": ("dorefa",), "length": ("dorefa",), "plain": ("dorefa",)})
+    runs.fill(args, grad="fsg", length=5)
+    assert vars(args) == {"quantizer": "none"}, "what was removed is not filled"
+    args = argparse.Namespace(quantizer="dorefa", grad="ste", length=None, zero=0)
+    runs.only_for(args, "quantizer", {"grad": ("dorefa",), "length": ("dorefa",)})
+    runs.only_for(args, "grad", {"length": ("fsg",)})
+    assert vars(args) == {"quantizer": "dorefa", "grad": "ste", "zero": 0}
+    with pytest.raises(runs.RunError, match=r"^--zero is for --grad fsg or gate: leave it out with --grad ste$"):
+        runs.only_for(args, "grad", {"zero": ("fsg", "gate")})
 
 
 @each_trainer

@@ -36,8 +36,8 @@ pytestmark = [
 def on_triton(net):
     """The net with its last() and tails(), in chunks of 16 tokens, on the kernels under test."""
     net.to(device)
-    net.tails = lambda *inputs: selective_scan_triton.tails(*inputs, *net._in_order(), chunk=16)
-    net.last = lambda u: selective_scan_triton.last(u.squeeze(-1), *net._in_order())
+    net.tails = lambda *inputs: selective_scan_triton.tails(*inputs, *net.in_kernel_order(), chunk=16)
+    net.last = lambda u: selective_scan_triton.last(u.squeeze(-1), *net.in_kernel_order())
     return net
 
 
@@ -100,7 +100,7 @@ def test_why_not():
 @pytest.mark.parametrize("wrong", [torch.float64, "meta"])
 def test_parameters_of_another_kind_are_refused(wrong):
     net = fused(3, 2, 2, 0).to(device)
-    parameters = [*net._in_order()]
+    parameters = [*net.in_kernel_order()]
     for i in (3, 8):
         mixed = [p.to(wrong) if k == i else p for k, p in enumerate(parameters)]
         for run in (

@@ -1,0 +1,77 @@
+"""The gated history: fast and slow gradients for binary networks, without hypernetworks. This project's own generator.
+
+Copy this file with hypernet.py. It is used as FSG is:
+
+    gate = GatedHistory(layers)                       # models.binary_layers(model)
+    optimizer = torch.optim.Adam(gate.parameter_groups(model.parameters()), 6e-3)
+    …backward(); gate.generate(); optimizer.step()
+"""
+
+import torch
+from torch import Tensor, nn
+
+from hypernet import Generator
+
+
+class GatedHistory(Generator):
+    """A gradient of the present and of the past since the weight's last flip:
+
+        h_t  = ĝ_t + λ·[sign W_t = sign W_{t−1}]·h_{t−1}      the history; a flip (a change of sign) clears it
+        r    = |W| / RMS(W)                                    distance to the threshold; the RMS of the layer
+        fast = ĝ_t / (ε + r)
+        slow = (h_t − ĝ_t) / (ε + r)
+        G    = D ⊙ (fast + slow)
+
+    *Near the threshold a weight leaps.* r is the distance of a weight from W = 0, where its sign changes. The factor
+    1 / (ε + r) grows as a weight approaches 0, so that the weight crosses over instead of oscillating there. (Adam
+    divides out a constant factor per weight; what has an effect is that this factor changes.)
+    *A flip clears the history.* Averaging over past gradients reduces noise. But gradients from before a flip were
+    measured at the weight's other sign. If they were kept, they would push the weight further before anything has been
+    measured on the new side.
+    The history acts as momentum, so the optimizer must have none for these weights (`parameter_groups`).
+
+    λ and ε were chosen by comparing whole training runs. FSG's objective would not find them: it asks whether G_{t−1}
+    lowers the loss at the very next step, and so prefers small or reversed steps where successive gradients are
+    anti-correlated (short-horizon bias, https://arxiv.org/abs/1803.02021).
+
+    layers: as for Generator. memory: λ in [0, 1); 0 is no history. epsilon: ε > 0.
+    Raises ValueError for other values. Memory: about 11 N elements, 6 N of them between steps.
+    """
+
+    keeps_latent = True  # sign W_{t−1}
+
+    def __init__(self, layers: list[nn.Module], memory: float = 0.8, epsilon: float = 0.35):
+        if not 0 <= memory < 1 or not epsilon > 0:
+            raise ValueError(f"memory must be at least 0 and below 1, epsilon above 0; they are {memory} and {epsilon}")
+        super().__init__(layers, sharded=True)
+        self.memory, self.epsilon = memory, epsilon
+        self.register_buffer("past", torch.zeros_like(self.latent))  # h_t
+
+    @torch.no_grad()
+    def generate(self) -> None:
+        """`weight.grad` ← G for every layer."""
+        positive = self.latent >= 0  # the signs one step ago; sign(0) is +1
+        self.collect()
+        same_sign = (self.latent >= 0) == positive
+        self.past = self.ghat + torch.where(same_sign, self.memory * self.past, 0)
+        self.hand_back(self.scale() * self.past)
+
+    def scale(self) -> Tensor:
+        """D / (ε + r): [N]. The threshold is W = 0 under all quantizers."""
+        D, _ = self.calibrate()
+        r = self.latent.abs() / self.rms(self.latent.unsqueeze(0))[self.layer_of]
+        return D / (self.epsilon + r)
+
+    def terms(self) -> tuple[Tensor, ...]:
+        scale = self.scale()
+        return scale * self.ghat, scale * (self.past - self.ghat)
+
+    def parameter_groups(self, parameters, betas: tuple[float, float] | None = (0.9, 0.999)) -> list[dict]:
+        """A model's parameters for torch.optim, with momentum switched off for the latent weights.
+
+        betas: those of Adam or AdamW, of which the latent weights get (0, β₂). None: for SGD (momentum 0).
+        """
+        ours = {id(w) for w in self.weights}
+        rest = [p for p in parameters if id(p) not in ours]
+        without = {"momentum": 0.0} if betas is None else {"betas": (0.0, betas[1])}
+        return [{"params": self.weights, **without}, {"params": rest}]

@@ -1,0 +1,1502 @@
+"""One call on a machine with a GPU: correctness, step times, mamba-ssm, training runs, as JSON files in a folder.
+
+    python gpu_day.py --prepare DATA_DIR PRETRAINED.pth         # before, with internet: fills the folder gpu-day/
+    python gpu_day.py --out OUT --minutes 10                    # on the GPU machine, offline
+    python gpu_day.py --out OUT --minutes 5 --stages 1 2 3      # a part of it
+    python gpu_day.py --out OUT --dry-run                       # all stages at toy size on a CPU
+
+The stages run in the order of their worth. Every stage is made of items; an item is a process of its own with a time
+limit. What an item has found is written to its stage's JSON file at once. An item that fails, hangs or is killed is
+recorded with its error, and the next one starts. OUT then holds:
+
+    1-correctness.json   the Triton kernels, the generators, AMP, resume and CUDA graphs against what they should do
+    2-steps.json         milliseconds a training step of every generator, and the scan against the GPU's peak rates
+    3-mamba-ssm.json     the mamba-ssm package's kernel against ours: results and speed
+    4-training.json      training runs from the full-precision ResNet-20 on CIFAR-10 (JPEG): metrics of every epoch
+    5-w1a1.json          the same for the Bi-Real ResNet-18 with binary activations
+    log.txt              what the items printed
+    compile-cache.tar.gz what torch.compile and Triton have compiled, for a second call
+
+A second call on a fresh machine goes on from the first: copy its 1-correctness.json (is --compile safe?), 2-steps.json
+(how many training processes saturate the GPU?) and compile-cache.tar.gz into gpu-day/ before.
+
+The stages' times, and why (SECONDS below; an H100 with 16 CPU cores is meant):
+
+    stage  seconds  reason
+    1           90  all items at a time, on 16 cores; the slowest, pytest, compiles about 20 Triton kernels
+    2          150  6 processes, each 10 s to start; 8 generators x 1 s for each network, precision and way to run;
+                    what torch.compile makes takes 10 s to load, with the compiler's work done beside stage 1
+    3           40  the extension compiles beside stages 1 and 2, so that only the comparison takes time
+    4          200  5 runs of 30 epochs at a time, at 2 to 4 s an epoch each when they share the GPU
+    5           90  2 runs of 30 epochs of a network that fills the GPU alone
+
+--minutes gives the stages their seconds in this order while they last; a stage that would get less than half of its
+seconds is left out; what is left over goes to training. A stage that ends early leaves its time to the next ones.
+"""
+
+import argparse
+import contextlib
+import csv
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+ROOT = Path(__file__).resolve().parent
+CARRIED = ROOT / "gpu-day"
+FILES = {1: "1-correctness.json", 2: "2-steps.json", 3: "3-mamba-ssm.json", 4: "4-training.json", 5: "5-w1a1.json"}
+SECONDS = {1: 90, 2: 150, 3: 40, 4: 200, 5: 90}
+DRY_SECONDS = {1: 180, 2: 90, 3: 10, 4: 120, 5: 60}  # limits, for a busy machine; it takes less
+MOST_OUT = 15 * 2**20  # bytes of one file in OUT
+
+
+def plan(minutes: float, stages: list[int], seconds: dict[int, int] = SECONDS) -> dict[int, float]:
+    """When each stage must have ended, in seconds from the start. Stages that there is no time for are not in it."""
+    left, given = 60 * minutes, {}
+    for stage in sorted(stages):
+        if left >= seconds[stage] / 2:
+            given[stage] = min(left, seconds[stage])
+            left -= given[stage]
+    if given and left > 0:
+        given[4 if 4 in given else max(given)] += left
+    return dict(zip(given, itertools.accumulate(given.values()), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes with a time limit, and the JSON files that say how they went.
+
+
+def write_json(path: Path, value) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """End the process and all that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def start(command: list, output: Path, env: dict | None = None) -> subprocess.Popen:
+    """The command in a process group of its own, in the repository's folder; stdout and stderr go to a file."""
+    with open(output, "wb") as f:
+        options = {"stdin": subprocess.DEVNULL, "stdout": f, "stderr": subprocess.STDOUT, "start_new_session": True}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})}
+        return subprocess.Popen([str(word) for word in command], cwd=ROOT, env=environment, **options)
+
+
+def wait(process: subprocess.Popen, end: float, watch=lambda: None) -> str:
+    """Wait until time.monotonic() is `end` at most, then kill: 'ok', 'failed' or 'time limit'. Calls watch() while."""
+    while process.poll() is None:
+        if time.monotonic() > end:
+            kill(process)
+            return "time limit"
+        time.sleep(0.1)
+        watch()
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)  # what it has left behind
+    return "failed" if process.returncode else "ok"
+
+
+def found(output: Path) -> list[dict]:
+    """What a child process has reported so far with `say`."""
+    lines = output.read_text(errors="replace").splitlines() if output.exists() else []
+    results = []
+    for line in lines:
+        if line.startswith("RESULT "):
+            with contextlib.suppress(ValueError):  # half a line
+                results.append(json.loads(line.removeprefix("RESULT ")))
+    return results
+
+
+def last_lines(output: Path, count: int = 12) -> list[str]:
+    text = output.read_text(errors="replace") if output.exists() else ""
+    lines = [line[:300] for line in text.splitlines() if line.strip() and not line.startswith("RESULT ")]
+    return lines[-count:]
+
+
+class Stage:
+    """One stage: its JSON file, and how to run its items."""
+
+    def __init__(self, number: int, day, end: float):
+        self.number, self.day, self.end = number, day, end
+        self.file, self.items, self.lock = day.out / FILES[number], {}, threading.Lock()
+        self.began = time.monotonic()
+        self.write()
+
+    def write(self) -> None:
+        with self.lock:
+            seconds = round(time.monotonic() - self.began, 1)
+            write_json(self.file, {"stage": self.number, **self.day.facts, "seconds": seconds, "items": self.items})
+
+    def record(self, name: str, **values) -> None:
+        with self.lock:
+            self.items[name] = self.items.get(name, {}) | values
+        self.write()
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def run(self, name: str, command: list, limit: float, env: dict | None = None) -> str:
+        """Run a command as the item `name`. Its status: 'ok', 'failed', 'time limit', or 'skipped'."""
+        began = time.monotonic()
+        limit = min(limit * (3 if self.day.dry else 1), self.left())
+        if limit < 2:
+            self.record(name, status="skipped", error=["no time was left"])
+            return "skipped"
+        output, seen = self.day.output(f"{self.number}-{name}"), []
+
+        def watch():
+            if len(results := found(output)) > len(seen):
+                seen[:] = results
+                self.record(name, status="running", results=list(seen))
+
+        try:
+            status = wait(start(command, output, self.day.env | (env or {})), began + limit, watch)
+        except OSError as e:  # no such program
+            status = "failed"
+            output.write_text(f"{type(e).__name__}: {e}\n")
+        results = found(output)
+        skipped = next((r["skipped"] for r in results if "skipped" in r), None)
+        if status == "ok" and not all(r.get("ok", True) for r in results):
+            status = "failed"
+        values = {"status": "skipped" if skipped and status == "ok" else status, "limit": round(limit, 1)}
+        values |= {"seconds": round(time.monotonic() - began, 1), "results": results}
+        if values["status"] != "ok":
+            values["error"] = [skipped] if skipped else last_lines(output)
+        self.record(name, **values)
+        self.day.log(f"stage {self.number}, {name}: {values['status']}, {values['seconds']} s", output)
+        return values["status"]
+
+    def item(self, name: str, function, limit: float, env: dict | None = None, prefix=(), **arguments) -> str:
+        """Run a function of this file as an item, in a process of its own."""
+        return self.run(name, [*prefix, *self.day.child(function, **arguments)], limit, env)
+
+
+class Day:
+    """What all stages share."""
+
+    def __init__(self, out: Path, dry: bool):
+        self.out, self.dry = out, dry
+        self.scratch = Path(tempfile.mkdtemp(prefix="gpu-day-")) if dry else Path(tempfile.gettempdir(), "gpu-day")
+        self.scratch.mkdir(exist_ok=True)
+        self.cache = self.scratch / "cache"
+        self.device = "cpu" if dry else "cuda"
+        self.facts = {"dry_run": dry}
+        self.env = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        if dry:
+            self.env |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        else:
+            self.env |= {
+                "TORCHINDUCTOR_CACHE_DIR": f"{self.cache}/inductor",
+                "TRITON_CACHE_DIR": f"{self.cache}/triton",
+            }
+            self.env |= {"TORCH_EXTENSIONS_DIR": f"{self.scratch}/extensions"}
+        # What the training runs compile is kept apart, for a second call.
+        training = self.scratch / "training-cache"
+        names = {"TORCHINDUCTOR_CACHE_DIR": training, "TRITON_CACHE_DIR": training / "triton", "OMP_NUM_THREADS": 2}
+        self.training_env = {} if dry else {name: str(value) for name, value in names.items()}
+        self.lock, self.outputs = threading.Lock(), itertools.count()
+        self.background = {}
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "log.txt").write_text("")
+
+    def output(self, name: str) -> Path:
+        return self.scratch / f"{next(self.outputs):03d}-{re.sub('[^a-z0-9]+', '-', name.lower())}.txt"
+
+    def child(self, function, **arguments) -> list:
+        command = [sys.executable, __file__, "--item", function.__name__, "--arguments", json.dumps(arguments)]
+        return command + ["--scratch", str(self.scratch)] + ["--dry-run"] * self.dry
+
+    def start(self, name: str, function, env: dict | None = None, **arguments) -> None:
+        """Run a function of this file beside the stages, as `name`."""
+        output = self.output(name)
+        process = start(self.child(function, **arguments), output, self.env | (env or {}))
+        self.background[name] = process, output, time.monotonic()
+
+    def log(self, title: str, output: Path | None = None) -> None:
+        with self.lock:
+            print(title, flush=True)
+            text = output.read_text(errors="replace")[-40_000:] if output and output.exists() else ""
+            log = self.out / "log.txt"
+            if log.stat().st_size < MOST_OUT - 50_000:
+                with open(log, "a") as f:
+                    f.write(f"=== {title}\n{text}\n")
+
+    def close(self) -> None:
+        for name, (process, output, _) in self.background.items():
+            kill(process)
+            self.log(f"background, {name}: exit status {process.returncode}", output)
+        if self.dry:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            return
+        archive = self.scratch / "compile-cache.tar.gz"
+        with contextlib.suppress(OSError), tarfile.open(archive, "w:gz") as tar:
+            tar.add(self.scratch / "training-cache", "training-cache")
+        if archive.exists() and archive.stat().st_size < MOST_OUT:
+            shutil.copy(archive, self.out)
+
+
+# What a child process (an item) uses. All of them import torch themselves: the process that starts them need not.
+
+
+def say(**values) -> None:
+    """Report a result to the parent process."""
+    rounded = {k: float(f"{v:.5g}") if isinstance(v, float) and math.isfinite(v) else v for k, v in values.items()}
+    print("RESULT " + json.dumps(rounded, default=str), flush=True)
+
+
+def check(what: str, value: float, limit: float, **more) -> None:
+    """Report a figure that must be at most `limit`."""
+    say(check=what, value=float(value), limit=limit, ok=bool(value <= limit), **more)
+
+
+def relative(a, b) -> float:
+    """The largest difference, relative to the largest |b|."""
+    return ((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-300)).item()
+
+
+def synchronize(device: str) -> None:
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def milliseconds(function, device: str, seconds: float, repeats: int = 3) -> dict[str, float]:
+    """Milliseconds a call: the median of `repeats` measurements of about seconds / repeats, each of many calls with one
+    synchronisation at its end; and the lowest and the highest of them."""
+    import torch
+
+    def measure(calls):
+        synchronize(device)
+        if device == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(calls):
+                function()
+            end.record()
+            torch.cuda.synchronize()
+            return begin.elapsed_time(end) / calls
+        began = time.perf_counter()
+        for _ in range(calls):
+            function()
+        return 1e3 * (time.perf_counter() - began) / calls
+
+    once, repeats = measure(1 if device == "cpu" else 3), repeats if seconds else 1
+    calls = max(1, min(500, round(1e3 * seconds / repeats / max(once, 1e-3))))
+    times = sorted(measure(calls) for _ in range(repeats))
+    return {"ms": statistics.median(times), "ms_min": times[0], "ms_max": times[-1], "calls": calls * repeats}
+
+
+@contextlib.contextmanager
+def reported(**where):
+    """An error within the block becomes a result, and does not end the item."""
+    try:
+        yield
+    except Exception as e:
+        say(**where, ok=False, error=f"{type(e).__name__}: {' '.join(str(e).split())[:400]}")
+
+
+def network_sizes(arch: str) -> list[int]:
+    """The number of weights of each binary layer."""
+    import models
+
+    return [layer.weight.numel() for layer in models.binary_layers(models.build(arch, 10, "dorefa"))]
+
+
+# The methods that are compared, as flags of train_fsg.py and as objects.
+
+
+def method_flags(method: str, known: str) -> list[str]:
+    """The flags of train_fsg.py that select a method. known: a text that holds the flags' names."""
+    flags = {
+        "ste": "--grad ste --lr 1e-3",
+        "gate": "--grad gate",
+        "fsg": "--grad fsg --hgs mamba --lr 1e-3",
+        "fsg-lstm": "--grad fsg --hgs lstm --lr 1e-3",
+        "released": "--grad fsg --preset released --lr 1e-3",
+        "multifc": "--grad multifc --lr 1e-3",
+    }
+    if "--balance" not in known:  # the flags before --grad gate and --balance
+        flags |= {"gate": "--hgs gate", "released": "--hgs mamba --preset released --lr 1e-3"}
+    betas = "--betas 0.9 0.97" if "--betas" in known and method in ("ste", "fsg", "fsg-lstm", "multifc") else ""
+    return [*flags[method].split(), *betas.split()]
+
+
+def make_generator(method: str, layers):
+    """The gradient generator of a method, for the step times."""
+    import hypernet
+
+    try:
+        from gate import GatedHistory
+    except ImportError:
+        GatedHistory = hypernet.GatedHistory
+    small = {} if layers[0].weight.is_cuda else {"d_state": 4, "expand": 8, "scan": "reference"}
+    makers = {
+        "plain": lambda: None,
+        "ste": lambda: hypernet.STE(layers),
+        "gate": lambda: GatedHistory(layers),
+        "fsg": lambda: hypernet.FSG(layers, **small),
+        "fsg-flat": lambda: hypernet.FSG(layers, history="flat", **small),
+        "fsg-sampled": lambda: hypernet.FSG(layers, hyper_sample=0.125, **small),
+        "fsg-lstm16": lambda: hypernet.FSG(layers, hgs="lstm", hidden=16),
+        "fsg-lstm100": lambda: hypernet.FSG(layers, hgs="lstm", hidden=100),
+        "multifc": lambda: multifc(layers),
+    }
+    return makers[method]()
+
+
+def multifc(layers):
+    try:
+        from metaquant import MultiFC
+    except ImportError:
+        from hypernet import MultiFC
+    return MultiFC(layers)
+
+
+def train(flags: list[str], folder: Path, name: str) -> list[dict]:
+    """Run train_fsg.py; the rows of metrics.csv. Raises RuntimeError with the last lines of its output."""
+    command = [sys.executable, "train_fsg.py", *map(str, flags), "--out", str(folder), "--name", name]
+    result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(result.stdout, flush=True)
+    if result.returncode:
+        raise RuntimeError("\n".join(result.stdout.splitlines()[-8:]))
+    return metrics(folder / name)
+
+
+def metrics(run: Path) -> list[dict]:
+    """The rows of a run's metrics.csv, as numbers."""
+    if not (run / "metrics.csv").exists():
+        return []
+    with open(run / "metrics.csv", newline="") as f:
+        return [{k: float(v) for k, v in row.items() if k and v} for row in csv.DictReader(f)]
+
+
+def known_flags() -> str:
+    """A text that holds the names of train_fsg.py's flags. (Its --help takes seconds to import torch.)"""
+    return "".join((ROOT / file).read_text() for file in ("train_fsg.py", "runs.py"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 1: correctness.
+
+
+def correctness(stage: Stage) -> None:
+    """The first item compiles the kernels at a small size; if that works, the others run at the same time."""
+    dry = stage.day.dry
+    stage.item("machine", machine, 40)
+    sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
+    commands = [
+        lambda: stage.item("kernel last", kernel_last, 80),
+        lambda: stage.item("kernel tails", kernel_tails, 80),
+        lambda: stage.item("CUDA graphs", cuda_graphs, 85),
+        lambda: stage.item("generators", generators, 60),
+        lambda: stage.item("resume", resume, 75),
+        lambda: stage.item("AMP", amp, 60),
+    ]
+    if dry:
+        stage.record("memcheck", status="skipped", error=["no GPU"])
+        stage.record("pytest", status="skipped", error=["no GPU"])
+    else:
+        tests = [sys.executable, "-m", "pytest", "-q", "-rfEs", "-p", "no:cacheprovider", "-n", "4"]
+        tests += ["tests/test_gpu.py", "tests/test_triton.py"]
+        no_cache = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        commands.insert(2, lambda: stage.item("memcheck", smallest, 80, env=no_cache, prefix=sanitizer))
+        commands.insert(3, lambda: stage.run("pytest", tests, 88))
+    with ThreadPoolExecutor(2 if dry else 8) as threads:
+        for future in [threads.submit(command) for command in commands]:
+            future.result()
+    if "pytest" in stage.items and not dry:
+        last = sorted(stage.day.scratch.glob("*-1-pytest.txt"))
+        stage.record("pytest", summary=last_lines(last[-1], 30) if last else [])
+
+
+def machine(dry: bool, scratch: Path) -> None:
+    """The card, and the versions."""
+    import torch
+
+    say(python=sys.version.split()[0], torch=torch.__version__, triton=getattr(triton, "__version__", None))
+    say(cpu_cores=os.cpu_count(), cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
+    if not dry:
+        p = torch.cuda.get_device_properties(0)
+        say(device=p.name, multiprocessors=p.multi_processor_count, memory_gb=p.total_memory / 2**30)
+    for tool in ("nvcc", "ncu", "compute-sanitizer", "nvidia-cuda-mps-control", "nvidia-smi", "c++", "ninja"):
+        say(**{tool: shutil.which(tool)})
+    query = "name,driver_version,clocks.sm,clocks.max.sm,power.limit,temperature.gpu,compute_mode,mig.mode.current"
+    if shutil.which("nvidia-smi"):
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv"]
+        say(nvidia_smi=subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.splitlines())
+
+
+def mamba_pair(device: str, d: int, n: int, k: int):
+    """The same Mamba block with the fused scan in float32 and with the reference in float64 and in float32."""
+    import torch
+
+    import selective_scan_triton
+    from hypernet import SlowMamba
+
+    torch.manual_seed(0)
+    net = SlowMamba(n, k, d, "fused").to(device)
+    net.last = lambda u: selective_scan_triton.last(u.squeeze(-1), *net.in_kernel_order())
+    net.tails = lambda *inputs: selective_scan_triton.tails(*inputs, *net.in_kernel_order())
+    books = []
+    for dtype in (torch.float64, torch.float32):
+        book = SlowMamba(n, k, d, "reference").to(device)
+        book.load_state_dict(net.state_dict())
+        books.append(book.to(dtype))
+    return net, *books
+
+
+def compare(what: str, names: list[str], ours, exact, reference, gradient_limit: float) -> None:
+    """Report errors relative to float64; beside each, the error of plain float32 PyTorch."""
+    for name, a, b, c in zip(names, ours, exact, reference, strict=True):
+        plain = relative(c, b)
+        limit = 1e-5 if name == "y" else gradient_limit
+        check(f"{what}: {name}", relative(a, b), max(limit, 5 * plain), plain_float32=plain)
+
+
+def kernel_last(dry: bool, scratch: Path) -> None:
+    """selective_scan_triton.last, forward and backward, against float64: small, then the paper's size."""
+    import torch
+
+    device = "cpu" if dry else "cuda"
+    shapes = [(10, 3, 5, 4, 2)] if dry else [(40, 6, 20, 16, 8), (33, 4, 7, 5, 3), (270_000, 6, 100, 16, 8)]
+    for rows, length, d, n, k in shapes:
+        what = f"last, {rows} x {length}, d {d}, n {n}"
+        with reported(shape=what):
+            net, book, plain = mamba_pair(device, d, n, k)
+            u, v = torch.randn(rows, length, 1, device=device), torch.randn(rows, device=device)
+            u[:, 0] = u[0, 0]  # the layer embedding
+            results, names = [], ["y", "u", *dict(net.named_parameters())]
+            for one, dtype in ((net, torch.float32), (book, torch.float64), (plain, torch.float32)):
+                x = u.detach().to(dtype).requires_grad_()
+                began = time.perf_counter()
+                y = one.last(x)
+                synchronize(device)
+                between = time.perf_counter()
+                results.append([y.detach(), *torch.autograd.grad(y, [x, *one.parameters()], v.to(dtype))])
+                synchronize(device)
+                if one is net:
+                    seconds = {"forward": between - began, "backward": time.perf_counter() - between}
+                    say(shape=what, first_call_seconds=seconds)
+            compare(what, names, *results, 1e-4)
+
+
+def kernel_tails(dry: bool, scratch: Path) -> None:
+    """selective_scan_triton.tails, forward and backward, against float64: small, then ResNet-20's layers."""
+    import torch
+
+    device = "cpu" if dry else "cuda"
+    shapes = [([9, 1], 4, 2, 2)] if dry else [([20, 1, 33], 20, 16, 8), ([20_000, 1, 432, 6_000], 100, 16, 8)]
+    if not dry:
+        shapes.append((network_sizes("resnet20"), 100, 16, 8))
+    for sizes, d, n, k in shapes:
+        what = f"tails, {sum(sizes)} weights in {len(sizes)} layers, d {d}, n {n}"
+        with reported(shape=what):
+            net, book, plain = mamba_pair(device, d, n, k)
+            past, v = torch.randn(1 if dry else 5, sum(sizes), device=device), torch.randn(sum(sizes), device=device)
+            first = torch.randn(len(sizes), device=device)
+            results, names = [], ["y", *dict(net.named_parameters())]
+            for one, dtype in ((net, torch.float32), (book, torch.float64), (plain, torch.float32)):
+                f = first.to(dtype).requires_grad_()
+                began = time.perf_counter()
+                y = one.tails(past.to(dtype), sizes, f)
+                synchronize(device)
+                between = time.perf_counter()
+                results.append([y.detach(), *torch.autograd.grad(y, list(one.parameters()), v.to(dtype))])
+                synchronize(device)
+                if one is net:
+                    seconds = {"forward": between - began, "backward": time.perf_counter() - between}
+                    say(shape=what, first_call_seconds=seconds)
+            compare(what, names, *results, 1e-4)
+
+
+def smallest(dry: bool, scratch: Path) -> None:
+    """Both kernels once, at a size that compute-sanitizer gets through. The shapes are no multiples of the blocks."""
+    import torch
+
+    device = "cpu" if dry else "cuda"
+    net, *_ = mamba_pair(device, 20, 16, 8)
+    u = torch.randn(21, 6, 1, device=device, requires_grad=True)
+    net.last(u).sum().backward()
+    first = torch.randn(2, device=device, requires_grad=True)
+    net.tails(torch.randn(5, 34, device=device), [33, 1], first).sum().backward()
+    synchronize(device)
+    say(ran=True, finite=bool(u.grad.isfinite().all() and first.grad.isfinite().all()))
+
+
+def generators(dry: bool, scratch: Path) -> None:
+    """Five generate() steps in float32: the GPU's G against the CPU's for the same gradients and weights."""
+    import torch
+
+    import hypernet
+    import models
+
+    device = "cpu" if dry else "cuda"
+
+    def fsg(layers, **options):  # the reference scan on the CPU, the Triton kernels on the GPU
+        scan = "fused" if layers[0].weight.is_cuda else "reference"
+        return hypernet.FSG(layers, d_state=4, expand=10, hidden=8, scan=scan, **options)
+
+    variants = {
+        "fsg per-weight": fsg,
+        "fsg flat": lambda layers: fsg(layers, history="flat"),
+        "fsg of 3 gradients": lambda layers: fsg(layers, length=3),
+        "fsg lstm": lambda layers: fsg(layers, hgs="lstm"),
+        "gate": lambda layers: make_generator("gate", layers),
+        "ste": hypernet.STE,
+        "multifc": multifc,
+    }
+    shapes = [(16, 3, 3, 3), (8, 16, 3, 3), (10, 40)]
+    for name, make in variants.items():
+        with reported(generator=name):
+            nets, makers = [], []
+            for place in ("cpu", device):
+                torch.manual_seed(0)
+                convs = [torch.nn.Conv2d(s[1], s[0], 3) if len(s) == 4 else torch.nn.Linear(s[1], s[0]) for s in shapes]
+                net = models.binarize_(torch.nn.ModuleList(convs), "dorefa", "none", first=True, last=True).to(place)
+                torch.manual_seed(1)
+                nets.append(models.binary_layers(net))
+                makers.append(make(nets[-1]))
+            if "fsg" in name or name == "multifc":  # the nets' random start does not depend on the device
+                makers[1].load_state_dict(makers[0].state_dict())
+            random = torch.Generator().manual_seed(2)
+            for step in range(5):
+                for a, b in zip(*nets, strict=True):
+                    a.weight.grad = torch.randn(a.weight.shape, generator=random) * 1e-3
+                    b.weight.grad = a.weight.grad.to(device)
+                for maker in makers:
+                    maker.generate()
+                G = [torch.cat([layer.weight.grad.flatten().cpu() for layer in layers]) for layers in nets]
+                check(f"{name}, step {step}", relative(G[1], G[0]), 1e-3)
+
+
+def toy(dry: bool, epochs: int, hgs: str = "--hgs mamba --d-state 4 --expand 8") -> list[str]:
+    """Flags of train_fsg.py: FSG on handwritten digits."""
+    flags = f"--dataset digits --arch resnet8 --batch-size 64 --schedule none {hgs} "
+    flags += "--epochs 1 --limit-steps 2 --device cpu" if dry else f"--epochs {epochs} --device cuda"
+    return [*flags.split(), *(["--scan", "reference"] if dry else [])]
+
+
+def resume(dry: bool, scratch: Path) -> None:
+    """A run of 2 epochs, and one of 1 epoch that is resumed: the same weights and the same metrics, bit for bit."""
+    import torch
+
+    folder, one = scratch / "resume", ["--limit-steps", "1"] if dry else ["--epochs", "1"]
+    train(toy(dry, 2), folder, "whole")
+    train([*toy(dry, 2), *one], folder, "halves")
+    more = ["--limit-steps", "2"] if dry else ["--epochs", "2"]
+    command = [sys.executable, "train_fsg.py", "--resume", folder / "halves", *more]
+    result = subprocess.run(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    print(result.stdout.decode(errors="replace"))
+    whole, halves = (torch.load(folder / name / "last.pt", map_location="cpu") for name in ("whole", "halves"))
+    for part in ("model", "generator"):
+        names = [k for k, v in whole[part].items() if torch.is_tensor(v) and not torch.equal(v, halves[part][k])]
+        say(resumed=part, different=names[:5], ok=not names and result.returncode == 0)
+    a, b = metrics(folder / "whole")[-1], metrics(folder / "halves")[-1]
+    different = [k for k in a if a[k] != b.get(k) and k not in ("seconds", "images_per_s")]
+    say(resumed="metrics", different=different, ok=not different)
+
+
+def amp(dry: bool, scratch: Path) -> None:
+    """Training in bfloat16, and with the LSTM: training accuracy on digits after 6 epochs."""
+    variants = {"amp": [*toy(dry, 6), "--amp"]}
+    if not dry:
+        variants["lstm"] = toy(dry, 6, "--hgs lstm --hidden 16")
+    for name, flags in variants.items():
+        with reported(run=name):
+            row = train(flags, scratch / "amp", name)[-1]
+            say(run=name, train_acc=row["train_acc"], ok=dry or row["train_acc"] > 0.7, seconds=row["seconds"])
+
+
+def cuda_graphs(dry: bool, scratch: Path) -> None:
+    """Training with --compile (CUDA graphs) against the same run without: accuracy on digits after 6 epochs."""
+    if dry:
+        return say(skipped="no GPU, no CUDA graphs")
+    rows = {}
+    for name, extra in {"eager": [], "compiled": ["--compile"]}.items():
+        rows[name] = train([*toy(dry, 6), *extra], scratch / "graphs", name)[-1]
+        say(run=name, **{k: rows[name][k] for k in ("train_loss", "train_acc", "test_acc", "seconds", "images_per_s")})
+    difference = abs(rows["eager"]["train_acc"] - rows["compiled"]["train_acc"])
+    check("difference of the training accuracies", difference, 0.05)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 2: step times.
+
+METHODS = ["ste", "plain", "fsg", "gate", "fsg-flat", "fsg-sampled", "fsg-lstm16", "fsg-lstm100"]
+FEW = ["ste", "plain", "fsg", "gate"]
+# A network's ways to run: how, precision, methods. tf32 is PyTorch's default: convolutions in TF32, the rest float32.
+EAGER = [("eager", "tf32", METHODS), ("eager", "bf16", FEW), ("eager", "fp32", FEW)]
+GRAPHS = [("graphs", "tf32", METHODS), ("graphs", "bf16", ["ste", "fsg", "gate"])]
+COMPILE = [("compile", "tf32", FEW)]
+
+
+def step_times(stage: Stage) -> None:
+    if stage.day.dry:
+        stage.item(
+            "resnet8 eager", steps, 40, arch="resnet8", size=32, ways=[("eager", "tf32", FEW[::2])], seconds=0.01
+        )
+        stage.item("scan alone", scan_alone, 30)
+        stage.record("ncu", status="skipped", error=["no GPU"])
+        return
+    for name in ("compile resnet32", "compile resnet20", "compile resnet18"):
+        wait_for(stage, name, 10)
+    stage.item("resnet32 eager", steps, 40, arch="resnet32", size=32, ways=EAGER)
+    stage.item("resnet32 graphs", steps, 50, arch="resnet32", size=32, ways=GRAPHS)
+    stage.item("scan alone", scan_alone, 25)
+    stage.item("resnet18 eager", steps, 25, arch="resnet18", size=224, ways=EAGER[:2])
+    stage.item("saturate", saturate, 50, env=stage.day.training_env)
+    stage.item("resnet18 graphs", steps, 30, arch="resnet18", size=224, ways=[("graphs", "tf32", FEW)])
+    stage.item("ncu", registers, 30)
+    stage.item("resnet32 compile", steps, 30, arch="resnet32", size=32, ways=COMPILE)
+
+
+def wait_for(stage: Stage, name: str, limit: float) -> None:
+    """Let a background process end, so that the times are not disturbed."""
+    if name in stage.day.background:
+        process, output, began = stage.day.background[name]
+        end = min(stage.end, time.monotonic() + limit)
+        while process.poll() is None and time.monotonic() < end:
+            time.sleep(0.1)
+        if process.poll() is None:
+            kill(process)
+        seconds = round(time.monotonic() - began, 1)
+        stage.record(
+            name, status="failed" if process.returncode else "ok", seconds=seconds, error=last_lines(output, 3)
+        )
+
+
+def precision_is(precision: str) -> None:
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def make_step(model, net, method: str, images, labels, precision: str):
+    """A function that takes one training step as the trainer does."""
+    import torch
+    from torch.nn import functional as F
+
+    import models
+
+    device = images.device.type
+    layers = models.binary_layers(net)
+    generator = make_generator(method, layers) if layers else None
+    optimizer = torch.optim.Adam(net.parameters(), 1e-4, fused=device == "cuda")
+
+    def step():
+        optimizer.zero_grad()
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(images)
+        F.cross_entropy(logits.float(), labels).backward()
+        if generator:
+            generator.generate()
+        optimizer.step()
+
+    return step
+
+
+def compiled(net, how: str):
+    import torch
+
+    modes = {"graphs": "reduce-overhead", "compile": "default"}
+    return torch.compile(net, mode=modes[how]) if how in modes else net
+
+
+def steps(dry: bool, scratch: Path, arch: str, size: int, ways: list, seconds: float = 0.3) -> None:
+    """Milliseconds a step at batch 128, and the ratio to STE's. seconds: how long to measure; 0: only compile."""
+    import torch
+
+    import models
+
+    device, batch = ("cpu", 4) if dry else ("cuda", 128)
+    torch.backends.cudnn.deterministic = True  # as in the trainers
+    images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(10, (batch,), device=device)
+    for how, precision, methods in ways:
+        precision_is(precision)
+        torch.compiler.reset()
+        base, kept = None, {}
+        for method in methods if seconds else methods[:2]:
+            where = {"arch": arch, "size": size, "batch": batch, "how": how, "precision": precision, "method": method}
+            with reported(**where):
+                quantizer = "none" if method == "plain" else "dorefa"
+                if quantizer not in kept:  # the methods share the network, and so what was compiled for it
+                    torch.manual_seed(0)
+                    net = models.build(arch, 10, quantizer, image_size=size).to(device)
+                    state = {k: v.clone() for k, v in net.state_dict().items()}
+                    kept[quantizer] = net, compiled(net, how), state
+                net, model, state = kept[quantizer]
+                net.load_state_dict(state)
+                step = make_step(model, net, method, images, labels, precision)
+                began = time.perf_counter()
+                for _ in range(2 if dry else 6):  # a generator's third step is the first that does everything
+                    step()
+                synchronize(device)
+                first = time.perf_counter() - began
+                if not seconds:
+                    net.eval()
+                    with torch.no_grad():  # the trainers' tests, in batches of 500
+                        model(images.repeat(4, 1, 1, 1)[:500])
+                    net.train()
+                    say(**where, compile_seconds=first)
+                    continue
+                if device == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                row = milliseconds(step, device, seconds)
+                base = row["ms"] if method == "ste" else base
+                row["ratio"] = row["ms"] / base if base else None
+                row["peak_mb"] = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else None
+                say(**where, **row, warm_up_seconds=first)
+
+
+if triton:
+
+    @triton.jit
+    def _exponentials(out, COUNT: tl.constexpr):
+        lane = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+        x = lane * 1e-9
+        for _ in range(COUNT):
+            x = tl.exp2(-x)
+        tl.store(out + lane, x)
+
+    @triton.jit
+    def _multiply_adds(out, COUNT: tl.constexpr):
+        lane = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+        a = lane * 1e-9
+        b = a + 1.0
+        c = a + 2.0
+        d = a + 3.0
+        for _ in range(COUNT):
+            a = a * 0.999 + 0.001
+            b = b * 0.999 + 0.001
+            c = c * 0.999 + 0.001
+            d = d * 0.999 + 0.001
+        tl.store(out + lane, a + b + c + d)
+
+
+def peak_rates(device: str) -> dict[str, float]:
+    """Exponentials a second of the special function units, and multiply-adds a second in float32, measured."""
+    import torch
+
+    cuda = device == "cuda"
+    programs = 64 * torch.cuda.get_device_properties(0).multi_processor_count if cuda else 1
+    count, rates = 2000 if cuda else 5, {}
+    out = torch.empty(programs * 1024, device=device)
+    for name, kernel, operations in (("exponentials", _exponentials, 1), ("multiply_adds", _multiply_adds, 4)):
+        kernel[(programs,)](out, count)
+        ms = milliseconds(lambda kernel=kernel: kernel[(programs,)](out, count), device, 0.1 if cuda else 0)["ms_min"]
+        rates[name] = operations * count * programs * 1024 / ms * 1e3
+    return rates
+
+
+# Operations a weight at the paper's size (L = 6, d = 100, n = 16), from selective_scan_triton.py's header: exponentials
+# with reciprocals, which the special function units compute, and float32 multiply-adds as FLOPs / 2.
+COUNTS = {"forward": (1863, 6_500), "backward": (2200, 20_500)}
+
+
+def scan_alone(dry: bool, scratch: Path) -> None:
+    """Forward and backward milliseconds of both kernels, with what the peak rates allow at best."""
+    import torch
+
+    device, archs = ("cpu", ["resnet8"]) if dry else ("cuda", ["resnet20", "resnet32"])
+    if not dry:  # a copy's bytes are read once and written once
+        x = torch.empty(2**30, dtype=torch.uint8, device=device)
+        y = torch.empty_like(x)
+        say(copy_tb_per_s=2 * 2**30 / milliseconds(lambda: y.copy_(x), device, 0.1)["ms_min"] / 1e9)
+        del x, y
+    rates = peak_rates(device)
+    say(peak_per_second=rates)
+    for arch, layout in itertools.product(archs, ("last", "tails")[: 1 if dry else 2]):
+        with reported(arch=arch, layout=layout):
+            sizes = [5, 3] if dry else network_sizes(arch)
+            N = sum(sizes)
+            net, *_ = mamba_pair(device, *((4, 2, 2) if dry else (100, 16, 8)))
+            past, v = torch.randn(1 if dry else 5, N, device=device), torch.randn(N, device=device)
+            first = torch.randn(len(sizes), device=device, requires_grad=True)
+            tokens = torch.cat([torch.full((1, N), 0.3, device=device), past]).T.unsqueeze(-1)
+            run = (lambda: net.last(tokens)) if layout == "last" else lambda: net.tails(past, sizes, first)  # noqa: B023
+            inputs = list(net.parameters())
+            y = run()
+            backward = lambda: torch.autograd.grad(y, inputs, v, retain_graph=True)  # noqa: B023
+            backward()
+            for way, function in (("forward", run), ("backward", backward)):
+                row = milliseconds(function, device, 0.0 if dry else 0.4)
+                if layout == "last" and not dry:
+                    exponentials, multiply_adds = (N * count for count in COUNTS[way])
+                    row["exponentials_of_peak"] = exponentials / rates["exponentials"] / row["ms"] * 1e3
+                    row["multiply_adds_of_peak"] = multiply_adds / rates["multiply_adds"] / row["ms"] * 1e3
+                say(arch=arch, layout=layout, weights=N, way=way, **row)
+
+
+def one_scan(dry: bool, scratch: Path) -> None:
+    """What ncu looks at: both kernels once at ResNet-20's size."""
+    import torch
+
+    net, *_ = mamba_pair("cuda", 100, 16, 8)
+    sizes = network_sizes("resnet20")
+    u = torch.randn(sum(sizes), 6, 1, device="cuda")
+    net.last(u).sum().backward()
+    net.tails(torch.randn(5, sum(sizes), device="cuda"), sizes, None).sum().backward()
+    torch.cuda.synchronize()
+
+
+def registers(dry: bool, scratch: Path) -> None:
+    """Registers, occupancy and throughput of every kernel of the scans, by Nsight Compute."""
+    command = ["ncu", "--set", "basic", "--clock-control", "none", "--kernel-name", "regex:^_(forward|backward|tails)"]
+    one = [sys.executable, __file__, "--item", "one_scan", "--arguments", "{}", "--scratch", str(scratch)]
+    result = subprocess.run([*command, "--launch-count", "12", *one], cwd=ROOT, capture_output=True, text=True)
+    print(result.stdout[-20_000:], result.stderr[-3000:])
+    wanted = "Duration|Registers Per Thread|Theoretical Occupancy|Achieved Occupancy|Compute \\(SM\\) Throughput"
+    kernel = None
+    for line in result.stdout.splitlines():
+        if match := re.match(r"\s+(_\w+) .*\(\d+, \d+, \d+\)x", line):
+            kernel = match[1]
+        elif match := re.match(rf"\s+({wanted}|Memory Throughput|SM Frequency)\s+(\S+)\s+([\d.,]+)", line):
+            say(kernel=kernel, **{f"{match[1]} ({match[2]})": match[3]})
+    if result.returncode:
+        raise RuntimeError(f"ncu ended with exit status {result.returncode}")
+
+
+# How many training processes saturate the GPU. The workers share a file of integers: how many are to run, and then each
+# one's number of steps.
+
+MIX = ["ste", "gate", "fsg", "fsg-flat", "multifc", "ste", "gate", "fsg"]  # as in `training`
+LEVELS = [1, 2, 4, 5, 6, 8]
+WARM_UP = 6  # steps
+
+
+def saturate(dry: bool, scratch: Path) -> None:
+    """Steps a second of 1, 2, 4, … training processes of ResNet-20 at a time."""
+    import numpy as np
+
+    levels, pause = ([1, 2], 0.2) if dry else (LEVELS, 1.5)
+    board = np.memmap(scratch / "board", np.int64, "w+", shape=1 + len(MIX))
+    count = max(levels)
+    command = [sys.executable, __file__, "--item", "worker", "--scratch", str(scratch)] + ["--dry-run"] * dry
+    # They stay in this process's group, and so end with it.
+    workers = [subprocess.Popen([*command, "--arguments", json.dumps({"index": i})], cwd=ROOT) for i in range(count)]
+    try:
+        while board[1 : 1 + count].min() < WARM_UP:
+            time.sleep(0.05)
+            if any(w.poll() is not None for w in workers):
+                raise RuntimeError("a worker has failed")
+        for level in levels:
+            board[0] = level
+            time.sleep(pause / 3)
+            before, began = board.copy(), time.perf_counter()
+            time.sleep(pause)
+            rates = (board - before)[1 : 1 + level] / (time.perf_counter() - began)
+            say(processes=level, steps_per_second=[round(float(r), 1) for r in rates], total=float(rates.sum()))
+    finally:
+        for w in workers:
+            w.kill()
+
+
+def worker(dry: bool, scratch: Path, index: int) -> None:
+    import numpy as np
+    import torch
+
+    import data
+    import models
+
+    device, batch, arch = ("cpu", 4, "resnet8") if dry else ("cuda", 128, "resnet20")
+    torch.backends.cudnn.deterministic = True
+    net = models.build(arch, 10, "dorefa", image_size=32).to(device)
+    model = compiled(net, "eager" if dry else "graphs")
+    board = np.memmap(scratch / "board", np.int64, "r+", shape=1 + len(MIX))
+    images = torch.randint(256, (40 if dry else 50_000, 3, 32, 32), dtype=torch.uint8, device=device)
+    labels, mean = torch.randint(10, (len(images),), device=device), torch.full((3,), 128.0, device=device)
+    batches = data.ResidentBatches(images, labels, mean, mean, 10, batch, True, 0, crop=4, flip=True)
+    x, y = next(batches.epoch(0))
+    x, y = x.clone(memory_format=torch.preserve_format), y.clone()
+    step = make_step(model, net, MIX[index], x, y, "tf32")
+    for number in itertools.count():
+        for images, labels in batches.epoch(number):
+            while board[1 + index] >= WARM_UP and index >= board[0]:
+                time.sleep(0.005)
+            x.copy_(images), y.copy_(labels)
+            step()
+            if board[1 + index] % 10 == 9 or board[1 + index] < WARM_UP:
+                synchronize(device)  # so that steps are counted when they are done
+            board[1 + index] += 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 3: mamba-ssm.
+
+
+def build_mamba_ssm(dry: bool, scratch: Path) -> None:
+    """Compile the float32 kernels of mamba-ssm's selective scan as the module selective_scan_cuda."""
+    from torch.utils.cpp_extension import load
+
+    folder, source = scratch / "selective_scan_cuda", scratch / "selective_scan"
+    shutil.rmtree(source, ignore_errors=True)
+    shutil.copytree(CARRIED / "mamba-ssm" / "csrc" / "selective_scan", source)
+    folder.mkdir(exist_ok=True)
+    # B and C always vary with time here, so the kernels for constant ones are left out: a quarter is compiled.
+    switch = source / "static_switch.h"
+    always = "#define ALWAYS(COND, NAME, ...) [&] { constexpr bool NAME = true; return __VA_ARGS__(); }()\n"
+    switch.write_text(switch.read_text() + "\n" + always)
+    for kernel in source.glob("*_kernel.cuh"):
+        text = kernel.read_text()
+        kernel.write_text(re.sub(r"BOOL_SWITCH\(params\.is_variable_", "ALWAYS(params.is_variable_", text))
+    # The interface names all data types; those that are not compiled raise an error.
+    function = "template void selective_scan_{0}_cuda<float, float>({1} &params, cudaStream_t stream);\n"
+    stub = "template <> void selective_scan_{0}_cuda<{2}, {3}>({1} &, cudaStream_t) {{ throw 1; }}\n"
+    declare = "template <typename I, typename W> void selective_scan_{0}_cuda({1} &params, cudaStream_t stream);\n"
+    header = "#include <c10/cuda/CUDAStream.h>\n#include <torch/types.h>\n#include <c10/util/complex.h>\n"
+    stubs = header + '#include "selective_scan.h"\n'
+    for way, params in (("fwd", "SSMParamsBase"), ("bwd", "SSMParamsBwd")):
+        (source / f"{way}.cu").write_text(
+            f'#include "selective_scan_{way}_kernel.cuh"\n' + function.format(way, params)
+        )
+        stubs += declare.format(way, params)
+        for i, w in itertools.product(("float", "at::Half", "at::BFloat16"), ("float", "c10::complex<float>")):
+            if (i, w) != ("float", "float"):
+                stubs += stub.format(way, params, i, w)
+    (source / "stubs.cpp").write_text(stubs)
+    undefined = [f"-U__CUDA_NO_{kind}__" for kind in ("HALF_OPERATORS", "HALF_CONVERSIONS")]
+    undefined += [f"-U__CUDA_NO_{k}__" for k in ("BFLOAT16_OPERATORS", "BFLOAT16_CONVERSIONS", "BFLOAT162_OPERATORS")]
+    flags = ["-O3", "--expt-relaxed-constexpr", "--expt-extended-lambda", "--use_fast_math", "--split-compile=0"]
+    load(
+        "selective_scan_cuda",
+        [str(source / name) for name in ("selective_scan.cpp", "stubs.cpp", "fwd.cu", "bwd.cu")],
+        extra_include_paths=[str(source)],
+        extra_cflags=["-O2"],
+        extra_cuda_cflags=[*undefined, *flags],
+        build_directory=str(folder),
+        verbose=True,
+    )
+
+
+def mamba_ssm(stage: Stage) -> None:
+    if not (stage.day.dry or shutil.which("nvcc")):
+        return stage.record("compile", status="skipped", error=["no nvcc"])
+    if stage.day.dry:
+        stage.record("compile", status="skipped", error=["no nvcc"])
+        return stage.record("equal", status="skipped", error=["no nvcc"])
+    if "compile mamba-ssm" not in stage.day.background:
+        stage.day.start("compile mamba-ssm", build_mamba_ssm)
+    wait_for(stage, "compile mamba-ssm", 90)
+    folders = [ROOT, CARRIED / "mamba-ssm", stage.day.scratch / "selective_scan_cuda"]
+    env = {"PYTHONPATH": os.pathsep.join(map(str, [*folders, os.environ.get("PYTHONPATH", "")]))}
+    if stage.items["compile mamba-ssm"]["status"] != "ok":
+        return None
+    stage.item("equal", mamba_ssm_equal, 30, env=env)
+    stage.item("speed", mamba_ssm_speed, 40, env=env)
+    tests = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rfEs",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_gpu.py",
+        "-k",
+        "mamba_ssm",
+    ]
+    stage.run("pytest", tests, 25, env=env)
+    return None
+
+
+def mamba_ssm_equal(dry: bool, scratch: Path) -> None:
+    """SlowMamba(scan='mamba-ssm'), through the package's own import path, against ours and float64."""
+    import torch
+
+    import hypernet
+
+    say(imports=str(hypernet.mamba_ssm_scan()), extension=__import__("selective_scan_cuda").__file__)
+    net, book, _ = mamba_pair("cuda", 100, 16, 8)
+    theirs = hypernet.SlowMamba(scan="mamba-ssm").cuda()
+    theirs.load_state_dict(net.state_dict())
+    say(backend=theirs.backend("cuda", torch.float32, 6))
+    u, v = torch.randn(5000, 6, 1, device="cuda"), torch.randn(5000, device="cuda")
+    a, b, c = theirs.last(u), net.last(u), book.last(u.double())
+    check("mamba-ssm against ours, per-weight", relative(a, b), 1e-4)
+    check("mamba-ssm against float64, per-weight", relative(a, c), 1e-4)
+    grads = [torch.autograd.grad(y, one.parameters(), v) for y, one in ((a, theirs), (b, net))]
+    for (name, _), x, y in zip(net.named_parameters(), *grads, strict=True):
+        check(f"gradient of {name}, per-weight", relative(x, y), 1e-3)
+    past, sizes = torch.randn(5, 7001, device="cuda"), [5000, 2000, 1]
+    first, v = torch.randn(3, device="cuda"), torch.randn(7001, device="cuda")
+    a, b = theirs.tails(past, sizes, first), net.tails(past, sizes, first)
+    c = released_flat(theirs, past, sizes, first)
+    check("mamba-ssm against ours, flat", relative(a, b), 1e-3)
+    check("the released loop against ours, flat", relative(c, b), 1e-3)
+    grads = [torch.autograd.grad(y, one.parameters(), v) for y, one in ((c, theirs), (b, net))]
+    for (name, _), x, y in zip(net.named_parameters(), *grads, strict=True):
+        check(f"gradient of {name}, flat", relative(x, y), 1e-2)
+
+
+def released_flat(net, past, sizes: list[int], first):
+    """The flat layout as the FSG authors' code drives mamba-ssm: layer by layer, the whole history, one sequence each;
+    the gate z and the softplus within mamba-ssm's kernel, which is its fastest use."""
+    import torch
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    from torch.nn import functional as F
+
+    outputs, A = [], -torch.exp(net.A_log)
+    for i, part in enumerate(past.split(sizes, dim=1)):
+        u = torch.cat([first[i].view(1), part.reshape(-1)]).view(1, 1, -1)  # [1, 1, L]
+        x, z = (net.in_proj.weight @ u).chunk(2, dim=1)  # [1, d, L] each
+        x = F.silu(net.conv1d(x)[..., : u.shape[-1]])
+        dt, B, C = (net.x_proj.weight @ x).split([1, net.d_state, net.d_state], dim=1)
+        delta = net.dt_proj.weight @ dt  # [1, d, L]
+        bias = net.dt_proj.bias.float()
+        y = selective_scan_fn(x, delta, A, B.contiguous(), C.contiguous(), net.D, z, bias, delta_softplus=True)
+        outputs.append((net.out_proj.weight @ y)[0, 0, -part.shape[1] :])
+    return torch.cat(outputs)
+
+
+def mamba_ssm_speed(dry: bool, scratch: Path) -> None:
+    """Forward and backward of the slow-net for all weights of ResNet-20: ours and mamba-ssm's."""
+    import torch
+
+    import hypernet
+
+    sizes = network_sizes("resnet20")
+    N = sum(sizes)
+    ours, *_ = mamba_pair("cuda", 100, 16, 8)
+    theirs = hypernet.SlowMamba(scan="mamba-ssm").cuda()
+    theirs.load_state_dict(ours.state_dict())
+    past, v = torch.randn(5, N, device="cuda"), torch.randn(N, device="cuda")
+    first = torch.randn(len(sizes), device="cuda", requires_grad=True)
+    tokens = torch.cat([torch.full((1, N), 0.3, device="cuda"), past]).T.unsqueeze(-1)
+    variants = {
+        "ours, per-weight": lambda: ours.last(tokens),
+        "mamba-ssm, flat, layer by layer, whole history": lambda: released_flat(theirs, past, sizes, first),
+        "ours, flat": lambda: ours.tails(past, sizes, first),
+        "mamba-ssm, per-weight batches": lambda: theirs.last(tokens),
+        "mamba-ssm, flat, forgotten tokens left out": lambda: theirs.tails(past, sizes, first),
+    }
+    base = None
+    for name, run in variants.items():
+        with reported(variant=name):
+
+            def both(run=run):
+                run().backward(v)
+
+            for _ in range(2):
+                both()
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            row = milliseconds(both, "cuda", 0.8)
+            forward = milliseconds(lambda run=run: run(), "cuda", 0.3)["ms"]
+            base = base or row["ms"]
+            more = {"forward_ms": forward, "ratio_to_ours": row["ms"] / base}
+            say(variant=name, weights=N, **row, **more, peak_mb=torch.cuda.max_memory_allocated() / 2**20)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages 4 and 5: training. Several runs share the GPU; each is a process of train_fsg.py.
+
+STARTING = 25  # seconds from the start of train_fsg.py to its first step, with everything compiled before
+BESIDE = 1.3  # an epoch of the trainer takes so much longer than its steps: evaluation, checkpoints, metrics
+RUNS = [("ste", 0), ("gate", 0), ("fsg", 0), ("released", 0), ("multifc", 0)]
+RUNS += [("ste", 1), ("gate", 1), ("fsg", 1), ("ste", 2), ("gate", 2), ("fsg", 2)]
+EPOCHS = (100, 50, 30, 20, 10, 5)
+STEPS = 390  # an epoch of CIFAR-10 at batch 128
+
+
+def choose(rates: dict[int, list[float]], seconds: float, runs: int = 5, epochs=EPOCHS) -> tuple[int, int]:
+    """How many processes at a time, and how many epochs, so that the first `runs` runs complete in that time: as many
+    epochs as possible, then as many processes. rates: processes -> steps/s of each, when so many run."""
+    best = (0, 0)
+    for level, each in rates.items():
+        if not each or min(each) <= 0:
+            continue
+        waves = math.ceil(runs / level)
+        fits = [e for e in epochs if waves * (STARTING + e * STEPS * BESIDE / min(each)) <= seconds]
+        best = max(best, (max(fits, default=0), level))
+    return (best[1] or max(rates, default=1), best[0] or min(epochs))
+
+
+def measured(day: Day, stage: Stage) -> dict[int, list[float]]:
+    """Steps a second by number of processes, from stage 2 of this day or of the one before, or measured now."""
+    for folder in (day.out, CARRIED):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            if day.dry and folder == CARRIED:
+                continue
+            rows = json.loads((folder / FILES[2]).read_text())["items"]["saturate"]["results"]
+            rates = {row["processes"]: row["steps_per_second"] for row in rows if "processes" in row}
+            if rates:
+                return rates
+    stage.item("saturate", saturate, 30 if day.dry else 90, env=day.training_env)
+    rows = stage.items["saturate"].get("results", [])
+    return {row["processes"]: row["steps_per_second"] for row in rows if "processes" in row}
+
+
+def graphs_work(day: Day) -> bool:
+    """Whether stage 1, of this day or of the one before, found that training with --compile works."""
+    for folder in (day.out, CARRIED):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return json.loads((folder / FILES[1]).read_text())["items"]["CUDA graphs"]["status"] == "ok"
+    return False
+
+
+def start_mps(stage: Stage) -> dict[str, str]:
+    """NVIDIA's multi-process service lets kernels of several processes run at the same time. The variables with which
+    processes use it; none where it cannot be started. No setting of the card changes."""
+    if stage.day.dry or not shutil.which("nvidia-cuda-mps-control"):
+        stage.record("MPS", status="skipped", error=["no GPU" if stage.day.dry else "no nvidia-cuda-mps-control"])
+        return {}
+    folder = stage.day.scratch / "mps"
+    folder.mkdir(exist_ok=True)
+    env = {"CUDA_MPS_PIPE_DIRECTORY": str(folder), "CUDA_MPS_LOG_DIRECTORY": str(folder)}
+    if stage.run("MPS daemon", ["nvidia-cuda-mps-control", "-d"], 10, env) == "ok":
+        test = "import torch; x = torch.ones(1000, device='cuda'); print('RESULT', '{\"sum\": %d}' % x.sum().item())"
+        if stage.run("MPS", [sys.executable, "-c", test], 25, env) == "ok":
+            return env
+        stop_mps(env)
+    return {}
+
+
+def stop_mps(env: dict[str, str]) -> None:
+    if env:
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            options = {"input": b"quit\n", "env": os.environ | env, "timeout": 10, "capture_output": True}
+            subprocess.run(["nvidia-cuda-mps-control"], **options)
+
+
+def training(stage: Stage) -> None:
+    day = stage.day
+    known = known_flags()
+    if day.dry:
+        common = ["--dataset", "digits", "--arch", "resnet8", "--batch-size", "64", "--limit-steps", "3"]
+        common += ["--schedule", "cosine", "--device", "cpu"]
+        rates = measured(day, stage)
+        start_mps(stage)
+        train_all(stage, RUNS[:2], lambda method: [*common, *method_flags(method, known)], 2, 1, (1,))
+        return
+    if "images" not in day.background:
+        day.start("images", unpack)
+    mps = start_mps(stage)
+    day.env |= mps
+    try:
+        rates = measured(day, stage)
+        wait_for(stage, "images", 40)
+        common = ["--dataset", "folder", "--data-dir", str(day.scratch / "images"), "--arch", "resnet20"]
+        common += ["--batch-size", "128", "--schedule", "cosine", "--device", "cuda", "--workers", "2"]
+        common += ["--pretrained", str(CARRIED / "resnet20.pth")] + ["--compile"] * graphs_work(day)
+        level, epochs = choose(rates, stage.left() - 2)
+        stage.record("plan", status="ok", rates=rates, processes=level, epochs=epochs, seconds=round(stage.left()))
+        train_all(stage, RUNS, lambda method: [*common, *method_flags(method, known)], level, epochs, EPOCHS)
+    finally:
+        stop_mps(mps)
+        for name in mps:
+            day.env.pop(name, None)
+
+
+def w1a1(stage: Stage) -> None:
+    day = stage.day
+    known, arch = known_flags(), "birealnet8" if day.dry else "birealnet18"
+    if day.dry:
+        common = ["--dataset", "digits", "--batch-size", "64", "--limit-steps", "2", "--device", "cpu"]
+    else:
+        if "images" not in day.background:
+            day.start("images", unpack)
+        wait_for(stage, "images", 40)
+        common = ["--dataset", "folder", "--data-dir", str(day.scratch / "images"), "--batch-size", "128"]
+        common += ["--device", "cuda", "--workers", "2"] + ["--compile"] * graphs_work(day)
+    common += ["--arch", arch, "--act", "sign", "--schedule", "cosine"]
+    runs, choices = [("ste", 0), ("gate", 0)], (1,) if day.dry else (30, 20, 10, 5)
+    if day.dry:
+        runs = runs[:1]
+    train_all(stage, runs, lambda method: [*common, *method_flags(method, known)], 2, choices[0], choices)
+
+
+def train_all(stage: Stage, runs, flags, level: int, epochs: int, choices) -> None:
+    """Train the runs in this order, `level` at a time, while the stage's time lasts. Where the first ones turn out to
+    be so slow that they cannot complete, all start again, once, with fewer epochs."""
+    queue, running, paces, again = list(runs), {}, [], True
+    attempt = 1
+    while queue or running:
+        now = time.monotonic()
+        while queue and len(running) < level:
+            method, seed = queue[0]
+            if paces and STARTING + epochs * max(paces) > stage.end - now:
+                stage.day.log(f"stage {stage.number}: no time for {len(queue)} more runs, {method} seed {seed} is next")
+                queue = []
+                break
+            if stage.left() < 5:
+                queue = []
+                break
+            queue.pop(0)
+            name, folder = f"{method}-seed{seed}", stage.day.scratch / f"runs{stage.number}-{attempt}"
+            command = [sys.executable, "train_fsg.py", *flags(method), "--epochs", epochs, "--seed", seed]
+            output = stage.day.output(f"{stage.number}-{name}")
+            process = start([*command, "--out", folder, "--name", name], output, stage.day.env | stage.day.training_env)
+            run = {"process": process, "began": time.monotonic(), "folder": folder / name, "output": output}
+            run |= {"command": " ".join(map(str, command[1:])), "rows": [], "times": [], "key": (method, seed)}
+            running[name] = run
+        time.sleep(0.2)
+        for name, run in list(running.items()):
+            rows = metrics_or_none(run["folder"])
+            if rows is not None and len(rows) > len(run["rows"]):
+                run["rows"] = rows
+                run["times"].append(time.monotonic())
+                if len(rows) % 5 == 1:
+                    record_run(stage, name, run, "running", epochs)
+            over = time.monotonic() > stage.end
+            if run["process"].poll() is None and not over:
+                continue
+            ended = run["process"].poll() is not None
+            status = "time limit" if not ended else "failed" if run["process"].returncode else "ok"
+            kill(run["process"])
+            run["rows"] = metrics_or_none(run["folder"]) or run["rows"]
+            record_run(stage, name, run, status, epochs)
+            stage.day.log(f"stage {stage.number}, {name}: {status}, {len(run['rows'])} epochs", run["output"])
+            del running[name]
+        times = [run["times"] for run in running.values() if len(run["times"]) > 2]
+        pace = [(t[-1] - t[0]) / (len(t) - 1) for t in times]  # seconds an epoch
+        paces = pace or paces
+        if again and running and len(pace) == len(running):
+            again = False
+            done = min(len(run["rows"]) for run in running.values())
+            if max(pace) * (epochs - done) > stage.left():
+                fits = [e for e in choices if STARTING + e * max(pace) <= stage.left()]
+                if fits and fits[0] < epochs:
+                    stage.day.log(f"stage {stage.number}: {epochs} epochs do not fit, again with {fits[0]}")
+                    for run in running.values():
+                        kill(run["process"])
+                    queue = [*(run["key"] for run in running.values()), *queue]
+                    running, epochs, attempt = {}, fits[0], attempt + 1
+
+
+def metrics_or_none(folder: Path) -> list[dict] | None:
+    try:
+        return metrics(folder)
+    except (OSError, ValueError):
+        return None
+
+
+def record_run(stage: Stage, name: str, run: dict, status: str, epochs: int) -> None:
+    complete = status == "ok" and len(run["rows"]) == epochs
+    values = {"status": status, "complete": complete, "epochs": epochs, "command": run["command"]}
+    values |= {"seconds": round(time.monotonic() - run["began"], 1), "rows": run["rows"]}
+    values["error"] = last_lines(run["output"]) if status == "failed" else []
+    stage.record(name, **values)
+
+
+def unpack(dry: bool, scratch: Path) -> None:
+    """The carried JPEG images, unpacked and decoded once; the trainers then find the decoded ones."""
+    import data
+
+    folder = scratch / "images"
+    with tarfile.open(CARRIED / "cifar10-jpeg.tar.xz") as tar:
+        tar.extractall(folder, filter="data")
+    data.load("folder", folder, "cpu")
+    say(decoded=[path.name for path in folder.glob(".*.pt")])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before: what the GPU machine needs and cannot download.
+
+
+def prepare(data_dir: Path, pretrained: Path) -> None:
+    """Fill gpu-day/ with the images, the full-precision network and mamba-ssm's source. It must stay below 60 MiB."""
+    CARRIED.mkdir(exist_ok=True)
+    archive = data_dir / "cifar10-jpeg.tar.xz" if data_dir.is_dir() else data_dir
+    shutil.copyfile(archive, CARRIED / "cifar10-jpeg.tar.xz")
+    prepare_network(archive, pretrained)
+    prepare_mamba_ssm()
+    size = sum(path.stat().st_size for path in CARRIED.rglob("*") if path.is_file())
+    print(f"gpu-day/ holds {size / 2**20:.1f} MiB")
+    if size > 60 * 2**20:
+        raise SystemExit("error: gpu-day/ is over 60 MiB: leave something out")
+
+
+def prepare_network(archive: Path, pretrained: Path) -> None:
+    """The authors' network has no BatchNorm before the classifier, and ours has one, bn_fc. It gets the mean and the
+    variance of 5,120 training images' features, and a weight and a bias that undo the normalisation: in evaluation, and
+    in training up to a batch's deviation from the whole, the network's function is the authors'."""
+    import torch
+
+    import data
+    import models
+
+    state = torch.load(pretrained, map_location="cpu", weights_only=True)
+    net = models.build("resnet20", 10, "none")
+    lacks = [name for name in net.state_dict() if name not in state]
+    if any(not name.startswith("bn_fc.") for name in lacks):
+        raise SystemExit(f"error: {pretrained} is not the authors' ResNet-20: it lacks {lacks[0]}")
+    net.load_state_dict({**net.state_dict(), **state})
+    net.eval()
+    norm = net.bn_fc
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+        loaded = data.load("folder", folder, "cpu", crop=False, flip=False)
+        features, hook = [], norm.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0].clone()))
+        for images, _ in itertools.islice(loaded[0].epoch(0), 40):
+            net(images)
+        hook.remove()
+        features = torch.cat(features)
+        norm.running_mean.copy_(features.mean(0))
+        norm.running_var.copy_(features.var(0))
+        norm.weight.copy_((norm.running_var + norm.eps).sqrt())
+        norm.bias.copy_(norm.running_mean)
+        seen = [(net(images).argmax(1) == labels).float().mean() for images, labels in loaded[-1].epoch()]
+    print(f"full-precision ResNet-20: {torch.stack(seen).mean():.2%} of the JPEG test images are right")
+    torch.save(net.state_dict(), CARRIED / "resnet20.pth")
+
+
+def prepare_mamba_ssm() -> None:
+    """mamba-ssm's selective scan from its source package: the CUDA source, the interface, the licence."""
+    folder = CARRIED / "mamba-ssm"
+    shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as work:
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-build-isolation"]
+        command += ["--no-binary", ":all:", "-d", work, "mamba-ssm==2.3.2.post1"]
+        subprocess.run(command, check=True, env={**os.environ, "MAMBA_SKIP_CUDA_BUILD": "TRUE"})
+        with tarfile.open(next(Path(work).glob("*.tar.gz"))) as tar:
+            tar.extractall(work, filter="data")
+        source = next(path for path in Path(work).iterdir() if path.is_dir())
+        shutil.copytree(source / "csrc" / "selective_scan", folder / "csrc" / "selective_scan")
+        shutil.copy(source / "LICENSE", folder)
+        package = folder / "mamba_ssm"
+        modules = ("ops/selective_scan_interface", "ops/triton/layer_norm", "utils/torch", "utils/determinism")
+        for name in (f"{module}.py" for module in modules):
+            (package / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / "mamba_ssm" / name, package / name)
+        for name in ("", "ops", "ops/triton", "utils"):  # the package's own imports the language models
+            (package / name / "__init__.py").write_text("")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The day.
+
+STAGES = {1: correctness, 2: step_times, 3: mamba_ssm, 4: training, 5: w1a1}
+ITEMS = [machine, kernel_last, kernel_tails, smallest, generators, resume, amp, cuda_graphs, steps, scan_alone]
+ITEMS += [one_scan, registers, saturate, worker, build_mamba_ssm, mamba_ssm_equal, mamba_ssm_speed, unpack]
+ITEMS = {function.__name__: function for function in ITEMS}
+
+
+def start_background(day: Day, stages) -> None:
+    """What needs CPUs more than the GPU runs beside the first stages: compilers, and the images' decoder."""
+    restored = CARRIED / "compile-cache.tar.gz"
+    if restored.exists():
+        with contextlib.suppress(OSError, tarfile.TarError), tarfile.open(restored) as tar:
+            tar.extractall(day.scratch, filter="data")
+    if 4 in stages or 5 in stages:
+        day.start("images", unpack)
+    if 3 in stages and shutil.which("nvcc"):
+        day.start("compile mamba-ssm", build_mamba_ssm)
+    if 2 in stages:
+        ways = [(how, precision, FEW) for how, precision, _ in GRAPHS]
+        day.start("compile resnet32", steps, arch="resnet32", size=32, ways=ways, seconds=0)
+        one, env = [("graphs", "tf32", ["ste"])], day.training_env
+        day.start("compile resnet20", steps, env=env, arch="resnet20", size=32, ways=one, seconds=0)
+        one = [("graphs", "tf32", FEW)]
+        day.start("compile resnet18", steps, arch="resnet18", size=224, ways=one, seconds=0)
+
+
+def run_day(out: Path, minutes: float, stages: list[int], dry: bool) -> None:
+    began = time.monotonic()
+    ends = plan(minutes, stages, DRY_SECONDS if dry else SECONDS)
+    day = Day(out, dry)
+    day.log(f"stages and when they end, in seconds: {ends}; left out: {sorted(set(stages) - set(ends))}")
+    try:
+        if not dry:
+            start_background(day, ends)
+        for number, end in ends.items():
+            stage = Stage(number, day, began + end)
+            try:
+                STAGES[number](stage)
+            except Exception as e:  # a fault of this file must not end the day
+                stage.record("stage", status="failed", error=[f"{type(e).__name__}: {e}"[:500]])
+                day.log(f"stage {number} failed: {type(e).__name__}: {e}")
+            stage.write()
+    finally:
+        day.close()
+    print(summary(out, ends))
+
+
+def summary(out: Path, stages) -> str:
+    """A short table of all items and their most telling figures."""
+    lines = []
+    for number in stages:
+        content = json.loads((out / FILES[number]).read_text())
+        lines.append(f"\nstage {number} ({FILES[number]}), {content['seconds']} s")
+        for name, item in content["items"].items():
+            results = item.get("results", [])
+            bad = [r for r in results if not r.get("ok", True)]
+            lines.append(f"  {name:24} {item.get('status', ''):11} {item.get('seconds', '')!s:>6} s  {figures(item)}")
+            lines += [f"      ! {json.dumps(r)[:170]}" for r in bad[:3]]
+            if item.get("status") in ("failed", "time limit") and not bad:
+                lines += [f"      ! {line[:170]}" for line in item.get("error", [])[-2:]]
+    return "\n".join(lines)
+
+
+def figures(item: dict) -> str:
+    rows = item.get("rows")
+    if rows:
+        best = max(row.get("test_acc", 0) for row in rows)
+        return f"{len(rows)}/{item['epochs']} epochs, test {rows[-1].get('test_acc', 0):.4f}, best {best:.4f}"
+    results, parts = item.get("results", []), []
+    for r in results:
+        if "method" in r and "ms" in r:
+            ratio = "" if r["ratio"] is None else f" ({r['ratio']:.2f})"
+            parts.append(f"\n      {r['how']:8}{r['precision']:6}{r['method']:12}{r['ms']:9.3f} ms{ratio}")
+        elif "variant" in r and "ms" in r:
+            parts.append(f"\n      {r['variant']:48}{r['ms']:9.3f} ms ({r['ratio_to_ours']:.2f})")
+        elif "layout" in r and "ms" in r:
+            share = "".join(f", {k.split('_of')[0]} {r[k]:.0%}" for k in r if k.endswith("of_peak"))
+            parts.append(f"\n      {r['arch']} {r['layout']:6}{r['way']:9}{r['ms']:9.3f} ms{share}")
+        elif "processes" in r:
+            parts.append(f"{r['processes']}: {r['total']:.0f}/s")
+    checks = [r for r in results if "check" in r]
+    if checks:
+        parts.append(f"{sum(r['ok'] for r in checks)} of {len(checks)} checks")
+    return " ".join(parts)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument("--minutes", type=float, default=10, help="in all (default: %(default)s)")
+    parser.add_argument("--stages", type=int, nargs="+", default=list(STAGES), choices=STAGES, help="default: all")
+    parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU")
+    parser.add_argument("--prepare", type=Path, nargs=2, metavar=("DATA_DIR", "PRETRAINED"), help="fill gpu-day/")
+    parser.add_argument("--item", choices=ITEMS, help=argparse.SUPPRESS)  # one item, in this process
+    parser.add_argument("--arguments", default="{}", help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.prepare:
+        prepare(*args.prepare)
+    elif args.item:
+        ITEMS[args.item](args.dry_run, args.scratch, **json.loads(args.arguments))
+    elif args.out is None:
+        parser.error("say where the results go with --out")
+    else:
+        run_day(args.out.resolve(), args.minutes, sorted(set(args.stages)), args.dry_run)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

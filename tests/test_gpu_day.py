@@ -1,0 +1,145 @@
+"""gpu_day.py: how it plans its time, what becomes of items that fail or hang, and a dry run of all stages."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+import gpu_day
+
+
+@pytest.fixture
+def stage(tmp_path):
+    day = gpu_day.Day(tmp_path / "out", dry=True)
+    yield gpu_day.Stage(1, day, time.monotonic() + 60)
+    day.close()
+
+
+def items(stage):
+    return json.loads(stage.file.read_text())["items"]
+
+
+def test_the_plan_gives_training_what_is_left_over():
+    seconds = {1: 90, 2: 120, 3: 40, 4: 200, 5: 90}
+    assert gpu_day.plan(9, [1, 2, 3, 4, 5], seconds) == {1: 90, 2: 210, 3: 250, 4: 450, 5: 540}
+    assert gpu_day.plan(10, [1, 2, 3, 4, 5], seconds) == {1: 90, 2: 210, 3: 250, 4: 510, 5: 600}
+    assert gpu_day.plan(5, [4], seconds) == {4: 300}
+    assert gpu_day.plan(5, [1, 2], seconds) == {1: 90, 2: 300}, "no training: the last stage gets it"
+
+
+def test_the_plan_leaves_out_what_there_is_no_time_for():
+    seconds = {1: 90, 2: 120, 3: 40, 4: 200, 5: 90}
+    assert gpu_day.plan(4, [1, 2, 3, 4], seconds) == {1: 90, 2: 210, 3: 240}
+    assert gpu_day.plan(3, [1, 2], seconds) == {1: 90, 2: 180}, "more than half of its time"
+    assert gpu_day.plan(0.5, [1, 2], seconds) == {}
+
+
+def test_choosing_processes_and_epochs():
+    start, step = gpu_day.STARTING, gpu_day.STEPS * gpu_day.BESIDE
+    alone, five = {1: [step]}, {1: [step], 5: [step / 2] * 5}  # 1 s an epoch alone, 2 s each of five
+    assert gpu_day.choose(alone, 5 * (start + 30)) == (1, 30)
+    assert gpu_day.choose(five, start + 100) == (5, 50)
+    assert gpu_day.choose({**five, 6: [step / 2] * 6}, start + 100) == (6, 50), "the sixth costs nothing"
+    assert gpu_day.choose(five, 1) == (5, 5), "the fewest epochs, most at a time"
+    assert gpu_day.choose({}, 100) == (1, 5), "nothing is known"
+
+
+def test_an_item_that_works(stage):
+    code = "print('RESULT {\"value\": 3}'); print('RESULT {\"half a li')"
+    assert stage.run("it", [sys.executable, "-c", code], 20) == "ok"
+    assert items(stage)["it"]["results"] == [{"value": 3}]
+    assert items(stage)["it"]["status"] == "ok"
+
+
+def test_an_item_that_fails_is_recorded_with_what_it_found_and_its_last_lines(stage):
+    code = "print('RESULT {\"value\": 3}', flush=True); raise ValueError('what went wrong')"
+    assert stage.run("it", [sys.executable, "-c", code], 20) == "failed"
+    item = items(stage)["it"]
+    assert item["results"] == [{"value": 3}] and item["error"][-1] == "ValueError: what went wrong"
+
+
+def test_a_check_that_does_not_hold_fails_the_item(stage):
+    code = "import gpu_day; gpu_day.check('a', 1.0, 2.0); gpu_day.check('b', float('nan'), 2.0)"
+    assert stage.run("it", [sys.executable, "-c", code], 20) == "failed"
+    assert [r["ok"] for r in items(stage)["it"]["results"]] == [True, False]
+
+
+def test_a_program_that_is_not_there(stage):
+    assert stage.run("it", ["no-such-program"], 20) == "failed"
+    assert "no-such-program" in items(stage)["it"]["error"][-1]
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    with open(f"/proc/{pid}/stat") as f:
+        return f.read().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_an_item_is_killed_at_its_limit_with_all_it_started(stage):
+    code = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print('RESULT {"pid": %d}' % child.pid, flush=True)
+time.sleep(60)
+"""
+    began = time.monotonic()
+    assert stage.run("it", [sys.executable, "-c", code], 3) == "time limit"
+    assert time.monotonic() - began < 15
+    (result,) = items(stage)["it"]["results"]
+    deadline = time.monotonic() + 5
+    while alive(result["pid"]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(result["pid"])
+
+
+def test_results_are_in_the_file_while_the_item_runs(stage):
+    seen = []
+    write = stage.write
+    stage.write = lambda: (write(), seen.append(items(stage)))
+    code = "import time; print('RESULT {\"value\": 1}', flush=True); time.sleep(0.5)"
+    stage.run("it", [sys.executable, "-c", code], 20)
+    assert {"status": "running", "results": [{"value": 1}]} in [found.get("it") for found in seen]
+
+
+def test_without_time_an_item_is_skipped(stage):
+    stage.end = time.monotonic()
+    assert stage.run("it", [sys.executable, "-c", ""], 20) == "skipped"
+    assert items(stage)["it"]["error"] == ["no time was left"]
+
+
+def test_the_methods_are_flags_that_the_trainer_takes():
+    import train_fsg
+
+    for method in ("ste", "gate", "fsg", "fsg-lstm", "released", "multifc"):
+        args = train_fsg.flags().parse_args(gpu_day.method_flags(method, gpu_day.known_flags()))
+        train_fsg.complete(args)
+
+
+def test_a_run_that_fails_does_not_stop_the_others(stage):
+    flags = {"bad": ["--dataset", "no-such-data"], "ste": ["--no-such-flag"]}
+    gpu_day.train_all(stage, [("bad", 0), ("ste", 0)], lambda method: flags[method], 2, 3, (3,))
+    assert [item["status"] for item in items(stage).values()] == ["failed", "failed"]
+    assert "no-such-data" in " ".join(items(stage)["bad-seed0"]["error"])
+    assert not any(item["complete"] for item in items(stage).values())
+
+
+def test_a_dry_run_of_all_stages(tmp_path):
+    command = [sys.executable, "gpu_day.py", "--out", str(tmp_path), "--dry-run"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*gpu_day.FILES.values(), "log.txt"]
+    found = {n: json.loads((tmp_path / file).read_text())["items"] for n, file in gpu_day.FILES.items()}
+    status = {f"{n} {name}": item["status"] for n, all_ in found.items() for name, item in all_.items()}
+    skipped = {"1 CUDA graphs", "1 memcheck", "1 pytest", "2 ncu", "3 compile", "3 equal", "4 MPS"}
+    assert {name for name, s in status.items() if s == "skipped"} == skipped
+    assert {s for name, s in status.items() if name not in skipped} == {"ok"}, status
+    assert found[3]["compile"]["error"] == ["no nvcc"]
+    assert found[4]["ste-seed0"]["complete"] and found[4]["ste-seed0"]["rows"][0]["epoch"] == 1
+    assert "test" in result.stdout and "checks" in result.stdout
