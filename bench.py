@@ -404,15 +404,16 @@ def run_process(rank: int, world_size: int, grad: str, args, folder: str) -> Non
     talking = []  # seconds of each call that communicates, including the wait for the slowest process
 
     def timed(function):
-        def call(tensor):
+        def call(*args):
             began = time.perf_counter()
-            out = function(tensor)
+            out = function(*args)
             talking.append(time.perf_counter() - began)
             return out
 
         return call
 
-    generator.gather, generator.all_reduce_sum = timed(generator.gather), timed(generator.all_reduce_sum)
+    for name in ("all_gather", "all_reduce_sum", "all_reduce_max"):
+        setattr(generator.shard, name, timed(getattr(generator.shard, name)))
 
     def step():
         for layer in layers:

@@ -42,7 +42,7 @@ from runs import RunError, replacing
 SHORT = "--arch resnet20 --epochs 2 --schedule cosine"  # 780 steps on CIFAR-10
 SMALL = f"{SHORT} --image-size 16"  # the network costs a quarter
 LONG = "--arch resnet20 --epochs 6 --schedule cosine --image-size 16"
-GATE = ("--grad ste", "--grad gate", "--grad gate --history newest")  # newest: the gate without a history
+GATE = ("--grad ste", "--grad gate", "--grad gate --memory 0")  # --memory 0: the gate without a history
 METAQUANT = ("--grad multifc", "--grad fcgrad")
 # FSG's formula as written in the paper: the scales of its two terms are not balanced.
 MAMBA = "--hgs mamba --balance none --hyper-sample 0.125"  # φ is trained on an eighth of the weights in each step
