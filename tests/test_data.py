@@ -1,8 +1,8 @@
-"""data.py: what comes out of load() and of the two kinds of batches, from real files in temporary folders.
+"""data.py: load() and the two kinds of batches, on real files in temporary folders.
 
     pytest tests/test_data.py
 
-Nothing is downloaded. The images are noise, or of one colour where they have to be recognised after cropping.
+Nothing is downloaded. The images are noise, or have a single colour where a test must recognise them after cropping.
 """
 
 import errno
@@ -27,7 +27,7 @@ from PIL import Image
 
 import data
 
-REAL_PICTURES = Path(__file__).parents[1] / "../shared/data/cifar10-jpeg.tar.xz"
+REAL_IMAGES = Path(__file__).parents[1] / "../shared/data/cifar10-jpeg.tar.xz"
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
@@ -41,7 +41,7 @@ def save(path: Path, pixels: np.ndarray, **options) -> Path:
 
 
 def make_folder(root: Path, classes=("ant", "bee"), train=3, test=2, side=16, held_out="test") -> Path:
-    """Noise images root/train/CLASS/0.png …, root/test/CLASS/0.png …: `train` and `test` of them a class."""
+    """Save noise images root/train/CLASS/0.png, ... and root/test/CLASS/0.png, ...: `train` and `test` per class."""
     for split, each in (("train", train), (held_out, test)):
         for c, name in enumerate(classes):
             for i in range(each):
@@ -51,7 +51,7 @@ def make_folder(root: Path, classes=("ant", "bee"), train=3, test=2, side=16, he
 
 
 def pixels_of(file: Path) -> torch.Tensor:
-    """[3, H, W] uint8, as PIL decodes it."""
+    """The file as PIL decodes it: [3, H, W] uint8."""
     with Image.open(file) as image:
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
@@ -61,7 +61,7 @@ def quiet(message: str):
 
 
 def resident(size=10, side=4, mean=0.0, std=1.0, **options) -> data.ResidentBatches:
-    """Noise images whose label is their number; not normalised unless asked."""
+    """Batches of noise images. The label of image i is i. mean 0 and std 1 leave the pixels as they are."""
     images = torch.from_numpy(noise(size, 3, side, side))
     options = dict(batch_size=4, train=True) | options
     return data.ResidentBatches(
@@ -82,7 +82,7 @@ def same(a, b) -> bool:
 
 
 def pixels_in(batches: data.ResidentBatches, images: torch.Tensor) -> torch.Tensor:
-    """Normalised images as uint8 again, by the mean and deviation of the images that `batches` holds."""
+    """Undo the normalisation by the mean and standard deviation of `batches.images`: uint8 images."""
     x = batches.images.double()
     mean, std = (v.view(-1, 1, 1) for v in (x.mean(dim=(0, 2, 3)), x.std(dim=(0, 2, 3), correction=0)))
     pixels = images * std + mean
@@ -91,7 +91,7 @@ def pixels_in(batches: data.ResidentBatches, images: torch.Tensor) -> torch.Tens
 
 
 def windows_of(images: torch.Tensor, pad: int) -> dict[bytes, tuple[int, int, int, bool]]:
-    """Every crop of every zero-padded image, plain and mirrored -> its image, row, column, whether mirrored."""
+    """Map each crop of each zero-padded image, mirrored or not, to (image, row, column, whether mirrored)."""
     h, w = images.shape[-2:]
     padded = np.pad(images.numpy(), ((0, 0), (0, 0), (pad, pad), (pad, pad)))
     found = {}
@@ -110,7 +110,7 @@ def found_in(windows, images: torch.Tensor) -> list[tuple[int, int, int, bool]]:
 
 
 def error_of(use, *mentions: str) -> str:
-    """The message of the DataError that use() raises: one line, which has every one of `mentions` in it."""
+    """The message of the DataError that use() raises. Checks that it is one line and contains all `mentions`."""
     with pytest.raises(data.DataError) as caught:
         use()
     message = str(caught.value)
@@ -163,7 +163,7 @@ def test_test_batches_are_complete_and_in_order(size, batch_size, number):
     assert len(got) == len(batches)
     assert all(len(labels) == min(batch_size, size) for _, labels in got[:-1])
     assert torch.equal(torch.cat([labels for _, labels in got]), torch.arange(size))
-    # neither cropped nor mirrored
+    # not cropped and not mirrored
     assert torch.equal(torch.cat([images for images, _ in got]), batches.images.float())
 
 
@@ -190,27 +190,27 @@ def test_dtypes_shapes_and_memory_format():
             assert not images.is_contiguous()
 
 
-def test_same_seed_and_epoch_same_batches():
+def test_the_same_seed_and_epoch_give_the_same_batches():
     first, second = (resident(50, side=8, crop=2, flip=True, seed=5) for _ in range(2))
-    list(second.epoch(0))  # whatever was drawn before does not matter
+    list(second.epoch(0))  # earlier epochs must not matter
     torch.manual_seed(123)
     assert same(first.epoch(7), second.epoch(7))
     assert same(first.epoch(7), first.epoch(7))
 
 
 @pytest.mark.parametrize(("seed", "number"), [(5, 8), (6, 7), (0, 0), (7, 5)])
-def test_other_seed_or_epoch_other_order_crops_and_flips(seed, number):
+def test_another_seed_or_epoch_gives_another_order_crops_and_flips(seed, number):
     options = dict(side=8, crop=2, flip=True, batch_size=50)
     [(images, labels)] = resident(50, seed=5, **options).epoch(7)
     [(others, other_labels)] = resident(50, seed=seed, **options).epoch(number)
     assert not torch.equal(labels, other_labels)
-    # put both in the images' order: what still differs are crops and flips
+    # sort both by image: the remaining differences are crops and flips
     a, b = images[labels.argsort()], others[other_labels.argsort()]
     assert (a != b).flatten(1).any(1).float().mean() > 0.5
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_an_epoch_can_be_entered_at_any_batch(train):
+def test_an_epoch_can_start_at_any_batch(train):
     batches = resident(30, side=8, mean=100.0, std=50.0, crop=2, flip=True, train=train, seed=3)
     whole = list(batches.epoch(2))
     for skip in range(len(batches) + 1):
@@ -218,7 +218,7 @@ def test_an_epoch_can_be_entered_at_any_batch(train):
     assert list(batches.epoch(2, skip=len(batches))) == []
 
 
-def test_flip_mirrors_half_of_the_images_and_does_nothing_else():
+def test_flip_only_mirrors_half_of_the_images():
     batches = resident(1000, flip=True, batch_size=100)
     windows = windows_of(batches.images, 0)
     mirrored, patterns = [], set()
@@ -230,11 +230,11 @@ def test_flip_mirrors_half_of_the_images_and_does_nothing_else():
             mirrored[number] |= {i for i, _, _, is_mirrored in found if is_mirrored}
             patterns.add(tuple(is_mirrored for *_, is_mirrored in found))
         assert 420 < len(mirrored[number]) < 580  # 500 ± 5 standard deviations
-    assert 180 < len(mirrored[0] & mirrored[1]) < 320  # drawn anew every epoch: a quarter is mirrored in both
-    assert len(patterns) == 20  # and for every batch
+    assert 180 < len(mirrored[0] & mirrored[1]) < 320  # each epoch draws again: a quarter is mirrored in both
+    assert len(patterns) == 20  # and each batch
 
 
-def test_crop_cuts_every_window_of_the_padded_image_and_does_nothing_else():
+def test_crop_only_cuts_windows_of_the_padded_image_and_takes_all_of_them():
     batches = resident(200, crop=1, batch_size=50)
     windows = windows_of(batches.images, 1)
     seen, patterns = torch.zeros(3, 3, dtype=torch.int64), set()
@@ -247,7 +247,7 @@ def test_crop_cuts_every_window_of_the_padded_image_and_does_nothing_else():
         patterns.add(tuple((y, x) for _, y, x, _ in found))
     assert seen.sum() == 200
     assert seen.min() >= 5  # 22 each are expected
-    assert len(patterns) == 4  # drawn anew for every batch
+    assert len(patterns) == 4  # each batch draws again
 
 
 def test_normalisation():
@@ -260,12 +260,12 @@ def test_normalisation():
 # digits.
 
 
-def test_digits_are_all_of_scikit_learns():
+def test_digits_are_those_of_scikit_learn():
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
     label_of = {(p * 255 / 16).round().astype(np.uint8).tobytes(): int(y) for p, y in zip(pixels, labels, strict=True)}
-    assert len(label_of) == 1797  # no image is there twice
+    assert len(label_of) == 1797  # no image occurs twice
     train, test = data.load("digits", log=quiet)
     assert (train.size, test.size) == (1438, 359)
     assert train.shape == test.shape == (1, 8, 8)
@@ -277,7 +277,7 @@ def test_digits_are_all_of_scikit_learns():
         for image, label in zip(batches.images, batches.labels.tolist(), strict=True):
             keys.append(image.numpy().tobytes())
             assert label_of[keys[-1]] == label
-    assert len(set(keys)) == 1797  # so no test image is trained on
+    assert len(set(keys)) == 1797  # no test image is a training image
     assert test.labels.tolist() == labels[4::5].tolist()  # every fifth
 
 
@@ -322,7 +322,7 @@ def test_folder_classes_are_sorted_and_pixels_exact(tmp_path):
 
 def test_folder_is_normalised_by_its_training_images(tmp_path):
     make_folder(tmp_path, train=4)
-    for file in (tmp_path / "train").rglob("*.png"):  # channels that differ much, and one that is constant
+    for file in (tmp_path / "train").rglob("*.png"):  # channels of different ranges, one of them constant
         pixels = np.array(Image.open(file))
         save(file, np.stack([pixels[..., 0] // 4, 200 + pixels[..., 1] // 8, np.full((16, 16), 77, np.uint8)], axis=-1))
     train, test = data.load("folder", tmp_path, batch_size=4, crop=False, flip=False, log=quiet)
@@ -330,7 +330,7 @@ def test_folder_is_normalised_by_its_training_images(tmp_path):
     assert len(got) == 8
     torch.testing.assert_close(got[:, :2].mean(dim=(0, 2, 3)), torch.zeros(2), rtol=0, atol=1e-4)
     torch.testing.assert_close(got[:, :2].std(dim=(0, 2, 3), correction=0), torch.ones(2), rtol=0, atol=1e-4)
-    assert got[:, 2].abs().max() < 0.2  # constant: nothing is divided by zero
+    assert got[:, 2].abs().max() < 0.2  # the constant channel must not divide by zero
     [(images, _)] = test.epoch(0)
     x = train.images[:, :2].float()
     mean, std = (v.view(2, 1, 1) for v in (x.mean(dim=(0, 2, 3)), x.std(dim=(0, 2, 3), correction=0)))
@@ -362,7 +362,7 @@ def test_jpeg_and_upper_case_suffixes(tmp_path):
     assert train.labels.tolist() == [0] * 7 + [1]
 
 
-def test_every_kind_of_image_becomes_rgb(tmp_path):
+def test_images_of_all_modes_become_rgb(tmp_path):
     make_folder(tmp_path, train=1)
     grey, rgba = noise(16, 16, seed=1), noise(16, 16, 4, seed=2)
     grey_alpha, bits = noise(16, 16, 2, seed=3), noise(16, 16, seed=4) > 127
@@ -411,10 +411,10 @@ def test_images_of_other_sizes_are_resized(tmp_path):
     image = train.images[0, 0].int()
     assert (image[:, 1:] > image[:, :-1]).all()
     assert (image[0] == image[-1]).all()
-    assert (test.images[0, :, 1:-1, 1:-1].int() - 127).abs().max() <= 8  # averaged, not picked
+    assert (test.images[0, :, 1:-1, 1:-1].int() - 127).abs().max() <= 8  # the pixels are averaged
 
 
-def test_data_sets_of_one_size_are_resized_as_folders_are():
+def test_data_sets_other_than_folders_are_resized_too():
     own, _ = data.load("digits")
     for size in (4, 5, 20):
         train, test = data.load("digits", image_size=size)
@@ -434,7 +434,7 @@ def test_val_works_in_place_of_test(tmp_path):
 
 
 def test_val_is_used_when_test_has_no_classes(tmp_path):
-    # ImageNet's own layout: test/ holds images whose classes were never published
+    # ImageNet's layout: test/ contains images without class folders
     make_folder(tmp_path, held_out="val")
     save(tmp_path / "test/0.png", noise(16, 16, 3))
     _, test = data.load("folder", tmp_path, log=quiet)
@@ -465,7 +465,7 @@ def test_default_image_size(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The decoded images are kept.
+# The cache of decoded images.
 
 
 def load_logged(root: Path, **options):
@@ -483,12 +483,12 @@ def test_images_are_decoded_once(tmp_path):
     assert same(train.epoch(1), again.epoch(1))
     assert same(test.epoch(0), test_again.epoch(0))
     _, _, log = load_logged(tmp_path, image_size=12)
-    assert len(log) == 2  # another size is another cache…
+    assert len(log) == 2  # another size has another cache
     _, _, log = load_logged(tmp_path)
-    assert log == []  # …beside the first
+    assert log == []  # and the first cache still exists
 
 
-def test_what_was_kept_moves_with_the_folder(tmp_path):
+def test_the_cache_moves_with_the_folder(tmp_path):
     make_folder(tmp_path / "here")
     before, _, _ = load_logged(tmp_path / "here")
     (tmp_path / "here").rename(tmp_path / "there")
@@ -534,27 +534,27 @@ def rename_image(root):
 
 
 def move_to_other_class(root):
-    (root / "train/ant/2.png").rename(root / "train/bee/!.png")  # the order of all images stays
+    (root / "train/ant/2.png").rename(root / "train/bee/!.png")  # does not change the order of the images
 
 
 CHANGES = (edit, edit_to_same_size_and_name, edit_at_the_same_time, add, remove, rename_image, move_to_other_class)
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_of_the_images_is_seen(tmp_path, change):
+def test_changed_images_are_decoded_again(tmp_path, change):
     make_folder(tmp_path)
     save(tmp_path / "train/ant/0.bmp", noise(16, 16, 3, seed=98))
     load_logged(tmp_path)
     change(tmp_path)
     train, _, log = load_logged(tmp_path)
-    assert len(log) == 1 and "train" in log[0]  # the test images are as they were
+    assert len(log) == 1 and "train" in log[0]  # the test images did not change
     files = [p for name in ("ant", "bee") for p in sorted((tmp_path / "train" / name).iterdir())]
     assert torch.equal(train.images, torch.stack([pixels_of(file) for file in files]))
     assert train.labels.tolist() == [int(file.parent.name == "bee") for file in files]
     assert load_logged(tmp_path)[2] == []
 
 
-def test_renamed_classes_are_seen(tmp_path):
+def test_renamed_classes_are_decoded_again(tmp_path):
     make_folder(tmp_path)
     before, _, _ = load_logged(tmp_path)
     for split in ("train", "test"):
@@ -566,7 +566,7 @@ def test_renamed_classes_are_seen(tmp_path):
 
 def test_a_folder_that_cannot_be_written_still_loads(tmp_path):
     make_folder(tmp_path)
-    (tmp_path / ".train-16.pt").mkdir()  # nothing can be put in its place
+    (tmp_path / ".train-16.pt").mkdir()  # a file cannot replace a folder
     expected = torch.stack([pixels_of(tmp_path / "train" / n / f"{i}.png") for n in ("ant", "bee") for i in range(3)])
     for _ in range(2):
         train, _, log = load_logged(tmp_path)
@@ -576,7 +576,7 @@ def test_a_folder_that_cannot_be_written_still_loads(tmp_path):
 
 
 def test_a_read_only_file_system_still_loads(tmp_path, monkeypatch):
-    def refuse(*args, **options):  # there even the removal of a file that does not exist is an error
+    def refuse(*args, **options):  # on such a file system even deleting a missing file fails
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     make_folder(tmp_path)
@@ -605,7 +605,7 @@ def test_a_damaged_cache_is_ignored(tmp_path, kind):
     after, _, log = load_logged(tmp_path)
     assert len(log) == 1
     assert torch.equal(after.images, before.images)
-    assert load_logged(tmp_path)[2] == []  # and was replaced
+    assert load_logged(tmp_path)[2] == []  # the damaged cache was replaced
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -618,7 +618,7 @@ def colour(i: int) -> tuple[int, int, int]:
 
 @pytest.fixture
 def colours(tmp_path):
-    """11 training images (5 of ant, 6 of bee) and 5 test ones (2, 3), each of one colour of its own."""
+    """11 training images (5 ants, 6 bees) and 5 test images (2, 3). Each has a single colour that no other has."""
     for split, sizes in (("train", {"ant": 5, "bee": 6}), ("test", {"ant": 2, "bee": 3})):
         i = 0
         for name, size in sizes.items():
@@ -638,7 +638,7 @@ def unnormalised(images):
 
 
 def numbers_of(images: torch.Tensor) -> list[int]:
-    """Which of the one-coloured images these are."""
+    """The numbers of these images of the fixture `colours`."""
     pixels = unnormalised(images)
     numbers = [round(image[0].mean().item() / 20) for image in pixels]
     expected = torch.tensor([colour(i) for i in numbers]).float()[..., None, None].expand_as(pixels)
@@ -660,7 +660,7 @@ def test_streamed_shapes_and_labels(colours):
             numbers = numbers_of(images)
             assert labels.tolist() == [int(i >= first_bee) for i in numbers]
             seen.append(numbers)
-        assert [len(numbers) for numbers in seen] == sizes  # training leaves the incomplete batch out
+        assert [len(numbers) for numbers in seen] == sizes  # training leaves out the incomplete batch
         seen = [i for numbers in seen for i in numbers]
         assert len(set(seen)) == sum(sizes)
         assert (seen == sorted(seen)) == (batches is test)
@@ -678,18 +678,18 @@ def test_streamed_batches_do_not_depend_on_the_workers(tmp_path):
     torch.manual_seed(0)
     whole = list(train.epoch(4))
     drawn_next = torch.rand(3)
-    torch.manual_seed(1)  # nor on what was drawn before
+    torch.manual_seed(1)  # the global generator before must not matter
     assert same(train_2.epoch(4), whole)
     torch.manual_seed(0)
     list(train_2.epoch(4))
-    assert torch.equal(torch.rand(3), drawn_next)  # and neither does what is drawn after
+    assert torch.equal(torch.rand(3), drawn_next)  # and is not changed
     assert same(test_2.epoch(0), test.epoch(0))
     for skip in range(3):
         assert same(train.epoch(4, skip=skip), whole[skip:])
     assert same(train_2.epoch(4, skip=1), whole[1:])
 
 
-def test_streamed_other_seed_or_epoch_other_crops(tmp_path):
+def test_streamed_another_seed_or_epoch_gives_other_crops(tmp_path):
     make_folder(tmp_path, train=4, test=1, side=130)
 
     def epoch_images(seed, number):
@@ -703,7 +703,7 @@ def test_streamed_other_seed_or_epoch_other_crops(tmp_path):
     assert not first & epoch_images(1, 0)
 
 
-def test_streamed_other_seed_or_epoch_other_order(colours):
+def test_streamed_another_seed_or_epoch_gives_another_order(colours):
     def order(seed, number):
         batches = large(colours, batch_size=11, seed=seed)[0]
         return [i for images, _ in batches.epoch(number) for i in numbers_of(images)]
@@ -714,7 +714,7 @@ def test_streamed_other_seed_or_epoch_other_order(colours):
 
 
 @pytest.mark.parametrize("seed", [0, 12_345, 20_260_101, 2**32 - 1])
-def test_streamed_takes_any_usual_seed(tmp_path, seed):
+def test_streamed_accepts_any_seed_of_32_bits(tmp_path, seed):
     make_folder(tmp_path, train=2, test=1, side=130)
     assert len(labels_of(large(tmp_path, seed=seed)[0], 200)) == 4
 
@@ -731,7 +731,7 @@ def test_streamed_test_images_are_resized_and_cut_from_the_centre(tmp_path):
         torch.testing.assert_close(unnormalised(images[2 * k + 1]), expected, rtol=0, atol=0.01)
 
 
-def test_streamed_flips_only_where_asked(tmp_path):
+def test_streamed_flips_only_with_flip_and_in_training(tmp_path):
     make_folder(tmp_path, train=8, test=1)
     ramp = np.repeat(np.linspace(0, 255, 160).astype(np.uint8)[None], 160, axis=0)  # dark on the left
     for file in tmp_path.rglob("*.png"):
@@ -754,9 +754,9 @@ def test_streamed_unreadable_image(colours, split, workers):
     file.write_bytes(file.read_bytes()[:60])
     batches = large(colours, workers=workers)[split == "test"]
     if split == "train":
-        batches.batch_size = 11  # all images, so that the damaged one is among them
+        batches.batch_size = 11  # all images, including the damaged one
     message = error_of(lambda: list(batches.epoch(0)), file, "cannot be read")
-    assert message.startswith("the image ")  # nothing of the worker's traceback
+    assert message.startswith("the image ")  # no traceback of the worker
     assert multiprocessing.active_children() == []  # the workers ended with the epoch
 
 
@@ -783,7 +783,7 @@ def test_no_folder(name, tmp_path):
 
 
 @pytest.mark.parametrize("lacking", ["train", "test"])
-def test_one_split_is_missing(tmp_path, lacking):
+def test_a_missing_split(tmp_path, lacking):
     make_folder(tmp_path)
     (tmp_path / lacking).rename(tmp_path / "elsewhere")
     error_of(lambda: data.load("folder", tmp_path), tmp_path, f"{lacking}/CLASS")
@@ -833,7 +833,7 @@ def test_unreadable_image_is_named(tmp_path, image, damage):
     else:
         file.write_bytes({"empty": b"", "text": b"<html>not found</html>", "truncated": whole[:300]}[damage])
     error_of(lambda: data.load("folder", tmp_path, log=quiet), file, "cannot be read")
-    # once it is taken away the rest can be used: nothing half-done was kept
+    # after it is deleted the other images load: no incomplete cache was written
     file.rmdir() if damage == "folder" else file.unlink()
     train, test = data.load("folder", tmp_path, log=quiet)
     assert train.size + test.size == 9
@@ -849,7 +849,7 @@ def test_names_that_are_not_utf8(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# CIFAR and MNIST, read by torchvision from files in its own formats.
+# CIFAR and MNIST, from files in torchvision's formats.
 
 
 @pytest.fixture
@@ -887,8 +887,8 @@ def test_torchvision_of_another_build(monkeypatch, tmp_path):
 
 
 def write_cifar(root: Path, name: str, monkeypatch) -> dict[str, tuple[np.ndarray, list[int]]]:
-    """torchvision's unpacked archive with few images: what must be read of it for 'train' and 'test'."""
-    # the only thing these files cannot have is the checksum of the real ones
+    """Write torchvision's unpacked archive with a few images. Returns the expected images and labels of each split."""
+    # these files cannot have the checksums of the real ones
     cifar = data.torchvision_module("datasets").cifar
     monkeypatch.setattr(cifar, "check_integrity", lambda path, md5=None: Path(path).is_file())
     classes = int(name.removeprefix("cifar"))
@@ -952,7 +952,7 @@ def test_mnist_from_local_files(tmp_path, no_network):
         assert (got.images.dtype, got.labels.dtype) == (torch.uint8, torch.int64)
         assert np.array_equal(got.images[:, 0].numpy(), images)
         assert got.labels.tolist() == labels.tolist()
-    train = batches["train"]  # its digits are never mirrored
+    train = batches["train"]  # digits are never mirrored
     [(images, _)] = train.epoch(0)
     found = found_in(windows_of(train.images, 0), pixels_in(train, images))
     assert sorted(found) == [(i, 0, 0, False) for i in range(12)]
@@ -962,11 +962,11 @@ def test_mnist_from_local_files(tmp_path, no_network):
 # Real images.
 
 
-@pytest.mark.skipif(not REAL_PICTURES.is_file(), reason="../shared/data/cifar10-jpeg.tar.xz is not there")
+@pytest.mark.skipif(not REAL_IMAGES.is_file(), reason="../shared/data/cifar10-jpeg.tar.xz is not there")
 def test_real_images(tmp_path):
     wanted = {f"{s}/{c}/{i:04}.jpg" for s in ("train", "test") for c in ("airplane", "automobile") for i in range(3)}
     found = set()
-    with tarfile.open(REAL_PICTURES, "r|xz") as archive:  # as a stream, and no further than needed
+    with tarfile.open(REAL_IMAGES, "r|xz") as archive:  # read only up to the last wanted file
         for member in archive:
             if member.name in wanted:
                 file = tmp_path / member.name

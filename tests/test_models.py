@@ -1,4 +1,4 @@
-"""Quantizers against a plain restatement of their formulas; binary layers, networks and binarize_()."""
+"""Quantizers are compared with their formulas. Binary layers, networks and binarize_()."""
 
 import math
 from fractions import Fraction
@@ -20,7 +20,7 @@ scales = st.sampled_from([1e-30, 1e-6, 1e-2, 1.0, 30.0, 1e4])
 def weights(shape, scale, seed):
     w = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
     flat = w.view(-1)
-    flat[:: max(1, flat.numel() // 2)] = 0.0  # zeros are the interesting case
+    flat[:: max(1, flat.numel() // 2)] = 0.0  # zeros must become +1
     return w
 
 
@@ -50,10 +50,10 @@ def test_dorefa_rounds_its_pre_quantized_weight_and_the_calibration_is_its_deriv
         assert torch.all(pre == 0.5)
         return
     assert pre.min() >= 0 and pre.max() <= 1
-    clear = pre != 0.5  # at ½ exactly, rounding to even would go down; sign(0) is +1
+    clear = pre != 0.5  # round(½) is 0, but sign(0) is +1
     assert torch.equal((2 * pre.round() - 1)[clear], quantizers.dorefa(w)[clear])
     assert torch.all(quantizers.dorefa(w)[w == 0] == 1)
-    # Ŵ = 2·A(W) − 1 straight through the rounding: D = 2 ∂A/∂W with the layer's maximum held constant.
+    # Without the rounding Ŵ = 2·A(W) − 1, so D = 2 ∂A/∂W, with the maximum of the layer held constant.
     top = torch.tanh(w).abs().max()
     h = 1e-6 * max(scale, 1e-3)
     slope = (torch.tanh(w + h) - torch.tanh(w - h)) / (2 * h) / top
@@ -67,6 +67,13 @@ def test_bwn_is_not_pre_quantized(kind):
     assert torch.equal(quantizers.calibration(w, kind), torch.ones(4, 3))
 
 
+@pytest.mark.parametrize("kind", ["dorefa", "bwn", "bwn-f"])
+def test_pre_quantized_weight_and_calibration_are_constants(kind):
+    w = nn.Parameter(torch.randn(4, 3))
+    assert not quantizers.pre_quantize(w, kind).requires_grad
+    assert not quantizers.calibration(w, kind).requires_grad
+
+
 def test_an_all_zero_layer_has_finite_values():
     w = torch.zeros(3, 3)
     assert torch.all(quantizers.dorefa(w) == 1)
@@ -77,11 +84,11 @@ def test_an_all_zero_layer_has_finite_values():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The sibling papers' quantizers, against a plain restatement of their formulas in float64.
+# The quantizers of the other papers are compared with their formulas in float64.
 
 
 def tied_weights(shape, scale, seed):
-    """Weights with many ties, zeros of either sign among them."""
+    """Weights of which many are equal, with zeros of both signs."""
     w = weights(shape, 1.0, seed)
     kind = seed % 3
     w = w if kind == 0 else (w * 2).round() / 2 if kind == 1 else torch.zeros_like(w)
@@ -93,7 +100,7 @@ shares = st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0]) | st.integer
 
 
 def exactly(share):
-    """The decimal number that the user wrote: 0.9 is 9/10."""
+    """The decimal fraction that the user wrote: 0.9 is 9/10."""
     return Fraction(repr(share))
 
 
@@ -132,7 +139,7 @@ def test_bihalf_prune_zeroes_the_middle_ranks(shape, scale, prune, seed):
 
 
 @pytest.mark.parametrize("n, prune", [(4608, 0.99), (576, 0.99), (1000, 0.01), (4608, 0.5)])
-def test_bihalf_prune_is_exact_among_thousands_of_ties(n, prune):
+def test_bihalf_prune_is_exact_for_thousands_of_equal_weights(n, prune):
     i, j = (math.floor((1 + sign * exactly(prune)) / 2 * n) for sign in (-1, 1))
     for w in (torch.zeros(2, n), (torch.randn(2, n) * 2).round()):
         for bits in quantizers.bihalf_prune(w, prune):
@@ -141,7 +148,7 @@ def test_bihalf_prune_is_exact_among_thousands_of_ties(n, prune):
 
 def test_bihalf_of_distinct_weights_by_hand():
     w = torch.tensor([[0.3, -2.0, 0.1, 5.0, 0.2], [9.0, 8.0, 7.0, 6.0, 5.0]])
-    assert quantizers.bihalf(w).tolist() == [[1, -1, -1, 1, 1], [1, 1, 1, -1, -1]]  # ⌊5/2⌋ are −1
+    assert quantizers.bihalf(w).tolist() == [[1, -1, -1, 1, 1], [1, 1, 1, -1, -1]]  # ⌊5/2⌋ = 2 are −1
     assert quantizers.bihalf(w, 0.2).tolist() == [[-1, -1, -1, 1, -1], [1, -1, -1, -1, -1]]
     assert quantizers.bihalf_prune(w, 0.6).tolist() == [[0, -1, 0, 1, 0], [1, 0, 0, 0, -1]]
     for bad in (-0.1, 1.1, math.nan):
@@ -152,7 +159,7 @@ def test_bihalf_of_distinct_weights_by_hand():
 
 
 def closed_form(x, mu):
-    """SS_μ as the paper writes it."""
+    """SS_μ as in the paper."""
     s = torch.sigmoid(mu * x)
     return 2 * s * (1 + mu * x * (1 - s)) - 1
 
@@ -212,7 +219,7 @@ def test_bnn_cuts_the_gradient_of_large_weights():
 @given(st.integers(1, 4), st.integers(1, 5), st.sampled_from([0.0, 0.3, 1.0]), st.booleans(), st.integers(0, 2**31))
 @settings(max_examples=60, deadline=None)
 def test_step_activation_equals_its_formula(batch, channels, rho, conv, seed):
-    """Values, and gradients for x, θ and Δ, one number at a time."""
+    """Values, and gradients of x, θ and Δ, element by element."""
     torch.manual_seed(seed)
     shape = (batch, channels, 2, 3) if conv else (batch, channels)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
@@ -234,7 +241,7 @@ def test_step_activation_equals_its_formula(batch, channels, rho, conv, seed):
     assert torch.allclose(torch.stack([dtheta, ddelta]), expected, rtol=1e-9, atol=1e-12)
 
 
-def test_si_layers_have_a_threshold_and_a_slope_for_each_channel():
+def test_si_layers_have_theta_and_delta_per_channel():
     net = models.build("birealnet8", 10, "bwn-f", "si")
     for name, layer in zip(models.binary_layer_names(net), models.binary_layers(net), strict=True):
         assert layer.theta.tolist() == [0.0] * layer.in_channels and layer.delta.tolist() == [1.0] * layer.in_channels
@@ -252,7 +259,7 @@ def test_unit_and_scale():
     assert torch.allclose(layer.binary_weight(), expected)
     layer.binary_weight().sum().backward()
     assert torch.allclose(layer.weight.grad, torch.full_like(layer.weight, 6.0)), (
-        "straight through L, not unit and scale"
+        "the gradient skips L_ρ, but not unit and scale"
     )
 
 
@@ -266,7 +273,7 @@ def test_sign_activation_cuts_the_gradient_outside_one():
 
 @pytest.mark.parametrize("quantizer", ["dorefa", "bwn", "bwn-f"])
 @pytest.mark.parametrize("act", ["none", "sign"])
-def test_layers_compute_with_the_binary_weight_and_leave_g_hat_in_grad(quantizer, act):
+def test_layers_compute_with_the_binary_weight_and_its_gradient_is_in_grad(quantizer, act):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3, stride=2, padding=1), nn.Flatten(), nn.Linear(20, 6))
     net.append(nn.Linear(6, 2))
@@ -284,7 +291,7 @@ def test_layers_compute_with_the_binary_weight_and_leave_g_hat_in_grad(quantizer
         assert torch.allclose(layer.weight.grad, q.grad), "weight.grad must be ∂L/∂Ŵ"
 
 
-def test_binarize_keeps_weights_and_objects_and_skips_the_ends():
+def test_binarize_keeps_weights_and_modules_and_skips_first_and_last():
     net = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4, 4), nn.Linear(4, 2)
     )
@@ -337,7 +344,7 @@ def test_build(act, binarize_all):
     layers[2].register_forward_hook(lambda m, inputs, out: seen.append(m.binary_input(inputs[0])))
     net(x).sum().backward()
     if act == "sign":
-        assert set(seen[0].unique().tolist()) == {-1.0, 1.0}, "both signs must occur: a ReLU would leave +1 alone"
+        assert set(seen[0].unique().tolist()) == {-1.0, 1.0}, "both signs must occur; after a ReLU all would be +1"
     full = models.build("resnet8", 7, "none", in_channels=1)
     full.load_state_dict(net.state_dict())
     with pytest.raises(ValueError, match="resnet20"):
@@ -346,7 +353,7 @@ def test_build(act, binarize_all):
 
 @pytest.mark.parametrize("arch", models.ARCHS)
 @pytest.mark.parametrize("size", [1, 8, 28, 64])
-def test_every_network_takes_small_images_too(arch, size):
+def test_every_network_accepts_small_images(arch, size):
     with torch.device("meta"):
         if arch == "alexnet" and size < 63:
             with pytest.raises(models.ModelError, match="at least 63 pixels"):
@@ -357,7 +364,7 @@ def test_every_network_takes_small_images_too(arch, size):
 
 @pytest.mark.parametrize("arch", models.ARCHS)
 @pytest.mark.parametrize("act", ["none", "sign", "si"])
-def test_every_network_takes_every_activation(arch, act):
+def test_every_network_accepts_every_activation(arch, act):
     with torch.device("meta"):
         net = models.build(arch, 7, "bwn", act, image_size=64)
         assert net(torch.empty(2, 3, 64, 64)).shape == (2, 7)
@@ -376,20 +383,20 @@ def test_imagenet_networks_at_224_pixels(arch, million):
         net = models.build(arch, 1000)
         assert net(torch.empty(2, 3, 224, 224)).shape == (2, 1000)
         if arch == "alexnet":
-            assert net.features(torch.empty(2, 3, 224, 224)).shape[1:] == (256, 6, 6), "as Krizhevsky's"
+            assert net.features(torch.empty(2, 3, 224, 224)).shape[1:] == (256, 6, 6), "as in Krizhevsky et al."
     assert abs(sum(p.numel() for p in net.parameters()) / 1e6 - million) < 0.05
 
 
 def test_conv_nets_have_the_published_sizes():
-    """Frankle and Carbin, ICLR 2019, figure 2: all weights, in thousands (biases aside)."""
+    """Frankle and Carbin, ICLR 2019, figure 2: the number of weights without biases, in thousands."""
     for arch, thousand in (("conv2", 4300), ("conv4", 2400)):
         with torch.device("meta"):
             net = models.build(arch, 10)
         assert abs(sum(p.numel() for p in net.parameters()) / 1e3 / thousand - 1) < 0.05
 
 
-def test_a_network_without_normalisation_keeps_its_scale_with_bihalf():
-    """√2/√fan_in keeps the variance of what passes through ReLUs, as He's initialisation does."""
+def test_a_network_without_normalisation_keeps_the_scale_of_its_activations():
+    """The scale √2/√fan_in keeps the variance through ReLUs, as He's initialisation does."""
     torch.manual_seed(0)
     for quantizer in ("bihalf", "bwn", "dorefa"):
         net = models.build("conv8", 10, quantizer)
