@@ -456,6 +456,7 @@ class Generator(nn.Module):
         self.sizes = self.shard.sizes  # this process's weights in each layer
         n, sizes = sum(self.sizes), torch.tensor(self.sizes, device=like.device)
         self.register_buffer("layer_of", torch.arange(len(layers), device=like.device).repeat_interleave(sizes), False)
+        self.register_buffer("lengths", sizes, False)  # `sizes`, on the device
         self.register_buffer("layer_size", torch.tensor(counts, device=like.device), False)  # of whole layers
         self.register_buffer("latent", like.new_zeros(n), self.keeps_latent)  # W_t
         self.register_buffer("ghat", like.new_zeros(n), False)  # ĝ_t
@@ -477,7 +478,8 @@ class Generator(nn.Module):
         """
         if self.kind != "dorefa":
             return torch.ones_like(self.latent), self.latent.clone()
-        top = self.shard.all_reduce_max(self.norms(self.latent, math.inf)).tanh()  # max|tanh W| = tanh(max|W|)
+        top = per_layer(self.latent.abs(), self.sizes, self.lengths, "max")
+        top = self.shard.all_reduce_max(top).tanh()  # max|tanh W| = tanh(max|W|)
         top = top.clamp_min(torch.finfo(top.dtype).tiny)[self.layer_of]  # [N]
         t = torch.tanh(self.latent)
         return (1 - t.square()) / top, t / (2 * top) + 0.5
@@ -499,13 +501,9 @@ class Generator(nn.Module):
         torch._foreach_copy_(self.layer_views(flat), [t.detach() for t in tensors])
         return flat if self.shard.world_size == 1 else flat[self.shard.begin : self.shard.end].clone()
 
-    def norms(self, x: Tensor, order: float = 2) -> Tensor:
-        """The norm of each layer's part of x [N], of this process's weights: [layers]."""
-        return torch.stack(_norms(x.split(self.sizes), order))
-
     def rms(self, x: Tensor) -> Tensor:
         """Root mean square of each layer's part of x [rows, N], over all rows and processes: [layers], above 0."""
-        squares = sum(self.norms(row).square() for row in x)
+        squares = per_layer(x.square().sum(0), self.sizes, self.lengths)
         rms = (self.shard.all_reduce_sum(squares) / (len(x) * self.layer_size)).sqrt()
         return rms.clamp_min(torch.finfo(rms.dtype).tiny)
 
@@ -568,6 +566,7 @@ class Seen(NamedTuple):
     history: Tensor  # [l, n] the HGS, oldest first
     layer_of: Tensor  # [n] the number of each weight's layer
     sizes: list[int]  # how many of the n weights each layer has
+    lengths: Tensor  # the same, on the device
 
 
 class Learned(Generator):
@@ -642,7 +641,7 @@ class Learned(Generator):
 
     def seen(self, D: Tensor, pre: Tensor) -> Seen:
         """What G_t of all weights is made of."""
-        return Seen(D, pre, self.history[-1], self.history, self.layer_of, self.sizes)
+        return Seen(D, pre, self.history[-1], self.history, self.layer_of, self.sizes, self.lengths)
 
     def _apply(self, fn, recurse=True):  # .to(), .double()
         if self.t:
@@ -778,8 +777,7 @@ class FSG(Learned):
             slow = self.slow.tails(past, [seen.sizes[i] for i in here], None if lre is None else lre[here])
         else:
             if lre is not None:
-                # The same as self.lre(seen.layer_of); the embedding's backward pass is slow on a CPU.
-                token = torch.cat([e.expand(size) for e, size in zip(lre, seen.sizes, strict=True)])
+                token = _Spread.apply(lre, seen.layer_of, seen.sizes, seen.lengths)  # each weight's embedding
                 past = torch.cat([token.unsqueeze(0), past])  # [1 + l, n]
             slow = self.slow.last(past.T.unsqueeze(-1))  # one sequence per weight: [n, 1 + l, 1] -> [n]
         if self.normalize == "layer-rms":
@@ -788,7 +786,7 @@ class FSG(Learned):
 
     def balanced(self, term: Tensor, seen: Seen) -> Tensor:
         """`term` [n], scaled to the RMS of ĝ_t in each layer."""
-        return _Balanced.apply(term, self.rms(self.history[-1:]), seen.layer_of, seen.sizes, self.shard)
+        return _Balanced.apply(term, self.rms(self.history[-1:]), seen, self.shard)
 
     def push(self) -> None:
         super().push()
@@ -833,7 +831,32 @@ class FSG(Learned):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What stands apart from the equations: balancing, sampling, several processes, memory.
+# What stands apart from the equations: sums per layer, balancing, sampling, several processes, memory.
+
+
+def per_layer(x: Tensor, sizes: list[int], lengths: Tensor, reduce: str = "sum") -> Tensor:
+    """The sum or the maximum of each layer's part of x [n] (for "max", x >= 0): [layers].
+
+    sizes, and lengths on the device of x: the number of elements of each layer.
+    """
+    if x.is_cuda:  # one kernel for all layers
+        return torch.segment_reduce(x.detach(), reduce, lengths=lengths, unsafe=True)
+    parts = x.detach().split(sizes)  # torch.sum is more precise than segment_reduce here, which adds in order
+    return torch.stack([p.sum() if reduce == "sum" or not p.numel() else p.amax() for p in parts])
+
+
+class _Spread(torch.autograd.Function):
+    """values [layers] -> values[layer_of] [n], with a fast backward pass."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, layer_of: Tensor, sizes: list[int], lengths: Tensor) -> Tensor:
+        ctx.sizes, ctx.lengths = sizes, lengths
+        return values[layer_of]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        return per_layer(grad, ctx.sizes, ctx.lengths), None, None, None
 
 
 class _Balanced(torch.autograd.Function):
@@ -843,31 +866,24 @@ class _Balanced(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, term: Tensor, target: Tensor, layer_of: Tensor, sizes: list[int], shard: "Shard") -> Tensor:
-        parts = term.split(sizes)
-        count = torch.tensor(sizes, dtype=term.dtype, device=term.device)
-        square, count = shard.all_reduce_sum(torch.stack([torch.stack(_norms(parts)).square(), count]))
+    def forward(ctx, term: Tensor, target: Tensor, seen: Seen, shard: "Shard") -> Tensor:
+        sums = torch.stack([per_layer(term.square(), seen.sizes, seen.lengths), seen.lengths.to(term.dtype)])
+        square, count = shard.all_reduce_sum(sums)
         rms, least = (square / count.clamp_min(1)).sqrt(), 1e-3 * target
         scale = target / torch.maximum(rms, least)
-        y = term * scale[layer_of]
-        ctx.save_for_backward(y, scale, torch.where(rms > least, target.square() * count, math.inf), layer_of)
-        ctx.sizes, ctx.shard = sizes, shard
+        y = term * scale[seen.layer_of]
+        energy = torch.where(rms > least, target.square() * count, math.inf)  # Σ y² of each layer, where it is fixed
+        ctx.save_for_backward(y, scale, energy)
+        ctx.seen, ctx.shard = seen, shard
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        # Along y itself the output cannot change: that part of the gradient is projected out, layer by layer.
-        y, scale, energy, layer_of = ctx.saved_tensors
-        parts = zip(grad.split(ctx.sizes), y.split(ctx.sizes), strict=True)
-        along = ctx.shard.all_reduce_sum(torch.stack([torch.dot(g, p) for g, p in parts])) / energy
-        return (grad - y * along[layer_of]) * scale[layer_of], None, None, None, None
-
-
-def _norms(parts: list[Tensor], order: float = 2) -> list[Tensor]:
-    """The norm of each tensor; 0 for one without elements."""
-    norms = iter(torch._foreach_norm([p for p in parts if p.numel()], order))
-    return [next(norms) if p.numel() else p.new_zeros(()) for p in parts]
+        # Along y itself the output cannot change. That part of the gradient is projected out, layer by layer.
+        (y, scale, energy), seen = ctx.saved_tensors, ctx.seen
+        along = ctx.shard.all_reduce_sum(per_layer(grad * y, seen.sizes, seen.lengths)) / energy
+        return (grad - y * along[seen.layer_of]) * scale[seen.layer_of], None, None, None
 
 
 class Sample:
@@ -892,13 +908,13 @@ class Sample:
         at, weight = at[mine] - shard.begin, weight[mine]
         ends = torch.tensor(shard.sizes).cumsum(0)
         self.sizes = torch.searchsorted(at, ends).diff(prepend=torch.zeros(1, dtype=torch.long)).tolist()
-        self.at, self.weight = at.to(device), weight.to(device)
+        self.at, self.weight, self.lengths = at.to(device), weight.to(device), torch.tensor(self.sizes, device=device)
 
     def of(self, seen: Seen) -> Seen:
         """The sampled weights of `seen`."""
         at = self.at
         rows = seen.D[at], seen.pre[at], seen.ghat[at], seen.history[:, at], seen.layer_of[at]
-        return Seen(*rows, self.sizes)
+        return Seen(*rows, self.sizes, self.lengths)
 
 
 class Shard:
