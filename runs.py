@@ -168,10 +168,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
         largest = 1e30 if isinstance(value, float) else 2**63 - 1
         if value is not None and not smallest <= value <= largest:
             raise RunError(f"{option(name)} must be a number from {smallest} on; it is {value}")
-    only_for(args, "opt", {"betas": ("adam",)})
-    fill(args, betas=[0.9, 0.999])
-    if not all(0 <= beta < 1 for beta in getattr(args, "betas", ())):
-        raise RunError(f"--betas must be at least 0 and below 1; they are {args.betas}")
+    if args.opt:  # else it depends on other flags, and make_optimizer() does this
+        check_betas(args)
     if args.eval_only and not (args.resume or args.pretrained):
         raise RunError("--eval-only needs a network to test: give --resume runs/NAME or --pretrained runs/NAME/best.pt")
     return args, checkpoint
@@ -192,6 +190,14 @@ def only_for(args: argparse.Namespace, choice: str, flags: dict[str, tuple[str, 
             flag, names = option(choice), " or ".join(owners)
             raise RunError(f"{option(name)} is for {flag} {names}: leave it out with {flag} {chosen}")
         delattr(args, name)
+
+
+def check_betas(args: argparse.Namespace) -> None:
+    """Refuse --betas for other optimizers than Adam, and fill in its default."""
+    only_for(args, "opt", {"betas": ("adam",)})
+    fill(args, betas=[0.9, 0.999])
+    if not all(0 <= beta < 1 for beta in getattr(args, "betas", ())):
+        raise RunError(f"--betas must be at least 0 and below 1; they are {args.betas}")
 
 
 def fill(args: argparse.Namespace, **defaults) -> None:
@@ -313,7 +319,8 @@ def average_batchnorm(model: torch.nn.Module) -> None:
 
 
 def make_optimizer(params, args) -> torch.optim.Optimizer:
-    """The network's optimizer, from --opt, --lr and --weight-decay."""
+    """The network's optimizer, from --opt, --lr, --betas and --weight-decay."""
+    check_betas(args)
     if args.opt == "adam":
         return torch.optim.Adam(params, args.lr, betas=tuple(args.betas), weight_decay=args.weight_decay)
     return torch.optim.SGD(params, args.lr, momentum=0.9 if args.opt == "sgdm" else 0.0, weight_decay=args.weight_decay)
