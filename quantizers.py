@@ -110,6 +110,21 @@ def bwn_f(w: Tensor) -> Tensor:
     return straight_through(w, torch.where(w >= 0, scale, -scale))
 
 
+def bwn_l(w: Tensor) -> Tensor:
+    """MetaQuant's BWN: the sign, times one scale per layer.
+
+        α = mean|W|
+        Ŵ = α sign(W)
+        ∂L/∂W := ∂L/∂Ŵ
+
+    The backward pass treats α as a constant, and does not multiply the gradient by it.
+
+    Chen et al. (MetaQuant), NeurIPS 2019, https://arxiv.org/abs/1910.05898
+    """
+    scale = w.detach().abs().mean()
+    return straight_through(w, torch.where(w >= 0, scale, -scale))
+
+
 def bihalf(w: Tensor, ratio: float = 0.5) -> Tensor:
     """Equal Bits: in every filter, the share `ratio` of the weights that are largest becomes +1, the rest −1.
 
@@ -250,11 +265,12 @@ def identity(w: Tensor) -> Tensor:
 
 
 # The names that layers use (models.py). Arguments after w, such as ratio and mu, are the layer's `options`.
-# 'bwn' has no scale, as in FSG's code. MetaQuant's BWN multiplies the signs by mean|W| of the layer.
+# 'bwn' has no scale, as in FSG's code. 'bwn-l' is MetaQuant's BWN.
 WEIGHT_QUANTIZERS = {
     "dorefa": dorefa,
     "bwn": sign,
     "bwn-f": bwn_f,
+    "bwn-l": bwn_l,
     "bihalf": bihalf,
     "bihalf-prune": bihalf_prune,
     "bnn": sign_with_cut,
@@ -275,9 +291,10 @@ def pre_quantize(w: Tensor, kind: str) -> Tensor:
     """W̃ = A(W), the value that Q rounds to a bit; same shape as w, no gradient.
 
         kind 'dorefa'           A(W) = tanh(W) / (2 max|tanh(W)|) + ½, in [0, 1]; ½ everywhere if W = 0
-        kind 'bwn', 'bwn-f'     A(W) = W
+        kind 'bwn…'             A(W) = W
 
-    w is the weight of one layer, over which the maximum is taken. For 'bwn' and 'bwn-f' the result shares its memory.
+    w is the weight of one layer, over which the maximum is taken. For 'bwn', 'bwn-f' and 'bwn-l' the result shares its
+    memory.
     Raises ValueError for another kind.
     """
     if kind == "dorefa":
@@ -292,7 +309,7 @@ def calibration(w: Tensor, kind: str) -> Tensor:
     """D = ∂Ŵ/∂W with Q replaced by the identity; same shape as w, no gradient.
 
         kind 'dorefa'           D = 2 ∂A/∂W = (1 − tanh²(W)) / max|tanh(W)|, with the maximum held constant
-        kind 'bwn', 'bwn-f'     D = 1
+        kind 'bwn…'             D = 1
 
     w is the weight of one layer, over which the maximum is taken. Raises ValueError for another kind.
     """
@@ -304,8 +321,9 @@ def calibration(w: Tensor, kind: str) -> Tensor:
 
 
 def _check_kind(kind: str) -> None:
-    if kind not in ("bwn", "bwn-f"):
-        raise ValueError(f"gradients cannot be generated for the quantizer {kind!r}: use one of dorefa, bwn, bwn-f")
+    if kind not in ("bwn", "bwn-f", "bwn-l"):
+        known = "dorefa, bwn, bwn-f, bwn-l"
+        raise ValueError(f"gradients cannot be generated for the quantizer {kind!r}: use one of {known}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
