@@ -176,7 +176,7 @@ class LookAhead(Learned):
     def trial(self, D: Tensor) -> Tensor:
         """R_{t−1}, the direction of the look-ahead: [n]."""
         if self.t == 1:
-            return D * self.history[-1]
+            return self.derivative() * self.history[-1]
         return self.last_direction(self.before, self.latent)
 
     def last_direction(self, before: Tensor, after: Tensor) -> Tensor:
