@@ -217,7 +217,10 @@ class LookAhead(Learned):
         self.optimizer.step()
 
     def derivative(self) -> Tensor:
-        """∂Ŵ/∂W at the look-ahead weights, on the way to φ: [n]. It is D but for bwn-l: mean|W| where |W| ≤ 1, else 0."""
+        """∂Ŵ/∂W straight through the sign, at the weights where ĝ was measured: [n].
+
+        It is D, except for bwn-l: there it is mean|W| where |W| ≤ 1, else 0. (Their update has D = 1 all the same.)
+        """
         if self.kind != "bwn-l":
             return self.calibrate()[0]
         size = self.latent.abs()
