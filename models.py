@@ -71,8 +71,9 @@ class _Binary:
         if self.training or self.act == "none":
             return function(x, w, self.bias)
         scale = w.detach().abs().flatten(1).amax(1).clamp_min(torch.finfo(w.dtype).tiny)
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 cannot represent large sums exactly
-            outputs = function(x.float(), w / per_filter(scale, w), None)
+        exact = torch.promote_types(w.dtype, torch.float32)  # bfloat16 cannot represent large sums exactly
+        with torch.autocast(x.device.type, enabled=False):
+            outputs = function(x.to(exact), (w / per_filter(scale, w)).to(exact), None)
         outputs = outputs * self.per_channel(scale)
         return outputs if self.bias is None else outputs + self.per_channel(self.bias)
 
