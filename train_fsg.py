@@ -151,8 +151,9 @@ def complete(args) -> None:
         if "hgs" in args:
             runs.only_for(args, "hgs", {"length": ("mamba",)})  # its LSTM sees no history
         args.binarize_all = True
-        if args.grad in metaquant and args.quantizer == "bwn":
-            args.quantizer = "bwn-l"
+        if args.grad in metaquant:  # its BWN has a scale, its networks no BatchNorm before the classifier
+            args.quantizer = {"bwn": "bwn-l"}.get(args.quantizer, args.quantizer)
+            args.arch += "-metaquant" * (f"{args.arch}-metaquant" in models.ARCHS)
     runs.fill(args, weight_decay=5e-4 if released and args.grad in metaquant and args.opt == "adam" else 0.0)
 
     runs.fill(args, history="per-weight", length=5, beta=0.9, balance="layer-rms", normalize="layer-rms")
@@ -170,10 +171,7 @@ def complete(args) -> None:
 
 def network(args, num_classes: int, shape: tuple[int, int, int]) -> torch.nn.Module:
     """The network that is trained, freshly initialised: images [B, *shape] -> logits [B, num_classes]."""
-    net = models.build(args.arch, num_classes, args.quantizer, args.act, args.binarize_all, *shape[:2])
-    if getattr(args, "preset", "none") == "released" and args.grad != "fsg":
-        net.bn_fc = torch.nn.Identity()  # MetaQuant's networks have no BatchNorm before the classifier
-    return net
+    return models.build(args.arch, num_classes, args.quantizer, args.act, args.binarize_all, *shape[:2])
 
 
 def make_generator(args, layers):

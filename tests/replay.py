@@ -60,16 +60,8 @@ def network(npz, quantizer: str) -> torch.nn.Module:
     start = {name: torch.from_numpy(value) for name, value in under(npz, "init/model.").items()}
     classes, channels = len(start["fc.weight"]), start["conv1.weight"].shape[1]
     blocks, widths = npz["hyper/blocks"].tolist(), npz["hyper/widths"].tolist()
-    net = models.ResNet(
-        models.BasicBlock,
-        blocks,
-        widths,
-        classes,
-        stem="cifar",
-        in_channels=channels,
-        nonlinearity=models.relu,
-        norm_fc="bn_fc.weight" in start,
-    )
+    design = models.resnet_design("resnet20" if "bn_fc.weight" in start else "resnet20-metaquant", "none", "cifar")
+    net = models.ResNet(blocks, widths, classes, channels, stem="cifar", **design)
     models.binarize_(net.double(), quantizer, first=True, last=True)
     for module in net.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
