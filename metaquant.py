@@ -199,7 +199,7 @@ class LookAhead(Learned):
         if self.displaced is None:
             D, _ = self.calibrate()
             G = D * self.ghat
-            self.bias_gradient = self.flat_biases(lambda b: b.grad)
+            self.bias_gradient = self.flat_biases(lambda b: torch.zeros_like(b) if b.grad is None else b.grad)
         else:
             G = self.update()
             self.train_phi(-self.step_size * self.derivative() * self.ghat)
