@@ -123,12 +123,12 @@ class LookAhead(Learned):
         the optimizer receives       G_t
 
     R_{t−1}, the refined gradient, is the direction in which the optimizer moved the weights one step before:
-    W_t = W_{t−1} − lr·R_{t−1}. In step 2 it is D ⊙ ĝ_1. The biases of the binary layers look ahead as well, along
+    W_t = W_{t−1} − lr·R_{t−1}. In step 2 it is ∂Ŵ/∂W ⊙ ĝ_1. The biases of the binary layers look ahead as well, along
     their own refined gradient, in step 2 along the gradient itself. Other parameters do not.
-    Step 1 is at the weights as they are, and the caller must not update anything after it (`t` is 1 then).
+    Step 1 is at the weights as they are. Nothing may be updated after it: call optimizer.step() only where t > 1.
     φ starts at random, as torch.nn starts it.
 
-    Attributes: t, the number of generate() calls.
+    Attributes: t, the number of generate() calls. Memory: about 3 N elements more than the simple form.
     """
 
     SHARDED: ClassVar = Generator.SHARDED | {"before": 0}
