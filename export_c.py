@@ -5,7 +5,8 @@
     library = compile_library(file, folder)             # needs a C compiler
     logits = predict(library, images, num_classes)
 
-The command line is in export.py, which imports this file. Copy this file with binary_conv.cpp and runs.py.
+The command line is in export.py, which imports this file. Copy this file with binary_conv.cpp, models.py, quantizers.py
+and runs.py.
 """
 
 import ctypes
@@ -30,6 +31,7 @@ from rich.table import Table
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
+import models
 import runs
 from runs import RunError
 
@@ -143,6 +145,12 @@ def convert(node: fx.Node, traced: fx.GraphModule, inputs: list[Op], shape: tupl
         kind = "image"
     elif isinstance(module, nn.Conv2d | nn.Linear):
         return convert_layer(module, node.name, inputs[0], shape)
+    elif isinstance(module, models.ZeroPadded):
+        # A 1×1 convolution of floats that copies the channels of its input.
+        weight = torch.zeros(shape[0], inputs[0].shape[0], 1, 1)
+        channels = torch.arange(inputs[0].shape[0])
+        weight[module.before + channels, channels] = 1
+        kind, fields = "conv", {"weight": weight, "stride": module.stride}
     elif isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
         # α and β are rounded as PyTorch rounds them on a CPU.
         alpha = torch.rsqrt(module.running_var + module.eps) * module.weight
@@ -186,7 +194,7 @@ def convert_layer(layer: nn.Conv2d | nn.Linear, name: str, x: Op, shape: tuple[i
     if act == "sign":
         ops.append(Op("sign", f"{name}_sign", [x], x.shape))
     elif act == "si":
-        theta, delta = layer.theta, layer.delta
+        theta, delta = layer.theta.flatten(), layer.delta.flatten()
         if len(theta) > x.shape[0]:  # the layer's input is flattened: θ and Δ belong to elements, not to channels
             theta, delta = theta.view(x.shape), delta.view(x.shape)
         ops.append(Op("step", f"{name}_step", [x], x.shape, [theta, delta]))

@@ -1,6 +1,7 @@
-"""FSG as its authors' code trains it (https://github.com/two-tiger/FSG): the look-ahead step, `--preset released`.
+"""FSG as its authors' code trains it (https://github.com/two-tiger/FSG), step by step: `--preset released`.
 
-Copy this file with hypernet.py. The paper's text has one update (hypernet.FSG). The released code has two:
+Copy this file with hypernet.py and metaquant.py. The paper's text has one update (hypernet.FSG). The released code,
+which grew out of MetaQuant's, has two. Its step is metaquant.LookAhead's with
 
     forward and backward at    W − lr·((1 − β)·D ⊙ fast + β·slow)        the look-ahead weights; no D at the slow term
     the update of W            G = D ⊙ fast                              the slow gradient never enters it
@@ -9,23 +10,41 @@ where fast and slow are made of the gradient that was measured one step before. 
 and the slow gradient acts only through the weights at which the next gradient is measured.
 
     fsg = ReleasedFSG(layers)
+    optimizer = AuthorsAdam(model.parameters(), lr)                   # or torch.optim.SGD
     for images, labels in batches:
         fsg.look_ahead(lr)                                            # moves the weights
         F.cross_entropy(model(images), labels).backward()
         fsg.generate()                                                # moves them back; w.grad = D ⊙ fast
-        optimizer.step(), optimizer.zero_grad()
+        if fsg.t > 1: optimizer.step()                                # the first step updates nothing
+        optimizer.zero_grad()
 """
 
-import torch
 from torch import Tensor, nn
 
 from hypernet import FSG, FastNet, Seen
+from metaquant import LSTMFC, LookAhead
 
 
-class ReleasedFSG(FSG):
-    """FSG with the released code's look-ahead and settings.
+class FastUpdate(LookAhead):
+    """A look-ahead along (1 − β)·D ⊙ fast + β·slow, and an update with D ⊙ fast."""
 
-    The history is flat, nothing is normalised or balanced, and the linear MLP starts as nn.Linear does.
+    def mix(self, D: Tensor, fast: Tensor, slow: Tensor) -> Tensor:
+        """The direction of the look-ahead: [n]."""
+        self.fast_update = D * fast.detach()
+        return (1 - self.beta) * D * fast + self.beta * slow
+
+    def trial(self, D: Tensor) -> Tensor:
+        return self.graph.detach()
+
+    def update(self) -> Tensor:
+        return self.fast_update
+
+
+class ReleasedFSG(FastUpdate, FSG):
+    """FSG with Mamba, as released.
+
+    The history is flat and starts empty: it holds min(t, l) gradients. Nothing is normalised or balanced, and the
+    linear MLP starts as nn.Linear does.
 
     layers, length, beta, hidden, d_state, d_conv, expand, scan, lr_fast, lr_slow: see FSG.
     """
@@ -59,65 +78,47 @@ class ReleasedFSG(FSG):
             lr_fast=lr_fast,
             lr_slow=lr_slow,
         )
-        self.terms_made = None  # fast and slow [N], with their graph to φ, of the last gradient
-        self.displaced = None  # the persistent weights, while the model stands at the look-ahead weights
 
     def start(self) -> None:
         self.fast = FastNet(self.fast.linears[0].out_features, "none").to(self.fast.ends.device)
         super().start()
 
     def gradient(self, seen: Seen) -> Tensor:
-        """fast [N]; fast and slow are kept for look_ahead, which mixes them with the D of the weights that it finds."""
-        self.terms_made = self.fast_gradient(seen), self.slow_gradient(seen)
-        return self.terms_made[0]
+        seen = seen._replace(history=seen.history[-self.t :])  # the window grows from 1 to l gradients
+        return self.mix(seen.D, self.fast_gradient(seen), self.slow_gradient(seen))
 
-    @torch.no_grad()
-    def look_ahead(self, lr: float) -> None:
-        """Before the forward pass: move the weights to the look-ahead weights.
 
-        Does nothing before the first generate().
-        Raises RuntimeError where it is called twice without generate().
-        """
-        if self.displaced is not None:
-            raise RuntimeError("look_ahead() was called twice: call it once before each forward pass")
-        if self.graph is None:
-            return
-        self.latent = self.flatten(self.weights)
-        D, _ = self.calibrate()
-        fast, slow = self.terms_made
-        with torch.enable_grad():
-            self.graph = (1 - self.beta) * D * fast + self.beta * slow
-        self.update = D * fast.detach()
-        self.displaced = [w.detach().clone() for w in self.weights]
-        moves = self.layer_views(self.shard.all_gather(self.graph.detach()))
-        torch._foreach_sub_([w.detach() for w in self.weights], torch._foreach_mul(moves, lr))
+class ReleasedFSGLSTM(FastUpdate, LSTMFC):
+    """FSG with the LSTM of the released code. It is not an LSTM over the history:
 
-    @torch.no_grad()
-    def generate(self) -> None:
-        """Train φ through the look-ahead, move the weights back, and set every `weight.grad` to D ⊙ fast.
+        slow = ĝ ⊙ FC(LSTM(W̃))         every weight carries its own state from step to step, as in metaquant.LSTMFC
 
-        The first call gives D ⊙ ĝ. Raises RuntimeError where look_ahead() was not called before the forward pass.
-        """
-        if self.t and self.displaced is None:
-            raise RuntimeError("preset 'released' wants look_ahead(lr) before every forward pass")
-        self.collect()  # ĝ, and the look-ahead weights where it was measured
-        D, pre = self.calibrate()
-        if self.displaced is None:
-            self.update = D * self.ghat
-        else:
-            self.train_phi(-D * self.ghat)
-            torch._foreach_copy_([w.detach() for w in self.weights], self.displaced)
-            self.displaced = None
-        self.push()
-        self.make(D, pre)
-        self.hand_back(self.update)
+    There is no history and no layer embedding.
 
-    def measure(self, lr: float) -> dict[str, float]:
-        """Empty: ĝ is measured elsewhere than where the weights are."""
-        return {}
+    layers, beta, hidden, lr_fast, lr_slow: see FSG. lstm_hidden: size of the state; `hidden` by default.
+    """
 
-    @torch.no_grad()
-    def _rebuild(self) -> None:
-        self.graph = None
-        if self.t:
-            self.make(*self.calibrate())
+    def __init__(
+        self,
+        layers: list[nn.Module],
+        beta: float = 0.9,
+        hidden: int = 100,
+        lstm_hidden: int | None = None,
+        lr_fast: float = 1e-2,
+        lr_slow: float = 1e-3,
+    ):
+        if not 0 <= beta <= 1:
+            raise ValueError(f"beta is the share of the slow gradient and must lie in [0, 1]; it is {beta}")
+        self.beta, self.lr_fast, self.fast_hidden = beta, lr_fast, hidden
+        super().__init__(layers, lstm_hidden or hidden, lr_slow)
+
+    def make_nets(self, hidden: int) -> None:
+        self.fast = FastNet(self.fast_hidden, "none")
+        self.cell, self.out = nn.LSTMCell(1, hidden), nn.Linear(hidden, 1)
+
+    def parameter_groups(self) -> list[dict]:
+        slow = [*self.cell.parameters(), *self.out.parameters()]
+        return [{"params": list(self.fast.parameters()), "lr": self.lr_fast}, {"params": slow, "lr": self.lr}]
+
+    def gradient(self, seen: Seen) -> Tensor:
+        return self.mix(seen.D, seen.ghat * self.fast(seen.pre), seen.ghat * self.lstm(seen.pre))

@@ -120,7 +120,7 @@ class FastNet(nn.Module):
 def fast_net(kind: str, hidden: int, act: str | None) -> FastNet:
     """The MLP of W̃ for a quantizer, starting at MLP(W̃) = 1 for the mean of W̃: training begins as with STE.
 
-    kind: 'dorefa', 'bwn' or 'bwn-f'. act: see FastNet; None is 'none' under dorefa, else 'tanh'.
+    kind: 'dorefa', 'bwn', 'bwn-f' or 'bwn-l'. act: see FastNet; None is 'none' under dorefa, else 'tanh'.
     Under dorefa the mean of W̃ is ½. Under bwn W̃ = W has mean 0, where an MLP without biases vanishes and changes its
     sign. So there the MLP has biases.
     """
@@ -430,8 +430,8 @@ def mamba_ssm_scan():
 class Generator(nn.Module):
     """What all generators share: reading ĝ and W, the calibration, handing G back.
 
-    layers: modules with a `.weight` (the latent weight, on its final device) and a `.quantizer`: 'dorefa', 'bwn' or
-        'bwn-f', the same for all. Raises ValueError where there is no layer, or for another quantizer.
+    layers: modules with a `.weight` (the latent weight, on its final device) and a `.quantizer`: 'dorefa', 'bwn',
+        'bwn-f' or 'bwn-l', the same for all. Raises ValueError where there is no layer, or for another quantizer.
     sharded: whether the processes of torch.distributed, if there are several, share the work (see Shard). Each process
         then holds N / world_size weights in every per-weight tensor but G, and all processes call generate(),
         state_dict() and measure(). A state_dict is of all N weights; any number of processes can load it.
@@ -446,8 +446,9 @@ class Generator(nn.Module):
         kinds = sorted({layer.quantizer for layer in layers})
         if not layers:
             raise ValueError("there is no binary layer to generate gradients for: binarize_() the model first")
-        if len(kinds) > 1 or kinds[0] not in ("dorefa", "bwn", "bwn-f"):
-            raise ValueError(f"all layers must share one quantizer, dorefa, bwn or bwn-f; they have {', '.join(kinds)}")
+        known = ("dorefa", "bwn", "bwn-f", "bwn-l")
+        if len(kinds) > 1 or kinds[0] not in known:
+            raise ValueError(f"all layers must share one quantizer of {', '.join(known)}; they have {', '.join(kinds)}")
         self.kind = kinds[0]
         self.weights = [layer.weight for layer in layers]  # a plain list: they are the model's parameters, not ours
         like = self.weights[0].detach()
@@ -474,7 +475,7 @@ class Generator(nn.Module):
         """D and W̃ of the latent weights, [N] each: quantizers.calibration and pre_quantize for all layers at once.
 
         dorefa:      D = (1 − tanh² W) / max|tanh W|,   W̃ = tanh W / (2 max|tanh W|) + ½      (max over the layer)
-        bwn, bwn-f:  D = 1,                             W̃ = W
+        bwn, -f, -l: D = 1,                             W̃ = W
         """
         if self.kind != "dorefa":
             return torch.ones_like(self.latent), self.latent.clone()

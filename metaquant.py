@@ -5,14 +5,27 @@ Copy this file with hypernet.py. They are used as FSG is, and their φ is traine
     generator = MultiFC(layers)                       # models.binary_layers(model)
     …backward(); generator.generate(); optimizer.step()
 
-These are the simple form: G_t is made of the gradient that was measured at the present weights. MetaQuant's released
-code measures it at look-ahead weights instead.
+These are the simple form: G_t is made of the gradient ĝ_t that was measured at the present weights, and φ starts so
+that G is the straight-through gradient. MetaQuant's released code (https://github.com/csyhhu/MetaQuant) differs: see
+LookAhead. ReleasedFCGrad, ReleasedMultiFC and ReleasedLSTMFC repeat it step by step:
+
+    generator = ReleasedMultiFC(layers)
+    optimizer = AuthorsAdam(model.parameters(), lr, weight_decay=5e-4)
+    for images, labels in batches:
+        generator.look_ahead(lr)                                     # moves the weights
+        F.cross_entropy(model(images), labels).backward()
+        generator.generate()                                         # moves them back; w.grad = G
+        if generator.t > 1: optimizer.step()                         # the first step updates nothing
+        optimizer.zero_grad()
 """
+
+import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from hypernet import FastNet, Learned, Seen, elements_at_once, fast_net, in_chunks
+from hypernet import FastNet, Generator, Learned, Seen, elements_at_once, fast_net, in_chunks, per_layer
 
 
 class FCGrad(Learned):
@@ -24,9 +37,12 @@ class FCGrad(Learned):
     def __init__(self, layers: list[nn.Module], hidden: int = 100, act: str | None = None, lr: float = 1e-3):
         super().__init__(layers)
         self.lr = lr
+        self.make_nets(hidden, act)
+        self.start()
+
+    def make_nets(self, hidden: int, act: str | None) -> None:
         self.fast = FastNet(hidden, act or "none", depth=2)
         self.fast.start_at({1e-3: 1e-3, -1e-3: -1e-3})
-        self.start()
 
     def gradient(self, seen: Seen) -> Tensor:
         return seen.D * self.fast(seen.ghat)
@@ -41,8 +57,11 @@ class MultiFC(Learned):
     def __init__(self, layers: list[nn.Module], hidden: int = 100, act: str | None = None, lr: float = 1e-3):
         super().__init__(layers)
         self.lr = lr
-        self.fast = fast_net(self.kind, hidden, act)
+        self.make_nets(hidden, act)
         self.start()
+
+    def make_nets(self, hidden: int, act: str | None) -> None:
+        self.fast = fast_net(self.kind, hidden, act)
 
     def gradient(self, seen: Seen) -> Tensor:
         return seen.D * seen.ghat * self.fast(seen.pre)
@@ -57,13 +76,16 @@ class LSTMFC(Learned):
     def __init__(self, layers: list[nn.Module], hidden: int = 100, lr: float = 1e-3):
         super().__init__(layers)
         self.lr, self.hidden = lr, hidden
-        self.cell = nn.LSTMCell(1, hidden)
-        self.out = nn.Linear(hidden, 1)
-        nn.init.ones_(self.out.bias)
+        self.make_nets(hidden)
         # The state before the last step. The state after it is `next_state`; it can be computed again from this one.
         self.register_buffer("state", self.latent.new_zeros(2, len(self.latent), hidden))
         self.next_state = self.state
         self.start()
+
+    def make_nets(self, hidden: int) -> None:
+        self.cell = nn.LSTMCell(1, hidden)
+        self.out = nn.Linear(hidden, 1)
+        nn.init.ones_(self.out.bias)
 
     def push(self) -> None:
         super().push()
@@ -71,12 +93,207 @@ class LSTMFC(Learned):
             self.state.copy_(self.next_state)
 
     def gradient(self, seen: Seen) -> Tensor:
-        rows = elements_at_once(seen.pre.device) // self.hidden
-        found = in_chunks(self.step, rows, self.parameters(), seen.pre, *self.state)  # [N, 1 + 2·hidden]
+        return seen.D * seen.ghat * self.lstm(seen.pre)
+
+    def lstm(self, pre: Tensor) -> Tensor:
+        """FC(LSTM(W̃)) for W̃ [N]: [N]. The new state of every weight becomes `next_state`."""
+        rows = elements_at_once(pre.device) // self.hidden
+        found = in_chunks(self.step, rows, self.parameters(), pre, *self.state)  # [N, 1 + 2·hidden]
         self.next_state = found[:, 1:].detach().unflatten(1, (2, self.hidden)).transpose(0, 1)  # [2, N, hidden]
-        return seen.D * seen.ghat * found[:, 0]
+        return found[:, 0]
 
     def step(self, pre: Tensor, h: Tensor, c: Tensor) -> Tensor:
         """W̃ [M], h and c [M, hidden] -> [M, 1 + 2·hidden]: FC(h), and the new h and c."""
         h, c = self.cell(pre.unsqueeze(1), (h, c))
         return torch.cat([self.out(h), h.detach(), c.detach()], dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As released. FSG's released code (fsg_released.py) grew out of MetaQuant's and shares what follows.
+
+
+class LookAhead(Learned):
+    """The training step of MetaQuant's released code. A subclass of this class and of a generator has both.
+
+    In step t > 1, with ĝ_{t−1} and W̃_{t−1} measured at the look-ahead weights of step t − 1:
+
+        G_t                          made of ĝ_{t−1} and W̃_{t−1}, with the D of the weights W_t
+        forward and backward at      W_t − lr·R_{t−1}
+        φ's gradient                 −lr·∂Ŵ/∂W ⊙ ĝ_t, back-propagated through the graph of G_t; nothing is normalised
+        the optimizer receives       G_t
+
+    R_{t−1}, the refined gradient, is the direction in which the optimizer moved the weights one step before:
+    W_t = W_{t−1} − lr·R_{t−1}. In step 2 it is ∂Ŵ/∂W ⊙ ĝ_1. The biases of the binary layers look ahead as well, along
+    their own refined gradient, in step 2 along the gradient itself. Other parameters do not.
+    Step 1 is at the weights as they are. Nothing may be updated after it: call optimizer.step() only where t > 1.
+    φ starts at random, as torch.nn starts it.
+
+    Attributes: t, the number of generate() calls. Memory: about 3 N elements more than the simple form.
+    """
+
+    SHARDED: ClassVar = Generator.SHARDED | {"before": 0}
+
+    def __init__(self, layers: list[nn.Module], *arguments, **options):
+        super().__init__(layers, *arguments, **options)
+        biases = [getattr(layer, "bias", None) for layer in layers]
+        self.biases = [b for b in biases if b is not None and b.requires_grad]
+        self.step_size = 0.0  # lr of the last step
+        self.register_buffer("before", torch.zeros_like(self.latent))  # W_{t−1}
+        self.register_buffer("bias_before", self.flat_biases(torch.zeros_like))
+        self.register_buffer("bias_gradient", self.flat_biases(torch.zeros_like))  # of step 1
+        self.displaced = None  # the persistent weights and biases, while the model stands at the look-ahead weights
+
+    def flat_biases(self, of) -> Tensor:
+        """of(bias) of all biases of binary layers, laid end to end."""
+        return torch.cat([self.latent.new_empty(0), *(of(b).detach().flatten() for b in self.biases)])
+
+    @torch.no_grad()
+    def look_ahead(self, lr: float) -> None:
+        """Before the forward pass: make G_t and move the weights to the look-ahead weights.
+
+        Does nothing before the first generate().
+        Raises RuntimeError where it is called twice without generate().
+        """
+        if self.displaced is not None:
+            raise RuntimeError("look_ahead() was called twice: call it once before each forward pass")
+        if self.t == 0:
+            return
+        _, pre = self.calibrate()  # of the weights where ĝ_{t−1} was measured
+        self.latent = self.flatten(self.weights)
+        D, _ = self.calibrate()
+        self.make(D, pre)
+        bias = self.flat_biases(lambda b: b)
+        refined = self.bias_gradient if self.t == 1 else self.last_direction(self.bias_before, bias)
+        directions = self.layer_views(self.shard.all_gather(self.trial(D)))
+        parts = refined.split([b.numel() for b in self.biases]) if self.biases else []
+        directions += [part.view_as(b) for part, b in zip(parts, self.biases, strict=True)]
+        self.before, self.bias_before, self.step_size = self.latent, bias, lr
+
+        moved = [p.detach() for p in (*self.weights, *self.biases)]
+        self.displaced = [p.clone() for p in moved]
+        torch._foreach_sub_(moved, torch._foreach_mul(directions, lr))
+
+    def trial(self, D: Tensor) -> Tensor:
+        """R_{t−1}, the direction of the look-ahead: [n]."""
+        if self.t == 1:
+            return self.derivative() * self.history[-1]
+        return self.last_direction(self.before, self.latent)
+
+    def last_direction(self, before: Tensor, after: Tensor) -> Tensor:
+        """R of the last step: after = before − lr·R. 0 where lr was 0."""
+        return (before - after) / max(self.step_size, 1e-300)
+
+    def update(self) -> Tensor:
+        """What the optimizer receives: [n]."""
+        return self.graph.detach()
+
+    @torch.no_grad()
+    def generate(self) -> None:
+        """Train φ through the look-ahead, move the weights back, and set every `weight.grad` to G_t.
+
+        The first call gives D ⊙ ĝ. Raises RuntimeError where look_ahead() was not called before the forward pass.
+        """
+        if self.t and self.displaced is None:
+            raise RuntimeError("a released generator wants look_ahead(lr) before every forward pass")
+        self.collect()  # ĝ, and the look-ahead weights where it was measured
+        if self.displaced is None:
+            D, _ = self.calibrate()
+            G = D * self.ghat
+            self.bias_gradient = self.flat_biases(lambda b: torch.zeros_like(b) if b.grad is None else b.grad)
+        else:
+            G = self.update()
+            self.train_phi(-self.step_size * self.derivative() * self.ghat)
+            torch._foreach_copy_([p.detach() for p in (*self.weights, *self.biases)], self.displaced)
+            self.displaced = None
+        self.push()
+        self.hand_back(G)
+
+    def train_phi(self, v: Tensor) -> None:
+        """One Adam step on φ. v [n] is the loss's gradient with respect to the direction of the look-ahead."""
+        self.optimizer.zero_grad()
+        self.graph.backward(v)
+        self.graph = None
+        self.shard.all_reduce_grads(self.parameters())
+        self.optimizer.step()
+
+    def derivative(self) -> Tensor:
+        """∂Ŵ/∂W straight through the sign, at the weights where ĝ was measured: [n].
+
+        It is D, except for bwn-l: there it is mean|W| where |W| ≤ 1, else 0. (Their update has D = 1 all the same.)
+        """
+        if self.kind != "bwn-l":
+            return self.calibrate()[0]
+        size = self.latent.abs()
+        mean = self.shard.all_reduce_sum(per_layer(size, self.sizes, self.lengths)) / self.layer_size
+        return mean[self.layer_of] * (size <= 1)
+
+    def measure(self, lr: float) -> dict[str, float]:
+        """Empty: ĝ is measured elsewhere than where the weights are."""
+        return {}
+
+    def _rebuild(self) -> None:
+        """look_ahead() makes the graph."""
+
+    def get_extra_state(self) -> dict:
+        return {**super().get_extra_state(), "step_size": self.step_size}
+
+    def set_extra_state(self, state: dict) -> None:
+        super().set_extra_state(state)
+        self.step_size = state["step_size"]
+
+
+class ReleasedFCGrad(LookAhead, FCGrad):
+    """FCGrad as released. The arguments are FCGrad's."""
+
+    def make_nets(self, hidden: int, act: str | None) -> None:
+        self.fast = FastNet(hidden, act or "none", depth=2)
+
+
+class ReleasedMultiFC(LookAhead, MultiFC):
+    """MultiFC as released. The arguments are MultiFC's; `act` is 'none' by default, and there are no biases."""
+
+    def make_nets(self, hidden: int, act: str | None) -> None:
+        self.fast = FastNet(hidden, act or "none")
+
+
+class ReleasedLSTMFC(LookAhead, LSTMFC):
+    """LSTMFC as released. The arguments are LSTMFC's."""
+
+    def make_nets(self, hidden: int) -> None:
+        self.cell, self.out = nn.LSTMCell(1, hidden), nn.Linear(hidden, 1)
+
+
+class AuthorsAdam(torch.optim.Optimizer):
+    """Adam (https://arxiv.org/abs/1412.6980) as in MetaQuant's and FSG's released codes.
+
+        p ← p − lr·√(1 − β₂ᵗ)/(1 − β₁ᵗ)·m / (√v + ε)
+
+    torch.optim.Adam adds ε to √v after its bias correction: here ε counts up to 30 times as much in the first steps.
+    params, lr, betas, eps, weight_decay (added to the gradient): as in torch.optim.Adam.
+    """
+
+    def __init__(self, params, lr: float = 1e-3, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            grads, (beta1, beta2) = [p.grad for p in params], group["betas"]
+            if group["weight_decay"]:
+                grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] = {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                self.state[p]["step"] += 1
+            m, v = ([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq"))
+            torch._foreach_lerp_(m, grads, 1 - beta1)
+            torch._foreach_mul_(v, beta2)
+            torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
+            divisor = torch._foreach_sqrt(v)
+            torch._foreach_add_(divisor, group["eps"])
+            steps = [self.state[p]["step"] for p in params]
+            scale = [-group["lr"] * math.sqrt(1 - beta2**t) / (1 - beta1**t) for t in steps]
+            torch._foreach_addcdiv_(params, m, divisor, scale)

@@ -33,7 +33,8 @@ class _Binary:
     quantizer, act: names of a weight quantizer and an activation quantizer (quantizers.py).
     options: keyword arguments of the weight quantizer, such as {"ratio": 0.5}.
     unit, scale: constants, Ŵ = scale · Q(W / unit).
-    With act 'si' the layer has the parameters theta and delta [C_in] and the constant rho: see `step_activation`.
+    With act 'si' the layer has the parameters theta and delta, [C_in, 1, 1] or [F_in], and the constant rho: see
+    `step_activation`.
     """
 
     quantizer: str
@@ -52,10 +53,10 @@ class _Binary:
         """The quantized input. Same shape as x; x itself with act 'none'."""
         if self.act != "si":
             return ACTIVATION_QUANTIZERS[self.act](x)
-        return step_activation(x, self.per_channel(self.theta), self.per_channel(self.delta), self.rho)
+        return step_activation(x, self.theta, self.delta, self.rho)
 
     def per_channel(self, v: Tensor) -> Tensor:
-        """One value per channel, [C], in a shape that broadcasts with the layer's input or output."""
+        """One value per channel, [C], in a shape that broadcasts with the layer's output."""
         return rearrange(v, "c -> c 1 1") if isinstance(self, nn.Conv2d) else v
 
     def apply_weight(self, function: Callable, x: Tensor) -> Tensor:
@@ -70,8 +71,9 @@ class _Binary:
         if self.training or self.act == "none":
             return function(x, w, self.bias)
         scale = w.detach().abs().flatten(1).amax(1).clamp_min(torch.finfo(w.dtype).tiny)
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 cannot represent large sums exactly
-            outputs = function(x.float(), w / per_filter(scale, w), None)
+        exact = torch.promote_types(w.dtype, torch.float32)  # bfloat16 cannot represent large sums exactly
+        with torch.autocast(x.device.type, enabled=False):
+            outputs = function(x.to(exact), (w / per_filter(scale, w)).to(exact), None)
         outputs = outputs * self.per_channel(scale)
         return outputs if self.bias is None else outputs + self.per_channel(self.bias)
 
@@ -139,90 +141,205 @@ def binarize_(
         layer.__class__ = twin[type(layer)]  # keeps the parameters, changes forward
         layer.quantizer, layer.act = quantizer, act
         if act == "si" and not hasattr(layer, "theta"):
-            channels = layer.weight.shape[1] * getattr(layer, "groups", 1)
-            layer.theta = nn.Parameter(layer.weight.new_zeros(channels))
-            layer.delta = nn.Parameter(layer.weight.new_ones(channels))
+            add_thresholds(layer)
     return model
+
+
+def add_thresholds(layer: nn.Module) -> None:
+    """Give a layer the parameters delta and theta. They come before `weight`, as in Si-BNN's code."""
+    weight, bias = layer.weight, layer.bias
+    channels = weight.shape[1] * getattr(layer, "groups", 1)
+    shape = (channels, 1, 1) if isinstance(layer, nn.Conv2d) else (channels,)
+    del layer.weight, layer.bias  # the order of a module's parameters is the order in which they are set
+    layer.delta, layer.theta = nn.Parameter(weight.new_ones(shape)), nn.Parameter(weight.new_zeros(shape))
+    layer.register_parameter("weight", weight)
+    layer.register_parameter("bias", bias)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # ResNets. The module names are those of torchvision: conv1, bn1, layer1.0.conv1, ..., downsample.0, fc.
+#
+# A block is [B, C_in, H, W] -> [B, C_out, H/stride, W/stride]. The papers' blocks differ in where the BatchNorms and
+# nonlinearities stand and in the shortcut where the shape changes. Parameters are in the order of the authors' codes.
 
 Nonlinearity = Callable[[int], nn.Module]  # number of channels -> module
+Shortcut = Callable[[int, int, int], nn.Module]  # C_in, C_out, stride -> module, where the shape changes
+
+
+def binary_projection(c_in: int, c_out: int, stride: int) -> nn.Module:
+    """A 1×1 convolution, which `binarize_` makes binary, and a BatchNorm."""
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+
+
+def float_projection(c_in: int, c_out: int, stride: int) -> nn.Module:
+    """A 1×1 convolution in full precision and a BatchNorm."""
+    return nn.Sequential(FloatConv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+
+
+def pooled_projection(c_in: int, c_out: int, stride: int) -> nn.Module:
+    """A 1×1 convolution of stride 1 in full precision, a BatchNorm and an average pool."""
+    pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)
+    return nn.Sequential(FloatConv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out), pool)
+
+
+class ZeroPadded(nn.Module):
+    """A shortcut without parameters: every `stride`-th pixel, and channels of zeros, one half before, one half behind.
+
+    x [B, C_in, H, W] -> [B, C_out, H/stride, W/stride]. He et al., CVPR 2016, option A, https://arxiv.org/abs/1512.03385
+    """
+
+    def __init__(self, c_in: int, c_out: int, stride: int):
+        super().__init__()
+        self.stride, self.before = stride, (c_out - c_in) // 2
+        self.behind = c_out - c_in - self.before
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.before, self.behind))
+
+
+def make_shortcut(shortcut: Shortcut, c_in: int, c_out: int, stride: int) -> nn.Module:
+    return nn.Identity() if stride == 1 and c_in == c_out else shortcut(c_in, c_out, stride)
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions and a shortcut around both: [B, C_in, H, W] -> [B, C_out, H/stride, W/stride].
+    """The block of a ResNet, with one shortcut around both convolutions.
+
+        y = relu(bn1(conv1(x)))
+        output = relu(bn2(conv2(y)) + shortcut(x))
 
     He et al., CVPR 2016, https://arxiv.org/abs/1512.03385
     """
 
-    def __init__(self, c_in: int, c_out: int, stride: int, nonlinearity: Nonlinearity):
+    def __init__(self, c_in: int, c_out: int, stride: int, nonlinearity: Nonlinearity, shortcut: Shortcut):
         super().__init__()
         self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(c_out)
         self.relu = nonlinearity(c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(c_out)
-        self.downsample = None
-        if stride != 1 or c_in != c_out:
-            self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+        self.downsample = make_shortcut(shortcut, c_in, c_out, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
         y = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(y)) + shortcut)
+        return self.relu(self.bn2(self.conv2(y)) + self.downsample(x))
+
+
+class IRNetBlock(BasicBlock):
+    """IR-Net's block for binary activations, with a shortcut around each convolution.
+
+        y = hardtanh(bn1(conv1(x)) + shortcut(x))
+        output = hardtanh(bn2(conv2(y)) + y)
+
+    Qin et al., CVPR 2020, https://arxiv.org/abs/1909.10788
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)) + self.downsample(x))
+        return self.relu(self.bn2(self.conv2(x)) + x)
 
 
 class BiRealBlock(nn.Module):
-    """Two 3×3 convolutions with a shortcut around each: [B, C_in, H, W] -> [B, C_out, H/stride, W/stride].
+    """Bi-Real Net's block, with a shortcut around each convolution.
 
-    The shortcuts carry full-precision values past the binary activations. Where the shape changes, the shortcut is a
-    full-precision 1×1 convolution, a BatchNorm and an average pool.
+        y = bn1(conv1(x)) + shortcut(x)
+        output = bn2(conv2(y)) + y
 
-    Order: convolution, nonlinearity, BatchNorm, as in Equal Bits (https://arxiv.org/abs/2112.03406). The code of Equal
-    Bits uses one PReLU for both convolutions; here each has its own. Bi-Real Net has no nonlinearity besides the sign,
-    whose gradient it approximates by a piecewise linear function; `sign_activation` has the gradient of the hard tanh.
+    The shortcuts carry full-precision values past the binary activations. With a nonlinearity, it stands between the
+    convolution and its BatchNorm, and each convolution has its own. Bi-Real Net has none besides the sign, whose
+    gradient it approximates by a piecewise linear function; `sign_activation` has the gradient of the hard tanh.
 
-    Liu et al. (Bi-Real Net), ECCV 2018, https://arxiv.org/abs/1808.00278
+    Liu et al., ECCV 2018, https://arxiv.org/abs/1808.00278
     """
 
-    def __init__(self, c_in: int, c_out: int, stride: int, nonlinearity: Nonlinearity):
+    def __init__(self, c_in: int, c_out: int, stride: int, nonlinearity: Nonlinearity, shortcut: Shortcut):
         super().__init__()
         self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
         self.relu1, self.bn1 = nonlinearity(c_out), nn.BatchNorm2d(c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
         self.relu2, self.bn2 = nonlinearity(c_out), nn.BatchNorm2d(c_out)
-        self.downsample = None
-        if stride != 1 or c_in != c_out:
-            pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)
-            self.downsample = nn.Sequential(FloatConv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out), pool)
+        self.downsample = make_shortcut(shortcut, c_in, c_out, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        x = self.bn1(self.relu1(self.conv1(x))) + shortcut
+        x = self.bn1(self.relu1(self.conv1(x))) + self.downsample(x)
         return self.bn2(self.relu2(self.conv2(x))) + x
+
+
+class EqualBitsBlock(nn.Module):
+    """Equal Bits' block, with a shortcut around each convolution and one PReLU, which is used twice.
+
+        y = bn1(prelu(conv1(x))) + shortcut(x)
+        output = bn2(prelu(conv2(y))) + y
+
+    Li et al., AAAI 2022, https://arxiv.org/abs/2112.03406
+    """
+
+    def __init__(self, c_in: int, c_out: int, stride: int, nonlinearity: Nonlinearity, shortcut: Shortcut):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(c_out)
+        self.relu = nonlinearity(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.downsample = make_shortcut(shortcut, c_in, c_out, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.relu(self.conv1(x))) + self.downsample(x)
+        return self.bn2(self.relu(self.conv2(x))) + x
+
+
+class SiBNNBlock(nn.Module):
+    """Si-BNN's block: a BatchNorm before each binary activation and one after each convolution.
+
+        y = bn2(conv1(bn1(x))) + shortcut(x)
+        output = bn4(conv2(bn3(y))) + y
+
+    The binary activation is part of the convolution. With full-precision activations a ReLU takes its place.
+
+    Wang et al., AAAI 2020, https://doi.org/10.1609/aaai.v34i07.6900
+    """
+
+    def __init__(self, c_in: int, c_out: int, stride: int, nonlinearity: Nonlinearity, shortcut: Shortcut):
+        super().__init__()
+        self.bn1, self.relu1 = nn.BatchNorm2d(c_in), nonlinearity(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.bn3, self.relu2 = nn.BatchNorm2d(c_out), nonlinearity(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
+        self.bn4 = nn.BatchNorm2d(c_out)
+        self.downsample = make_shortcut(shortcut, c_in, c_out, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn2(self.conv1(self.relu1(self.bn1(x)))) + self.downsample(x)
+        return self.bn4(self.conv2(self.relu2(self.bn3(x)))) + x
 
 
 class ResNet(nn.Module):
     """A ResNet: x [B, in_channels, H, W] -> logits [B, num_classes].
 
-    block: BasicBlock or BiRealBlock.
     blocks, widths: number of blocks and of channels in each stage. Every stage after the first halves the resolution.
     stem: 'cifar' is a 3×3 convolution; 'imagenet' is a 7×7 convolution of stride 2 and a max pool.
-    norm_fc: whether a BatchNorm1d precedes the classifier. FSG's CIFAR networks have it, MetaQuant's do not.
+    block, nonlinearity, shortcut: the class of the blocks, and what it is given.
+    stem_nonlinearity: behind the stem's BatchNorm, or before it with nonlinearity_first.
+    last_nonlinearity: before the average pool.
+    norm_fc: whether a BatchNorm1d precedes the classifier. fc_nonlinearity: behind it.
     """
 
     def __init__(
         self,
-        block: type[nn.Module],
         blocks: list[int],
         widths: list[int],
         num_classes: int,
-        stem: str,
         in_channels: int,
+        *,
+        stem: str,
+        block: type[nn.Module],
         nonlinearity: Nonlinearity,
-        norm_fc: bool,
+        shortcut: Shortcut,
+        stem_nonlinearity: Nonlinearity,
+        nonlinearity_first: bool = False,
+        last_nonlinearity: Nonlinearity,
+        norm_fc: bool = False,
+        fc_nonlinearity: Nonlinearity,
     ):
         super().__init__()
         if stem == "cifar":
@@ -232,23 +349,29 @@ class ResNet(nn.Module):
             self.conv1 = nn.Conv2d(in_channels, widths[0], 7, 2, padding=3, bias=False)
             self.maxpool = nn.MaxPool2d(3, 2, padding=1)
         self.bn1 = nn.BatchNorm2d(widths[0])
-        self.relu = nonlinearity(widths[0])
+        self.relu = stem_nonlinearity(widths[0])
+        self.nonlinearity_first = nonlinearity_first
         c_in = widths[0]
         self.stages = [f"layer{i + 1}" for i in range(len(blocks))]
         for i, (name, depth, c_out) in enumerate(zip(self.stages, blocks, widths, strict=True)):
             stage = nn.Sequential()
             for j in range(depth):
-                stage.append(block(c_in, c_out, 2 if i > 0 and j == 0 else 1, nonlinearity))
+                stage.append(block(c_in, c_out, 2 if i > 0 and j == 0 else 1, nonlinearity, shortcut))
                 c_in = c_out
             self.add_module(name, stage)
+        self.relu_last = last_nonlinearity(c_in)
         self.bn_fc = nn.BatchNorm1d(c_in) if norm_fc else nn.Identity()
+        self.relu_fc = fc_nonlinearity(c_in)
         self.fc = nn.Linear(c_in, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.conv1(x)
+        x = self.bn1(self.relu(x)) if self.nonlinearity_first else self.relu(self.bn1(x))
+        x = self.maxpool(x)
         for name in self.stages:
             x = getattr(self, name)(x)
-        return self.fc(self.bn_fc(x.mean(dim=(2, 3))))
+        x = self.relu_last(x).mean(dim=(2, 3))
+        return self.fc(self.relu_fc(self.bn_fc(x)))
 
 
 # n blocks in each of three stages make 6n + 2 layers. resnet8 is for laptops and small images.
@@ -332,7 +455,13 @@ PLAIN_NETS = {  # features, side, hidden, norm
 
 UNNORMALISED = [name for name, (*_, norm) in PLAIN_NETS.items() if not norm]
 BIREAL_NETS = [f"birealnet{depth}{prelu}" for depth in (8, 18, 20, 34) for prelu in ("", "-prelu")]
-ARCHS = [*CIFAR_RESNETS, *IMAGENET_RESNETS, *BIREAL_NETS, *PLAIN_NETS]
+METAQUANT_NETS = [f"{name}-metaquant" for name in (*CIFAR_RESNETS, *IMAGENET_RESNETS)]
+IRNET_NETS = ["resnet8-irnet", "resnet20-irnet"]
+SIBNN_NETS = [f"resnet{depth}-sibnn" for depth in (8, 18, 20, 34)]
+EQUALBITS_NETS = [f"resnet{depth}-equalbits" for depth in (8, 18, 20, 34)]
+RESNETS = [*CIFAR_RESNETS, *IMAGENET_RESNETS, *METAQUANT_NETS, *IRNET_NETS, *SIBNN_NETS, *EQUALBITS_NETS, *BIREAL_NETS]
+ARCHS = [*RESNETS, *PLAIN_NETS]
+MULTI_SHORTCUT_NETS = [*IRNET_NETS, *SIBNN_NETS, *EQUALBITS_NETS, *BIREAL_NETS]  # a shortcut around each convolution
 
 
 def relu(channels: int) -> nn.Module:
@@ -352,6 +481,38 @@ def no_nonlinearity(channels: int) -> nn.Module:
 NONLINEARITIES = {"none": relu, "sign": hardtanh, "si": no_nonlinearity}
 
 
+def resnet_design(arch: str, act: str, stem: str) -> dict:
+    """What distinguishes the paper's ResNet of that name from others: keyword arguments of ResNet."""
+    nonlinearity = NONLINEARITIES[act]
+    design = dict(block=BasicBlock, nonlinearity=nonlinearity, shortcut=binary_projection)
+    design |= dict(stem_nonlinearity=nonlinearity, last_nonlinearity=no_nonlinearity, fc_nonlinearity=no_nonlinearity)
+    if arch in CIFAR_RESNETS:
+        design |= dict(norm_fc=True)
+    elif arch in IMAGENET_RESNETS:
+        design |= dict(norm_fc=True, shortcut=float_projection)
+    elif arch in IRNET_NETS:
+        design |= dict(norm_fc=True, shortcut=ZeroPadded)
+        if act == "none":
+            design |= dict(stem_nonlinearity=no_nonlinearity, fc_nonlinearity=relu)
+        else:
+            design |= dict(block=IRNetBlock)
+    elif arch in SIBNN_NETS:
+        nonlinearity = relu if act == "none" else no_nonlinearity
+        design |= dict(block=SiBNNBlock, nonlinearity=nonlinearity, shortcut=pooled_projection)
+        design |= dict(stem_nonlinearity=no_nonlinearity, last_nonlinearity=relu)
+    elif arch in EQUALBITS_NETS:
+        design |= dict(block=EqualBitsBlock, nonlinearity=nn.PReLU, stem_nonlinearity=nn.PReLU)
+        if stem == "cifar":
+            design |= dict(shortcut=float_projection)
+        else:
+            design |= dict(shortcut=pooled_projection, nonlinearity_first=True)
+    elif arch in BIREAL_NETS:
+        nonlinearity = nn.PReLU if arch.endswith("-prelu") else no_nonlinearity if act == "sign" else nonlinearity
+        design |= dict(block=BiRealBlock, nonlinearity=nonlinearity, shortcut=pooled_projection)
+        design |= dict(stem_nonlinearity=nonlinearity)
+    return design
+
+
 def build(
     arch: str,
     num_classes: int,
@@ -364,10 +525,16 @@ def build(
     """Build and initialise a network: x [B, in_channels, H, W] -> logits [B, num_classes].
 
     arch: one of ARCHS.
-        resnet8/20/32/44/56/110: CIFAR ResNets of 16, 32 and 64 channels, with a BatchNorm1d before the classifier.
-        resnet18/34: ResNets of 64 to 512 channels.
-        birealnet8/20 and birealnet18/34: the same with a shortcut around each convolution. The suffix -prelu selects
-            PReLU as nonlinearity.
+        resnet8/20/32/44/56/110: FSG's CIFAR ResNets of 16, 32 and 64 channels, with a BatchNorm1d before the
+            classifier and binary 1×1 convolutions in the shortcuts.
+        resnet18/34: FSG's ResNets of 64 to 512 channels, with a BatchNorm1d before the classifier and full-precision
+            1×1 convolutions in the shortcuts.
+        resnet*-metaquant: MetaQuant's, without the BatchNorm1d; all 1×1 convolutions are binary.
+        resnet8/20-irnet: IR-Net's. With binary activations (W1A1) it has a shortcut around each convolution, with
+            act 'none' (W1A32) one around two. The shortcuts have no parameters.
+        resnet8/20-sibnn and resnet18/34-sibnn: Si-BNN's, see SiBNNBlock.
+        resnet8/20-equalbits and resnet18/34-equalbits: Equal Bits', see EqualBitsBlock.
+        birealnet8/20 and birealnet18/34: Bi-Real Net's. The suffix -prelu selects PReLU as nonlinearity.
         lenet, vgg-small, vgg16, alexnet, conv2/4/6/8: networks without shortcuts.
     quantizer, act: see `binarize_`. quantizer 'none' gives the full-precision network of the same state dict.
     binarize_all: whether the first convolution and the classifier become binary too, as in MetaQuant and in FSG's
@@ -375,8 +542,8 @@ def build(
     image_size: height and width of the images in pixels. Networks of 18 and 34 layers start with a 3×3 convolution if
         it is at most 96, else with a 7×7 convolution and a max pool (ImageNet's stem). None means ImageNet's stem.
 
-    conv2/4/6/8 have no normalisation, so their binary weights are multiplied by `he_scale`. 'bwn-f' has a scale of its
-    own and needs none.
+    The weights start as in the authors' codes, see `initialise`. conv2/4/6/8 have no normalisation, so their binary
+    weights are multiplied by `he_scale`. 'bwn-f' and 'sibnn' have a scale of their own and need none.
     Raises ModelError for an unknown name, and for AlexNet on images of less than 63 pixels.
     """
     if arch not in ARCHS:
@@ -385,33 +552,45 @@ def build(
         raise ModelError(f"no activation is called {act!r}: use one of {', '.join(NONLINEARITIES)}")
     if arch == "alexnet" and image_size and image_size < 63:
         raise ModelError(f"alexnet wants images of at least 63 pixels a side; these have {image_size}: use vgg-small")
-    nonlinearity = NONLINEARITIES[act]
     if arch in PLAIN_NETS:
         features, side, hidden, norm = PLAIN_NETS[arch]
-        net = PlainNet(features, side, hidden, norm, num_classes, in_channels, nonlinearity)
+        net = PlainNet(features, side, hidden, norm, num_classes, in_channels, NONLINEARITIES[act])
     else:
-        block, resnet = BasicBlock, arch
-        if arch in BIREAL_NETS:
-            block, resnet = BiRealBlock, arch.replace("bireal", "res").removesuffix("-prelu")
-            if arch.endswith("-prelu"):
-                nonlinearity = nn.PReLU
-            elif act == "sign":
-                nonlinearity = no_nonlinearity
+        resnet = arch.replace("bireal", "res").split("-")[0]
         if resnet in CIFAR_RESNETS:
             blocks, widths, stem = [CIFAR_RESNETS[resnet]] * 3, [16, 32, 64], "cifar"
         else:
             blocks, widths = IMAGENET_RESNETS[resnet], [64, 128, 256, 512]
             stem = "cifar" if image_size and image_size <= 96 else "imagenet"
-        norm_fc = arch in CIFAR_RESNETS
-        net = ResNet(block, blocks, widths, num_classes, stem, in_channels, nonlinearity, norm_fc)
-    for m in net.modules():
-        if isinstance(m, nn.Conv2d):
-            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+        net = ResNet(blocks, widths, num_classes, in_channels, stem=stem, **resnet_design(arch, act, stem))
+    initialise(net, arch)
     binarize_(net, quantizer, act, first=binarize_all, last=binarize_all)
-    if arch in UNNORMALISED and quantizer not in ("bwn-f", "identity"):
+    if arch in UNNORMALISED and quantizer not in ("bwn-f", "bwn-l", "sibnn", "identity"):
         for layer in binary_layers(net):
             layer.scale = he_scale(layer)
     return net
+
+
+@torch.no_grad()
+def initialise(net: nn.Module, arch: str) -> None:
+    """Draw the weights of the convolutions and of the classifier. n is the number of weights of a filter.
+
+        Equal Bits      PyTorch's default, uniform within ±1/√n
+        Si-BNN          normal, standard deviation 1/n
+        IR-Net          normal, standard deviation √(2/n)
+        others          convolutions: normal, standard deviation √(2/fan_out); classifier: PyTorch's default
+
+    Biases, BatchNorms and PReLUs keep PyTorch's default.
+    """
+    for m in net.modules():
+        if arch in EQUALBITS_NETS or not isinstance(m, nn.Conv2d | nn.Linear):
+            continue
+        if arch in SIBNN_NETS:
+            m.weight.normal_(std=1 / m.weight[0].numel())
+        elif arch in IRNET_NETS:
+            nn.init.kaiming_normal_(m.weight)
+        elif isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
 
 def he_scale(layer: nn.Module) -> float:

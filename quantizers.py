@@ -19,8 +19,8 @@ the gradient to W unchanged: after `loss.backward()` the parameter's `.grad` is 
 estimator (STE) then updates W with D ⊙ ĝ, and FSG generates another gradient from ĝ. The quantizers of BNN, BNN+ and
 BNN++ have a backward function of their own, which their docstrings give.
 
-sign(0) = +1 everywhere, so a binary weight is never 0. Only `bihalf_prune` makes zeros. In the authors' codes of Equal
-Bits, Si-BNN and MetaQuant, sign(0) = 0.
+sign(0) = +1, so a binary weight is never 0. The exceptions are `bihalf_prune`, which makes zeros, and `sibnn`, in which
+sign(0) = 0 as in the authors' code. In the authors' codes of Equal Bits and MetaQuant, sign(0) = 0 too.
 """
 
 import math
@@ -108,6 +108,50 @@ def bwn_f(w: Tensor) -> Tensor:
     filters = rearrange(w.detach().abs(), "f ... -> f (...)")
     scale = per_filter(filters.mean(dim=1), w)
     return straight_through(w, torch.where(w >= 0, scale, -scale))
+
+
+def bwn_l(w: Tensor) -> Tensor:
+    """MetaQuant's BWN: the sign, times one scale per layer.
+
+        α = mean|W|
+        Ŵ = α sign(W)
+        ∂L/∂W := ∂L/∂Ŵ
+
+    The backward pass treats α as a constant, and does not multiply the gradient by it.
+
+    Chen et al. (MetaQuant), NeurIPS 2019, https://arxiv.org/abs/1910.05898
+    """
+    scale = w.detach().abs().mean()
+    return straight_through(w, torch.where(w >= 0, scale, -scale))
+
+
+def sibnn(w: Tensor) -> Tensor:
+    """Si-BNN: the values of `bwn_f`, with a gradient that passes through the scale as well.
+
+        α_f = mean|W_f|                                              n weights in filter f
+        Ŵ_f = α_f sign(W_f)                                          sign(0) = 0
+        ∂L/∂W_f := (1 − 1/n) ĝ_f + sign(W_f) mean(sign(W_f) ĝ_f)     the first term is 0 where |W| > 1
+
+    Clamp W to [−1, 1] after each step of the optimizer, as Si-BNN does. The first term is then never cut.
+
+    The rule is that of the authors' code, https://github.com/peiswang/SiBNN.
+    Wang et al., AAAI 2020, https://doi.org/10.1609/aaai.v34i07.6900
+    """
+    return _SiBNN.apply(w)
+
+
+class _SiBNN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w: Tensor) -> Tensor:
+        ctx.save_for_backward(w)
+        return w.sign() * per_filter(w.abs().flatten(1).mean(1), w)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (w,) = ctx.saved_tensors
+        signs, n = w.sign(), w[0].numel()
+        through_the_scale = signs * per_filter((signs * grad).flatten(1).mean(1), w)
+        return torch.where(w.abs() <= 1, grad * (1 - 1 / n), 0) + through_the_scale
 
 
 def bihalf(w: Tensor, ratio: float = 0.5) -> Tensor:
@@ -250,11 +294,13 @@ def identity(w: Tensor) -> Tensor:
 
 
 # The names that layers use (models.py). Arguments after w, such as ratio and mu, are the layer's `options`.
-# 'bwn' has no scale, as in FSG's code. MetaQuant's BWN multiplies the signs by mean|W| of the layer.
+# 'bwn' has no scale, as in FSG's code. 'bwn-l' is MetaQuant's BWN.
 WEIGHT_QUANTIZERS = {
     "dorefa": dorefa,
     "bwn": sign,
     "bwn-f": bwn_f,
+    "bwn-l": bwn_l,
+    "sibnn": sibnn,
     "bihalf": bihalf,
     "bihalf-prune": bihalf_prune,
     "bnn": sign_with_cut,
@@ -275,9 +321,10 @@ def pre_quantize(w: Tensor, kind: str) -> Tensor:
     """W̃ = A(W), the value that Q rounds to a bit; same shape as w, no gradient.
 
         kind 'dorefa'           A(W) = tanh(W) / (2 max|tanh(W)|) + ½, in [0, 1]; ½ everywhere if W = 0
-        kind 'bwn', 'bwn-f'     A(W) = W
+        kind 'bwn…'             A(W) = W
 
-    w is the weight of one layer, over which the maximum is taken. For 'bwn' and 'bwn-f' the result shares its memory.
+    w is the weight of one layer, over which the maximum is taken. For 'bwn', 'bwn-f' and 'bwn-l' the result shares its
+    memory.
     Raises ValueError for another kind.
     """
     if kind == "dorefa":
@@ -292,7 +339,7 @@ def calibration(w: Tensor, kind: str) -> Tensor:
     """D = ∂Ŵ/∂W with Q replaced by the identity; same shape as w, no gradient.
 
         kind 'dorefa'           D = 2 ∂A/∂W = (1 − tanh²(W)) / max|tanh(W)|, with the maximum held constant
-        kind 'bwn', 'bwn-f'     D = 1
+        kind 'bwn…'             D = 1
 
     w is the weight of one layer, over which the maximum is taken. Raises ValueError for another kind.
     """
@@ -304,8 +351,9 @@ def calibration(w: Tensor, kind: str) -> Tensor:
 
 
 def _check_kind(kind: str) -> None:
-    if kind not in ("bwn", "bwn-f"):
-        raise ValueError(f"gradients cannot be generated for the quantizer {kind!r}: use one of dorefa, bwn, bwn-f")
+    if kind not in ("bwn", "bwn-f", "bwn-l"):
+        known = "dorefa, bwn, bwn-f, bwn-l"
+        raise ValueError(f"gradients cannot be generated for the quantizer {kind!r}: use one of {known}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -316,14 +364,14 @@ def sign_activation(x: Tensor) -> Tensor:
     """BNN: the sign of every activation, with the gradient of the hard tanh.
 
         a = +1 where x ≥ 0, else −1
-        ∂L/∂x := ∂L/∂a where |x| ≤ 1, else 0
+        ∂L/∂x := ∂L/∂a where |x| < 1, else 0
 
-    After a ReLU every x is ≥ 0 and every a is +1: do not place a ReLU in front. In the code of Equal Bits the gradient
-    is also 0 at x = −1 and x = 1.
+    After a ReLU every x is ≥ 0 and every a is +1: do not place a ReLU in front. At x = −1 and x = 1 the gradient is 0,
+    as in the code of Equal Bits; BNN's eq. 4 passes it there. In that code sign(0) = 0.
 
     Hubara et al., NeurIPS 2016, eq. 4, https://arxiv.org/abs/1602.02830
     """
-    return sign_with_cut(x)
+    return straight_through(x, _signs(x), mask=x.abs() < 1)
 
 
 def step_activation(x: Tensor, theta: Tensor, delta: Tensor, rho: float) -> Tensor:

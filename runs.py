@@ -118,7 +118,7 @@ def common_flags(script: str, description: str, **defaults) -> argparse.Argument
     milestones = "epochs at which --schedule step divides the learning rate (default: %(default)s)"
     add("--milestones", type=int, nargs="*", default=[30, 60, 90], help=milestones)
     add("--seed", type=int, default=0, help="seed of the weights, the order of the images and the augmentation")
-    add("--pretrained", metavar="FILE", help="start from the weights of this checkpoint")
+    add("--pretrained", metavar="FILE", help="start from the weights of this checkpoint or state dict")
     add = parser.add_argument_group("machine and run").add_argument
     add("--device", default="auto", help="cpu, cuda, cuda:1, … (default: cuda if there is a GPU, else cpu)")
     add("--amp", action="store_true", help="run the network's forward pass in bfloat16")
@@ -434,6 +434,7 @@ def load_weights(net: torch.nn.Module, args, checkpoint: dict | None, may_lack: 
     """Load the weights of --resume or --pretrained into the network. Without either it keeps its own.
 
     checkpoint: what parse() returned. may_lack: endings of the names of parameters that a --pretrained file may lack.
+    It may also lack the BatchNorm1d before the classifier (bn_fc), which then starts fresh; a line says so.
     """
     if checkpoint:
         return load_model(net, checkpoint["model"], args.resume)
@@ -454,6 +455,14 @@ def load_weights(net: torch.nn.Module, args, checkpoint: dict | None, may_lack: 
                 )
     elif isinstance(weights, dict):
         weights = {name: own for name, own in net.state_dict().items() if name.endswith(may_lack)} | weights
+    if isinstance(weights, dict):
+        fresh = {name: own for name, own in net.state_dict().items() if name.startswith("bn_fc.")}
+        if fresh and not fresh.keys() & weights.keys():
+            weights = fresh | weights
+            console.print(
+                f"{path} has no bn_fc, the BatchNorm1d before the classifier: it starts fresh; it normalises the "
+                "classifier's input in training, and in a test before any training it changes nothing"
+            )
     load_model(net, weights, path)
 
 

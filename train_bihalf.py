@@ -1,12 +1,14 @@
 """Equal Bits: bi-half weights. In each filter, half of the weights are +1 and half are −1.
 
     # One minute on a laptop, without a download:
-    python train_bihalf.py --dataset digits --arch birealnet8-prelu --epochs 12 --batch-size 64
+    python train_bihalf.py --dataset digits --arch resnet8-equalbits --epochs 12 --batch-size 64
     python train_bihalf.py --toy                                         # the paper's 2-D example: a table and a plot
     python train_bihalf.py --arch conv6                                  # CIFAR-10; or conv2, conv4, conv8
-    python train_bihalf.py --arch birealnet20-prelu                      # CIFAR-10, binary activations too
-    python train_bihalf.py --arch birealnet18-prelu --dataset cifar100   # or birealnet34-prelu, vgg16
-    python train_bihalf.py --arch birealnet18-prelu --dataset imagenet --data-dir my/imagenet
+    python train_bihalf.py --arch resnet18-equalbits                     # CIFAR-10, binary activations too
+    python train_bihalf.py --arch resnet18-equalbits --prune 0.5         # the default of the authors' code
+    python train_bihalf.py --arch resnet20-irnet                         # with IR-Net's ResNet-20
+    python train_bihalf.py --arch resnet18-equalbits --dataset cifar100  # or resnet34-equalbits, vgg16
+    python train_bihalf.py --arch resnet18-equalbits --dataset imagenet --data-dir my/imagenet
     python train_bihalf.py --arch conv6 --quantizer sign                 # the baseline
     python train_bihalf.py --arch conv6 --ratio 0.3                      # 30 % of the weights are +1
     python train_bihalf.py --arch conv6 --prune 0.4                      # 40 % of the weights are 0
@@ -41,10 +43,12 @@ import data
 import models
 import runs
 
-# The paper's recipes, by network ("conv") or data set, all for SGD with momentum 0.9. "other" is IR-Net's for CIFAR-10.
+# The paper's recipes, by kind of network or data set, all for SGD with momentum 0.9. "equalbits" is for CIFAR-100 and
+# for the ResNet-18 and 34 of CIFAR-10; "other" is IR-Net's for CIFAR-10. On ImageNet the authors' code divides the
+# learning rate by 10 at epoch 95 too, and at 80 instead of 90: --milestones 30 60 80 95.
 RECIPES = {
     "conv": dict(epochs=100, batch_size=128, weight_decay=1e-4, schedule="cosine", milestones=[]),
-    "cifar100": dict(epochs=350, batch_size=128, weight_decay=5e-4, schedule="step", milestones=[150, 250, 320]),
+    "equalbits": dict(epochs=350, batch_size=128, weight_decay=5e-4, schedule="step", milestones=[150, 250, 320]),
     "imagenet": dict(epochs=100, batch_size=256, weight_decay=1e-4, schedule="step", milestones=[30, 60, 90]),
     "other": dict(epochs=400, batch_size=128, weight_decay=1e-4, schedule="cosine", milestones=[]),
 }
@@ -57,12 +61,13 @@ DEFAULT_LR = {"adam": 1e-3, "sgd": 0.1, "sgdm": 0.1}  # sgdm: the paper's
 
 def flags():
     by_recipe = dict.fromkeys(RECIPES["other"])  # None; complete() sets them
-    parser = runs.common_flags("train_bihalf.py", __doc__, arch="birealnet20-prelu", opt="sgdm", **by_recipe)
+    parser = runs.common_flags("train_bihalf.py", __doc__, arch="resnet20-irnet", opt="sgdm", **by_recipe)
     add = parser.add_argument_group("binary network").add_argument
     add("--quantizer", default="bihalf", choices=["bihalf", "sign"], help="sign is the baseline")
     add("--ratio", type=float, help="fraction of a filter's weights that are +1 (default: 0.5)")
     add("--prune", type=float, help="fraction of a filter's weights that are 0 (default: 0)")
-    add("--act", choices=["none", "sign"], help="sign: binary activations too, W1A1 (default: sign in birealnets)")
+    act = "sign: binary activations too (default: sign in networks with a shortcut around each convolution)"
+    add("--act", choices=["none", "sign"], help=act)
     add("--binarize-all", action="store_true", help="binarize the first and the last layer too")
     add("--toy", action="store_true", help="show the paper's 2-D example, do not train; writes OUT/toy.png")
     return parser
@@ -82,9 +87,17 @@ def complete(args) -> None:
                 )
         if args.prune and args.ratio != 0.5:
             raise runs.RunError("--prune removes as many weights of either sign: leave out --ratio with it")
-    recipe = "conv" if args.arch in models.UNNORMALISED else args.dataset
-    runs.fill(args, **RECIPES.get(recipe, RECIPES["other"]))
-    runs.fill(args, lr=DEFAULT_LR[args.opt], act="sign" if args.arch in models.BIREAL_NETS else "none")
+    runs.fill(args, **RECIPES[recipe(args)], lr=DEFAULT_LR[args.opt])
+    runs.fill(args, act="sign" if args.arch in models.MULTI_SHORTCUT_NETS else "none")
+
+
+def recipe(args) -> str:
+    """Which of RECIPES belongs to --arch and --dataset."""
+    if args.arch in models.UNNORMALISED:
+        return "conv"
+    if args.dataset == "imagenet":
+        return "imagenet"
+    return "equalbits" if args.dataset == "cifar100" or args.arch in models.EQUALBITS_NETS else "other"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

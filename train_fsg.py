@@ -4,6 +4,7 @@
     python train_fsg.py --dataset digits --arch resnet8 --epochs 12 --batch-size 64
     python train_fsg.py --arch resnet32 --hgs mamba --opt adam           # the paper, on CIFAR-10
     python train_fsg.py --arch resnet32 --grad ste                       # the baseline; or gate, fcgrad, multifc, …
+    python train_fsg.py --arch resnet32 --preset released                # step by step as the authors' code
     python train_fsg.py --dataset folder --data-dir my/images            # my/images/{train,test}/CLASS/*.png
     # The paper starts from a full-precision network:
     python train_fsg.py --arch resnet32 --quantizer none --opt sgdm --name fp32
@@ -38,10 +39,10 @@ from torch.nn import functional as F
 import data
 import models
 import runs
-from fsg_released import ReleasedFSG
+from fsg_released import ReleasedFSG, ReleasedFSGLSTM
 from gate import GatedHistory
 from hypernet import FSG, STE
-from metaquant import LSTMFC, FCGrad, MultiFC
+from metaquant import LSTMFC, AuthorsAdam, FCGrad, LookAhead, MultiFC, ReleasedFCGrad, ReleasedLSTMFC, ReleasedMultiFC
 
 # Learning rates that work for the latent weights, measured (results/README.md).
 DEFAULT_LR = {"adam": 1e-3, "sgd": 0.3, "sgdm": 0.1}
@@ -58,9 +59,10 @@ LR_PHI_UNBOUNDED = 1e-5
 
 
 def flags():
-    parser = runs.common_flags("train_fsg.py", __doc__)
+    parser = runs.common_flags("train_fsg.py", __doc__, weight_decay=None)
     bnn = parser.add_argument_group("binary network")
-    bnn.add_argument("--quantizer", default="dorefa", choices=["dorefa", "bwn", "bwn-f", "none"], help="none: float")
+    quantizers = ["dorefa", "bwn", "bwn-f", "bwn-l", "none"]
+    bnn.add_argument("--quantizer", default="dorefa", choices=quantizers, help="quantizers.py; none: float")
     bnn.add_argument("--act", default="none", choices=["none", "sign"], help="sign: binary activations too (W1A1)")
     bnn.add_argument(
         "--binarize-all", action="store_true", help="binarize the first convolution and the classifier too"
@@ -73,7 +75,12 @@ def flags():
         "three (metaquant.py) (default: fsg)",
     )
     fsg.add_argument("--hgs", choices=["mamba", "lstm"], help="fsg: the slow-net over the history (default: mamba)")
-    fsg.add_argument("--preset", choices=["none", "released"], help="released: the FSG authors' code (fsg_released.py)")
+    fsg.add_argument(
+        "--preset",
+        choices=["none", "released"],
+        help="released: each training step as in the authors' code, FSG's (fsg_released.py) or MetaQuant's "
+        "(metaquant.py) (default: none)",
+    )
     fsg.add_argument(
         "--history",
         choices=["per-weight", "flat", "newest"],
@@ -122,13 +129,14 @@ def complete(args) -> None:
         "fast_act",
         "hyper_sample",
     )  # of the paper's text, not the code
-    only_fsg = ("hgs", "preset", "length", "beta", "lr_slow", *mamba, *(name for name in text if name != "fast_act"))
-    learned = ("fsg", "fcgrad", "multifc", "lstmfc")
+    only_fsg = ("hgs", "length", "beta", "lr_slow", *mamba, *(name for name in text if name != "fast_act"))
+    metaquant = ("fcgrad", "multifc", "lstmfc")
+    learned = ("fsg", *metaquant)
     generator = dict.fromkeys(only_fsg, ("fsg",))
     generator |= {"hidden": learned, "lr_fast": learned, "fast_act": learned[:3], "memory": ("gate",)}
-    generator["epsilon"] = ("gate",)
+    generator |= {"epsilon": ("gate",), "preset": learned}
 
-    binary = ("dorefa", "bwn", "bwn-f")
+    binary = ("dorefa", "bwn", "bwn-f", "bwn-l")
     if args.quantizer == "none" and (args.act != "none" or args.binarize_all):
         raise runs.RunError("--quantizer none is full precision: leave out --act and --binarize-all")
     runs.only_for(args, "quantizer", dict.fromkeys(("grad", *generator), binary))
@@ -136,16 +144,23 @@ def complete(args) -> None:
     runs.only_for(args, "grad", generator)
     if "hgs" in args:
         runs.fill(args, hgs="mamba")
-        runs.only_for(args, "hgs", dict.fromkeys((*mamba, "preset"), ("mamba",)))
+        runs.only_for(args, "hgs", dict.fromkeys(mamba, ("mamba",)))
     runs.fill(args, preset="none")
-    if getattr(args, "preset", "none") == "released":
+    released = getattr(args, "preset", "none") == "released"
+    if released:
         runs.only_for(args, "preset", dict.fromkeys(text, ("none",)))
+        if "hgs" in args:
+            runs.only_for(args, "hgs", {"length": ("mamba",)})  # its LSTM sees no history
         args.binarize_all = True
+        if args.grad in metaquant:  # its BWN has a scale, its networks no BatchNorm before the classifier
+            args.quantizer = {"bwn": "bwn-l"}.get(args.quantizer, args.quantizer)
+            args.arch += "-metaquant" * (f"{args.arch}-metaquant" in models.ARCHS)
+    runs.fill(args, weight_decay=5e-4 if released and args.grad in metaquant and args.opt == "adam" else 0.0)
 
     runs.fill(args, history="per-weight", length=5, beta=0.9, balance="layer-rms", normalize="layer-rms")
     runs.fill(args, hidden=100, d_state=16, d_conv=8, expand=100, scan="auto", hyper_sample=1.0)
     runs.fill(args, memory=0.8, epsilon=0.35)
-    unbounded = args.opt != "adam" and getattr(args, "balance", "none") == "none"
+    unbounded = args.opt != "adam" and getattr(args, "balance", "none") == "none" and not released
     grad = getattr(args, "grad", None)
     runs.fill(args, lr_fast=LR_PHI_UNBOUNDED if unbounded else LR_FAST.get(grad))
     runs.fill(args, lr_slow=LR_PHI_UNBOUNDED if unbounded else LR_SLOW)
@@ -164,22 +179,28 @@ def make_generator(args, layers):
     """The gradient generator that --grad names, for the network's binary layers. None at full precision."""
     if args.quantizer == "none":
         return None
+    released = getattr(args, "preset", "none") == "released"
     try:
         if args.grad == "ste":
             return STE(layers)
         if args.grad == "gate":
             return GatedHistory(layers, args.memory, args.epsilon)
-        if args.grad == "fcgrad":
-            return FCGrad(layers, args.hidden, args.fast_act, args.lr_fast)
-        if args.grad == "multifc":
-            return MultiFC(layers, args.hidden, args.fast_act, args.lr_fast)
-        if args.grad == "lstmfc":
-            return LSTMFC(layers, args.hidden, args.lr_fast)
-        options = {"length": args.length, "beta": args.beta, "hidden": args.hidden}
+        if args.grad in ("fcgrad", "multifc", "lstmfc"):
+            simple = {"fcgrad": FCGrad, "multifc": MultiFC, "lstmfc": LSTMFC}
+            theirs = {"fcgrad": ReleasedFCGrad, "multifc": ReleasedMultiFC, "lstmfc": ReleasedLSTMFC}
+            options = {"hidden": args.hidden, "lr": args.lr_fast}
+            if "fast_act" in args:
+                options["act"] = args.fast_act
+            return (theirs if released else simple)[args.grad](layers, **options)
+        options = {"beta": args.beta, "hidden": args.hidden}
         options |= {"lr_fast": args.lr_fast, "lr_slow": args.lr_slow}
+        if "length" in args:
+            options["length"] = args.length
         if args.hgs == "mamba":
             options |= {"d_state": args.d_state, "d_conv": args.d_conv, "expand": args.expand, "scan": args.scan}
-        if getattr(args, "preset", "none") == "released":
+        if released and args.hgs == "lstm":
+            return ReleasedFSGLSTM(layers, **options)
+        if released:
             generator = ReleasedFSG(layers, **options)
         else:
             generator = FSG(
@@ -240,11 +261,15 @@ def main(argv=None) -> int:
     params = net.parameters()
     if isinstance(generator, GatedHistory):  # its history is the momentum of the latent weights
         params = generator.parameter_groups(params, betas=getattr(args, "betas", None))
-    optimizer = runs.make_optimizer(params, args)
+    released = isinstance(generator, LookAhead)  # --preset released
+    if released and args.opt == "adam":
+        optimizer = AuthorsAdam(params, args.lr, betas=args.betas, weight_decay=args.weight_decay)
+    else:
+        optimizer = runs.make_optimizer(params, args)
 
     # The run, from its start or from the checkpoint on.
     kind = "fp32" if generator is None else f"fsg-{args.hgs}" if args.grad == "fsg" else args.grad
-    kind += "-released" if isinstance(generator, ReleasedFSG) else ""
+    kind += "-released" if released else ""
     phi = sum(p.numel() for p in generator.parameters()) if generator else 0
     about = f"gradients: {kind}" + (f", with {phi:,} hyper-parameters φ" if phi else "")
     if isinstance(generator, GatedHistory) and args.lr == GATE_LR:
@@ -267,8 +292,8 @@ def main(argv=None) -> int:
         for epoch in run.epochs():
             for images, labels in run.batches():
                 lr = run.set_learning_rate(optimizer, epoch)
-                if isinstance(generator, ReleasedFSG):
-                    generator.look_ahead(lr)  # the authors' code measures ĝ after a trial step along the last G
+                if released:
+                    generator.look_ahead(lr)  # the authors' codes measure ĝ at the weights after a trial step
                 optimizer.zero_grad()
                 for x, y, fraction in runs.micro_batches(model, images, labels, args.accumulate):
                     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
@@ -278,7 +303,8 @@ def main(argv=None) -> int:
                     run.count(loss, logits, y)
                 if generator:
                     generator.generate()  # now the .grad is G; this also trains the hypernetworks
-                optimizer.step()
+                if not released or generator.t > 1:  # the authors' codes update nothing in the first step
+                    optimizer.step()
             if run.leaving:
                 break
             test_loss, test_acc = runs.evaluate(model, test, device, args.amp)

@@ -1,16 +1,17 @@
 """Si-BNN: sparsity-inducing binary activations, 0 and 1 instead of −1 and +1, with a trained threshold.
 
     # One minute on a laptop, without a download:
-    python train_sibnn.py --dataset digits --arch birealnet8 --epochs 12 --batch-size 64
-    python train_sibnn.py --arch vgg-small                               # CIFAR-10; or --arch birealnet20
+    python train_sibnn.py --dataset digits --arch resnet8-sibnn --epochs 12 --batch-size 64
+    python train_sibnn.py --arch vgg-small                               # CIFAR-10; or --arch resnet20-sibnn
     python train_sibnn.py --arch vgg-small --act sign                    # the baseline
     python train_sibnn.py --dataset mnist --arch lenet
-    python train_sibnn.py --dataset imagenet --data-dir my/imagenet --arch birealnet18    # or alexnet, vgg16
+    python train_sibnn.py --dataset imagenet --data-dir my/imagenet --arch resnet18-sibnn    # or alexnet, vgg16
 
     python train_sibnn.py --resume runs/NAME                             # after Ctrl-C or a crash, bit for bit
     python plot.py runs/A runs/B                                         # curves
 
 Paper: Sparsity-Inducing Binarized Neural Networks (AAAI 2020), https://ojs.aaai.org/index.php/AAAI/article/view/6900
+Code of its authors, for the extension of 2022: https://github.com/peiswang/SiBNN
 
 Binary activations are usually −1 and +1. Those of Si-BNN are 0 and 1, like a ReLU of one bit. Each channel has a
 threshold θ and a slope Δ, which are trained. The gradient passes through a window, which begins a little below the
@@ -20,7 +21,12 @@ threshold (by ρ):
     a = 1 if y ≥ 0, else 0
     ∂a/∂y := 1 if −ρ < y < 1, else 0
 
-The weights are signs with one scale per filter, α = mean|W|. The latent weights are clamped to [−1, 1].
+The weights are signs with one scale per filter, α = mean|W|, and the gradient passes through the scale too (`sibnn` in
+quantizers.py). The latent weights are clamped to [−1, 1].
+
+--recipe paper (the default) trains as the paper of 2020 says: Adam at 1e-3, divided by 10 at epochs 40 and 80 of 100,
+weight decay 1e-6. --recipe code trains as the authors' code does: a cosine to 0, weight decay 1e-5. Both have batches
+of 256. The default is the paper's because its published accuracies were trained so.
 
     flags → data → network → optimizer → the training loop → evaluation
 
@@ -36,7 +42,11 @@ import data
 import models
 import runs
 
-DEFAULT_LR = {"adam": 1e-3, "sgd": 0.1, "sgdm": 0.1}  # adam: the paper's
+RECIPES = {
+    "paper": dict(weight_decay=1e-6, schedule="step", milestones=[40, 80]),
+    "code": dict(weight_decay=1e-5, schedule="cosine", milestones=[40, 80]),
+}
+DEFAULT_LR = {"adam": 1e-3, "sgd": 0.1, "sgdm": 0.1}  # adam: the paper's and the code's
 THRESHOLDS = (".theta", ".delta")  # endings of the names of θ and Δ
 
 
@@ -45,9 +55,12 @@ THRESHOLDS = (".theta", ".delta")  # endings of the names of θ and Δ
 
 
 def flags():
-    paper = dict(epochs=100, batch_size=256, opt="adam", weight_decay=1e-6, schedule="step", milestones=[40, 80])
-    parser = runs.common_flags("train_sibnn.py", __doc__, arch="birealnet20", **paper)
+    by_recipe = dict.fromkeys(RECIPES["paper"])  # None; complete() sets them
+    both = dict(epochs=100, batch_size=256, opt="adam")
+    parser = runs.common_flags("train_sibnn.py", __doc__, arch="resnet20-sibnn", **both, **by_recipe)
     add = parser.add_argument_group("binary network").add_argument
+    recipes = "defaults of --schedule, --milestones, --weight-decay: the paper's of 2020 or those of the authors' code"
+    add("--recipe", default="paper", choices=list(RECIPES), help=recipes)
     add("--act", default="si", choices=["si", "sign", "none"], help="activations; si: 0 and 1; sign: −1 and +1")
     add("--rho", type=float, help="ρ, how far the gradient's window reaches below θ, 0 to 1 (default: 0.3)")
     add("--binarize-all", action="store_true", help="binarize the first and the last layer too")
@@ -59,7 +72,7 @@ def complete(args) -> None:
     if args.arch not in models.ARCHS:
         raise runs.RunError(f"--arch {args.arch} is not known: use one of {', '.join(models.ARCHS)}")
     runs.only_for(args, "act", {"rho": ("si",)})
-    runs.fill(args, rho=0.3, lr=DEFAULT_LR[args.opt])
+    runs.fill(args, rho=0.3, lr=DEFAULT_LR[args.opt], **RECIPES[args.recipe])
     if args.act == "si" and not 0 <= args.rho <= 1:
         raise runs.RunError(f"--rho must lie in [0, 1]; it is {args.rho}")
 
@@ -70,7 +83,7 @@ def complete(args) -> None:
 
 def network(args, num_classes: int, shape: tuple[int, int, int]) -> torch.nn.Module:
     """The network before training: images [B, *shape] -> logits [B, num_classes]."""
-    net = models.build(args.arch, num_classes, "bwn-f", args.act, args.binarize_all, *shape[:2])
+    net = models.build(args.arch, num_classes, "sibnn", args.act, args.binarize_all, *shape[:2])
     for layer in models.binary_layers(net) if args.act == "si" else []:
         layer.rho = args.rho
     return net
@@ -171,7 +184,7 @@ def main(argv=None) -> int:
                     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                         logits = model(x)
                     loss = F.cross_entropy(logits.float(), y)
-                    (fraction * loss).backward()  # straight through the signs; through the windows of the activations
+                    (fraction * loss).backward()  # through the signs, the scales and the windows of the activations
                     run.count(loss, logits, y)
                 optimizer.step()
                 with torch.no_grad():

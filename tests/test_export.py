@@ -36,12 +36,16 @@ NETWORKS = {
         train_fsg,
         "--arch resnet8 --grad ste --quantizer bwn-f --act sign --binarize-all",
     ),
-    "sibnn": (train_sibnn, "--arch birealnet8"),
+    "sibnn": (train_sibnn, "--arch resnet8-sibnn"),
+    "sibnn, birealnet": (train_sibnn, "--arch birealnet8"),
     "sibnn, pools": (train_sibnn, "--arch lenet"),
     "sibnn, floats": (train_sibnn, "--arch lenet --act none"),
     "bnn++": (train_proxconnect, "--arch resnet8"),
     "proxquant": (train_proxconnect, "--arch birealnet8 --act sign --method pq"),
-    "bihalf": (train_bihalf, "--arch birealnet8-prelu"),
+    "bihalf": (train_bihalf, "--arch resnet8-equalbits"),
+    "bihalf, birealnet": (train_bihalf, "--arch birealnet8-prelu"),
+    "bihalf, irnet": (train_bihalf, "--arch resnet8-irnet"),
+    "irnet, floats": (train_fsg, "--arch resnet8-irnet --grad ste"),
     "bihalf, no BatchNorm": (train_bihalf, "--arch conv4 --act sign"),
     "pruned": (train_bihalf, "--arch resnet8 --prune 0.4"),
     "pruned, both binary": (train_bihalf, "--arch birealnet8 --prune 0.4"),
@@ -57,7 +61,7 @@ def trained(folder, trainer, extra, steps=4):
     checkpoint = torch.load(path, weights_only=True)
     rng = torch.Generator().manual_seed(1)
     for name, value in checkpoint["model"].items():
-        if value.dim() == 1 and value.is_floating_point() and not name.endswith(("running_mean", "running_var")):
+        if value.dim() in (1, 3) and value.is_floating_point() and not name.endswith(("running_mean", "running_var")):
             value += 1.2 * torch.randn(value.shape, generator=rng)  # some factors become negative
             if name.endswith(("relu.weight", "relu1.weight", "relu2.weight")):
                 value.abs_()

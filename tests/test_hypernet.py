@@ -19,10 +19,10 @@ from torch.nn import functional as F
 import hypernet
 import models
 import quantizers
-from fsg_released import ReleasedFSG
+from fsg_released import ReleasedFSG, ReleasedFSGLSTM
 from gate import GatedHistory
 from hypernet import FSG, STE, FastNet, SlowLSTM, SlowMamba
-from metaquant import LSTMFC, FCGrad, MultiFC
+from metaquant import LSTMFC, AuthorsAdam, FCGrad, MultiFC, ReleasedFCGrad, ReleasedLSTMFC, ReleasedMultiFC
 
 
 def relative(a, b):
@@ -388,6 +388,13 @@ MAKERS = {
     "lstmfc": lambda layers: LSTMFC(layers, 6),
 }
 UNLEARNED = {"ste": STE, "gate": GatedHistory}
+RELEASED = {
+    "released": small_released,
+    "released-lstm": lambda layers: ReleasedFSGLSTM(layers, hidden=6),
+    "released-fcgrad": lambda layers: ReleasedFCGrad(layers, 6),
+    "released-multifc": lambda layers: ReleasedMultiFC(layers, 6),
+    "released-lstmfc": lambda layers: ReleasedLSTMFC(layers, 6),
+}
 
 
 def formula(name, gen, layers, latents, grads, states=None, sampled=None):
@@ -764,7 +771,7 @@ def test_how_gradients_are_kept_does_not_matter(name):
         assert all(relative(a, b) < 1e-10 for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("name", [*UNLEARNED, *MAKERS, "released"])
+@pytest.mark.parametrize("name", [*UNLEARNED, *MAKERS, *RELEASED])
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_state_dict_holds_all_that_matters(name, steps):
     """Saved, loaded into fresh objects, and continued: the same bits as without the interruption."""
@@ -772,18 +779,18 @@ def test_state_dict_holds_all_that_matters(name, steps):
     def fresh():
         net = network(dtype=torch.float32)
         layers = models.binary_layers(net)
-        if name == "released":
-            return net, small_released(layers)
-        return net, (UNLEARNED | MAKERS)[name](layers)
+        return net, (UNLEARNED | MAKERS | RELEASED)[name](layers)
 
     def train(net, gen, first, last):
         for t in range(first, last):
-            if name == "released":
+            if name in RELEASED:
                 gen.look_ahead(0.01)
             backward(net, t)
             gen.generate()
             for layer in models.binary_layers(net):
                 layer.weight.data -= 0.01 * layer.weight.grad
+                if layer.bias is not None:
+                    layer.bias.data -= 0.01 * layer.bias.grad
 
     net, gen = fresh()
     train(net, gen, 0, steps)
@@ -798,47 +805,126 @@ def test_state_dict_holds_all_that_matters(name, steps):
         assert torch.equal(a, b)
 
 
-def test_released_preset_looks_ahead_and_never_applies_the_slow_gradient():
+@pytest.mark.parametrize("name", RELEASED)
+def test_a_released_step_is_the_chain_rule_through_the_look_ahead(name):
+    """Each step, restated layer by layer: the look-ahead weights and biases, φ's gradient and the update."""
     net = network()
     layers = models.binary_layers(net)
-    gen = small_released(layers)
-    nudge(gen)
-    lr, latents, grads, stood = 0.05, [], [], []
-    for t in range(4):
-        persistent = [x.weight.detach().clone() for x in layers]
-        phi = copy.deepcopy(dict(gen.named_parameters()))
+    gen = RELEASED[name](layers)
+    optimizer = AuthorsAdam(net.parameters(), 0.02, weight_decay=1e-2)
+    with_bias = [layer for layer in layers if layer.bias is not None]
+    lrs, grads, pres, states = [0.02, 0.02, 0.01, 0.03, 0.03], [], [], None
+    refined, bias_refined = [], []
+    for t, lr in enumerate(lrs):
+        persistent = copy.deepcopy(net.state_dict())
+        latents = [layer.weight.detach().clone() for layer in layers]
         gen.look_ahead(lr)
-        stood.append([x.weight.detach().clone() for x in layers])
-        if t > 0:
-            # fast and slow come from the gradient of the step before, W̃ from where that one was measured; the
-            # calibration that applies them is the persistent weights'.
-            for i, layer in enumerate(layers):
-                D = quantizers.calibration(persistent[i], "dorefa")
-                g, pre = grads[-1][i], quantizers.pre_quantize(stood[-2][i], "dorefa")
-                fast = g * gen.fast.mlp(pre.flatten()).view_as(g)
-                past = [step[i].flatten() for step in grads[-3:]]
-                past = [torch.zeros_like(past[0])] * (3 - len(past)) + past
-                u = torch.cat([gen.lre.weight[i], *past]).view(1, -1, 1)
-                slow = gen.slow(u)[0, -g.numel() :, 0].view_as(g)
-                mix = (1 - 0.9) * D * fast + 0.9 * slow
-                assert relative(layer.weight, persistent[i] - lr * mix) < 1e-10
-                layer.expected = (D * fast).detach()
-        backward(net, t)
-        latents.append(stood[-1])
-        grads.append([x.weight.grad.clone() for x in layers])
-        gen.generate()
-        assert all(torch.equal(x.weight, w) for x, w in zip(layers, persistent, strict=True)), "back where it was"
+        stood = [layer.weight.detach().clone() for layer in layers]
+        biases = [layer.bias.detach().clone() for layer in with_bias]
         if t == 0:
-            assert all(
-                relative(x.weight.grad, quantizers.calibration(w, "dorefa") * g) < 1e-12
-                for x, w, g in zip(layers, persistent, grads[0], strict=True)
-            )
+            assert all(torch.equal(value, persistent[key]) for key, value in net.state_dict().items())
+        backward(net, t)
+        ghat, bias_grads = [x.weight.grad.clone() for x in layers], [x.bias.grad.clone() for x in with_bias]
+        if t > 0:
+            mixes, updates, new_states = [], [], []
+            for i, W in enumerate(latents):
+                D, g, pre = quantizers.calibration(W, "dorefa"), grads[-1][i], pres[-1][i]
+                if name.endswith(("lstm", "lstmfc")):
+                    new_states.append(gen.cell(pre.reshape(-1, 1), None if states is None else states[i]))
+                    carried = g * gen.out(new_states[-1][0]).view_as(g)
+                if name == "released-fcgrad":
+                    fast = gen.fast.mlp(g.flatten()).view_as(g)
+                elif name == "released-lstmfc":
+                    fast = carried
+                else:
+                    fast = g * gen.fast.mlp(pre.flatten()).view_as(g)
+                updates.append((D * fast).detach())
+                if name == "released":
+                    past = [step[i].flatten() for step in grads[-3:]]  # the window grows, without zeros before it
+                    u = torch.cat([gen.lre.weight[i], *past]).view(1, -1, 1)
+                    mixes.append(0.1 * D * fast + 0.9 * gen.slow(u)[0, -g.numel() :, 0].view_as(g))
+                else:
+                    mixes.append(0.1 * D * fast + 0.9 * carried if name == "released-lstm" else D * fast)
+                along = mixes[i] if name in ("released", "released-lstm") else refined[i]
+                assert relative(stood[i], W - lr * along) < 1e-10
+            states = [(h.detach(), c.detach()) for h, c in new_states]
+            for layer, bias, along in zip(with_bias, biases, bias_refined, strict=True):
+                before = persistent[next(k for k, v in net.named_parameters() if v is layer.bias)]
+                assert relative(bias, before - lr * along) < 1e-10
+            v = [-lr * quantizers.calibration(w, "dorefa") * g for w, g in zip(stood, ghat, strict=True)]
+            expected = torch.autograd.grad(mixes, list(gen.parameters()), v)
+        gen.generate()
+        for key, p in net.named_parameters():
+            assert torch.equal(p, persistent[key]), "back where it was"
+        if t > 0:
+            assert all(relative(p.grad, e) < 1e-9 for p, e in zip(gen.parameters(), expected, strict=True))
+            assert all(relative(x.weight.grad, u) < 1e-10 for x, u in zip(layers, updates, strict=True))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            refined = [(w - x.weight.detach()) / lr for x, w in zip(layers, latents, strict=True)]
+            names = {id(p): key for key, p in net.named_parameters()}
+            bias_refined = [(persistent[names[id(x.bias)]] - x.bias.detach()) / lr for x in with_bias]
         else:
-            assert all(relative(x.weight.grad, x.expected) < 1e-10 for x in layers)
-            assert all(not torch.equal(p, phi[k]) for k, p in gen.named_parameters()), "φ, slow-net included, learns"
-        for x in layers:
-            x.weight.data -= lr * x.weight.grad
+            refined = [quantizers.calibration(w, "dorefa") * g for w, g in zip(latents, ghat, strict=True)]
+            assert all(relative(x.weight.grad, r) < 1e-12 for x, r in zip(layers, refined, strict=True))
+            bias_refined = bias_grads
+        grads.append(ghat)
+        pres.append([quantizers.pre_quantize(w, "dorefa") for w in stood])
     assert gen.measure(lr) == {}, "what it would measure is of another place"
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_a_released_generator_wants_its_two_calls_in_turn(name):
+    net = network()
+    gen = RELEASED[name](models.binary_layers(net))
+    backward(net, 0)
+    gen.generate()
+    with pytest.raises(RuntimeError, match="look_ahead"):
+        gen.generate()
+    gen.look_ahead(0.0)  # a learning rate of 0 moves nothing
+    with pytest.raises(RuntimeError, match="twice"):
+        gen.look_ahead(0.1)
+    backward(net, 1)
+    gen.generate()
+    gen.look_ahead(0.1)
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+def test_metaquants_bwn_has_a_scale_per_layer_which_its_gradient_carries_to_phi_alone():
+    net = network("bwn-l")
+    layers = models.binary_layers(net)
+    layers[0].weight.data[0, 0, 0, 0] = 1.5  # beyond the gate
+    for layer in layers:
+        bits = layer.binary_weight()
+        assert torch.equal(bits.sign(), torch.where(layer.weight >= 0, 1.0, -1.0).double())
+        assert relative(bits.abs(), layer.weight.abs().mean().expand_as(bits)) < 1e-12
+    gen = ReleasedMultiFC(layers, 6)
+    backward(net, 0)
+    gen.generate()
+    g, before = [layer.weight.grad.clone() for layer in layers], [layer.weight.detach().clone() for layer in layers]
+    gen.look_ahead(0.01)
+    for layer, w, first in zip(layers, before, g, strict=True):
+        path = w.abs().mean() * (w.abs() <= 1)
+        assert relative(layer.weight, w - 0.01 * path * first) < 1e-12
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-2])
+def test_the_authors_adam(eps):
+    """Without ε it is torch's; with ε, which stands before the bias correction, it is torch's with a larger one."""
+    ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 7, dtype=torch.float64)) for _ in range(2))
+    a = AuthorsAdam([{"params": [ours]}], 0.1, (0.8, 0.9), eps, weight_decay=0.3)
+    b = torch.optim.Adam([theirs], 0.1, (0.8, 0.9), eps, weight_decay=0.3)
+    for t in range(1, 6):
+        for p in (ours, theirs):
+            p.grad = torch.sin(3 * t * torch.arange(1, 8, dtype=torch.float64))
+        b.param_groups[0]["eps"] = eps / math.sqrt(1 - 0.9**t)
+        if t == 3:  # from its state on
+            state = copy.deepcopy(a.state_dict())
+            a = AuthorsAdam([ours], 1.0)
+            a.load_state_dict(state)
+        a.step(), b.step()
+        assert relative(ours, theirs) < 1e-12
 
 
 def test_the_generator_moves_with_its_module():

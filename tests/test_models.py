@@ -244,7 +244,8 @@ def test_step_activation_equals_its_formula(batch, channels, rho, conv, seed):
 def test_si_layers_have_theta_and_delta_per_channel():
     net = models.build("birealnet8", 10, "bwn-f", "si")
     for name, layer in zip(models.binary_layer_names(net), models.binary_layers(net), strict=True):
-        assert layer.theta.tolist() == [0.0] * layer.in_channels and layer.delta.tolist() == [1.0] * layer.in_channels
+        assert layer.theta.flatten().tolist() == [0.0] * layer.in_channels
+        assert layer.delta.flatten().tolist() == [1.0] * layer.in_channels
         assert {f"{name}.theta", f"{name}.delta"} <= net.state_dict().keys()
     layer.theta.data.fill_(0.5)
     assert layer.binary_input(torch.tensor([0.4, 0.6]).view(1, 1, 1, 2)).unique().tolist() == [0.0, 1.0]
@@ -268,7 +269,7 @@ def test_sign_activation_cuts_the_gradient_outside_one():
     a = quantizers.sign_activation(x)
     assert a.tolist() == [-1, -1, -1, 1, 1, 1, 1]
     a.backward(torch.full_like(x, 3.0))
-    assert x.grad.tolist() == [0, 3, 3, 3, 3, 3, 0]
+    assert x.grad.tolist() == [0, 0, 3, 3, 3, 0, 0]
 
 
 @pytest.mark.parametrize("quantizer", ["dorefa", "bwn", "bwn-f"])
