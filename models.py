@@ -461,6 +461,10 @@ SIBNN_NETS = [f"resnet{depth}-sibnn" for depth in (8, 18, 20, 34)]
 EQUALBITS_NETS = [f"resnet{depth}-equalbits" for depth in (8, 18, 20, 34)]
 RESNETS = [*CIFAR_RESNETS, *IMAGENET_RESNETS, *METAQUANT_NETS, *IRNET_NETS, *SIBNN_NETS, *EQUALBITS_NETS, *BIREAL_NETS]
 ARCHS = [*RESNETS, *PLAIN_NETS]
+ARCHS_IN_SHORT = (  # for messages
+    f"{', '.join([*CIFAR_RESNETS, *IMAGENET_RESNETS, *BIREAL_NETS[::2], *PLAIN_NETS])}; "
+    "resnets also with -metaquant, -irnet, -sibnn or -equalbits, birealnets with -prelu"
+)
 MULTI_SHORTCUT_NETS = [*IRNET_NETS, *SIBNN_NETS, *EQUALBITS_NETS, *BIREAL_NETS]  # a shortcut around each convolution
 
 
@@ -547,7 +551,7 @@ def build(
     Raises ModelError for an unknown name, and for AlexNet on images of less than 63 pixels.
     """
     if arch not in ARCHS:
-        raise ModelError(f"no network is called {arch!r}: use one of {', '.join(ARCHS)}")
+        raise ModelError(f"no network is called {arch!r}: use one of {ARCHS_IN_SHORT}")
     if act not in NONLINEARITIES:
         raise ModelError(f"no activation is called {act!r}: use one of {', '.join(NONLINEARITIES)}")
     if arch == "alexnet" and image_size and image_size < 63:
