@@ -533,7 +533,8 @@ def build(
             classifier and binary 1×1 convolutions in the shortcuts.
         resnet18/34: FSG's ResNets of 64 to 512 channels, with a BatchNorm1d before the classifier and full-precision
             1×1 convolutions in the shortcuts.
-        resnet*-metaquant: MetaQuant's, without the BatchNorm1d; all 1×1 convolutions are binary.
+        resnet8/20/32/44/56/110-metaquant: MetaQuant's CIFAR ResNets, without the BatchNorm1d and otherwise like FSG's.
+        resnet18/34-metaquant: the same for 64 to 512 channels, for which MetaQuant's code has no network.
         resnet8/20-irnet: IR-Net's. With binary activations (W1A1) it has a shortcut around each convolution, with
             act 'none' (W1A32) one around two. The shortcuts have no parameters.
         resnet8/20-sibnn and resnet18/34-sibnn: Si-BNN's, see SiBNNBlock.
