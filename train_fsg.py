@@ -119,7 +119,7 @@ def flags():
 def complete(args) -> None:
     """Fill in the defaults that depend on other flags, and refuse flags that the chosen generator does not have."""
     if args.arch not in models.ARCHS:
-        raise runs.RunError(f"--arch {args.arch} is not known: use one of {', '.join(models.ARCHS)}")
+        raise runs.RunError(f"--arch {args.arch} is not known: use one of {models.ARCHS_IN_SHORT}")
     mamba = ("d_state", "d_conv", "expand", "scan")
     text = (
         "history",

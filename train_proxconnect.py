@@ -100,7 +100,7 @@ def complete(args) -> None:
     runs.fill(args, lr=lr * FINE_TUNING if fine_tuning else lr)
     if is_transformer and not import_timm(args.arch).is_model(args.arch):
         raise runs.RunError(
-            f"--arch {args.arch} is not known: use one of {', '.join(models.ARCHS)}, or a vision transformer of timm"
+            f"--arch {args.arch} is not known: use one of {models.ARCHS_IN_SHORT}, or a vision transformer of timm"
         )
     if not is_transformer and (args.patch_size is not None or args.pretrained_timm):
         raise runs.RunError(f"--patch-size and --pretrained-timm are for transformers: leave them out with {args.arch}")
@@ -127,7 +127,7 @@ def import_timm(arch: str):
         import timm
     except ImportError:
         raise runs.RunError(
-            f"--arch {arch} is none of {', '.join(models.ARCHS)}; for a vision transformer of timm, pip install timm"
+            f"--arch {arch} is none of {models.ARCHS_IN_SHORT}; for a vision transformer of timm, pip install timm"
         ) from None
     return timm
 
