@@ -75,6 +75,8 @@ METHODS = {  # the quantizer in models.py of each method
     "pq": "identity",
     "rpc": "identity",
 }
+SWISH = ("bnn+", "bnn++")
+RELAXED = ("pc", "bnn++", "pq", "rpc")  # methods that train with weights other than the signs
 # The paper does not give learning rates; these are this project's.
 DEFAULT_LR = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.1, "sgdm": 0.1}
 TRANSFORMER_LR = 5e-4  # with Adam and AdamW
@@ -82,6 +84,7 @@ TRANSFORMER_LR = 5e-4  # with Adam and AdamW
 TRANSFORMER_DECAY = 0.05  # with AdamW, of the full-precision weights
 TRANSFORMER_WARMUP = 5.0  # epochs; at most a twentieth of the run
 AUGMENTATION = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "re_mode": "pixel"}  # timm's create_transform
+SWISH_LR = 0.1  # factor of the learning rate of bnn+ and bnn++, whose gradient is multiplied by up to μ
 FINE_TUNING = 0.1  # factor of the learning rate when training starts from --pretrained weights
 
 
@@ -115,6 +118,7 @@ def complete(args) -> None:
     runs.fill(args, mu=[5.0] if args.method == "bnn+" else [5.0, 30.0], rho=[0.01, 10.0])
     runs.fill(args, epochs=100 if fine_tuning else 300, opt="adamw" if is_transformer else "sgdm")
     lr = TRANSFORMER_LR if is_transformer and args.opt in ("adam", "adamw") else DEFAULT_LR[args.opt]
+    lr *= SWISH_LR if args.method in SWISH else 1
     runs.fill(args, lr=lr * FINE_TUNING if fine_tuning else lr)
     runs.fill(args, weight_decay=TRANSFORMER_DECAY if is_transformer and args.opt == "adamw" else 0.0)
     runs.fill(args, warmup=min(TRANSFORMER_WARMUP, args.epochs / 20) if is_transformer else 0.0)
@@ -241,6 +245,19 @@ def hardness_range(args) -> tuple[float, float]:
 
 
 @torch.no_grad()
+def shrink_weights(layers, args) -> None:
+    """bnn+ and bnn++ start from the network's weights divided by μ, unless they start from a run of such a method.
+
+    Near 0, SS_μ(x) is about μx. So the forward weights of bnn++ start as those of the network or of the pretrained
+    file, and most latent weights start where SS′_μ is positive, |x| < 2.4/μ. A weight further out cannot change sign.
+    """
+    trained = runs.load(args.pretrained).get("args", {}).get("method") if args.pretrained else None
+    if args.method in SWISH and trained not in SWISH:
+        for layer in layers:
+            layer.weight.div_(args.mu[0])
+
+
+@torch.no_grad()
 def apply_linear_quantizer(layers, rho: torch.Tensor) -> None:
     """w ← L_ρ(w) for the latent weights themselves."""
     for layer in layers:
@@ -304,6 +321,8 @@ def main(argv=None) -> int:
     # Network. Its parameters are the latent weights; the binary layers compute w = F(w*).
     net = network(args, train.num_classes, train.shape, args.pretrained_timm and not checkpoint).to(device)
     runs.load_weights(net, args, checkpoint)
+    if not checkpoint and not args.eval_only:
+        shrink_weights(models.binary_layers(net), args)
     model = runs.parallel(net, args, device)
     layers = models.binary_layers(net)
     start, end = hardness_range(args)
@@ -355,14 +374,14 @@ def main(argv=None) -> int:
                     apply_linear_quantizer(layers, hardness / run.total_steps)
             if run.leaving:
                 break
-            if args.method in ("pc", "bnn++", "pq", "rpc"):
+            if args.method in RELAXED:
                 with runs.reestimate_batchnorm(net, plain, device, args.amp):
                     relaxed = runs.evaluate(model, test, device, args.amp)
             # The checkpoints are written within this `with`, so they contain the statistics of the network that was
             # tested. Training steps do not read running statistics.
             with true_signs(layers), runs.reestimate_batchnorm(net, plain, device, args.amp):
                 tested = runs.evaluate(model, test, device, args.amp)
-                if args.method not in ("pc", "bnn++", "pq", "rpc"):
+                if args.method not in RELAXED:
                     relaxed = tested
                 run.end_epoch(*tested, models.sign_bits(layers), relaxed_loss=relaxed[0], relaxed_acc=relaxed[1])
     return run.finish()
