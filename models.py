@@ -264,7 +264,7 @@ class BiRealBlock(nn.Module):
         return self.bn2(self.relu2(self.conv2(x))) + x
 
 
-class EqualBitsBlock(nn.Module):
+class EqualBitsBlock(BasicBlock):
     """Equal Bits' block, with a shortcut around each convolution and one PReLU, which is used twice.
 
         y = bn1(prelu(conv1(x))) + shortcut(x)
@@ -272,15 +272,6 @@ class EqualBitsBlock(nn.Module):
 
     Li et al., AAAI 2022, https://arxiv.org/abs/2112.03406
     """
-
-    def __init__(self, c_in: int, c_out: int, stride: int, nonlinearity: Nonlinearity, shortcut: Shortcut):
-        super().__init__()
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(c_out)
-        self.relu = nonlinearity(c_out)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(c_out)
-        self.downsample = make_shortcut(shortcut, c_in, c_out, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.bn1(self.relu(self.conv1(x))) + self.downsample(x)
