@@ -34,7 +34,7 @@ class FastUpdate(LookAhead):
         return (1 - self.beta) * D * fast + self.beta * slow
 
     def trial(self, D: Tensor) -> Tensor:
-        return self.graph.detach()
+        return self.last_G.detach()
 
     def update(self) -> Tensor:
         return self.fast_update

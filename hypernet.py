@@ -1,20 +1,23 @@
 """FSG: Fast and Slow Gradient generation for binary neural networks (AAAI 2025, https://arxiv.org/abs/2412.11777).
 
 Copy this file alone; it needs only torch. Copy selective_scan.py, selective_scan_cpu.cpp and selective_scan_triton.py
-beside it and Mamba runs many times faster. Three lines turn a training loop into FSG's:
+beside it and Mamba runs many times faster. Two lines turn a training loop into FSG's:
 
-    fsg = FSG(layers)                       # layers: modules with a `.weight` and a `.quantizer` (models.binary_layers)
+    fsg = FSG(layers)                                          # models.binary_layers(model)
     for images, labels in batches:
         F.cross_entropy(model(images), labels).backward()      # w.grad = ĝ, the gradient at the binary weight
         fsg.generate()                                         # w.grad = G, the gradient for the latent weight
         optimizer.step(), optimizer.zero_grad()                # any torch.optim optimizer
 
-The problem. The optimizer moves latent weights W. The network computes with binary weights Ŵ = sign(W̃), where
-W̃ = A(W) is the pre-quantized weight. The derivative of the sign is zero almost everywhere. The straight-through
-estimator (STE) replaces it by 1: it updates W with D ⊙ ĝ_t, where
+A layer is a module with a `.weight`, a `.quantizer` ('dorefa', 'bwn', …) and a forward pass that computes with the
+binary weights and hands their gradient to `.weight` unchanged, as models.BinaryConv2d does.
+
+The problem. The optimizer moves latent weights W. The network computes with binary weights Ŵ = Q(W̃), where W̃ = A(W) is
+the pre-quantized weight and Q rounds it to −1 or +1. The derivative of a rounding is zero almost everywhere. The
+straight-through estimator (STE) replaces it by 1: it updates W with D ⊙ ĝ_t, where
 
     ĝ_t = ∂L/∂Ŵ at step t      the gradient at the binary weights
-    D_t = ∂Ŵ/∂W                the calibration: the derivative of everything but the sign
+    D_t = ∂Ŵ/∂W                the calibration, with the rounding's derivative taken as 1
 
 The method. Two hypernetworks with parameters φ generate the gradient instead:
 
@@ -22,19 +25,24 @@ The method. Two hypernetworks with parameters φ generate the gradient instead:
     slow_t = SlowNet(LRE, ĝ_{t−l+1}, …, ĝ_t)                   the slow-net sees each weight's own past
     G_t    = D_t ⊙ ((1 − β)·fast_t + β·slow_t)                 the optimizer's gradient
 
-The l past gradients of a weight are the historical gradient storage (HGS). The layer recognition embedding (LRE) is
-one learned value per layer; it is the first token of every sequence and tells the layers apart.
-With `balance='layer-rms'`, the default, both terms are scaled to the RMS of ĝ_t in each layer, so that β is the slow
-term's share, and the slow-net cannot tell a gradient from its negative: its output only changes sign with its input.
-Without the balance (the paper's formula as written) nothing bounds the two scales, and one term soon outgrows the
-other.
+The last l gradients of a weight, ĝ_t included, are the historical gradient storage (HGS). The layer recognition
+embedding (LRE) is one learned value per layer; it is the first token of every sequence and tells the layers apart.
 
-How φ learns. The optimizer moved W by −lr·G_{t−1}, to first order, and ĝ_t is measured there. That move changed the
-loss by −lr·⟨D_t ⊙ ĝ_t, G_{t−1}⟩. So the gradient of the loss with respect to G_{t−1} is v = −D_t ⊙ ĝ_t, up to a
-positive factor, and it is known one step later. It is back-propagated through the graph that made G_{t−1}, into φ
-only. (Under Adam each weight has a factor of its own, which FSG ignores.) No second derivative is needed.
+The balance. With `balance='layer-rms'`, the default, both terms are scaled to the RMS of ĝ_t in each layer: β then sets
+the mix of their amplitudes. The slow-net is also made odd: if a weight's whole history changes its sign, so does its
+slow gradient. `balance='none'` is the paper's formula as written. What φ minimises below is linear in G, so a larger
+term always looks better; without the balance the terms grow, and one soon outgrows the other.
 
-`FSG.generate()` is these three steps in order: train φ on v, store ĝ_t, generate G_t.
+How φ learns. The optimizer moved W by −lr·G_{t−1}, and ĝ_t is measured where that led to. To first order
+
+    L(W_t) − L(W_{t−1}) = −lr·⟨D_t ⊙ ĝ_t, G_{t−1}⟩
+
+so the gradient of the loss with respect to G_{t−1} is lr·v with v = −D_t ⊙ ĝ_t. It is known one step later, and is
+back-propagated through the graph that made G_{t−1}, into φ only. (Under Adam the move has another factor for each
+weight, which FSG ignores.) No second derivative is needed.
+
+`FSG.generate()` is three steps in order: train φ on v, store ĝ_t, generate G_t. In the first step there is no history
+yet, and G_1 is the straight-through gradient; so φ is trained for the first time in step 3.
 MetaQuant's generators are in metaquant.py, the gated history in gate.py, the authors' released step in fsg_released.py.
 """
 
@@ -64,8 +72,8 @@ class FastNet(nn.Module):
     act: 'none' (as released), 'relu' or 'tanh', between the linear layers. bias: whether the linear layers have biases.
     Raises ValueError for an unknown `act`.
 
-    Without biases the MLP with act 'none' is one factor, W_3 W_2 W_1, times its input. With 'relu' it is two factors,
-    one per sign of the input, because relu(s·x) = s·relu(x) for s > 0. `forward` uses that: it evaluates the MLP at +1
+    Without biases the MLP with act 'none' is one learned factor times its input. With 'relu' it is two factors, one for
+    each sign of the input, because relu(s·x) = s·relu(x) for s > 0. `forward` uses that: it evaluates the MLP at +1
     and −1 only and multiplies. The gradients are those of the full MLP.
     """
 
@@ -118,11 +126,11 @@ class FastNet(nn.Module):
 
 
 def fast_net(kind: str, hidden: int, act: str | None) -> FastNet:
-    """The MLP of W̃ for a quantizer, starting at MLP(W̃) = 1 for the mean of W̃: training begins as with STE.
+    """The MLP of W̃ for a quantizer. It starts near 1, where the fast gradient is the straight-through one.
 
     kind: 'dorefa', 'bwn', 'bwn-f' or 'bwn-l'. act: see FastNet; None is 'none' under dorefa, else 'tanh'.
-    Under dorefa the mean of W̃ is ½. Under bwn W̃ = W has mean 0, where an MLP without biases vanishes and changes its
-    sign. So there the MLP has biases.
+    Under dorefa W̃ lies in [0, 1], and the MLP starts at 1 for W̃ = ½. Under bwn W̃ = W is about 0, where an MLP without
+    biases is 0 and has the sign of W. So there it has biases, and starts at 1 for W̃ = −0.1, 0 and 0.1.
     """
     if kind == "dorefa":
         net = FastNet(hidden, act or "none")
@@ -141,8 +149,7 @@ def fast_net(kind: str, hidden: int, act: str | None) -> FastNet:
 class SlowLSTM(nn.Module):
     """The slow-net as an LSTM: nn.LSTM(1, hidden), then a linear layer hidden → 1.
 
-    The linear layer starts at 0. A random one would add a constant of random sign, as large as the gradient, to the
-    update of every weight.
+    The linear layer starts at 0. A random one would add the same offset, as large as the gradient, to all weights.
     """
 
     def __init__(self, hidden: int = 100):
@@ -221,10 +228,12 @@ class SlowMamba(nn.Module):
 
     @torch.no_grad()
     def start_positive(self, length: int) -> None:
-        """Choose the sign of out_proj so that one positive token at the end of `length` gives a positive output."""
+        """Choose the sign of out_proj so that the sequence 0, …, 0, 1 of that length has a positive last output."""
         u = self.D.new_zeros(1, length, 1)
         u[:, -1] = 1.0
-        if self.block(u)[0, -1, 0] < 0:
+        x, delta, B, C = self.project(u)
+        y = selective_scan_loop(x, delta, -torch.exp(self.A_log), B, C)
+        if self.output(y, x, u)[0, -1, 0] < 0:
             self.out_proj.weight.neg_()
 
     def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -510,8 +519,8 @@ class Generator(nn.Module):
 
     @torch.no_grad()
     def measure(self, lr: float) -> dict[str, float]:
-        """What the last step did; call it after optimizer.step() with the step's learning rate. Training does not
-        depend on it.
+        """What the last step did. Call it after optimizer.step() and before zero_grad(), with the step's learning rate.
+        Training does not depend on it.
 
         cosine: between G and D ⊙ ĝ, the straight-through gradient. step: mean |ΔW| / lr. Where G has two terms (see
         `terms`): fast_rms and slow_rms, the RMS of each, and slow_share, Σ slow² / Σ (slow² + fast²).
@@ -588,7 +597,7 @@ class Learned(Generator):
         self.register_buffer(
             "history", self.latent.new_zeros(length, len(self.latent))
         )  # oldest first; starts as zeros
-        self.graph = None  # G_{t−1} [n] with its graph to φ
+        self.last_G = None  # G_{t−1} [n] with its graph to φ
         self.sample = None  # the weights that `graph` is of; None: all
         self.register_load_state_dict_post_hook(lambda self, _: self._rebuild())
 
@@ -607,9 +616,10 @@ class Learned(Generator):
         """Set every `weight.grad` from ĝ_t to G_t. The first call gives D ⊙ ĝ, as STE does."""
         self.collect()
         D, pre = self.calibrate()
-        if self.graph is not None:
+        if self.last_G is not None:
             self.train_phi(-D * self.ghat)  # 1. train φ: G_{t−1} led to where ĝ_t was measured
         self.push()  # 2. store ĝ_t in the history
+        self.t += 1
         if self.t == 1:
             self.hand_back(D * self.ghat)
         else:
@@ -622,23 +632,22 @@ class Learned(Generator):
         """
         v = v / self.shard.all_reduce_sum(v.square().sum()).sqrt().clamp_min(torch.finfo(v.dtype).tiny)
         if self.sample is not None:
-            v = v[self.sample.at] * self.sample.weight
+            v = v[self.sample.at] * self.sample.stands_for
         self.optimizer.zero_grad()
-        self.graph.backward(v)
-        self.graph = None
+        self.last_G.backward(v)
+        self.last_G = None
         self.shard.all_reduce_grads(self.parameters())
         self.optimizer.step()
 
     def push(self) -> None:
         """Store ĝ_t in the history, in place of the oldest gradient."""
         self.history = torch.cat([self.history[1:], self.ghat.unsqueeze(0)])
-        self.t += 1
 
     def make(self, D: Tensor, pre: Tensor) -> Tensor:
-        """G_t [N]. The graph that made it is kept in `self.graph`."""
+        """G_t [N]. The graph that made it is kept in `self.last_G`."""
         with torch.enable_grad():
-            self.graph = self.gradient(self.seen(D, pre))
-        return self.graph.detach()
+            self.last_G = self.gradient(self.seen(D, pre))
+        return self.last_G.detach()
 
     def seen(self, D: Tensor, pre: Tensor) -> Seen:
         """What G_t of all weights is made of."""
@@ -654,7 +663,7 @@ class Learned(Generator):
     @torch.no_grad()
     def _rebuild(self) -> None:
         """After loading a checkpoint: the graph of the last step's G."""
-        self.graph = None
+        self.last_G = None
         if self.t > 1:
             self.make(*self.calibrate())
 
@@ -680,13 +689,15 @@ class FSG(Learned):
     normalize: 'layer-rms' divides the history by its RMS in the layer and multiplies the slow-net's output by it, so
         that `slow` scales as the gradient does. 'none' does not.
     balance: 'none' is the formula as written. 'layer-rms' scales `fast` and `slow` to the RMS of ĝ_t in each layer. It
-        uses |MLP(W̃)|, so that the fast term cannot change its sign. And with s = sign ĝ_t of each weight it uses
-        s·SlowNet(LRE, s·history): a slow-net that is even in its input would push all weights of a layer one way.
-    lre: whether there is a layer recognition embedding; `self.lre` is an nn.Embedding(layers, 1) or None.
+        uses |MLP(W̃)|, so that the fast term keeps the sign of ĝ_t, and s·SlowNet(LRE, s·history) with s = sign ĝ_t of
+        each weight: otherwise the slow-net could push all weights of a layer the same way. Under dorefa the balanced
+        fast term with `fast_act` 'none' or 'relu' does not depend on φ, because W̃ >= 0; its MLP is not trained.
+    lre: whether there is a layer recognition embedding; `self.lre` is an nn.Embedding(layers, 1) or None. It starts at
+        0, and without the balance as nn.Embedding does.
     hidden: width of the fast-net and of the LSTM. fast_act: see fast_net. d_state, d_conv, expand, scan: see SlowMamba.
     lr_fast, lr_slow: Adam's learning rates for φ: the fast-net's; the slow-net's and the LRE's.
     hyper_sample: the share of weights that φ is trained on, drawn anew each step (1: all; per-weight layouts only). φ's
-        gradient is a sum over all weights; a sample estimates it without bias in less time. Every weight gets its G.
+        gradient is a sum over all weights, which a sample estimates in less time. Every weight gets its G.
 
     Attributes: fast (FastNet), slow (SlowMamba or SlowLSTM), lre, history [length, N].
     Raises ValueError for an impossible argument. Memory: about (3·length + 16) N elements and one chunk of the
@@ -740,16 +751,23 @@ class FSG(Learned):
         super().__init__(layers, length, whole_layers=history == "flat")
         self.beta, self.layout, self.normalize, self.balance = beta, history, normalize, balance
         self.lr_fast, self.lr_slow = lr_fast, lr_slow
-        self.hyper_sample, self.sample_seed = hyper_sample, torch.initial_seed() % 2**31
+        seed = torch.tensor(torch.initial_seed() % 2**31, device=self.latent.device)
+        self.shard.broadcast([seed])  # all processes draw the same sample
+        self.hyper_sample, self.sample_seed = hyper_sample, int(seed)
         self.fast = fast_net(self.kind, hidden, fast_act)
         self.slow = SlowMamba(d_state, d_conv, expand, scan) if hgs == "mamba" else SlowLSTM(hidden)
         self.lre = nn.Embedding(len(layers), 1) if lre else None
-        if balance == "layer-rms" and hgs == "mamba":
-            self.slow.start_positive(length + lre)
+        if balance == "layer-rms":  # begin along the gradient
+            if hgs == "mamba":
+                self.slow.start_positive(length + lre)
+            if lre:
+                nn.init.zeros_(self.lre.weight)
+            # The balance divides out all that an MLP of one or two factors could learn where W̃ >= 0.
+            self.fast.requires_grad_(not (self.fast.collapses and self.kind == "dorefa"))
         self.start()
 
     def parameter_groups(self) -> list[dict]:
-        slow = [*self.slow.parameters(), *(self.lre.parameters() if self.lre else ())]
+        slow = [*self.slow.parameters(), *(() if self.lre is None else self.lre.parameters())]
         return [{"params": list(self.fast.parameters()), "lr": self.lr_fast}, {"params": slow, "lr": self.lr_slow}]
 
     def gradient(self, seen: Seen) -> Tensor:
@@ -799,11 +817,13 @@ class FSG(Learned):
             return super().make(D, pre)
         self.sample = Sample(self.shard, self.hyper_sample, self.sample_seed + self.t, D.device)
         with torch.enable_grad():
-            self.graph = self.gradient(self.sample.of(self.seen(D, pre)))
+            self.last_G = self.gradient(self.sample.of(self.seen(D, pre)))
         with torch.no_grad():
             return self.gradient(self.seen(D, pre))
 
     def terms(self) -> tuple[Tensor, ...]:
+        if self.t < 2:
+            return ()  # G_1 is the straight-through gradient
         seen = self.seen(*self.calibrate())
         return (1 - self.beta) * seen.D * self.fast_gradient(seen), self.beta * seen.D * self.slow_gradient(seen)
 
@@ -863,7 +883,8 @@ class _Spread(torch.autograd.Function):
 class _Balanced(torch.autograd.Function):
     """y = term ⊙ target / RMS(term), the RMS of each layer; target [layers] is held constant.
 
-    A term may be amplified at most a thousandfold, so that one that starts at 0 stays finite.
+    The factor is at most 1000, so that a term that is 0 (the LSTM at its start) gives 0 and finite gradients.
+    Backward: ∂/∂term = factor·(g − y·⟨g, y⟩ / ⟨y, y⟩), because y cannot change along itself.
     """
 
     @staticmethod
@@ -873,7 +894,8 @@ class _Balanced(torch.autograd.Function):
         rms, least = (square / count.clamp_min(1)).sqrt(), 1e-3 * target
         scale = target / torch.maximum(rms, least)
         y = term * scale[seen.layer_of]
-        energy = torch.where(rms > least, target.square() * count, math.inf)  # Σ y² of each layer, where it is fixed
+        # ⟨y, y⟩ of each layer; infinite where the factor is at its limit, which switches the projection off.
+        energy = torch.where(rms > least, target.square() * count, math.inf)
         ctx.save_for_backward(y, scale, energy)
         ctx.seen, ctx.shard = seen, shard
         return y
@@ -881,7 +903,6 @@ class _Balanced(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        # Along y itself the output cannot change. That part of the gradient is projected out, layer by layer.
         (y, scale, energy), seen = ctx.saved_tensors, ctx.seen
         along = ctx.shard.all_reduce_sum(per_layer(grad * y, seen.sizes, seen.lengths)) / energy
         return (grad - y * along[seen.layer_of]) * scale[seen.layer_of], None, None, None
@@ -890,26 +911,27 @@ class _Balanced(torch.autograd.Function):
 class Sample:
     """A stratified sample of the weights: each layer is cut into equal intervals, and one weight of each is drawn.
 
-    at [n]: the drawn weights of this process, ascending. weight [n]: how many weights each stands for.
+    at [n]: the drawn weights of this process, ascending. stands_for [n]: how many weights each of them stands for.
     The draw depends on `seed` only. It is made on the CPU, so that a GPU and a CPU draw the same weights, and so that
     the number in each layer is known without waiting for the GPU.
     """
 
     def __init__(self, shard: "Shard", share: float, seed: int, device: torch.device):
         random = torch.Generator().manual_seed(seed)
-        at, weight, begin = [], [], 0
+        at, stands_for, begin = [], [], 0
         for count in shard.counts:
             draws = max(1, round(share * count))
             place = (torch.arange(draws, dtype=torch.float64) + torch.rand(draws, generator=random)) * (count / draws)
             at.append(begin + place.long().clamp_max(count - 1))
-            weight.append(torch.full((draws,), count / draws, dtype=torch.float32))
+            stands_for.append(torch.full((draws,), count / draws, dtype=torch.float32))
             begin += count
-        at, weight = torch.cat(at), torch.cat(weight)
+        at, stands_for = torch.cat(at), torch.cat(stands_for)
         mine = (at >= shard.begin) & (at < shard.end)
-        at, weight = at[mine] - shard.begin, weight[mine]
+        at, stands_for = at[mine] - shard.begin, stands_for[mine]
         ends = torch.tensor(shard.sizes).cumsum(0)
         self.sizes = torch.searchsorted(at, ends).diff(prepend=torch.zeros(1, dtype=torch.long)).tolist()
-        self.at, self.weight, self.lengths = at.to(device), weight.to(device), torch.tensor(self.sizes, device=device)
+        self.at, self.stands_for = at.to(device), stands_for.to(device)
+        self.lengths = torch.tensor(self.sizes, device=device)
 
     def of(self, seen: Seen) -> Seen:
         """The sampled weights of `seen`."""
@@ -938,7 +960,7 @@ class Shard:
                 f"{len(counts)} layers of {self.count} weights cannot be divided between {self.world_size} processes: "
                 "use fewer of them" + (", or --history per-weight" if whole_layers else "")
             )
-        self.lengths = [b - a for a, b in itertools.pairwise(cuts)]
+        self.rank_counts = [b - a for a, b in itertools.pairwise(cuts)]  # of each process
         self.begin, self.end = cuts[rank], cuts[rank + 1]
         self.sizes = [max(0, min(b, self.end) - max(a, self.begin)) for a, b in itertools.pairwise(ends)]
 
@@ -947,11 +969,11 @@ class Shard:
         if self.world_size == 1:
             return part
         part = part.movedim(axis, 0)
-        padded = part.new_zeros(max(self.lengths), *part.shape[1:])
+        padded = part.new_zeros(max(self.rank_counts), *part.shape[1:])
         padded[: len(part)] = part
-        parts = [torch.empty_like(padded) for _ in self.lengths]
+        parts = [torch.empty_like(padded) for _ in self.rank_counts]
         dist.all_gather(parts, padded)
-        return torch.cat([p[:n] for p, n in zip(parts, self.lengths, strict=True)]).movedim(0, axis).contiguous()
+        return torch.cat([p[:n] for p, n in zip(parts, self.rank_counts, strict=True)]).movedim(0, axis).contiguous()
 
     def all_reduce_sum(self, x: Tensor) -> Tensor:
         """The sum of all processes' tensors, in place."""
@@ -973,9 +995,9 @@ class Shard:
             parts = flat.split([g.numel() for g in grads])
             torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads, strict=True)])
 
-    def broadcast(self, parameters) -> None:
-        """Give all processes rank 0's parameters."""
-        for p in parameters if self.world_size > 1 else ():
+    def broadcast(self, tensors) -> None:
+        """Give all processes rank 0's tensors, in place."""
+        for p in tensors if self.world_size > 1 else ():
             dist.broadcast(p.detach(), 0)
 
 
@@ -997,7 +1019,7 @@ class _Chunked(torch.autograd.Function):
     def forward(ctx, function, size, dim, count, carry, *tensors):
         # tensors: `count` inputs, to be cut along `dim`, then the parameters that `function` uses.
         inputs, length = tensors[:count], tensors[0].shape[dim]
-        starts, out = range(0, length, size), None
+        starts, out = range(0, max(1, length), size), None  # at least one chunk, so that there is an output
         carries = carry.new_empty(len(starts), *carry.shape)  # before each chunk
         for k, i in enumerate(starts):
             carries[k] = carry

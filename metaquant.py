@@ -185,7 +185,7 @@ class LookAhead(Learned):
 
     def update(self) -> Tensor:
         """What the optimizer receives: [n]."""
-        return self.graph.detach()
+        return self.last_G.detach()
 
     @torch.no_grad()
     def generate(self) -> None:
@@ -206,13 +206,14 @@ class LookAhead(Learned):
             torch._foreach_copy_([p.detach() for p in (*self.weights, *self.biases)], self.displaced)
             self.displaced = None
         self.push()
+        self.t += 1
         self.hand_back(G)
 
     def train_phi(self, v: Tensor) -> None:
         """One Adam step on φ. v [n] is the loss's gradient with respect to the direction of the look-ahead."""
         self.optimizer.zero_grad()
-        self.graph.backward(v)
-        self.graph = None
+        self.last_G.backward(v)
+        self.last_G = None
         self.shard.all_reduce_grads(self.parameters())
         self.optimizer.step()
 
