@@ -1,4 +1,4 @@
-"""FSG: binary weights trained with learned gradients, from the current gradient (fast) and the past ones (slow).
+"""FSG trains networks with binary weights with learned gradients, made of the present gradient and of past ones.
 
     # Half a minute on a laptop, without a download:
     python train_fsg.py --dataset digits --arch resnet8 --epochs 12 --batch-size 64
@@ -16,14 +16,14 @@
 Paper: Fast and Slow Gradient Approximation for Binary Neural Network Optimization (AAAI 2025),
 https://arxiv.org/abs/2412.11777
 
-The network computes with binary weights Ŵ = Q(W), and the optimizer updates the latent weights W. Q has no useful
-derivative. A straight-through estimator (STE) replaces it by a constant; FSG learns what to put in its place. In each
-step t, with ĝ_t = ∂L/∂Ŵ and the hypernetworks' parameters φ:
+The network computes with binary weights Ŵ, a rounding of the latent weights W that the optimizer updates. A rounding's
+derivative is 0 almost everywhere. A straight-through estimator (STE) takes it as 1; FSG learns what to put in its
+place. In step t, with ĝ_t = ∂L/∂Ŵ and the hypernetworks' parameters φ:
 
-    fast = ĝ_t ⊙ MLP(W̃)                      from the current gradient; W̃ is W before it is rounded
-    slow = SlowNet(LRE, ĝ_t, ĝ_t−1, …)       from the last l gradients of each weight; Mamba or an LSTM
-    G_t  = D ⊙ ((1 − β)·fast + β·slow)       the optimizer's gradient; D is ∂Ŵ/∂W, straight through the rounding
-    φ is trained in the next step: how well did G_t reduce the loss?
+    fast = ĝ_t ⊙ MLP(W̃)                             of the present gradient; W̃ is W before it is rounded
+    slow = SlowNet(LRE, ĝ_{t−l+1}, …, ĝ_t)          of the last l gradients of each weight; Mamba or an LSTM
+    G_t  = D ⊙ ((1 − β)·fast + β·slow)              the optimizer's gradient; D is ∂Ŵ/∂W, the rounding's taken as 1
+    φ is trained in step t + 1: how much did G_t reduce the loss?
 
 hypernet.py holds all of it. In the training loop it is one line between backward() and step(): generator.generate().
 
@@ -50,8 +50,35 @@ GATE_LR = 6e-3  # with Adam under --grad gate
 # Adam's learning rates for φ: of the fast-net; of the slow-net and the LRE.
 LR_FAST = {"fsg": 1e-2, "fcgrad": 1e-3, "multifc": 1e-3, "lstmfc": 1e-3}
 LR_SLOW = 1e-3
-# Under SGD the scale of G multiplies the learning rate. Where nothing bounds that scale, φ must learn slowly.
+# SGD's step is lr·G. With --balance none, and with MetaQuant's generators, φ can make G arbitrarily large, so that φ
+# must learn slowly there.
 LR_PHI_UNBOUNDED = 1e-5
+
+# The generators (--grad) that have each flag. The others refuse it.
+LEARNED = ("fsg", "fcgrad", "multifc", "lstmfc")
+FLAGS_OF = {
+    "hgs": ("fsg",),
+    "history": ("fsg",),
+    "length": ("fsg",),
+    "beta": ("fsg",),
+    "balance": ("fsg",),
+    "normalize": ("fsg",),
+    "no_lre": ("fsg",),
+    "hyper_sample": ("fsg",),
+    "lr_slow": ("fsg",),
+    "d_state": ("fsg",),
+    "d_conv": ("fsg",),
+    "expand": ("fsg",),
+    "scan": ("fsg",),
+    "fast_act": ("fsg", "fcgrad", "multifc"),
+    "hidden": LEARNED,
+    "lr_fast": LEARNED,
+    "preset": LEARNED,
+    "memory": ("gate",),
+    "epsilon": ("gate",),
+}
+OF_MAMBA = ("d_state", "d_conv", "expand", "scan")
+NOT_RELEASED = ("history", "balance", "normalize", "no_lre", "fast_act", "hyper_sample")  # not in the authors' code
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,40 +147,37 @@ def complete(args) -> None:
     """Fill in the defaults that depend on other flags, and refuse flags that the chosen generator does not have."""
     if args.arch not in models.ARCHS:
         raise runs.RunError(f"--arch {args.arch} is not known: use one of {models.ARCHS_IN_SHORT}")
-    mamba = ("d_state", "d_conv", "expand", "scan")
-    # What the released code does not have.
-    text = ("history", "balance", "normalize", "no_lre", "fast_act", "hyper_sample")
-    only_fsg = ("hgs", "length", "beta", "lr_slow", *mamba, *(name for name in text if name != "fast_act"))
-    metaquant = ("fcgrad", "multifc", "lstmfc")
-    learned = ("fsg", *metaquant)
-    generator = dict.fromkeys(only_fsg, ("fsg",))
-    generator |= {"hidden": learned, "lr_fast": learned, "fast_act": learned[:3], "memory": ("gate",)}
-    generator |= {"epsilon": ("gate",), "preset": learned}
-
-    binary = ("dorefa", "bwn", "bwn-f", "bwn-l")
     if args.quantizer == "none" and (args.act != "none" or args.binarize_all):
         raise runs.RunError("--quantizer none is full precision: leave out --act and --binarize-all")
-    runs.only_for(args, "quantizer", dict.fromkeys(("grad", *generator), binary))
+    # only_for() removes the flags that the method does not have from args, so "hgs" in args means: it has a slow-net.
+    runs.only_for(args, "quantizer", dict.fromkeys(("grad", *FLAGS_OF), ("dorefa", "bwn", "bwn-f", "bwn-l")))
     runs.fill(args, grad="fsg")
-    runs.only_for(args, "grad", generator)
+    runs.only_for(args, "grad", FLAGS_OF)
     if "hgs" in args:
         runs.fill(args, hgs="mamba")
-        runs.only_for(args, "hgs", dict.fromkeys(mamba, ("mamba",)))
+        runs.only_for(args, "hgs", dict.fromkeys(OF_MAMBA, ("mamba",)))
     runs.fill(args, preset="none")
     released = getattr(args, "preset", "none") == "released"
     if released:
-        runs.only_for(args, "preset", dict.fromkeys(text, ("none",)))
+        runs.only_for(args, "preset", dict.fromkeys(NOT_RELEASED, ("none",)))
         if "hgs" in args:
             runs.only_for(args, "hgs", {"length": ("mamba",)})  # its LSTM sees no history
         args.binarize_all = True
-        if args.grad in metaquant:  # its BWN has a scale, its networks no BatchNorm before the classifier
+        if args.grad != "fsg":  # MetaQuant: its BWN has a scale, its networks no BatchNorm before the classifier
             args.quantizer = {"bwn": "bwn-l"}.get(args.quantizer, args.quantizer)
             args.arch += "-metaquant" * (f"{args.arch}-metaquant" in models.ARCHS)
-    runs.fill(args, weight_decay=5e-4 if released and args.grad in metaquant and args.opt == "adam" else 0.0)
+    runs.fill(args, weight_decay=5e-4 if released and args.grad != "fsg" and args.opt == "adam" else 0.0)
 
     runs.fill(args, history="per-weight", length=5, beta=0.9, balance="layer-rms", normalize="layer-rms")
     runs.fill(args, hidden=100, d_state=16, d_conv=8, expand=100, scan="auto", hyper_sample=1.0)
     runs.fill(args, memory=0.8, epsilon=0.35)
+    if getattr(args, "balance", "none") == "layer-rms" and args.quantizer == "dorefa" and args.fast_act != "tanh":
+        if args.lr_fast is not None:
+            raise runs.RunError(
+                "--lr-fast has no effect with --balance layer-rms and a linear or ReLU MLP, whose factor the balance "
+                "divides out: leave it out, or use --fast-act tanh or --balance none"
+            )
+        del args.lr_fast
     unbounded = args.opt.startswith("sgd") and getattr(args, "balance", "none") == "none" and not released
     grad = getattr(args, "grad", None)
     runs.fill(args, lr_fast=LR_PHI_UNBOUNDED if unbounded else LR_FAST.get(grad))
@@ -187,7 +211,9 @@ def make_generator(args, layers):
                 options["act"] = args.fast_act
             return (theirs if released else simple)[args.grad](layers, **options)
         options = {"beta": args.beta, "hidden": args.hidden}
-        options |= {"lr_fast": args.lr_fast, "lr_slow": args.lr_slow}
+        options["lr_slow"] = args.lr_slow
+        if "lr_fast" in args:
+            options["lr_fast"] = args.lr_fast
         if "length" in args:
             options["length"] = args.length
         if args.hgs == "mamba":
@@ -265,9 +291,9 @@ def main(argv=None) -> int:
     kind = "fp32" if generator is None else f"fsg-{args.hgs}" if args.grad == "fsg" else args.grad
     kind += "-released" if released else ""
     phi = sum(p.numel() for p in generator.parameters()) if generator else 0
-    about = f"gradients: {kind}" + (f", with {phi:,} hyper-parameters φ" if phi else "")
+    about = f"gradients: {kind}" + (f"; φ, the hypernetworks: {phi:,} parameters" if phi else "")
     if isinstance(generator, GatedHistory) and args.lr == GATE_LR:
-        about += ", which trains best at a higher learning rate than other gradients do"
+        about += "; this learning rate is the default of --grad gate"
     run = runs.Run(
         args,
         kind=kind,
