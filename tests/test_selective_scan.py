@@ -20,6 +20,7 @@ from conftest import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_hypernet import mamba_by_the_book, relative
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import selective_scan
 from hypernet import FSG, SlowMamba
@@ -85,6 +86,11 @@ def by_the_book(net, u, v):
     return y.detach(), found
 
 
+def shaken(tensors, rounding):
+    """The tensors in float64. If `rounding` is 2**-24, their last digits in float32 are changed at random."""
+    return [t.double() * (1 + rounding * torch.randn_like(t.double())) for t in tensors]
+
+
 def check(net, u, v):
     """Compare net.last(u) and its gradients for the cotangent v with float64. The bound is 1e-5.
 
@@ -97,10 +103,9 @@ def check(net, u, v):
     ours = [y, *torch.autograd.grad(y, [u, *net.parameters()], v)]
 
     def exact(rounding=0.0):
-        book = double(net)
-        shaken = [t * (1 + rounding * torch.randn_like(t)) for t in (u.detach().double(), *book.parameters())]
-        torch.nn.utils.vector_to_parameters(torch.cat([p.flatten() for p in shaken[1:]]), book.parameters())
-        y, each = by_the_book(book, shaken[0], v)
+        book, (inputs, *parameters) = double(net), shaken([u.detach(), *net.parameters()], rounding)
+        vector_to_parameters(parameters_to_vector(parameters), book.parameters())
+        y, each = by_the_book(book, inputs, v)
         return [y.unsqueeze(0), *each]  # [1 or rows, …], to be summed over rows
 
     found, rounded = exact(), functools.cache(lambda: [exact(2**-24) for _ in range(4)])
@@ -283,33 +288,42 @@ def flat_by(function, past, layers, first):
 def check_tails(net, past, layers, first, v, function=mamba_by_the_book, tolerance=1e-5):
     """Compare net.tails and its gradients for the cotangent v with `function` in float64. The bound is 1e-5.
 
-    It is relative to the largest output, and for gradients to the sum of the absolute gradients of 16 parts of v. Five
-    times the error of `function` in float32 is allowed as well. tolerance: the bound for gradients; with a function
-    other than mamba_by_the_book it is relative to the gradient itself, which is smaller because terms cancel.
+    It is relative to the largest output, and for gradients to the sum of the absolute gradients of 16 parts of v. If
+    terms within a part cancel, float32 may not be able to meet it. Then the bound is eight times the change in the
+    result of `function` when the last digit of the inputs and of the parameters changes, or when it computes in
+    float32. tolerance: the bound for gradients; with a function other than mamba_by_the_book it is relative to the
+    gradient itself, which is smaller because terms cancel.
     """
     first = [] if first is None else [first.requires_grad_()]
     y = net.tails(past, layers, *(first or [None]))
     ours = torch.autograd.grad(y, [*first, *net.parameters()], v)
     part_of = torch.arange(len(v), device=v.device).remainder(16)[None]
     parts = torch.zeros(min(len(v), 16), len(v), device=v.device).scatter_(0, part_of, v[None])
-    found = []
-    for dtype in (torch.float64, torch.float32):
+
+    def result(rounding=0.0, dtype=torch.float64):
         book = double(net).to(dtype)
-        f = [x.detach().to(dtype).requires_grad_() for x in first]
-        out = flat_by(lambda u, book=book: function(book, u), past.to(dtype), layers, *(f or [None]))
+        values = [x.to(dtype) for x in shaken([past, *first, *net.parameters()], rounding)]
+        vector_to_parameters(parameters_to_vector(values[1 + len(first) :]), book.parameters())
+        f = [x.detach().requires_grad_() for x in values[1 : 1 + len(first)]]
+        out = flat_by(lambda u: function(book, u), values[0], layers, *(f or [None]))
         inputs, options = [*f, *book.parameters()], {"allow_unused": True, "materialize_grads": True}
-        if function is mamba_by_the_book and dtype == torch.float64:
+        if function is mamba_by_the_book:
             grads = torch.autograd.grad(out, inputs, parts.to(dtype), is_grads_batched=True, **options)
         else:
             grads = [g[None] for g in torch.autograd.grad(out, inputs, v.to(dtype), **options)]
-        found.append([out.detach()[None], *grads])
-    names = ["y", *(["first"] if first else []), *(name for name, _ in net.named_parameters())]
-    for name, a, b, c in zip(names, [y, *ours], *found, strict=True):
-        error, mass = (a - b.sum(0)).abs().max(), b.abs().sum(0).max()
-        bound = 1e-5 if name == "y" else tolerance
+        return [out.detach()[None], *grads]  # [1 or parts, …], to be summed over parts
+
+    rounded = functools.cache(lambda: [result(dtype=torch.float32), *(result(2**-24) for _ in range(4))])
+    found = result()
+    for i, name in enumerate(["y", *(["first"] if first else []), *dict(net.named_parameters())]):
+        expected, mass = found[i].sum(0), found[i].abs().sum(0).max()
+        error = ([y, *ours][i].double() - expected).abs().max()
         # If the first token has decayed far below the outputs' resolution, its gradient need not be precise.
         least = 1e-15 * v.abs().max() if name == "first" else 1e-30
-        assert error <= bound * mass + 5 * (c.sum(0) - b.sum(0)).abs().max() + least, (name, error.item(), mass.item())
+        bound = (1e-5 if name == "y" else tolerance) * mass + least
+        if not error <= bound:
+            noise = max((other[i].sum(0) - expected).abs().max() for other in rounded())
+            assert error <= bound + 8 * noise, (name, error.item(), mass.item(), noise.item())
     return y, ours
 
 
@@ -322,6 +336,7 @@ def check_tails(net, past, layers, first, v, function=mamba_by_the_book, toleran
     st.sampled_from([-3.0, 0.0, 3.0]),
     st.integers(0, 2**31),
 )
+@example((2, 6, 1), [17], 7, False, 1e-4, 0.0, 1)  # terms cancel to an 80th
 @example((1, 1, 1), [63], 3, True, 1.0, 3.0, 1)
 @example((12, 1, 1), [17], 3, True, 10.0, 3.0, 1787)
 @settings(max_examples=14, deadline=None)
@@ -329,7 +344,9 @@ def test_tails_equals_the_recurrence_for_any_shape(shape, layers, length, has_fi
     net = fused(*shape, seed, dt_shift)
     length = min(length, 250 // max(layers) + 1)
     past, first = torch.randn(length, sum(layers)) * scale, torch.randn(len(layers)) * scale
-    check_tails(net, past, layers, first if has_first else None, torch.randn(sum(layers)))
+    # The rounding errors of the decays between two tokens can add up over the whole sequence.
+    tolerance = max(1e-5, length * max(layers) * 2**-24)
+    check_tails(net, past, layers, first if has_first else None, torch.randn(sum(layers)), tolerance=tolerance)
 
 
 @pytest.mark.parametrize("shape", [(100, 16, 8), (128, 32, 1), (128, 3, 5), (1, 1, 1)])
