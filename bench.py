@@ -13,7 +13,7 @@ measures the variants of one layout before those of the next.) The tables give m
 `fused`). `plain` is the same network with ordinary nn.Conv2d layers, so `ste` − `plain` is the cost of binary weights.
 Memory is the peak of one more step, less what is held between steps. The results are also written to a JSON file.
 
-Copy with: models.py, quantizers.py, hypernet.py, metaquant.py, gate.py, data.py; for speed selective_scan.py,
+Copy with: models.py, quantizers.py, hypernet.py, metaquant.py, gate.py, data.py, selective_scan.py,
 selective_scan_cpu.cpp, selective_scan_triton.py.
 """
 

@@ -16,6 +16,7 @@ start at any batch.
 """
 
 import contextlib
+import copy
 import hashlib
 import importlib
 import os
@@ -54,6 +55,9 @@ def load(
     flip: bool = True,
     image_size: int | None = None,
     workers: int = 2,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    transforms: tuple | None = None,
     log=print,
     rank: int = 0,
     world_size: int = 1,
@@ -71,6 +75,10 @@ def load(
         image if that is square and at most 96, else 224; for 'imagenet', 224; for the others, their own size. The
         others can have at most 96.
     workers: DataLoader workers for large images.
+    mean, std: of each channel, for pixels from 0 to 1; the images are normalised with them. Three values for grey
+        images stand for their average. Default: those of the training images; for large images, ImageNet's.
+    transforms: for training and for testing, functions of a PIL image that return a normalised tensor
+        [3, image_size, image_size]. They replace crop, flip and normalisation of large images.
     log: called with a message when images are decoded.
     rank, world_size: of torch.distributed. Each process gets its own part of every batch.
 
@@ -87,7 +95,8 @@ def load(
             image_size = 224 if name == "imagenet" else natural_size(splits["train"][0][0])
         if image_size > RESIDENT_UP_TO:
             options |= dict(num_classes=num_classes, image_size=image_size, batch_size=batch_size, flip=flip)
-            options |= dict(device=device, workers=workers)
+            options |= dict(device=device, workers=workers, transforms=transforms)
+            options |= dict(mean=mean or IMAGENET_MEAN, std=std or IMAGENET_STD)
             train = StreamedBatches(*splits["train"], train=True, **options)
             return train, StreamedBatches(*splits["test"], train=False, **options)
 
@@ -108,7 +117,9 @@ def load(
     (train_images, train_labels), (test_images, test_labels) = train, test
     if image_size not in (None, train_images.shape[-1]):  # a folder's images already have this size
         train_images, test_images = resize(train_images, image_size, name), resize(test_images, image_size, name)
-    mean, std = channel_statistics(train_images)
+    own_mean, own_std = channel_statistics(train_images)
+    mean = own_mean if mean is None else given_statistic(mean, len(own_mean))
+    std = own_std if std is None else given_statistic(std, len(own_std))
     options |= dict(num_classes=num_classes, mean=mean.to(device), std=std.to(device))
     options |= dict(
         crop=max(1, train_images.shape[-1] // 8) if crop else 0, flip=flip and name not in ("digits", "mnist")
@@ -128,6 +139,12 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     square = sum(x.double().square().sum(dim=(0, 2, 3)) for x in chunks) / count
     std = (square - mean.square()).sqrt().clamp_min(1e-3)
     return mean.float(), std.float()
+
+
+def given_statistic(values: tuple[float, ...], channels: int) -> Tensor:
+    """The mean or standard deviation that the caller gave, in 0...255, [channels]; for grey images, the average."""
+    values = 255 * torch.tensor(values)
+    return values if channels == len(values) else values.mean().expand(channels)
 
 
 def resize(images: Tensor, size: int, name: str) -> Tensor:
@@ -241,6 +258,12 @@ class ResidentBatches:
     def __len__(self) -> int:
         return self.size // self.batch_size if self.train else -(-self.size // self.batch_size)
 
+    def unaugmented(self) -> "ResidentBatches":
+        """The same images in the same order, neither cropped nor mirrored."""
+        twin = copy.copy(self)
+        twin.crop, twin.flip = 0, False
+        return twin
+
     def epoch(self, number: int = 0, skip: int = 0):
         """Yield the batches (images, labels) of an epoch, starting at batch `skip`."""
         device = self.images.device
@@ -280,6 +303,7 @@ class StreamedBatches:
     image_size: height and width S in pixels. Training takes a RandomResizedCrop to S×S and a random flip. Testing
         resizes the short side to S·8/7 and cuts the centre. The crop of an image depends only on the seed, the epoch
         and the image.
+    mean, std: of each channel, in 0...1. transforms: see `load`.
     """
 
     def __init__(
@@ -295,27 +319,31 @@ class StreamedBatches:
         seed: int = 0,
         workers: int = 2,
         flip: bool = True,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+        transforms: tuple | None = None,
         rank: int = 0,
         world_size: int = 1,
     ):
-        transforms = torchvision_module("transforms.v2")
         self.files, self.labels, self.num_classes, self.size = files, labels, num_classes, len(files)
         self.shape, self.batch_size = (3, image_size, image_size), min(batch_size, len(files))
         self.train, self.device, self.seed, self.workers = train, torch.device(device), seed, workers
         self.rank, self.world_size = rank, world_size
         if train:
             check_batch_size(self.batch_size, world_size)
-            steps = [transforms.RandomResizedCrop(image_size, antialias=True)]
-            steps += [transforms.RandomHorizontalFlip()] if flip else []
-        else:
-            steps = [transforms.Resize(image_size * 8 // 7, antialias=True), transforms.CenterCrop(image_size)]
-        to_float = [transforms.PILToTensor(), transforms.ToDtype(torch.float32, scale=True)]
-        self.transform = transforms.Compose([*steps, *to_float, transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
-        mean, std = 255 * torch.tensor(IMAGENET_MEAN), 255 * torch.tensor(IMAGENET_STD)
+        self.transforms = transforms or default_transforms(image_size, flip, mean, std)
+        self.transform = self.transforms[0 if train else 1]
+        mean, std = 255 * torch.tensor(mean), 255 * torch.tensor(std)
         self.scale, self.shift = rearrange(1 / std, "c -> c 1 1"), rearrange(-mean / std, "c -> c 1 1")
 
     def __len__(self) -> int:
         return self.size // self.batch_size if self.train else -(-self.size // self.batch_size)
+
+    def unaugmented(self) -> "StreamedBatches":
+        """The same images in the same order, transformed as for testing."""
+        twin = copy.copy(self)
+        twin.transform = self.transforms[1]
+        return twin
 
     def __getitem__(self, index: tuple[int, int]) -> tuple[Tensor, int]:
         """(epoch, image) -> the transformed image and its label. The DataLoader workers call this."""
@@ -348,6 +376,17 @@ class StreamedBatches:
         except DataError as e:  # a worker's error contains its traceback; the last line is our message
             e.__traceback__ = None  # it refers to the loader and would keep its workers alive
             raise DataError(str(e).strip().splitlines()[-1].split("DataError: ")[-1]) from None
+
+
+def default_transforms(size: int, flip: bool, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple:
+    """For training and for testing, from a PIL image to a normalised tensor [3, size, size]."""
+    transforms = torchvision_module("transforms.v2")
+    train = [transforms.RandomResizedCrop(size, antialias=True)]
+    train += [transforms.RandomHorizontalFlip()] if flip else []
+    test = [transforms.Resize(size * 8 // 7, antialias=True), transforms.CenterCrop(size)]
+    to_float = [transforms.PILToTensor(), transforms.ToDtype(torch.float32, scale=True)]
+    to_float += [transforms.Normalize(mean, std)]
+    return tuple(transforms.Compose([*steps, *to_float]) for steps in (train, test))
 
 
 def ignore_ctrl_c(worker: int) -> None:

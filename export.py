@@ -24,7 +24,8 @@ The PyTorch model and the ONNX file take normalised images, the C file takes pix
 differ a little. If activations are binary, some of their bits differ.
 
 Copy this file with export_c.py, binary_conv.cpp, models.py, quantizers.py, data.py, runs.py and the trainers whose runs
-you export: train_fsg.py (with hypernet.py), train_sibnn.py, train_proxconnect.py, train_bihalf.py.
+you export: train_fsg.py (with hypernet.py, metaquant.py, gate.py, fsg_released.py), train_sibnn.py,
+train_proxconnect.py, train_bihalf.py.
 """
 
 import argparse

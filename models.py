@@ -264,7 +264,7 @@ class BiRealBlock(nn.Module):
         return self.bn2(self.relu2(self.conv2(x))) + x
 
 
-class EqualBitsBlock(nn.Module):
+class EqualBitsBlock(BasicBlock):
     """Equal Bits' block, with a shortcut around each convolution and one PReLU, which is used twice.
 
         y = bn1(prelu(conv1(x))) + shortcut(x)
@@ -272,15 +272,6 @@ class EqualBitsBlock(nn.Module):
 
     Li et al., AAAI 2022, https://arxiv.org/abs/2112.03406
     """
-
-    def __init__(self, c_in: int, c_out: int, stride: int, nonlinearity: Nonlinearity, shortcut: Shortcut):
-        super().__init__()
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(c_out)
-        self.relu = nonlinearity(c_out)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(c_out)
-        self.downsample = make_shortcut(shortcut, c_in, c_out, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.bn1(self.relu(self.conv1(x))) + self.downsample(x)
@@ -461,6 +452,10 @@ SIBNN_NETS = [f"resnet{depth}-sibnn" for depth in (8, 18, 20, 34)]
 EQUALBITS_NETS = [f"resnet{depth}-equalbits" for depth in (8, 18, 20, 34)]
 RESNETS = [*CIFAR_RESNETS, *IMAGENET_RESNETS, *METAQUANT_NETS, *IRNET_NETS, *SIBNN_NETS, *EQUALBITS_NETS, *BIREAL_NETS]
 ARCHS = [*RESNETS, *PLAIN_NETS]
+ARCHS_IN_SHORT = (  # for messages
+    f"{', '.join([*CIFAR_RESNETS, *IMAGENET_RESNETS, *BIREAL_NETS[::2], *PLAIN_NETS])}; "
+    "resnets also with -metaquant, -irnet, -sibnn or -equalbits, birealnets with -prelu"
+)
 MULTI_SHORTCUT_NETS = [*IRNET_NETS, *SIBNN_NETS, *EQUALBITS_NETS, *BIREAL_NETS]  # a shortcut around each convolution
 
 
@@ -529,7 +524,8 @@ def build(
             classifier and binary 1×1 convolutions in the shortcuts.
         resnet18/34: FSG's ResNets of 64 to 512 channels, with a BatchNorm1d before the classifier and full-precision
             1×1 convolutions in the shortcuts.
-        resnet*-metaquant: MetaQuant's, without the BatchNorm1d; all 1×1 convolutions are binary.
+        resnet8/20/32/44/56/110-metaquant: MetaQuant's CIFAR ResNets, without the BatchNorm1d and otherwise like FSG's.
+        resnet18/34-metaquant: the same for 64 to 512 channels, for which MetaQuant's code has no network.
         resnet8/20-irnet: IR-Net's. With binary activations (W1A1) it has a shortcut around each convolution, with
             act 'none' (W1A32) one around two. The shortcuts have no parameters.
         resnet8/20-sibnn and resnet18/34-sibnn: Si-BNN's, see SiBNNBlock.
@@ -547,7 +543,7 @@ def build(
     Raises ModelError for an unknown name, and for AlexNet on images of less than 63 pixels.
     """
     if arch not in ARCHS:
-        raise ModelError(f"no network is called {arch!r}: use one of {', '.join(ARCHS)}")
+        raise ModelError(f"no network is called {arch!r}: use one of {ARCHS_IN_SHORT}")
     if act not in NONLINEARITIES:
         raise ModelError(f"no activation is called {act!r}: use one of {', '.join(NONLINEARITIES)}")
     if arch == "alexnet" and image_size and image_size < 63:

@@ -63,6 +63,10 @@ def per_filter(values: Tensor, w: Tensor) -> Tensor:
     return rearrange(values, "f -> f" + " 1" * (w.dim() - 1))
 
 
+def _mean_of_each_filter(w: Tensor) -> Tensor:
+    return rearrange(w, "f ... -> f (...)").mean(dim=1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights. w is the latent weight of one layer, [C_out, ...]; dimension 0 counts the filters. The result has its shape.
 
@@ -105,8 +109,7 @@ def bwn_f(w: Tensor) -> Tensor:
 
     Rastegari et al. (XNOR-Net), ECCV 2016, section 3.1, eq. 6, https://arxiv.org/abs/1603.05279
     """
-    filters = rearrange(w.detach().abs(), "f ... -> f (...)")
-    scale = per_filter(filters.mean(dim=1), w)
+    scale = per_filter(_mean_of_each_filter(w.detach().abs()), w)
     return straight_through(w, torch.where(w >= 0, scale, -scale))
 
 
@@ -144,13 +147,13 @@ class _SiBNN(torch.autograd.Function):
     @staticmethod
     def forward(ctx, w: Tensor) -> Tensor:
         ctx.save_for_backward(w)
-        return w.sign() * per_filter(w.abs().flatten(1).mean(1), w)
+        return w.sign() * per_filter(_mean_of_each_filter(w.abs()), w)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         (w,) = ctx.saved_tensors
         signs, n = w.sign(), w[0].numel()
-        through_the_scale = signs * per_filter((signs * grad).flatten(1).mean(1), w)
+        through_the_scale = signs * per_filter(_mean_of_each_filter(signs * grad), w)
         return torch.where(w.abs() <= 1, grad * (1 - 1 / n), 0) + through_the_scale
 
 

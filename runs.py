@@ -14,6 +14,7 @@ replaces the old checkpoint.
 import argparse
 import contextlib
 import csv
+import itertools
 import json
 import math
 import os
@@ -72,7 +73,7 @@ MAY_CHANGE = {
     *("accumulate", "save_every", "out", "name", "resume", "eval_only", "pretrained"),
 }
 SMALLEST = {"epochs": 1, "batch_size": 2, "limit_steps": 1, "image_size": 8, "accumulate": 1}  # 0 for the flags below
-NOT_NEGATIVE = ("workers", "seed", "save_every", "weight_decay", "lr", "lr_fast", "lr_slow")
+NOT_NEGATIVE = ("workers", "seed", "save_every", "weight_decay", "warmup", "lr", "lr_fast", "lr_slow")
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -108,13 +109,17 @@ def common_flags(script: str, description: str, **defaults) -> argparse.Argument
     add("--limit-steps", type=int, help="stop after this many steps (default: no limit)")
     add("--batch-size", type=int, default=128, help="images per step, over all processes (default: %(default)s)")
     add("--accumulate", type=int, default=1, metavar="N", help="split each batch into N micro-batches to save memory")
-    add("--opt", default="adam", choices=["adam", "sgd", "sgdm"], help="sgdm: momentum 0.9 (default: %(default)s)")
+    optimizers = ["adam", "adamw", "sgd", "sgdm"]
+    add("--opt", default="adam", choices=optimizers, help="sgdm: momentum 0.9 (default: %(default)s)")
     add("--lr", type=float, help="learning rate at the start (default: %(default)s)")
-    betas = "adam: decay per step of its averages of the gradient and of its square (default: 0.9 0.999)"
+    betas = "adam and adamw: decay per step of its averages of the gradient and of its square (default: 0.9 0.999)"
     add("--betas", type=float, nargs=2, metavar=("B1", "B2"), help=betas)
-    add("--weight-decay", type=float, default=0.0, help="L2 penalty (default: %(default)s)")
+    decay = "L2 penalty; with adamw, decay per step in units of the learning rate (default: %(default)s)"
+    add("--weight-decay", type=float, default=0.0, help=decay)
     schedules = "step: divide by 10 at each milestone; cosine: decay to 0 over all steps (default: %(default)s)"
     add("--schedule", default="step", choices=["step", "cosine", "none"], help=schedules)
+    warmup = "the learning rate rises linearly to its value in this many epochs (default: %(default)s)"
+    add("--warmup", type=float, default=0.0, metavar="EPOCHS", help=warmup)
     milestones = "epochs at which --schedule step divides the learning rate (default: %(default)s)"
     add("--milestones", type=int, nargs="*", default=[30, 60, 90], help=milestones)
     add("--seed", type=int, default=0, help="seed of the weights, the order of the images and the augmentation")
@@ -168,10 +173,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
         largest = 1e30 if isinstance(value, float) else 2**63 - 1
         if value is not None and not smallest <= value <= largest:
             raise RunError(f"{option(name)} must be a number from {smallest} on; it is {value}")
-    only_for(args, "opt", {"betas": ("adam",)})
-    fill(args, betas=[0.9, 0.999])
-    if not all(0 <= beta < 1 for beta in getattr(args, "betas", ())):
-        raise RunError(f"--betas must be at least 0 and below 1; they are {args.betas}")
+    if args.opt:  # else it depends on other flags, and make_optimizer() does this
+        check_betas(args)
     if args.eval_only and not (args.resume or args.pretrained):
         raise RunError("--eval-only needs a network to test: give --resume runs/NAME or --pretrained runs/NAME/best.pt")
     return args, checkpoint
@@ -192,6 +195,14 @@ def only_for(args: argparse.Namespace, choice: str, flags: dict[str, tuple[str, 
             flag, names = option(choice), " or ".join(owners)
             raise RunError(f"{option(name)} is for {flag} {names}: leave it out with {flag} {chosen}")
         delattr(args, name)
+
+
+def check_betas(args: argparse.Namespace) -> None:
+    """Refuse --betas for other optimizers than Adam, and fill in its default."""
+    only_for(args, "opt", {"betas": ("adam", "adamw")})
+    fill(args, betas=[0.9, 0.999])
+    if not all(0 <= beta < 1 for beta in getattr(args, "betas", ())):
+        raise RunError(f"--betas must be at least 0 and below 1; they are {args.betas}")
 
 
 def fill(args: argparse.Namespace, **defaults) -> None:
@@ -313,9 +324,11 @@ def average_batchnorm(model: torch.nn.Module) -> None:
 
 
 def make_optimizer(params, args) -> torch.optim.Optimizer:
-    """The network's optimizer, from --opt, --lr and --weight-decay."""
-    if args.opt == "adam":
-        return torch.optim.Adam(params, args.lr, betas=tuple(args.betas), weight_decay=args.weight_decay)
+    """The network's optimizer, from --opt, --lr, --betas and --weight-decay."""
+    check_betas(args)
+    if args.opt in ("adam", "adamw"):
+        optimizer = torch.optim.Adam if args.opt == "adam" else torch.optim.AdamW
+        return optimizer(params, args.lr, betas=tuple(args.betas), weight_decay=args.weight_decay)
     return torch.optim.SGD(params, args.lr, momentum=0.9 if args.opt == "sgdm" else 0.0, weight_decay=args.weight_decay)
 
 
@@ -341,6 +354,46 @@ def evaluate(model: torch.nn.Module, batches, device: torch.device, amp: bool) -
     model.train()
     loss, accuracy = (all_reduce_sum(sums) / batches.size).tolist()
     return loss, accuracy
+
+
+@contextlib.contextmanager
+@torch.no_grad()
+def reestimate_batchnorm(net: torch.nn.Module, batches, device: torch.device, amp: bool, count: int = 32):
+    """Within `with reestimate_batchnorm(net, …)`, BatchNorm's running statistics are those of the weights of now.
+
+    The running statistics of training are averages over the weights of many steps, and over augmented images. Use this
+    to test weights that change quickly, or that are not the trained ones.
+
+    batches: training images without augmentation, `train.unaugmented()`. count: the number of batches that are used.
+    The result is the average over the batches, as in torch.optim.swa_utils.update_bn, and over the processes. The rest
+    of the network is in eval mode: no dropout, no random numbers. On leaving, the running statistics are what they
+    were before.
+    """
+    norms = [
+        m for m in net.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
+    ]
+    before = [(m.momentum, [b.clone() for b in (m.running_mean, m.running_var, m.num_batches_tracked)]) for m in norms]
+    training = net.training
+    try:
+        if norms:
+            net.eval()
+            for m in norms:
+                m.train()
+        for i, (images, _) in enumerate(itertools.islice(batches.epoch(), count if norms else 0), 1):
+            for m in norms:
+                m.momentum = 1 / i
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                net(images)
+        average_batchnorm(net)
+        net.train(training)
+        for m, (momentum, (*_, batches_tracked)) in zip(norms, before, strict=True):
+            m.momentum = momentum
+            m.num_batches_tracked.copy_(batches_tracked)
+        yield
+    finally:
+        for m, (_, (mean, var, _)) in zip(norms, before, strict=True):
+            m.running_mean.copy_(mean)
+            m.running_var.copy_(var)
 
 
 def report(loss: float, accuracy: float, count: int) -> int:
@@ -764,6 +817,8 @@ class Run:
     def set_learning_rate(self, optimizer: torch.optim.Optimizer, epoch: int) -> float:
         """Set the learning rate of this step in all parameter groups, and return it."""
         self.lr = learning_rate(self.args, epoch, self.step, self.total_steps)
+        warmup = round(self.args.warmup * len(self.train))  # steps
+        self.lr *= min(1.0, (self.step + 1) / (warmup + 1))
         for group in optimizer.param_groups:
             group["lr"] = self.lr
         return self.lr

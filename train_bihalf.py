@@ -76,7 +76,7 @@ def flags():
 def complete(args) -> None:
     """Set the defaults that depend on other flags, and refuse flags that do not go together."""
     if args.arch not in models.ARCHS:
-        raise runs.RunError(f"--arch {args.arch} is not known: use one of {', '.join(models.ARCHS)}")
+        raise runs.RunError(f"--arch {args.arch} is not known: use one of {models.ARCHS_IN_SHORT}")
     runs.only_for(args, "quantizer", {"ratio": ("bihalf",), "prune": ("bihalf",)})
     runs.fill(args, ratio=0.5, prune=0.0)
     if args.quantizer == "bihalf":

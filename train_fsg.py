@@ -29,7 +29,8 @@ hypernet.py holds all of it. In the training loop it is one line between backwar
 
     flags → data → network → gradient generator → optimizer → the training loop → evaluation
 
-Copy with: models.py, quantizers.py, hypernet.py, data.py, runs.py; for speed selective_scan.py and its kernels.
+Copy with: models.py, quantizers.py, hypernet.py, metaquant.py, gate.py, fsg_released.py, data.py, runs.py; for speed
+selective_scan.py and its kernels.
 """
 
 import torch
@@ -44,7 +45,7 @@ from hypernet import FSG, STE
 from metaquant import LSTMFC, AuthorsAdam, FCGrad, LookAhead, MultiFC, ReleasedFCGrad, ReleasedLSTMFC, ReleasedMultiFC
 
 # Learning rates that work for the latent weights, measured (results/README.md).
-DEFAULT_LR = {"adam": 1e-3, "sgd": 0.3, "sgdm": 0.1}
+DEFAULT_LR = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.3, "sgdm": 0.1}
 GATE_LR = 6e-3  # with Adam under --grad gate
 # Adam's learning rates for φ: of the fast-net; of the slow-net and the LRE.
 LR_FAST = {"fsg": 1e-2, "fcgrad": 1e-3, "multifc": 1e-3, "lstmfc": 1e-3}
@@ -118,16 +119,10 @@ def flags():
 def complete(args) -> None:
     """Fill in the defaults that depend on other flags, and refuse flags that the chosen generator does not have."""
     if args.arch not in models.ARCHS:
-        raise runs.RunError(f"--arch {args.arch} is not known: use one of {', '.join(models.ARCHS)}")
+        raise runs.RunError(f"--arch {args.arch} is not known: use one of {models.ARCHS_IN_SHORT}")
     mamba = ("d_state", "d_conv", "expand", "scan")
-    text = (
-        "history",
-        "balance",
-        "normalize",
-        "no_lre",
-        "fast_act",
-        "hyper_sample",
-    )  # of the paper's text, not the code
+    # What the released code does not have.
+    text = ("history", "balance", "normalize", "no_lre", "fast_act", "hyper_sample")
     only_fsg = ("hgs", "length", "beta", "lr_slow", *mamba, *(name for name in text if name != "fast_act"))
     metaquant = ("fcgrad", "multifc", "lstmfc")
     learned = ("fsg", *metaquant)
@@ -159,11 +154,11 @@ def complete(args) -> None:
     runs.fill(args, history="per-weight", length=5, beta=0.9, balance="layer-rms", normalize="layer-rms")
     runs.fill(args, hidden=100, d_state=16, d_conv=8, expand=100, scan="auto", hyper_sample=1.0)
     runs.fill(args, memory=0.8, epsilon=0.35)
-    unbounded = args.opt != "adam" and getattr(args, "balance", "none") == "none" and not released
+    unbounded = args.opt.startswith("sgd") and getattr(args, "balance", "none") == "none" and not released
     grad = getattr(args, "grad", None)
     runs.fill(args, lr_fast=LR_PHI_UNBOUNDED if unbounded else LR_FAST.get(grad))
     runs.fill(args, lr_slow=LR_PHI_UNBOUNDED if unbounded else LR_SLOW)
-    runs.fill(args, lr=GATE_LR if grad == "gate" and args.opt == "adam" else DEFAULT_LR[args.opt])
+    runs.fill(args, lr=GATE_LR if grad == "gate" and args.opt.startswith("adam") else DEFAULT_LR[args.opt])
     for name in ("hidden", "d_state", "d_conv", "expand"):
         if getattr(args, name, 1) < 1:
             raise runs.RunError(f"{runs.option(name)} must be at least 1; it is {getattr(args, name)}")

@@ -33,9 +33,20 @@ B, which scales their gradient. With the latent weights w* and the step size η:
     rpc (reverse of pc)      w* ← L_ρ(w*) − η ∂L/∂w*
 
 The sign-Swish SS_μ and the piecewise linear L_ρ (quantizers.py) are soft signs. They become harder as μ and ρ grow
-during training. The backward quantizer of BNN++ is the derivative of its forward quantizer.
+linearly during training; the last step uses their end values. The backward quantizer of BNN++ is the derivative of its
+forward quantizer.
+
+Soft signs are near ±1 for weights of order 1, so each layer measures its weights in the unit √2/√fan_in, about the
+standard deviation of their initial values:
+
+    w = unit · F(w* / unit)
 
 test_acc is always the accuracy of the network with sign(w*), except for fp. The column relaxed_acc is that of F(w*).
+Both are measured with BatchNorm statistics of the weights that are tested, from 32 training batches without
+augmentation. best.pt and last.pt contain the statistics of the signs.
+
+Networks of timm take timm's normalisation, interpolation and crop. Training from large images uses the augmentation of
+DeiT (RandAugment and random erasing; no Mixup, CutMix or repeated augmentation), AdamW and a warm-up.
 
     flags → data → network → optimizer → the training loop → evaluation
 
@@ -43,7 +54,9 @@ Copy with: models.py, quantizers.py, data.py, runs.py.
 """
 
 import contextlib
+import random
 
+import numpy
 import torch
 from torch.nn import functional as F
 
@@ -62,9 +75,16 @@ METHODS = {  # the quantizer in models.py of each method
     "pq": "identity",
     "rpc": "identity",
 }
+SWISH = ("bnn+", "bnn++")
+RELAXED = ("pc", "bnn++", "pq", "rpc")  # methods that train with weights other than the signs
 # The paper does not give learning rates; these are this project's.
-DEFAULT_LR = {"adam": 1e-3, "sgd": 0.1, "sgdm": 0.1}
-TRANSFORMER_LR = 5e-4  # with Adam
+DEFAULT_LR = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.1, "sgdm": 0.1}
+TRANSFORMER_LR = 5e-4  # with Adam and AdamW
+# From DeiT (Touvron et al., ICML 2021, https://arxiv.org/abs/2012.12877), table 9.
+TRANSFORMER_DECAY = 0.05  # with AdamW, of the full-precision weights
+TRANSFORMER_WARMUP = 5.0  # epochs; at most a twentieth of the run
+AUGMENTATION = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "re_mode": "pixel"}  # timm's create_transform
+SWISH_LR = 0.1  # factor of the learning rate of bnn+ and bnn++, whose gradient is multiplied by up to μ
 FINE_TUNING = 0.1  # factor of the learning rate when training starts from --pretrained weights
 
 
@@ -73,7 +93,8 @@ FINE_TUNING = 0.1  # factor of the learning rate when training starts from --pre
 
 
 def flags():
-    parser = runs.common_flags("train_proxconnect.py", __doc__, epochs=None, opt=None, schedule="cosine")
+    depends = ("epochs", "opt", "weight_decay", "warmup")
+    parser = runs.common_flags("train_proxconnect.py", __doc__, schedule="cosine", **dict.fromkeys(depends))
     add = parser.add_argument_group("binary network").add_argument
     add("--method", default="bnn++", choices=METHODS, help="the forward and the backward quantizer, see above")
     add(
@@ -95,12 +116,15 @@ def complete(args) -> None:
     is_transformer, fine_tuning = args.arch not in models.ARCHS, args.pretrained or args.pretrained_timm
     runs.only_for(args, "method", {"mu": ("bnn+", "bnn++"), "rho": ("pc", "pq", "rpc")})
     runs.fill(args, mu=[5.0] if args.method == "bnn+" else [5.0, 30.0], rho=[0.01, 10.0])
-    runs.fill(args, epochs=100 if fine_tuning else 300, opt="adam" if is_transformer else "sgdm")
-    lr = TRANSFORMER_LR if is_transformer and args.opt == "adam" else DEFAULT_LR[args.opt]
+    runs.fill(args, epochs=100 if fine_tuning else 300, opt="adamw" if is_transformer else "sgdm")
+    lr = TRANSFORMER_LR if is_transformer and args.opt in ("adam", "adamw") else DEFAULT_LR[args.opt]
+    lr *= SWISH_LR if args.method in SWISH else 1
     runs.fill(args, lr=lr * FINE_TUNING if fine_tuning else lr)
+    runs.fill(args, weight_decay=TRANSFORMER_DECAY if is_transformer and args.opt == "adamw" else 0.0)
+    runs.fill(args, warmup=min(TRANSFORMER_WARMUP, args.epochs / 20) if is_transformer else 0.0)
     if is_transformer and not import_timm(args.arch).is_model(args.arch):
         raise runs.RunError(
-            f"--arch {args.arch} is not known: use one of {', '.join(models.ARCHS)}, or a vision transformer of timm"
+            f"--arch {args.arch} is not known: use one of {models.ARCHS_IN_SHORT}, or a vision transformer of timm"
         )
     if not is_transformer and (args.patch_size is not None or args.pretrained_timm):
         raise runs.RunError(f"--patch-size and --pretrained-timm are for transformers: leave them out with {args.arch}")
@@ -127,7 +151,7 @@ def import_timm(arch: str):
         import timm
     except ImportError:
         raise runs.RunError(
-            f"--arch {arch} is none of {', '.join(models.ARCHS)}; for a vision transformer of timm, pip install timm"
+            f"--arch {arch} is none of {models.ARCHS_IN_SHORT}; for a vision transformer of timm, pip install timm"
         ) from None
     return timm
 
@@ -142,13 +166,46 @@ def network(args, num_classes: int, shape: tuple[int, int, int], pretrained: boo
         net = models.build(args.arch, num_classes, quantizer, args.act, args.binarize_all, *shape[:2])
     else:
         net = build_transformer(args, num_classes, quantizer, shape, pretrained)
-    # Weights of ±1 make a layer's outputs √fan_in times too large, unless a normalisation follows. Layers without one
-    # measure weights in units of √2/√fan_in: w = unit · F(w* / unit). pq and rpc pull the latent weights themselves to
-    # ±1 unit. This must not be far from their initial values, so with them all networks have that unit.
-    if args.arch not in models.ARCHS or args.arch in models.UNNORMALISED or args.method in ("pq", "rpc"):
-        for layer in models.binary_layers(net):
-            layer.unit = layer.scale = models.he_scale(layer)
+    for layer in models.binary_layers(net):
+        layer.unit = layer.scale = models.he_scale(layer)  # w = unit · F(w* / unit)
     return net
+
+
+class SeededTransform:
+    """timm's transform of a PIL image, with the random numbers of Python and NumPy seeded from those of PyTorch.
+
+    data.py seeds PyTorch's for each image, so that an epoch is reproducible and can start at any batch.
+    """
+
+    def __init__(self, transform):
+        self.transform = transform
+
+    def __call__(self, image) -> torch.Tensor:
+        states = random.getstate(), numpy.random.get_state()
+        seed = int(torch.randint(2**31, ()))
+        random.seed(seed)
+        numpy.random.seed(seed)
+        try:
+            return self.transform(image)
+        finally:
+            random.setstate(states[0])
+            numpy.random.set_state(states[1])
+
+
+def data_options(args) -> dict:
+    """The arguments of data.load that a network of timm wants: its own normalisation and transforms of large images."""
+    if args.arch in models.ARCHS:
+        return {}
+    timm = import_timm(args.arch)
+    config = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(args.arch).to_dict())
+    runs.fill(args, image_size=config["input_size"][-1] if args.dataset == "imagenet" else None)
+    common = {"interpolation": config["interpolation"], "mean": config["mean"], "std": config["std"]}
+    size = args.image_size or 224
+    common["input_size"] = (3, size, size)
+    hflip = 0.0 if args.no_flip else 0.5
+    train = timm.data.create_transform(**common, is_training=True, hflip=hflip, **AUGMENTATION)
+    test = timm.data.create_transform(**common, crop_pct=config["crop_pct"], crop_mode=config["crop_mode"])
+    return {"mean": config["mean"], "std": config["std"], "transforms": (SeededTransform(train), SeededTransform(test))}
 
 
 def build_transformer(args, num_classes: int, quantizer: str, shape: tuple, pretrained: bool) -> torch.nn.Module:
@@ -188,10 +245,36 @@ def hardness_range(args) -> tuple[float, float]:
 
 
 @torch.no_grad()
+def shrink_weights(layers, args) -> None:
+    """bnn+ and bnn++ start from the network's weights divided by μ, unless they start from a run of such a method.
+
+    Near 0, SS_μ(x) is about μx. So the forward weights of bnn++ start as those of the network or of the pretrained
+    file, and most latent weights start where SS′_μ is positive, |x| < 2.4/μ. A weight further out cannot change sign.
+    """
+    trained = runs.load(args.pretrained).get("args", {}).get("method") if args.pretrained else None
+    if args.method in SWISH and trained not in SWISH:
+        for layer in layers:
+            layer.weight.div_(args.mu[0])
+
+
+@torch.no_grad()
 def apply_linear_quantizer(layers, rho: torch.Tensor) -> None:
     """w ← L_ρ(w) for the latent weights themselves."""
     for layer in layers:
         layer.weight.copy_(quantizers.linear_quantizer(layer.weight / layer.unit, rho) * layer.unit)
+
+
+def optimizer_groups(net: torch.nn.Module, args) -> list[dict]:
+    """The parameters, for the optimizer. In networks of timm, biases, norms and latent weights do not decay.
+
+    timm excludes the first two. Decay would pull the latent weights to 0, where the soft signs are far from ±1.
+    """
+    if args.arch in models.ARCHS:
+        return [{"params": list(net.parameters())}]
+    latent = {layer.weight for layer in models.binary_layers(net)}
+    decays = [p for p in net.parameters() if p.dim() > 1 and p not in latent]
+    rest = [p for p in net.parameters() if p.dim() <= 1 or p in latent]
+    return [{"params": decays}, {"params": rest, "weight_decay": 0.0}]
 
 
 @contextlib.contextmanager
@@ -229,6 +312,7 @@ def main(argv=None) -> int:
         flip=not args.no_flip,
         image_size=args.image_size,
         workers=args.workers,
+        **data_options(args),
         log=runs.console.print,
         rank=rank,
         world_size=world_size,
@@ -237,6 +321,8 @@ def main(argv=None) -> int:
     # Network. Its parameters are the latent weights; the binary layers compute w = F(w*).
     net = network(args, train.num_classes, train.shape, args.pretrained_timm and not checkpoint).to(device)
     runs.load_weights(net, args, checkpoint)
+    if not checkpoint and not args.eval_only:
+        shrink_weights(models.binary_layers(net), args)
     model = runs.parallel(net, args, device)
     layers = models.binary_layers(net)
     start, end = hardness_range(args)
@@ -244,12 +330,13 @@ def main(argv=None) -> int:
     parameter = {"bnn+": "mu", "bnn++": "mu", "pc": "rho"}.get(args.method)
     for layer in layers:
         layer.options = {parameter: hardness} if parameter else {}
+    plain = train.unaugmented()
     if args.eval_only:
-        with true_signs(layers):
+        with true_signs(layers), runs.reestimate_batchnorm(net, plain, device, args.amp):
             return runs.report(*runs.evaluate(model, test, device, args.amp), test.size)
 
     # Optimizer.
-    optimizer = runs.make_optimizer(net.parameters(), args)
+    optimizer = runs.make_optimizer(optimizer_groups(net, args), args)
 
     # The run, from its start or from the checkpoint on.
     run = runs.Run(
@@ -270,7 +357,7 @@ def main(argv=None) -> int:
         for epoch in run.epochs():
             for images, labels in run.batches():
                 run.set_learning_rate(optimizer, epoch)
-                hardness.fill_(start + run.step / run.total_steps * (end - start))
+                hardness.fill_(start + run.step / max(1, run.total_steps - 1) * (end - start))
                 optimizer.zero_grad()
                 for x, y, fraction in runs.micro_batches(model, images, labels, args.accumulate):
                     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
@@ -287,12 +374,16 @@ def main(argv=None) -> int:
                     apply_linear_quantizer(layers, hardness / run.total_steps)
             if run.leaving:
                 break
-            relaxed_loss, relaxed_acc = test_loss, test_acc = runs.evaluate(model, test, device, args.amp)
-            if args.method in ("pc", "bnn++", "pq", "rpc"):
-                with true_signs(layers):
-                    test_loss, test_acc = runs.evaluate(model, test, device, args.amp)
-            relaxed = {"relaxed_loss": relaxed_loss, "relaxed_acc": relaxed_acc}
-            run.end_epoch(test_loss, test_acc, models.sign_bits(layers), **relaxed)
+            if args.method in RELAXED:
+                with runs.reestimate_batchnorm(net, plain, device, args.amp):
+                    relaxed = runs.evaluate(model, test, device, args.amp)
+            # The checkpoints are written within this `with`, so they contain the statistics of the network that was
+            # tested. Training steps do not read running statistics.
+            with true_signs(layers), runs.reestimate_batchnorm(net, plain, device, args.amp):
+                tested = runs.evaluate(model, test, device, args.amp)
+                if args.method not in RELAXED:
+                    relaxed = tested
+                run.end_epoch(*tested, models.sign_bits(layers), relaxed_loss=relaxed[0], relaxed_acc=relaxed[1])
     return run.finish()
 
 

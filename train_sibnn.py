@@ -70,7 +70,7 @@ def flags():
 def complete(args) -> None:
     """Set the defaults that depend on other flags, and refuse flags that do not go together."""
     if args.arch not in models.ARCHS:
-        raise runs.RunError(f"--arch {args.arch} is not known: use one of {', '.join(models.ARCHS)}")
+        raise runs.RunError(f"--arch {args.arch} is not known: use one of {models.ARCHS_IN_SHORT}")
     runs.only_for(args, "act", {"rho": ("si",)})
     runs.fill(args, rho=0.3, lr=DEFAULT_LR[args.opt], **RECIPES[args.recipe])
     if args.act == "si" and not 0 <= args.rho <= 1:

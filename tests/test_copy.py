@@ -34,6 +34,16 @@ THEIR_LOOP = """
     print("last", loss.item())
 """
 
+FSG_FILES = [
+    "models.py",
+    "quantizers.py",
+    "hypernet.py",
+    "metaquant.py",
+    "gate.py",
+    "fsg_released.py",
+    "data.py",
+    "runs.py",
+]
 COPIES = {
     "quantizers.py": ([], "import torch, quantizers; print(quantizers.dorefa(torch.randn(3, 3)))"),
     "models.py": (["quantizers.py"], "import models; print(models.build('resnet20', 10))"),
@@ -44,10 +54,19 @@ COPIES = {
         ["selective_scan_cpu.cpp", "selective_scan_triton.py"],
         "import selective_scan as s; print(s.library(6))",
     ),
+    "export_c.py": (
+        ["binary_conv.cpp", "runs.py"],
+        """
+        import export_c, torch
+        ops = export_c.operations(torch.nn.Sequential(torch.nn.Conv2d(1, 3, 2)).eval(), (1, 4, 4))
+        assert "predict" in export_c.c_source(ops, [[1.0], [0.0]], "net")
+        """,
+    ),
     "export.py": (
         [
-            *("train_fsg.py", "train_sibnn.py", "train_proxconnect.py", "train_bihalf.py", "binary_conv.cpp"),
-            *("models.py", "quantizers.py", "hypernet.py", "data.py", "runs.py"),
+            *("export_c.py", "binary_conv.cpp", "models.py", "quantizers.py", "data.py", "runs.py"),
+            *("train_fsg.py", "hypernet.py", "metaquant.py", "gate.py", "fsg_released.py"),
+            *("train_sibnn.py", "train_proxconnect.py", "train_bihalf.py"),
         ],
         """
         import export, train_fsg
@@ -61,11 +80,11 @@ COPIES = {
         "import torch, selective_scan_triton as s; print(s.why_not(torch.device('cpu'), torch.float32, 6))",
     ),
     "train_fsg.py": (
-        ["models.py", "quantizers.py", "hypernet.py", "data.py", "runs.py"],
+        FSG_FILES,
         "import train_fsg; train_fsg.main('--dataset digits --arch resnet8 --limit-steps 3 --expand 2'.split())",
     ),
     "experiments.py": (
-        ["plot.py", "train_fsg.py", "models.py", "quantizers.py", "hypernet.py", "data.py", "runs.py"],
+        ["plot.py", "train_fsg.py", *FSG_FILES],
         "import experiments as e; small = '--dataset digits --arch resnet8 --limit-steps 3 --grad ste --seed 0'; "
         "e.GRIDS['rates'] = [small]; assert e.main(['rates']) == 0",
     ),
@@ -87,8 +106,9 @@ def test_bench_measures_and_writes_json(tmp_path):
         bench.main(["scan", "--lstm", *small])
         bench.main(["quantizers", *small])
     """
-    files = ["hypernet.py", "selective_scan.py", "selective_scan_cpu.cpp", "selective_scan_triton.py"]
-    result = run_alone(tmp_path, ["bench.py", "data.py", "models.py", "quantizers.py", *files], code)
+    files = ["data.py", "models.py", "quantizers.py", "hypernet.py", "metaquant.py", "gate.py"]
+    scan = ["selective_scan.py", "selective_scan_cpu.cpp", "selective_scan_triton.py"]
+    result = run_alone(tmp_path, ["bench.py", *files, *scan], code)
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "runs" / "bench-step.json").read_text())["archs"]["resnet8"]["variants"]
     assert set(found) == set(bench.GRADS)
@@ -130,18 +150,32 @@ def test_fsg_in_someone_elses_loop(tmp_path, hgs):
     assert first > 0.6 and last < 0.25 * first
 
 
-def test_hypernet_needs_torch_alone(tmp_path):
-    """No file of this repo beside it: layers are whatever has a weight and the name of a quantizer."""
-    code = """
-        import sys, torch, hypernet
+GENERATORS = {
+    "hypernet.py": "hypernet.FSG([layer], expand=4, d_state=2)",
+    "metaquant.py": "metaquant.MultiFC([layer], 4)",
+    "gate.py": "gate.GatedHistory([layer])",
+    "fsg_released.py": "fsg_released.ReleasedFSG([layer], expand=4, d_state=2)",
+}
+
+
+@pytest.mark.parametrize("file", GENERATORS)
+def test_generators_need_torch_and_hypernet_alone(tmp_path, file):
+    """Without our models.py: layers are whatever has a weight and the name of a quantizer."""
+    code = f"""
+        import sys, torch, {file.removesuffix(".py")}
         layer = torch.nn.Linear(5, 3)
         layer.quantizer = "bwn"
-        fsg = hypernet.FSG([layer], expand=4, d_state=2)
-        for _ in range(4):
+        generator = {GENERATORS[file]}
+        for step in range(4):
+            if hasattr(generator, "look_ahead"):
+                generator.look_ahead(0.1)
             layer.weight.grad = torch.randn(3, 5)
-            fsg.generate()
+            generator.generate()
         print(layer.weight.grad.shape)
-        assert not {"torchvision", "einops", "rich", "mamba_ssm"} & set(sys.modules)
+        assert not {{"torchvision", "einops", "rich", "mamba_ssm"}} & set(sys.modules)
     """
-    result = run_alone(tmp_path, ["hypernet.py"], code)
+    others = {"hypernet.py"} - {file}
+    result = run_alone(tmp_path, [file, *others], code)
     assert result.returncode == 0, result.stderr
+    opening = (ROOT / file).read_text().split('"""')[1]
+    assert all(f"Copy this file with {other}" in opening for other in others)

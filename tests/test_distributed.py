@@ -1,5 +1,6 @@
 """Several processes (gloo, on this CPU) do what one does: generators share their work, trainers their batches."""
 
+import functools
 import json
 import os
 import re
@@ -22,19 +23,26 @@ VARIANTS = {
     "multifc": "MultiFC(layers, 5, 'tanh', lr=1e-2)",
     "lstmfc": "LSTMFC(layers, 3, lr=1e-2)",
     "fsg-mamba": "FSG(layers, expand=4, d_state=3)",
+    "fsg-mamba-unbalanced": "FSG(layers, balance='none', expand=4, d_state=3)",
     "fsg-lstm": "FSG(layers, 'lstm', hidden=4, length=3)",
+    "fsg-lstm-unbalanced": "FSG(layers, 'lstm', balance='none', hidden=4, length=3)",
     "fsg-flat": "FSG(layers, history='flat', expand=4, d_state=3)",
+    "fsg-flat-unbalanced": "FSG(layers, history='flat', balance='none', expand=4, d_state=3)",
+    "fsg-newest": "FSG(layers, history='newest', expand=4, d_state=3)",
     "gate": "GatedHistory(layers)",
     "fsg-sampled": "FSG(layers, hyper_sample=0.3, expand=4, d_state=3)",
-    "released": "FSG(layers, preset='released', expand=4, d_state=3, **hypernet.RELEASED_OPTIONS)",
+    "fsg-sampled-unbalanced": "FSG(layers, hyper_sample=0.3, balance='none', expand=4, d_state=3)",
+    "released": "ReleasedFSG(layers, expand=4, d_state=3)",
 }
 
 # Eleven steps with the gradients of a fixed function of the weights, the checkpoint of the sixth loaded into a new
 # generator: what is left after them is written to FILE. Layers of odd sizes, one of them channels_last.
 GENERATOR = """
     import copy, os, sys, torch, torch.distributed as dist
-    import hypernet
-    from hypernet import *
+    from fsg_released import ReleasedFSG
+    from gate import GatedHistory
+    from hypernet import FSG, STE
+    from metaquant import FCGrad, LSTMFC, MultiFC
     torch.set_num_threads(1)
     file, saved, *makers = sys.argv[1:]
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -54,7 +62,7 @@ GENERATOR = """
                 sixth = generator.state_dict()
                 generator = make()
                 generator.load_state_dict(copy.deepcopy(before or sixth))
-            if getattr(generator, "released", False): generator.look_ahead(0.05)
+            if isinstance(generator, ReleasedFSG): generator.look_ahead(0.05)
             for layer, target in zip(layers, targets):
                 layer.weight.grad = (layer.weight.detach() - target) * (1 + torch.sin(10 * target)) / 100
             generator.generate()
@@ -146,7 +154,7 @@ MANY_RUNS = """
 """
 DIGITS = ["--dataset", "digits", "--batch-size", "60", "--epochs", "2", "--device", "cpu"]
 TRAINERS = {
-    "fsg-gate": ["train_fsg.py", "--hgs", "gate", "--lr", "1e-3"],
+    "gate": ["train_fsg.py", "--grad", "gate", "--lr", "1e-3"],
     "fsg-mamba": ["train_fsg.py", "--hgs", "mamba", "--expand", "2", "--d-state", "2"],
     "fsg-lstm": ["train_fsg.py", "--hgs", "lstm", "--hidden", "3"],
     "sibnn": ["train_sibnn.py"],
@@ -179,19 +187,8 @@ def trained(tmp_path_factory):
         assert all(output == "" for output in outputs[1:]), "rank 0 alone speaks"
 
     def runs(label, steps, *more):
-        common = [
-            *DIGITS,
-            "--arch",
-            "tiny",
-            "--schedule",
-            "none",
-            "--limit-steps",
-            steps,
-            "--out",
-            str(out),
-            *more,
-            "--name",
-        ]
+        common = [*DIGITS, "--arch", "tiny", "--schedule", "none", "--limit-steps", steps, "--out", str(out), *more]
+        common += ["--name"]
         return [[*argv, *common, f"{name}-{label}"] for name, argv in TRAINERS.items()]
 
     run(1, *runs(1, "30"))
@@ -264,13 +261,13 @@ def test_the_parts_of_a_batch_are_the_batch(size, batch, processes):
     images, labels = torch.arange(size).to(torch.uint8).view(-1, 1, 1, 1), torch.arange(size)
     one = torch.ones(1)
     for train in (True, False):
-        make = lambda part: data.ResidentBatches(images, labels, 0 * one, one, 10, batch, train, part=part)  # noqa: B023
+        make = functools.partial(data.ResidentBatches, images, labels, 0 * one, one, 10, batch, train)
         if train and size % batch % processes and size < batch:
             with pytest.raises(data.DataError, match="cannot share"):
-                make((0, processes))
+                make(rank=0, world_size=processes)
             continue
-        whole = [sorted(y.tolist()) for _, y in make((0, 1)).epoch(3)]
-        parts = [list(make((rank, processes)).epoch(3)) for rank in range(processes)]
+        whole = [sorted(y.tolist()) for _, y in make().epoch(3)]
+        parts = [list(make(rank=rank, world_size=processes).epoch(3)) for rank in range(processes)]
         together = sorted(y for part in parts for _, ys in part for y in ys.tolist())
         assert together == sorted(y for ys in whole for y in ys), "every image once"
         if train:

@@ -1,10 +1,14 @@
 """Quantizers are compared with their formulas. Binary layers, networks and binarize_()."""
 
 import math
+from argparse import Namespace
 from fractions import Fraction
 
+import numpy as np
 import pytest
+import replay_networks
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -12,6 +16,8 @@ from torch.nn import functional as F
 
 import models
 import quantizers
+import runs
+import train_sibnn
 
 shapes = st.sampled_from([(1,), (7,), (3, 5), (4, 3, 3, 3), (2, 1, 1, 1), (5, 2, 1, 3)])
 scales = st.sampled_from([1e-30, 1e-6, 1e-2, 1.0, 30.0, 1e4])
@@ -144,6 +150,25 @@ def test_bihalf_prune_is_exact_for_thousands_of_equal_weights(n, prune):
     for w in (torch.zeros(2, n), (torch.randn(2, n) * 2).round()):
         for bits in quantizers.bihalf_prune(w, prune):
             assert [(bits == b).sum().item() for b in (-1, 0, 1)] == [i, j - i, n - j]
+
+
+@given(shapes, st.sampled_from([1e-6, 1e-2, 0.3, 1.0, 3.0]), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_sibnn_passes_the_gradient_through_the_scale(shape, scale, seed):
+    """Element by element, from ∂(α_f s_i)/∂W_j with the sign's own derivative replaced by 1 where |W| ≤ 1."""
+    w = weights(shape, scale, seed).requires_grad_()
+    out = quantizers.sibnn(w)
+    g = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    (grad,) = torch.autograd.grad(out, w, g)
+    for row, bits, ghat, found in zip(
+        *(t.detach().reshape(len(w), -1).tolist() for t in (w, out, g, grad)), strict=True
+    ):
+        n, signs = len(row), [(x > 0) - (x < 0) for x in row]
+        alpha, through = sum(map(abs, row)) / n, sum(s * x for s, x in zip(signs, ghat, strict=True)) / n
+        for i in range(n):
+            assert math.isclose(bits[i], alpha * signs[i], rel_tol=1e-12, abs_tol=1e-300)
+            expected = (ghat[i] * (1 - 1 / n) if abs(row[i]) <= 1 else 0) + signs[i] * through
+            assert math.isclose(found[i], expected, rel_tol=1e-9, abs_tol=1e-12)
 
 
 def test_bihalf_of_distinct_weights_by_hand():
@@ -330,6 +355,108 @@ def test_imagenet_resnets_have_the_published_sizes(arch, million):
         net = models.build(arch, 1000)
     assert abs(sum(p.numel() for p in net.parameters()) / 1e6 - million) < 0.01
     assert net(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, 1000)
+
+
+def test_the_papers_resnets():
+    """What distinguishes them, from the modules that they are made of."""
+    with torch.device("meta"):
+        nets = {arch: models.build(arch, 1000, "bwn", "sign") for arch in models.RESNETS}
+    parameters = {arch: sum(p.numel() for p in net.parameters()) for arch, net in nets.items()}
+    layers = {arch: len(models.binary_layers(net)) for arch, net in nets.items()}
+    for arch in (*models.CIFAR_RESNETS, *models.IMAGENET_RESNETS):
+        fsg, metaquant = nets[arch], nets[f"{arch}-metaquant"]
+        assert fsg.state_dict().keys() - metaquant.state_dict().keys() == {
+            f"bn_fc.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+        }
+        projections = 2 if arch in models.CIFAR_RESNETS else 3
+        binary = 0 if arch in models.CIFAR_RESNETS else projections  # FSG's for ImageNet are in full precision
+        assert layers[f"{arch}-metaquant"] - layers[arch] == binary
+    with torch.device("meta"):
+        si = models.build("resnet18-sibnn", 1000, "sibnn", "si")
+    assert sum(p.numel() for p in si.parameters()) == 11_703_080
+    assert [name.split(".")[-1] for name, _ in si.layer1[0].conv1.named_parameters()] == ["delta", "theta", "weight"]
+    assert isinstance(si.relu_last, nn.ReLU) and isinstance(si.relu, nn.Identity)
+    assert parameters["resnet20-irnet"] == 269_850 + 990 * 65 and layers["resnet20-irnet"] == 18
+    prelus = [m for m in nets["resnet18-equalbits"].modules() if isinstance(m, nn.PReLU)]
+    assert len(prelus) == 1 + 8, "one a block"
+
+
+def test_equal_bits_stem_is_another_one_for_imagenet():
+    """CIFAR: PReLU after the BatchNorm, 1×1 convolutions of stride 2. ImageNet: PReLU first, an average pool."""
+    for size in (32, 64, 224):
+        net = models.build("resnet8-equalbits" if size == 32 else "resnet18-equalbits", 10, image_size=size).eval()
+        net.bn1.bias.data.fill_(-1.0)
+        net.relu.weight.data.zero_()  # a ReLU
+        seen = []
+        net.maxpool.register_forward_pre_hook(lambda m, x, seen=seen: seen.append(x[0]))
+        net(torch.randn(1, 3, size, size))
+        assert (seen[0].min() < 0) == (size == 224)
+        projection = net.layer2[0].downsample
+        assert projection[0].stride == ((1, 1) if size == 224 else (2, 2)) and len(projection) == 2 + (size == 224)
+
+
+def test_zero_padded_shortcut():
+    x = torch.randn(2, 3, 5, 6)
+    y = models.ZeroPadded(3, 8, 2)(x)
+    assert y.shape == (2, 8, 3, 3) and torch.equal(y[:, 2:5], x[:, :, ::2, ::2]) and y[:, :2].abs().sum() == 0
+    assert y[:, 5:].abs().sum() == 0 and not list(models.ZeroPadded(3, 8, 2).parameters())
+
+
+@pytest.mark.parametrize("name", ["sibnn", "equalbits", "irnet"])
+def test_networks_are_the_authors(name):
+    """Blocks, gradients, running statistics, parameters, starts and schedules, against the authors' own modules."""
+    file = ROOT.parent / "shared" / "golden" / f"{name}.npz"
+    if not file.exists():
+        pytest.skip(f"the golden vectors ../shared/golden/{name}.npz are not here")
+    with np.load(file, allow_pickle=False) as npz:
+        errors = getattr(replay_networks, f"replay_{name}")(npz)
+    assert len(errors) > 10 and {kind: error for kind, error in errors.items() if not error <= 1e-10} == {}
+
+
+def test_a_replay_notices_what_is_wrong(monkeypatch):
+    file = ROOT.parent / "shared" / "golden" / "sibnn.npz"
+    if not file.exists():
+        pytest.skip("the golden vectors ../shared/golden/sibnn.npz are not here")
+    monkeypatch.setitem(models.WEIGHT_QUANTIZERS, "sibnn", quantizers.bwn_f)
+    monkeypatch.setattr(models, "initialise", lambda net, arch: None)  # PyTorch's default start
+    monkeypatch.setattr(train_sibnn, "THRESHOLDS", (".theta",))
+    with np.load(file, allow_pickle=False) as npz:
+        errors = replay_networks.replay_sibnn(npz)
+    wrong = {kind for kind, error in errors.items() if not error <= 1e-10}
+    assert {"gradients", "gradients of weights", "initial standard deviation", "initial mean", "weight decay"} >= wrong
+    assert wrong >= {"gradients", "initial standard deviation", "weight decay"}
+
+
+def test_pretrained_files_may_lack_the_batchnorm_before_the_classifier(tmp_path, capsys):
+    """A fresh one changes nothing in eval mode, and the run says that it is fresh."""
+    theirs = models.build("resnet8-metaquant", 10, "none").eval()
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    ours = models.build("resnet8", 10, "none").eval()
+    ours.bn_fc.weight.data.fill_(1.0)
+    args = Namespace(arch="resnet8", pretrained=str(tmp_path / "theirs.pth"), resume=None, eval_only=False)
+    runs.load_weights(ours, args, None)
+    assert "bn_fc" in (said := capsys.readouterr().out) and said.count("\n") == 1
+    x = torch.randn(4, 3, 32, 32)
+    assert torch.allclose(ours(x), theirs(x), rtol=1e-3, atol=1e-4)
+    args.arch = "resnet8-metaquant"
+    runs.load_weights(models.build("resnet8-metaquant", 10), args, None)
+    assert capsys.readouterr().out == ""
+    state = theirs.state_dict()
+    del state["fc.bias"]
+    torch.save(state, args.pretrained)
+    with pytest.raises(runs.RunError, match=r"fc\.bias"):
+        runs.load_weights(ours, args, None)
+
+
+@pytest.mark.parametrize("depth, dataset, classes", [(20, 10, 10), (32, 10, 10), (44, 10, 10), (56, 100, 100)])
+def test_the_full_precision_networks_of_fsgs_authors_load_as_they_are(depth, dataset, classes):
+    file = ROOT.parent / "shared" / "reference" / "pretrained" / f"ResNet{depth}-CIFAR{dataset}-pretrain.pth"
+    if not file.exists():
+        pytest.skip("the full-precision networks of ../shared/reference/pretrained are not here")
+    for arch in (f"resnet{depth}", f"resnet{depth}-metaquant"):
+        net = models.build(arch, classes)
+        runs.load_weights(net, Namespace(arch=arch, pretrained=str(file), resume=None, eval_only=False), None)
+        assert torch.equal(net.fc.weight, torch.load(file, "cpu", weights_only=True)["fc.weight"])
 
 
 @pytest.mark.parametrize("act", ["none", "sign"])

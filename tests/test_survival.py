@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-import hypernet
+import fsg_released
 import runs
 import train_fsg
 
@@ -356,14 +356,14 @@ def test_the_last_row_is_there_also_if_the_last_checkpoint_cannot_be_written(tmp
 
 def test_phi_that_diverges_is_not_saved(tmp_path, monkeypatch):
     """In the released code's order φ's NaN reaches the weights a step later."""
-    real = hypernet.FSG.generate
+    real = fsg_released.ReleasedFSG.generate
 
     def generate(self):
         real(self)
         if self.t == 8:
             next(self.fast.parameters()).data.fill_(torch.nan)
 
-    monkeypatch.setattr(hypernet.FSG, "generate", generate)
+    monkeypatch.setattr(fsg_released.ReleasedFSG, "generate", generate)
     argv = [*DIGITS, *FSG, "--preset", "released", "--out", str(tmp_path), "--name", "run"]
     with pytest.raises(runs.RunError, match=r"^fast\..* became NaN or infinite by step 8"):
         train_fsg.main(argv)

@@ -21,6 +21,9 @@ from conftest import ROOT
 from PIL import Image
 
 import data
+import fsg_released
+import gate
+import hypernet
 import models
 import plot
 import runs
@@ -36,9 +39,10 @@ GRADS = {
     "fcgrad": ["--grad", "fcgrad"],
     "multifc": ["--grad", "multifc"],
     "lstmfc": ["--grad", "lstmfc"],
-    "fsg-gate": ["--hgs", "gate"],
-    "fsg-gate-newest": ["--hgs", "gate", "--history", "newest"],
+    "gate": ["--grad", "gate"],
+    "gate-newest": ["--grad", "gate", "--memory", "0"],
     "fsg-mamba": ["--grad", "fsg", "--hgs", "mamba"],
+    "fsg-mamba-unbalanced": ["--balance", "none"],
     "fsg-lstm": ["--grad", "fsg", "--hgs", "lstm"],
 }
 TRAINERS = {t.__name__: t for t in (train_fsg, train_sibnn, train_proxconnect, train_bihalf)}
@@ -83,7 +87,7 @@ def metrics(folder):
 
 
 def test_fsg_learns_digits_and_leaves_a_whole_run_folder(tmp_path, capsys):
-    rows = train(tmp_path, "run", "--epochs", "6", "--schedule", "cosine")
+    rows = train(tmp_path, "run", "--epochs", "6", "--schedule", "cosine", "--lr", "3e-3")
     assert rows[-1]["test_acc"] > 0.85 and rows[-1]["train_loss"] < 0.5 * rows[0]["train_loss"]
     measured = [f"gradient/{name}" for name in ("cosine", "step", "fast_rms", "slow_rms", "slow_share")]
     assert list(rows[0]) == [*runs.METRICS, *measured]
@@ -139,7 +143,7 @@ def test_the_sibling_papers_learn_digits(tmp_path, trainer, extra, capsys):
 
 @pytest.mark.parametrize("grad", GRADS)
 def test_sgd_trains_with_every_generator(tmp_path, grad):
-    steps = {"fsg-lstm": 88, "lstmfc": 200, "ste": 150}.get(grad, 150 if grad.startswith("fsg") else 400)
+    steps = {"fsg-lstm": 88, "lstmfc": 200, "multifc": 400, "fcgrad": 400}.get(grad, 150)
     rows = train(tmp_path, "run", *GRADS[grad], "--opt", "sgd", "--limit-steps", str(steps), "--epochs", "99")
     assert rows[-1]["step"] == steps
     assert all(math.isfinite(v) for r in rows for v in r.values())
@@ -175,39 +179,58 @@ def complete(*argv):
     return args
 
 
+def generator(*argv):
+    return train_fsg.make_generator(complete(*argv), models.binary_layers(models.build("resnet8", 10)))
+
+
 def test_the_preset_sets_what_it_says():
-    args = complete("--preset", "released")
-    assert (args.history, args.normalize, args.fast_act, args.beta, args.length) == ("flat", "none", "none", 0.9, 5)
+    args, fsg = complete("--preset", "released"), generator("--preset", "released")
+    assert (args.grad, args.hgs, args.beta, args.length, args.lr) == ("fsg", "mamba", 0.9, 5, 1e-3)
     assert args.binarize_all
+    assert isinstance(fsg, fsg_released.ReleasedFSG)
+    assert (fsg.layout, fsg.normalize, fsg.balance) == ("flat", "none", "none")
+    assert isinstance(fsg.fast.act, torch.nn.Identity) and fsg.beta == 0.9 and len(fsg.history) == 5
 
 
-def test_the_gate_is_the_default_and_flags_of_the_nets_ask_for_mamba():
-    assert complete().hgs == "gate" and complete("--history", "newest").hgs == "gate"
+def test_fsg_with_mamba_is_the_default_and_no_hyper_parameter_changes_the_method_or_the_learning_rate():
     for flags in (
+        [],
         ["--beta", "0.9"],
-        ["--expand", "100"],
-        ["--length", "5"],
         ["--beta", "0"],
+        ["--expand", "7"],
+        ["--length", "5"],
+        ["--length", "9"],
         ["--lr-slow", "1e-2"],
         ["--no-lre"],
         ["--history", "flat"],
-        ["--preset", "released"],
+        ["--history", "newest"],
+        ["--balance", "none"],
+        ["--hyper-sample", "0.5"],
     ):
-        assert complete(*flags).hgs == "mamba"
-    assert complete("--hgs", "lstm", "--hidden", "3").hgs == "lstm"
-    # Learning rates measured with one generator are no default for another.
-    assert complete().lr == 6e-3 and complete("--hgs", "mamba").lr == complete("--quantizer", "none").lr == 1e-3
+        args = complete(*flags)
+        assert (args.grad, args.hgs, args.preset, args.lr) == ("fsg", "mamba", "none", 1e-3), flags
+        made = generator(*flags)
+        assert type(made) is hypernet.FSG and isinstance(made.slow, hypernet.SlowMamba), flags
+    args = complete("--hgs", "lstm", "--hidden", "3")
+    assert (args.grad, args.hgs, args.lr) == ("fsg", "lstm", 1e-3)
+    assert isinstance(generator("--hgs", "lstm", "--hidden", "3").slow, hypernet.SlowLSTM)
+    # A learning rate that was measured with one generator is no default for another.
+    for flags in ([], ["--memory", "0"], ["--epsilon", "1"]):
+        assert complete("--grad", "gate", *flags).lr == 6e-3
+        assert type(generator("--grad", "gate", *flags)) is gate.GatedHistory
+    for grad in ("ste", "fcgrad", "multifc", "lstmfc"):
+        assert complete("--grad", grad).lr == 1e-3
+    assert complete("--quantizer", "none").lr == 1e-3
 
 
-def test_newest_leaves_the_gate_no_memory():
-    layers = models.binary_layers(models.build("resnet8", 10))
-    memory = lambda *flags: train_fsg.make_generator(complete(*flags), layers).memory
-    assert memory("--history", "newest") == 0 and memory() == 0.8
+def test_the_gate_has_its_two_constants():
+    default, other = generator("--grad", "gate"), generator("--grad", "gate", "--memory", "0", "--epsilon", "1")
+    assert (default.memory, default.epsilon) == (0.8, 0.35) and (other.memory, other.epsilon) == (0, 1)
 
 
 def test_under_the_gate_latent_weights_have_no_other_momentum(tmp_path):
     betas = {}
-    for name, flags in (("gate", ["--hgs", "gate"]), ("mamba", ["--hgs", "mamba"])):
+    for name, flags in (("gate", ["--grad", "gate"]), ("mamba", ["--hgs", "mamba"])):
         train(tmp_path, name, *flags, "--limit-steps", "2")
         groups = torch.load(tmp_path / name / "last.pt", weights_only=True)["optimizer"]["param_groups"]
         betas[name] = [(group["betas"], len(group["params"])) for group in groups]
@@ -394,9 +417,8 @@ def test_the_command_line_ends_with_one_sentence(tmp_path):
     [
         (["--hgs", "lstm", "--history", "flat"], "--history per-weight"),
         (["--beta", "-0.5"], r"\[0, 1\]"),
-        (["--hgs", "gate", "--beta", "0"], "--beta is for the paper's slow-nets"),
-        (["--hgs", "gate", "--length", "5"], "--length is for the paper's slow-nets"),
-        (["--hgs", "gate", "--history", "flat"], "--history is for the paper's slow-nets"),
+        (["--grad", "gate", "--memory", "1"], "memory must be at least 0 and below 1"),
+        (["--grad", "gate", "--epsilon", "0"], "epsilon above 0"),
         (["--hyper-sample", "1.5"], "at most 1"),
         (["--hyper-sample", "0.5", "--history", "flat"], "per-weight"),
         (["--hyper-sample", "0.5", "--grad", "ste"], "--grad fsg"),
@@ -407,7 +429,7 @@ def test_the_command_line_ends_with_one_sentence(tmp_path):
         (["--device", "cuda:99"], "--device cpu"),
         (["--device", "abacus"], "--device cpu"),
         (["--scan", "mamba-ssm"], "requirements-cuda.txt|CUDA devices only"),
-        (["--preset", "released", "--grad", "ste"], "leave out"),
+        (["--preset", "released", "--grad", "ste"], "leave it out"),
         (["--quantizer", "none", "--act", "sign"], "full precision"),
         (["--epochs", "0"], "--epochs must be a number from 1 on"),
         (["--lr", "nan"], "--lr must be a number"),
