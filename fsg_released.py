@@ -10,7 +10,7 @@ where fast and slow are made of the gradient that was measured one step before. 
 and the slow gradient acts only through the weights at which the next gradient is measured.
 
     fsg = ReleasedFSG(layers)
-    optimizer = AuthorsAdam(model.parameters(), lr)                   # or torch.optim.SGD
+    optimizer = metaquant.AuthorsAdam(model.parameters(), lr)         # or torch.optim.SGD
     for images, labels in batches:
         fsg.look_ahead(lr)                                            # moves the weights
         F.cross_entropy(model(images), labels).backward()

@@ -33,16 +33,19 @@ VARIANTS = {
     "fsg-sampled": "FSG(layers, hyper_sample=0.3, expand=4, d_state=3)",
     "fsg-sampled-unbalanced": "FSG(layers, hyper_sample=0.3, balance='none', expand=4, d_state=3)",
     "released": "ReleasedFSG(layers, expand=4, d_state=3)",
+    "released-lstm": "ReleasedFSGLSTM(layers, hidden=4)",
+    "released-multifc": "ReleasedMultiFC(layers, 5, lr=1e-2)",
+    "released-lstmfc": "ReleasedLSTMFC(layers, 3)",
 }
 
 # Eleven steps with the gradients of a fixed function of the weights, the checkpoint of the sixth loaded into a new
 # generator: what is left after them is written to FILE. Layers of odd sizes, one of them channels_last.
 GENERATOR = """
     import copy, os, sys, torch, torch.distributed as dist
-    from fsg_released import ReleasedFSG
+    from fsg_released import ReleasedFSG, ReleasedFSGLSTM
     from gate import GatedHistory
     from hypernet import FSG, STE
-    from metaquant import FCGrad, LSTMFC, MultiFC
+    from metaquant import FCGrad, LookAhead, LSTMFC, MultiFC, ReleasedLSTMFC, ReleasedMultiFC
     torch.set_num_threads(1)
     file, saved, *makers = sys.argv[1:]
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -62,7 +65,7 @@ GENERATOR = """
                 sixth = generator.state_dict()
                 generator = make()
                 generator.load_state_dict(copy.deepcopy(before or sixth))
-            if isinstance(generator, ReleasedFSG): generator.look_ahead(0.05)
+            if isinstance(generator, LookAhead): generator.look_ahead(0.05)
             for layer, target in zip(layers, targets):
                 layer.weight.grad = (layer.weight.detach() - target) * (1 + torch.sin(10 * target)) / 100
             generator.generate()

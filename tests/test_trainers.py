@@ -285,7 +285,13 @@ def same_bits(a, b, where=""):
         assert a == b or (a != a and b != b), where
 
 
-FSG_VARIANTS = [*GRADS.values(), ["--preset", "released"], ["--quantizer", "none"]]
+FSG_VARIANTS = [
+    *GRADS.values(),
+    ["--preset", "released"],
+    ["--preset", "released", "--hgs", "lstm"],
+    ["--preset", "released", "--grad", "multifc", "--quantizer", "bwn"],
+    ["--quantizer", "none"],
+]
 
 
 def interrupt_after(monkeypatch, steps):
