@@ -357,7 +357,8 @@ def main(argv=None) -> int:
         for epoch in run.epochs():
             for images, labels in run.batches():
                 run.set_learning_rate(optimizer, epoch)
-                hardness.fill_(start + run.step / max(1, run.total_steps - 1) * (end - start))
+                progress = run.step / (run.total_steps - 1) if run.total_steps > 1 else 1.0  # 1 in the last step
+                hardness.fill_(start + progress * (end - start))
                 optimizer.zero_grad()
                 for x, y, fraction in runs.micro_batches(model, images, labels, args.accumulate):
                     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
