@@ -173,13 +173,19 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
         largest = 1e30 if isinstance(value, float) else 2**63 - 1
         if value is not None and not smallest <= value <= largest:
             raise RunError(f"{option(name)} must be a number from {smallest} on; it is {value}")
+    if args.opt:  # otherwise the trainer chooses the optimizer, and calls complete_betas() then
+        complete_betas(args)
+    if args.eval_only and not (args.resume or args.pretrained):
+        raise RunError("--eval-only needs a network to test: give --resume runs/NAME or --pretrained runs/NAME/best.pt")
+    return args, checkpoint
+
+
+def complete_betas(args: argparse.Namespace) -> None:
+    """Set the default of --betas, or remove it if --opt has none. Raises RunError if it is wrong."""
     only_for(args, "opt", {"betas": ("adam", "adamw")})
     fill(args, betas=[0.9, 0.999])
     if not all(0 <= beta < 1 for beta in getattr(args, "betas", ())):
         raise RunError(f"--betas must be at least 0 and below 1; they are {args.betas}")
-    if args.eval_only and not (args.resume or args.pretrained):
-        raise RunError("--eval-only needs a network to test: give --resume runs/NAME or --pretrained runs/NAME/best.pt")
-    return args, checkpoint
 
 
 def only_for(args: argparse.Namespace, choice: str, flags: dict[str, tuple[str, ...]]) -> None:

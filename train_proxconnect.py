@@ -84,7 +84,7 @@ TRANSFORMER_LR = 5e-4  # with Adam and AdamW
 TRANSFORMER_DECAY = 0.05  # with AdamW, of the full-precision weights
 TRANSFORMER_WARMUP = 5.0  # epochs; at most a twentieth of the run
 AUGMENTATION = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "re_mode": "pixel"}  # timm's create_transform
-SWISH_LR = 0.1  # factor of the learning rate of bnn+ and bnn++, whose gradient is multiplied by up to μ
+SWISH_LR = 10  # bnn+ and bnn++ divide the learning rate by it: their gradient is multiplied by up to μ
 FINE_TUNING = 0.1  # factor of the learning rate when training starts from --pretrained weights
 
 
@@ -117,8 +117,9 @@ def complete(args) -> None:
     runs.only_for(args, "method", {"mu": ("bnn+", "bnn++"), "rho": ("pc", "pq", "rpc")})
     runs.fill(args, mu=[5.0] if args.method == "bnn+" else [5.0, 30.0], rho=[0.01, 10.0])
     runs.fill(args, epochs=100 if fine_tuning else 300, opt="adamw" if is_transformer else "sgdm")
+    runs.complete_betas(args)
     lr = TRANSFORMER_LR if is_transformer and args.opt in ("adam", "adamw") else DEFAULT_LR[args.opt]
-    lr *= SWISH_LR if args.method in SWISH else 1
+    lr /= SWISH_LR if args.method in SWISH else 1
     runs.fill(args, lr=lr * FINE_TUNING if fine_tuning else lr)
     runs.fill(args, weight_decay=TRANSFORMER_DECAY if is_transformer and args.opt == "adamw" else 0.0)
     runs.fill(args, warmup=min(TRANSFORMER_WARMUP, args.epochs / 20) if is_transformer else 0.0)
