@@ -119,7 +119,7 @@ def complete(args) -> None:
     runs.fill(args, epochs=100 if fine_tuning else 300, opt="adamw" if is_transformer else "sgdm")
     runs.complete_betas(args)
     lr = TRANSFORMER_LR if is_transformer and args.opt in ("adam", "adamw") else DEFAULT_LR[args.opt]
-    lr /= SWISH_LR if args.method in SWISH else 1
+    lr /= SWISH_LR if args.method in SWISH and args.opt in ("sgd", "sgdm") else 1
     runs.fill(args, lr=lr * FINE_TUNING if fine_tuning else lr)
     runs.fill(args, weight_decay=TRANSFORMER_DECAY if is_transformer and args.opt == "adamw" else 0.0)
     runs.fill(args, warmup=min(TRANSFORMER_WARMUP, args.epochs / 20) if is_transformer else 0.0)
@@ -246,16 +246,17 @@ def hardness_range(args) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def shrink_weights(layers, args) -> None:
-    """bnn+ and bnn++ start from the network's weights divided by μ, unless they start from a run of such a method.
+def start_weights(layers, args) -> None:
+    """bnn+ and bnn++ start from the network's weights, scaled in each layer so that the RMS of w*/unit is 1/μ.
 
-    Near 0, SS_μ(x) is about μx. So the forward weights of bnn++ start as those of the network or of the pretrained
-    file, and most latent weights start where SS′_μ is positive, |x| < 2.4/μ. A weight further out cannot change sign.
+    Then most latent weights start where SS′_μ is positive, |w*/unit| < 2.4/μ, and SS_μ of them is of order 1. A weight
+    further out hardly ever changes its sign. A run that starts from one of these methods keeps its weights.
     """
     trained = runs.load(args.pretrained).get("args", {}).get("method") if args.pretrained else None
     if args.method in SWISH and trained not in SWISH:
         for layer in layers:
-            layer.weight.div_(args.mu[0])
+            rms = (layer.weight / layer.unit).square().mean().sqrt().clamp_min(1e-12)
+            layer.weight.div_(args.mu[0] * rms)
 
 
 @torch.no_grad()
@@ -323,7 +324,7 @@ def main(argv=None) -> int:
     net = network(args, train.num_classes, train.shape, args.pretrained_timm and not checkpoint).to(device)
     runs.load_weights(net, args, checkpoint)
     if not checkpoint and not args.eval_only:
-        shrink_weights(models.binary_layers(net), args)
+        start_weights(models.binary_layers(net), args)
     model = runs.parallel(net, args, device)
     layers = models.binary_layers(net)
     start, end = hardness_range(args)
