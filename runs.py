@@ -173,11 +173,19 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
         largest = 1e30 if isinstance(value, float) else 2**63 - 1
         if value is not None and not smallest <= value <= largest:
             raise RunError(f"{option(name)} must be a number from {smallest} on; it is {value}")
-    if args.opt:  # else it depends on other flags, and make_optimizer() does this
-        check_betas(args)
+    if args.opt:  # otherwise the trainer chooses the optimizer, and calls complete_betas() then
+        complete_betas(args)
     if args.eval_only and not (args.resume or args.pretrained):
         raise RunError("--eval-only needs a network to test: give --resume runs/NAME or --pretrained runs/NAME/best.pt")
     return args, checkpoint
+
+
+def complete_betas(args: argparse.Namespace) -> None:
+    """Set the default of --betas, or remove it if --opt has none. Raises RunError if it is wrong."""
+    only_for(args, "opt", {"betas": ("adam", "adamw")})
+    fill(args, betas=[0.9, 0.999])
+    if not all(0 <= beta < 1 for beta in getattr(args, "betas", ())):
+        raise RunError(f"--betas must be at least 0 and below 1; they are {args.betas}")
 
 
 def only_for(args: argparse.Namespace, choice: str, flags: dict[str, tuple[str, ...]]) -> None:
@@ -195,14 +203,6 @@ def only_for(args: argparse.Namespace, choice: str, flags: dict[str, tuple[str, 
             flag, names = option(choice), " or ".join(owners)
             raise RunError(f"{option(name)} is for {flag} {names}: leave it out with {flag} {chosen}")
         delattr(args, name)
-
-
-def check_betas(args: argparse.Namespace) -> None:
-    """Refuse --betas for other optimizers than Adam, and fill in its default."""
-    only_for(args, "opt", {"betas": ("adam", "adamw")})
-    fill(args, betas=[0.9, 0.999])
-    if not all(0 <= beta < 1 for beta in getattr(args, "betas", ())):
-        raise RunError(f"--betas must be at least 0 and below 1; they are {args.betas}")
 
 
 def fill(args: argparse.Namespace, **defaults) -> None:
@@ -325,7 +325,7 @@ def average_batchnorm(model: torch.nn.Module) -> None:
 
 def make_optimizer(params, args) -> torch.optim.Optimizer:
     """The network's optimizer, from --opt, --lr, --betas and --weight-decay."""
-    check_betas(args)
+    complete_betas(args)
     if args.opt in ("adam", "adamw"):
         optimizer = torch.optim.Adam if args.opt == "adam" else torch.optim.AdamW
         return optimizer(params, args.lr, betas=tuple(args.betas), weight_decay=args.weight_decay)

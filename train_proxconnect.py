@@ -84,7 +84,7 @@ TRANSFORMER_LR = 5e-4  # with Adam and AdamW
 TRANSFORMER_DECAY = 0.05  # with AdamW, of the full-precision weights
 TRANSFORMER_WARMUP = 5.0  # epochs; at most a twentieth of the run
 AUGMENTATION = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "re_mode": "pixel"}  # timm's create_transform
-SWISH_LR = 0.1  # factor of the learning rate of bnn+ and bnn++, whose gradient is multiplied by up to μ
+SWISH_LR = 10  # bnn+ and bnn++ divide the learning rate by it: their gradient is multiplied by up to μ
 FINE_TUNING = 0.1  # factor of the learning rate when training starts from --pretrained weights
 
 
@@ -117,8 +117,9 @@ def complete(args) -> None:
     runs.only_for(args, "method", {"mu": ("bnn+", "bnn++"), "rho": ("pc", "pq", "rpc")})
     runs.fill(args, mu=[5.0] if args.method == "bnn+" else [5.0, 30.0], rho=[0.01, 10.0])
     runs.fill(args, epochs=100 if fine_tuning else 300, opt="adamw" if is_transformer else "sgdm")
+    runs.complete_betas(args)
     lr = TRANSFORMER_LR if is_transformer and args.opt in ("adam", "adamw") else DEFAULT_LR[args.opt]
-    lr *= SWISH_LR if args.method in SWISH else 1
+    lr /= SWISH_LR if args.method in SWISH and args.opt in ("sgd", "sgdm") else 1
     runs.fill(args, lr=lr * FINE_TUNING if fine_tuning else lr)
     runs.fill(args, weight_decay=TRANSFORMER_DECAY if is_transformer and args.opt == "adamw" else 0.0)
     runs.fill(args, warmup=min(TRANSFORMER_WARMUP, args.epochs / 20) if is_transformer else 0.0)
@@ -245,16 +246,17 @@ def hardness_range(args) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def shrink_weights(layers, args) -> None:
-    """bnn+ and bnn++ start from the network's weights divided by μ, unless they start from a run of such a method.
+def start_weights(layers, args) -> None:
+    """bnn+ and bnn++ start from the network's weights, scaled in each layer so that the RMS of w*/unit is 1/μ.
 
-    Near 0, SS_μ(x) is about μx. So the forward weights of bnn++ start as those of the network or of the pretrained
-    file, and most latent weights start where SS′_μ is positive, |x| < 2.4/μ. A weight further out cannot change sign.
+    Then most latent weights start where SS′_μ is positive, |w*/unit| < 2.4/μ, and SS_μ of them is of order 1. A weight
+    further out hardly ever changes its sign. A run that starts from one of these methods keeps its weights.
     """
     trained = runs.load(args.pretrained).get("args", {}).get("method") if args.pretrained else None
     if args.method in SWISH and trained not in SWISH:
         for layer in layers:
-            layer.weight.div_(args.mu[0])
+            rms = (layer.weight / layer.unit).square().mean().sqrt().clamp_min(1e-12)
+            layer.weight.div_(args.mu[0] * rms)
 
 
 @torch.no_grad()
@@ -322,7 +324,7 @@ def main(argv=None) -> int:
     net = network(args, train.num_classes, train.shape, args.pretrained_timm and not checkpoint).to(device)
     runs.load_weights(net, args, checkpoint)
     if not checkpoint and not args.eval_only:
-        shrink_weights(models.binary_layers(net), args)
+        start_weights(models.binary_layers(net), args)
     model = runs.parallel(net, args, device)
     layers = models.binary_layers(net)
     start, end = hardness_range(args)
@@ -357,7 +359,8 @@ def main(argv=None) -> int:
         for epoch in run.epochs():
             for images, labels in run.batches():
                 run.set_learning_rate(optimizer, epoch)
-                hardness.fill_(start + run.step / max(1, run.total_steps - 1) * (end - start))
+                progress = run.step / (run.total_steps - 1) if run.total_steps > 1 else 1.0  # 1 in the last step
+                hardness.fill_(start + progress * (end - start))
                 optimizer.zero_grad()
                 for x, y, fraction in runs.micro_batches(model, images, labels, args.accumulate):
                     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):

@@ -1,0 +1,301 @@
+"""train_proxconnect.py: the methods' weights and schedules, BatchNorm of the tested signs, networks of timm."""
+
+import copy
+import csv
+import math
+import random
+import sys
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+import data
+import export
+import models
+import runs
+import train_proxconnect
+
+SMALL = ["--dataset", "digits", "--arch", "resnet8", "--batch-size", "64", "--device", "cpu"]
+METHODS = list(train_proxconnect.METHODS)
+RELAXED = ("bnn++", "pc", "rpc", "pq")
+VIT = ["--arch", "test_vit", "--patch-size", "2"]
+
+
+def train(out, name, *extra):
+    """One run in this process; its metrics, a dictionary an epoch."""
+    assert train_proxconnect.main([*SMALL, "--out", str(out), "--name", name, *extra]) == 0
+    with open(out / name / "metrics.csv") as f:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+
+
+def network(folder, file="last.pt"):
+    """The network in a run's checkpoint, in eval mode."""
+    state = torch.load(folder / file, weights_only=True)
+    args = train_proxconnect.flags().parse_args([])
+    vars(args).update(state["args"])
+    net = train_proxconnect.network(args, 10, (1, 8, 8))
+    net.load_state_dict(state["model"])
+    return net.eval()
+
+
+def latents(net):
+    return torch.cat([(layer.weight / layer.unit).flatten() for layer in models.binary_layers(net)]).detach()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights and schedules.
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_true_signs_are_tested_and_the_relaxed_network_too(tmp_path, method):
+    row = train(tmp_path, "run", "--epochs", "3", "--method", method)[-1]
+    images, labels = (torch.cat(x) for x in zip(*data.load("digits")[1].epoch(), strict=True))
+    net = network(tmp_path / "run")
+    assert bool(models.binary_layers(net)) == (method != "fp")
+
+    def loss():
+        return F.cross_entropy(net(images), labels).item()
+
+    # The checkpoint contains the statistics of the signs; those of the relaxed weights are estimated again.
+    with train_proxconnect.true_signs(models.binary_layers(net)):
+        assert math.isclose(row["test_loss"], loss(), rel_tol=1e-3)
+    for layer in models.binary_layers(net):
+        layer.options = {"bnn++": {"mu": 30.0}, "pc": {"rho": 10.0}}.get(method, {})  # the schedules' ends
+    plain = data.load("digits", batch_size=64)[0].unaugmented()
+    with runs.reestimate_batchnorm(net, plain, torch.device("cpu"), amp=False):
+        assert math.isclose(row["relaxed_loss"], loss(), rel_tol=1e-3)
+    if method == "bnn++":
+        assert row["relaxed_loss"] != row["test_loss"]
+
+
+@pytest.mark.parametrize("method", RELAXED)
+def test_the_relaxed_network_ends_binary(tmp_path, method):
+    row = train(tmp_path, "run", "--epochs", "12", "--method", method)[-1]
+    assert row["test_acc"] > 0.85
+    assert abs(row["relaxed_acc"] - row["test_acc"]) < 0.02
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "fp"])
+def test_weights_are_of_order_one_in_their_unit(method):
+    args = train_proxconnect.flags().parse_args([*SMALL, "--method", method])
+    train_proxconnect.complete(args)
+    net = train_proxconnect.network(args, 10, (1, 8, 8))
+    for layer in models.binary_layers(net):
+        assert layer.unit == layer.scale == models.he_scale(layer)
+    assert 0.5 < latents(net).std() < 1.5
+
+
+@pytest.mark.parametrize("method", ["bnn+", "bnn++"])
+def test_swish_methods_start_where_their_gradient_is_positive(tmp_path, method):
+    train(tmp_path, "fp", "--method", "fp", "--epochs", "2")
+    keep = ["--method", method, "--lr", "0", "--limit-steps", "1"]
+    train(tmp_path, "a", *keep, "--pretrained", str(tmp_path / "fp" / "best.pt"))
+    weights = torch.load(tmp_path / "fp" / "best.pt", weights_only=True)["model"]
+    net = network(tmp_path / "a")
+    for name, layer in zip(models.binary_layer_names(net), models.binary_layers(net), strict=True):
+        w = layer.weight / layer.unit
+        assert w.square().mean().sqrt().item() == pytest.approx(1 / 5, rel=1e-4)
+        assert F.cosine_similarity(w.flatten(), weights[f"{name}.weight"].flatten(), dim=0) > 0.9999
+    train(tmp_path, "b", *keep, "--pretrained", str(tmp_path / "a" / "best.pt"))
+    assert torch.equal(latents(network(tmp_path / "b")), latents(net)), "weights of such a run are kept"
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+@pytest.mark.parametrize("method, name, ends", [("bnn++", "mu", (5, 30)), ("pc", "rho", (0.01, 10))])
+def test_schedules_begin_and_end_at_their_values(tmp_path, monkeypatch, method, name, ends, steps):
+    seen = []
+    count = runs.Run.count
+
+    def record(self, *args):
+        seen.append(models.binary_layers(self.state["model"])[0].options[name].item())
+        count(self, *args)
+
+    monkeypatch.setattr(runs.Run, "count", record)
+    train(tmp_path, "run", "--method", method, "--limit-steps", str(steps))
+    even = [ends[0] + (ends[1] - ends[0]) * i / max(1, steps - 1) for i in range(steps)]
+    assert seen == pytest.approx(even if steps > 1 else [ends[1]])
+
+
+def test_the_default_schedules_are_those_that_the_help_shows(tmp_path):
+    """5 30 and 5.0 30.0 are the same μ: it rises evenly, not in whole numbers."""
+    given = train(tmp_path, "given", "--limit-steps", "22", "--mu", "5", "30")
+    default = train(tmp_path, "default", "--limit-steps", "22")
+    assert given[0]["train_loss"] == default[0]["train_loss"]
+
+
+def test_proxquant_ends_binary(tmp_path):
+    train(tmp_path, "run", "--epochs", "3", "--method", "pq")
+    assert torch.allclose(latents(network(tmp_path / "run")).abs(), torch.ones(()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# BatchNorm.
+
+
+def test_reestimation_is_reproducible_and_leaves_everything_as_it_was():
+    torch.manual_seed(0)
+    net = models.build("resnet8", 10, "bwn", in_channels=1)
+    net.bn_fc = torch.nn.Sequential(net.bn_fc, torch.nn.Dropout(0.5))
+    plain = data.load("digits", batch_size=64)[0].unaugmented()
+    device = torch.device("cpu")
+    net.train()
+    net(next(iter(plain.epoch()))[0])
+    before, momenta = copy.deepcopy(net.state_dict()), [m.momentum for m in net.modules() if hasattr(m, "momentum")]
+    rng, python, arrays = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].copy()
+    states = []
+    for _ in range(2):
+        with runs.reestimate_batchnorm(net, plain, device, amp=False, count=10):
+            assert net.training and all(m.training for m in net.modules())
+            states.append(copy.deepcopy(net.state_dict()))
+    assert all(torch.equal(states[0][k], states[1][k]) for k in before)
+    changed = {k for k in before if not torch.equal(before[k], states[0][k])}
+    assert changed == {k for k in before if k.endswith(("running_mean", "running_var"))}
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in before.items())
+    assert momenta == [m.momentum for m in net.modules() if hasattr(m, "momentum")]
+    assert torch.equal(rng, torch.get_rng_state()) and python == random.getstate()
+    assert (arrays == numpy.random.get_state()[1]).all()
+    # The same as torch.optim.swa_utils, which has no eval mode.
+    twin = copy.deepcopy(net)
+    batches = [x for (x, _), _ in zip(plain.epoch(), range(10), strict=False)]
+    torch.optim.swa_utils.update_bn(batches, twin)
+    for k in changed:
+        assert torch.allclose(states[0][k], twin.state_dict()[k], rtol=1e-4, atol=1e-5), k
+
+
+def test_reestimation_restores_after_an_error():
+    net = models.build("resnet8", 10, "bwn", in_channels=1)
+    before = copy.deepcopy(net.state_dict())
+    plain = data.load("digits", batch_size=64)[0].unaugmented()
+    with pytest.raises(KeyError), runs.reestimate_batchnorm(net, plain, torch.device("cpu"), False, 2):
+        raise KeyError
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in before.items())
+
+
+def test_checkpoints_and_exports_contain_what_was_tested(tmp_path, capsys):
+    rows = train(tmp_path, "run", "--epochs", "4", "--method", "bnn++")
+    test = data.load("digits")[1]
+    for file, accuracy in (("best.pt", max(r["test_acc"] for r in rows)), ("last.pt", rows[-1]["test_acc"])):
+        net = export.read(tmp_path / "run" / file).net
+        found = runs.evaluate(net, test, torch.device("cpu"), amp=False)[1]
+        assert found == pytest.approx(accuracy, abs=1e-6)
+        capsys.readouterr()
+        assert train_proxconnect.main(["--eval-only", "--resume", str(tmp_path / "run" / file)]) == 0
+        assert f"{100 * accuracy:.2f} %" in capsys.readouterr().out
+
+
+def test_unaugmented_batches_have_the_same_images_in_the_same_order():
+    train_set = data.load("digits", batch_size=64, seed=3)[0]
+    plain = train_set.unaugmented()
+    raw = data.load("digits", batch_size=64, seed=3, crop=False, flip=False)[0]
+    (x, y), (crop, same), (z, _) = (next(iter(b.epoch(2))) for b in (plain, train_set, raw))
+    assert torch.equal(y, same) and torch.equal(x, z) and not torch.equal(x, crop)
+    assert train_set.crop, "the training images are still cropped"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning rate and optimizer.
+
+
+def test_the_warmup_is_linear(tmp_path):
+    args = ["--method", "bc", "--schedule", "none", "--lr", "0.01", "--epochs", "3", "--limit-steps", "50"]
+    seen, real = [], runs.Run.set_learning_rate
+
+    def record(self, *arguments):
+        seen.append(real(self, *arguments))
+        return seen[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.Run, "set_learning_rate", record)
+        train(tmp_path, "run", *args, "--warmup", "2", "--opt", "adamw")
+    assert seen == pytest.approx([0.01 * min(1, (i + 1) / 45) for i in range(50)])  # 2 epochs of 22 steps
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# timm.
+
+
+@pytest.fixture
+def timm():
+    data.torchvision_module("models")
+    return pytest.importorskip("timm")
+
+
+def test_transformers(tmp_path, monkeypatch, timm):
+    vit = [*VIT, "--epochs", "5"]
+    rows = train(tmp_path, "bc", *vit, "--method", "bc")
+    assert rows[-1]["train_loss"] < 0.97 * rows[0]["train_loss"] and rows[0]["flip_ratio"] > 0.01
+    assert train_proxconnect.main(["--resume", str(tmp_path / "bc"), "--epochs", "6"]) == 0
+    args = train_proxconnect.flags().parse_args([*vit, "--method", "bc"])
+    net = train_proxconnect.network(args, 10, (1, 8, 8))
+    blocks = [name for name, m in net.named_modules() if isinstance(m, torch.nn.Linear) and name.startswith("blocks")]
+    assert models.binary_layer_names(net) == blocks, "all linear layers of the blocks, and nothing else"
+    w = models.binary_layers(net)[0]
+    assert torch.allclose(w.binary_weight().abs(), torch.full_like(w.weight, (2 / 64) ** 0.5)), "±√2/√fan_in"
+
+    def no_network(*args, **kwargs):
+        raise OSError("no route to host")
+
+    def sentence(argv):
+        with pytest.raises(runs.RunError) as e:
+            train_proxconnect.main(argv)
+        return str(e.value)
+
+    monkeypatch.setattr("timm.create_model", no_network)
+    says = sentence([*SMALL, *vit, "--pretrained-timm", "--out", str(tmp_path)])
+    assert "with its weights" in says and "no route to host" in says and "leave out --pretrained-timm" in says
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert "pip install timm" in sentence([*SMALL, *vit, "--out", str(tmp_path)])
+
+
+def completed(*argv):
+    args = train_proxconnect.flags().parse_args(argv)
+    train_proxconnect.complete(args)
+    return args
+
+
+def test_transformers_are_trained_as_deit(timm):
+    a = completed("--arch", "vit_base_patch16_224", "--dataset", "imagenet")
+    assert (a.opt, a.epochs, a.warmup, a.weight_decay, a.schedule) == ("adamw", 300, 5, 0.05, "cosine")
+    a = completed("--arch", "vit_base_patch16_224", "--pretrained-timm", "--epochs", "2")
+    assert a.warmup == 0.1 and a.epochs == 2
+    a = completed("--arch", "resnet20")
+    assert (a.opt, a.warmup, a.weight_decay) == ("sgdm", 0, 0)
+    a = completed(*VIT, "--method", "bnn++")
+    net = train_proxconnect.network(a, 10, (1, 8, 8))
+    decays, rest = train_proxconnect.optimizer_groups(net, a)
+    latent = {layer.weight for layer in models.binary_layers(net)}
+    assert latent <= set(rest["params"]) and rest["weight_decay"] == 0 and net.head.weight in set(decays["params"])
+    assert all(p.dim() > 1 for p in decays["params"])
+    assert len(decays["params"]) + len(rest["params"]) == len(list(net.parameters()))
+
+
+@pytest.mark.parametrize("arch", ["vit_base_patch16_224", "deit_tiny_patch16_224", "test_vit"])
+def test_transformers_have_timms_data_configuration(timm, arch):
+    args = completed("--arch", arch, "--dataset", "imagenet", "--no-flip")
+    options = train_proxconnect.data_options(args)
+    config = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(arch).to_dict())
+    assert options["mean"] == config["mean"] and options["std"] == config["std"]
+    if arch == "vit_base_patch16_224":
+        assert options["mean"] == (0.5, 0.5, 0.5)
+    size = config["input_size"][-1]
+    assert args.image_size == size
+    image = Image.effect_noise((300, 260), 80).convert("RGB")
+    expected = timm.data.create_transform(**config)(image)
+    assert torch.equal(options["transforms"][1](image), expected) and expected.shape == (3, size, size)
+    once = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        once.append(options["transforms"][0](image))
+    assert torch.equal(*once) and once[0].shape == (3, size, size), "PyTorch's seed is the only one"
+    assert not torch.equal(options["transforms"][0](image), once[0])
+
+
+def test_transformers_of_small_images_have_timms_normalisation(timm, tmp_path):
+    train(tmp_path, "run", *VIT, "--limit-steps", "2")
+    scale, shift = torch.load(tmp_path / "run" / "best.pt", weights_only=True)["normalisation"]
+    config = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg("test_vit").to_dict())
+    mean, std = sum(config["mean"]) / 3, sum(config["std"]) / 3
+    assert scale == pytest.approx([1 / (255 * std)]) and shift == pytest.approx([-mean / std])
