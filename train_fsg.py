@@ -147,6 +147,7 @@ def complete(args) -> None:
     runs.fill(args, memory=0.8, epsilon=0.35)
     unbounded = args.opt != "adam" and getattr(args, "balance", "none") == "none"
     grad = getattr(args, "grad", None)
+    runs.fill(args, fast_act="none" if args.quantizer == "dorefa" or grad == "fcgrad" else "tanh")
     runs.fill(args, lr_fast=LR_PHI_UNBOUNDED if unbounded else LR_FAST.get(grad))
     runs.fill(args, lr_slow=LR_PHI_UNBOUNDED if unbounded else LR_SLOW)
     runs.fill(args, lr=GATE_LR if grad == "gate" and args.opt == "adam" else DEFAULT_LR[args.opt])
