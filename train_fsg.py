@@ -180,6 +180,7 @@ def complete(args) -> None:
         del args.lr_fast
     unbounded = args.opt.startswith("sgd") and getattr(args, "balance", "none") == "none" and not released
     grad = getattr(args, "grad", None)
+    runs.fill(args, fast_act="none" if args.quantizer == "dorefa" or grad == "fcgrad" else "tanh")
     runs.fill(args, lr_fast=LR_PHI_UNBOUNDED if unbounded else LR_FAST.get(grad))
     runs.fill(args, lr_slow=LR_PHI_UNBOUNDED if unbounded else LR_SLOW)
     runs.fill(args, lr=GATE_LR if grad == "gate" and args.opt.startswith("adam") else DEFAULT_LR[args.opt])

@@ -72,7 +72,7 @@ COPIES = {
         import export, train_fsg
         train_fsg.main("--dataset digits --arch resnet8 --limit-steps 3 --grad ste --act sign --name a".split())
         export.main(["runs/a", "--to", "bits"])
-        print(export.load("runs/a/a.safetensors"), export.CFile)
+        print(export.load("runs/a/a.safetensors"))
         """,
     ),
     "selective_scan_triton.py": (

@@ -439,6 +439,8 @@ def test_the_command_line_ends_with_one_sentence(tmp_path):
         (["--quantizer", "none", "--act", "sign"], "full precision"),
         (["--epochs", "0"], "--epochs must be a number from 1 on"),
         (["--lr", "nan"], "--lr must be a number"),
+        (["--opt", "sgd", "--betas", "0.9", "0.99"], "^--betas is for --opt adam: leave it out with --opt sgd$"),
+        (["--betas", "0.9", "1"], "--betas must be at least 0 and below 1"),
         (["--eval-only"], "--pretrained"),
         (["--pretrained", "nowhere.pt"], "no checkpoint at nowhere.pt"),
         (["--resume", "nowhere"], "no checkpoint at .*nowhere"),
@@ -448,6 +450,100 @@ def test_the_command_line_ends_with_one_sentence(tmp_path):
 def test_wrong_flags(tmp_path, extra, says):
     assert re.search(says, sentence([*small(train_fsg, extra), "--out", str(tmp_path), *extra]))
     assert not list(tmp_path.iterdir()), "nothing was begun"
+
+
+# The methods of train_fsg.py, and for each flag of a generator a value and the methods that have it.
+METHODS_OF_FSG = {
+    "mamba": [],
+    "lstm": ["--hgs", "lstm"],
+    "released": ["--preset", "released"],
+    "gate": ["--grad", "gate"],
+    "ste": ["--grad", "ste"],
+    "fcgrad": ["--grad", "fcgrad"],
+    "multifc": ["--grad", "multifc"],
+    "lstmfc": ["--grad", "lstmfc"],
+    "full precision": ["--quantizer", "none"],
+}
+GENERATOR_FLAGS = {
+    "hgs": ("mamba", ["mamba", "lstm", "released"]),
+    "preset": ("none", ["mamba", "released"]),
+    "history": ("newest", ["mamba", "lstm"]),
+    "balance": ("none", ["mamba", "lstm"]),
+    "normalize": ("none", ["mamba", "lstm"]),
+    "no_lre": (None, ["mamba", "lstm"]),
+    "hyper_sample": ("0.5", ["mamba", "lstm"]),
+    "length": ("9", ["mamba", "lstm", "released"]),
+    "beta": ("0.5", ["mamba", "lstm", "released"]),
+    "lr_slow": ("0.1", ["mamba", "lstm", "released"]),
+    "d_state": ("2", ["mamba", "released"]),
+    "d_conv": ("2", ["mamba", "released"]),
+    "expand": ("2", ["mamba", "released"]),
+    "scan": ("reference", ["mamba", "released"]),
+    "fast_act": ("relu", ["mamba", "lstm", "fcgrad", "multifc"]),
+    "hidden": ("3", ["mamba", "lstm", "released", "fcgrad", "multifc", "lstmfc"]),
+    "lr_fast": ("0.1", ["mamba", "lstm", "released", "fcgrad", "multifc", "lstmfc"]),
+    "memory": ("0.5", ["gate"]),
+    "epsilon": ("0.5", ["gate"]),
+}
+
+
+def typed(flag):
+    value = GENERATOR_FLAGS[flag][0]
+    return [runs.option(flag), value] if value else [runs.option(flag)]
+
+
+def refusal(flag, argv):
+    """Checks that a command is refused because of this flag, in a sentence that says what to do."""
+    text = sentence(argv)
+    assert re.fullmatch(rf"{runs.option(flag)} is for (--\S+) .*: leave it out with \1 \S+", text), text
+
+
+def test_every_flag_of_a_generator_is_in_the_table():
+    own = vars(train_fsg.flags().parse_args([])).keys() - vars(runs.common_flags("", "").parse_args([])).keys()
+    assert own - {"quantizer", "act", "binarize_all", "grad"} == GENERATOR_FLAGS.keys()
+
+
+@pytest.mark.parametrize("flag", GENERATOR_FLAGS)
+def test_a_flag_that_the_generator_does_not_have_is_refused(tmp_path, flag):
+    owners = GENERATOR_FLAGS[flag][1]
+    for method, argv in METHODS_OF_FSG.items():
+        if method in owners:
+            assert flag in complete(*argv, *typed(flag))
+        else:
+            refusal(flag, [*SMALL, "--out", str(tmp_path), *argv, *typed(flag)])
+    refusal("grad", [*SMALL, "--out", str(tmp_path), "--quantizer", "none", "--grad", "ste"])
+    assert not list(tmp_path.iterdir()), "nothing was begun"
+
+
+@pytest.mark.parametrize("method", METHODS_OF_FSG)
+def test_a_run_of_every_generator_holds_its_own_flags_alone(tmp_path, method, capsys):
+    argv, folder = METHODS_OF_FSG[method], tmp_path / "run"
+    train(tmp_path, "run", "--limit-steps", "2", *argv)
+    started = capsys.readouterr().out
+    written = json.loads((folder / "args.json").read_text())
+    own = {flag for flag, (_, owners) in GENERATOR_FLAGS.items() if method in owners}
+    assert written.keys() & GENERATOR_FLAGS.keys() == own and ("grad" in written) == (method != "full precision")
+    assert all(written[flag] is not None for flag in own), "with the values that were used"
+    assert f", learning rate {written['lr']:g}; gradients: " in started
+    assert ("which trains best at a higher learning rate" in started) == (method == "gate")
+
+    assert train_fsg.main(["--resume", str(folder), "--limit-steps", "3"]) == 0
+    resumed = json.loads((folder / "args.json").read_text())
+    assert resumed == written | {"limit_steps": 3, "resume": str(folder)}
+    for flag in GENERATOR_FLAGS.keys() - own:
+        refusal(flag, ["--resume", str(folder), "--limit-steps", "4", *typed(flag)])
+
+    capsys.readouterr()
+    best = str(folder / "best.pt")
+    # The network is tested without the flags of its generator, unless they decide which layers are binary.
+    network_flags = argv if method in ("released", "full precision") else []
+    for how in (
+        ["--resume", best],
+        [*SMALL, "--pretrained", best, *argv],
+        [*SMALL, "--pretrained", best, *network_flags],
+    ):
+        assert train_fsg.main(["--eval-only", *how]) == 0
+    assert len(set(capsys.readouterr().out.splitlines()[-3:])) == 1
 
 
 @pytest.mark.parametrize(
@@ -479,6 +575,7 @@ def test_wrong_flags(tmp_path, extra, says):
             r"^--mu is for --method bnn\+ or bnn\+\+: leave it out",
         ),
         (train_proxconnect, ["--method", "fp", "--rho", "0.01", "10"], "^--rho is for --method"),
+        (train_proxconnect, ["--betas", "0.9", "0.99"], "^--betas is for --opt adam: leave it out with --opt sgdm$"),
         (train_sibnn, ["--act", "sign", "--rho", "0.3"], "^--rho is for --act si: leave it out with --act sign$"),
         (train_bihalf, ["--quantizer", "sign", "--ratio", "0.5"], "^--ratio is for --quantizer bihalf: leave it out"),
         (train_bihalf, ["--quantizer", "sign", "--prune", "0"], "^--prune is for --quantizer bihalf: leave it out"),
