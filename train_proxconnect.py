@@ -127,6 +127,8 @@ def complete(args) -> None:
         raise runs.RunError(
             f"--arch {args.arch} is not known: use one of {models.ARCHS_IN_SHORT}, or a vision transformer of timm"
         )
+    if is_transformer and args.dataset == "imagenet":
+        runs.fill(args, image_size=timm_config(args.arch)["input_size"][-1])
     if not is_transformer and (args.patch_size is not None or args.pretrained_timm):
         raise runs.RunError(f"--patch-size and --pretrained-timm are for transformers: leave them out with {args.arch}")
     if args.patch_size is not None and args.patch_size < 1:
@@ -193,13 +195,17 @@ class SeededTransform:
             numpy.random.set_state(states[1])
 
 
+def timm_config(arch: str) -> dict:
+    """timm's data configuration of a network: mean, std, interpolation, crop_pct, input_size, …"""
+    timm = import_timm(arch)
+    return timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(arch).to_dict())
+
+
 def data_options(args) -> dict:
     """The arguments of data.load that a network of timm wants: its own normalisation and transforms of large images."""
     if args.arch in models.ARCHS:
         return {}
-    timm = import_timm(args.arch)
-    config = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(args.arch).to_dict())
-    runs.fill(args, image_size=config["input_size"][-1] if args.dataset == "imagenet" else None)
+    timm, config = import_timm(args.arch), timm_config(args.arch)
     common = {"interpolation": config["interpolation"], "mean": config["mean"], "std": config["std"]}
     size = args.image_size or 224
     common["input_size"] = (3, size, size)

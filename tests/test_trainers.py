@@ -836,7 +836,7 @@ def test_names_with_brackets_and_colons(tmp_path, capsys):
 LARGE = [
     (train_fsg, ["--arch", "resnet8", "--grad", "ste", "--image-size", "64"]),
     (train_sibnn, ["--arch", "birealnet8", "--image-size", "64"]),
-    (train_proxconnect, ["--arch", "test_vit"]),  # at 224 pixels, the default
+    (train_proxconnect, ["--arch", "test_vit"]),  # at 160 pixels, timm's size for it
     (train_bihalf, ["--arch", "birealnet8-prelu", "--image-size", "64"]),
 ]
 
