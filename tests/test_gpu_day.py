@@ -38,14 +38,13 @@ def test_the_plan_leaves_out_what_there_is_no_time_for():
     assert gpu_day.plan(0.5, [1, 2], seconds) == {}
 
 
-def test_choosing_processes_and_epochs():
-    start, step = gpu_day.STARTING, gpu_day.STEPS * gpu_day.BESIDE
-    alone, five = {1: [step]}, {1: [step], 5: [step / 2] * 5}  # 1 s an epoch alone, 2 s each of five
-    assert gpu_day.choose(alone, 5 * (start + 30)) == (1, 30)
-    assert gpu_day.choose(five, start + 100) == (5, 50)
-    assert gpu_day.choose({**five, 6: [step / 2] * 6}, start + 100) == (6, 50), "the sixth costs nothing"
-    assert gpu_day.choose(five, 1) == (5, 5), "the fewest epochs, most at a time"
-    assert gpu_day.choose({}, 100) == (1, 5), "nothing is known"
+def test_choosing_the_number_of_epochs():
+    start, slowest = gpu_day.STARTING, gpu_day.EPOCH_SECONDS["fsg"]
+    runs = [("ste", 0), ("fsg", 0)]
+    assert gpu_day.choose(start + 100 * slowest, runs) == 100
+    assert gpu_day.choose(start + 99 * slowest, runs) == 50
+    assert gpu_day.choose(start + 60 * slowest, [("ste", 0)]) == 100, "the slowest of these runs counts"
+    assert gpu_day.choose(1, runs) == min(gpu_day.EPOCHS)
 
 
 def test_an_item_that_works(stage):
@@ -117,8 +116,8 @@ def test_without_time_an_item_is_skipped(stage):
 def test_the_methods_are_flags_that_the_trainer_takes():
     import train_fsg
 
-    for method in ("ste", "gate", "fsg", "fsg-lstm", "released", "multifc"):
-        args = train_fsg.flags().parse_args(gpu_day.method_flags(method, gpu_day.known_flags()))
+    for method in {method for method, _ in gpu_day.RUNS} | {"fsg-lstm"}:
+        args = train_fsg.flags().parse_args(gpu_day.method_flags(method))
         train_fsg.complete(args)
 
 

@@ -798,6 +798,7 @@ def test_a_loss_that_becomes_nan_stops_the_run_and_keeps_the_last_good_checkpoin
 def test_latent_weights_that_become_nan_are_noticed_though_their_signs_are_not(tmp_path):
     """sign(NaN) is −1, so the loss stays finite; it is φ, without bounds, that does this first."""
     argv = [*SMALL, *TINY_NETS, "--out", str(tmp_path), "--name", "run", "--opt", "sgd", "--lr-fast", "1e30"]
+    argv += ["--balance", "none"]
     assert "weight became NaN" in sentence([*argv, "--epochs", "3"])
     assert not (tmp_path / "run" / "last.pt").exists()
     assert "weight became NaN" in sentence([*argv, "--epochs", "3"]), "the name of a run that left nothing is free"
@@ -805,7 +806,7 @@ def test_latent_weights_that_become_nan_are_noticed_though_their_signs_are_not(t
 
 @pytest.mark.parametrize(
     "flags",
-    [["--batch-size", "32"], ["--opt", "sgd"], ["--quantizer", "none"], ["--weight-decay", "0.5"], ["--lr-fast", "1"]],
+    [["--batch-size", "32"], ["--opt", "sgd"], ["--quantizer", "none"], ["--weight-decay", "0.5"], ["--lr-slow", "1"]],
     ids=" ".join,
 )
 def test_a_run_stays_the_same_run(a_run, flags):
