@@ -13,8 +13,8 @@ TORCH ?= torch==2.13.0 torchvision==0.28.0
 
 demo: .venv/ready
 	rm -rf runs/demo
-	$(PY) train_fsg.py --dataset digits --arch resnet8 --hgs mamba --epochs 12 --batch-size 64 --schedule cosine \
-		--name demo
+	$(PY) train_fsg.py --dataset digits --arch resnet8 --hgs mamba --lr 6e-3 --epochs 12 --batch-size 64 \
+		--schedule cosine --name demo
 	$(PY) plot.py runs/demo
 
 test: .venv/ready
