@@ -271,6 +271,12 @@ def test_where_importing_mamba_ssm_fails_its_own_message_is_shown(tmp_path, exte
     assert words in result.stderr and "requirements-cuda.txt" in result.stderr
 
 
+def test_a_balanced_fsg_is_made_before_its_scan_can_run(monkeypatch):
+    """FSG is made on the CPU and moved: choosing its start must not call the GPU's scan."""
+    monkeypatch.setattr(hypernet, "mamba_ssm_scan", lambda: None)
+    FSG(models.binary_layers(network()), d_state=2, d_conv=3, expand=4, scan="mamba-ssm")
+
+
 def test_scan_names():
     with pytest.raises(ValueError, match="use auto, fused, mamba-ssm or reference"):
         SlowMamba(scan="cuda")
