@@ -840,7 +840,7 @@ class Run:
         row |= extra
         # --limit-steps can end the run within an epoch. A run that is resumed from there with a higher limit must equal
         # one that never stopped, so last.pt then holds neither this row nor the end of the epoch.
-        whole_epoch, best = self.batch == len(self.train), self.folder / "best.pt"
+        whole_epoch = self.batch == len(self.train)
         improved = test_acc > best_accuracy(self.rows)
         self.rows.append(row)
         on_rank_0(write_metrics, self.folder, self.rows)
@@ -850,8 +850,8 @@ class Run:
             self.epoch, self.batch, self.seconds, self.bits = self.epoch + 1, 0, 0.0, bits
             self.sums.zero_()
             self.save(self.rows)
-        if improved and (whole_epoch or not best.exists()):
-            on_rank_0(save, best, self._model())
+        if improved:
+            on_rank_0(self._save_best, whole_epoch)
         if not whole_epoch:
             self.save(self.rows[:-1])
         self.leaving = any_process(self.interrupt)[0] and self.step < self.total_steps
@@ -890,6 +890,12 @@ class Run:
             "step": self.step,
             "model": self.state["model"].state_dict(),
         }
+
+    def _save_best(self, replace: bool) -> None:
+        """Write best.pt. replace: also if there is one."""
+        best = self.folder / "best.pt"
+        if replace or not best.exists():
+            save(best, self._model())
 
     def save(self, rows: list[dict]) -> None:
         """Write last.pt: everything that the rest of the run depends on, with these rows. Call it in all processes."""
