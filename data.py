@@ -1,6 +1,6 @@
 """Image data sets in batches, on the training device.
 
-    train, test = load("cifar10", "data", device="cuda", batch_size=128, seed=0)
+    train, val, test = load("cifar10", "data", device="cuda", batch_size=128, seed=0, val=5000)
     for images, labels in train.epoch(0): ...    # images [B, C, H, W] float32, channels_last; labels [B] int64
 
 Copy this file alone. It needs torch, einops and Pillow, torchvision for CIFAR, MNIST and large images, and scikit-learn
@@ -51,6 +51,7 @@ def load(
     *,
     batch_size: int = 128,
     seed: int = 0,
+    val: int = 0,
     crop: bool = True,
     flip: bool = True,
     image_size: int | None = None,
@@ -61,13 +62,15 @@ def load(
     log=print,
     rank: int = 0,
     world_size: int = 1,
-) -> tuple["ResidentBatches | StreamedBatches", "ResidentBatches | StreamedBatches"]:
-    """Return the training and the test batches of a data set.
+) -> tuple["Batches", "Batches | None", "Batches"]:
+    """Return the training, validation and test batches of a data set. Without `val`, the validation batches are None.
 
     name: 'cifar10', 'cifar100' and 'mnist' are read from data_dir, and downloaded there by torchvision if missing.
         'digits' is scikit-learn's set of handwritten 8×8 digits and needs no download. 'imagenet' and 'folder' are
         images in data_dir/train/CLASS/ and data_dir/test/CLASS/ (or data_dir/val/CLASS/).
     batch_size: images per batch, over all processes.
+    val: how many training images are held out for validation. Each class gives its proportional share, and the seed
+        alone decides which images it gives. Training, and the default mean and std, use the remaining images only.
     crop, flip: augmentation of the training images. crop pads by H/8 pixels (4 for CIFAR) and crops at random. flip
         mirrors half of the images; digits and MNIST are never mirrored. Large images are always cropped, by
         RandomResizedCrop.
@@ -90,45 +93,83 @@ def load(
     options = dict(seed=seed, rank=rank, world_size=world_size)
     if is_folder:
         classes, splits = scan_folder(data_dir)
-        num_classes = len(classes)
         if image_size is None:
             image_size = 224 if name == "imagenet" else natural_size(splits["train"][0][0])
         if image_size > RESIDENT_UP_TO:
-            options |= dict(num_classes=num_classes, image_size=image_size, batch_size=batch_size, flip=flip)
-            options |= dict(device=device, workers=workers, transforms=transforms)
+            options |= dict(classes=classes, image_size=image_size, batch_size=batch_size, device=device)
+            options |= dict(workers=workers, transforms=transforms, flip=flip)
             options |= dict(mean=mean or IMAGENET_MEAN, std=std or IMAGENET_STD)
-            train = StreamedBatches(*splits["train"], train=True, **options)
-            return train, StreamedBatches(*splits["test"], train=False, **options)
+            files, labels = splits["train"]
+            remaining, held_out = hold_out(torch.tensor(labels), classes, val, seed)
+
+            def part(indices: Tensor, train: bool) -> StreamedBatches:
+                chosen = indices.tolist()
+                return StreamedBatches([files[i] for i in chosen], [labels[i] for i in chosen], train=train, **options)
+
+            test = StreamedBatches(*splits["test"], train=False, **options)
+            return part(remaining, True), part(held_out, False) if val else None, test
 
     if rank > 0:
         torch.distributed.barrier()  # wait until rank 0 has downloaded and decoded everything
     if is_folder:
         train = decode_all(data_dir, "train", *splits["train"], image_size, log)
         test = decode_all(data_dir, "test", *splits["test"], image_size, log)
-    elif name == "digits":
-        train, test = digits()
-        num_classes = 10
     else:
-        train, test = downloaded(name, data_dir)
-        num_classes = 100 if name == "cifar100" else 10
+        train, test, classes = digits() if name == "digits" else downloaded(name, data_dir)
     if rank == 0 and world_size > 1:
         torch.distributed.barrier()
 
     (train_images, train_labels), (test_images, test_labels) = train, test
     if image_size not in (None, train_images.shape[-1]):  # a folder's images already have this size
         train_images, test_images = resize(train_images, image_size, name), resize(test_images, image_size, name)
+    remaining, held_out = hold_out(train_labels, classes, val, seed)
+    val_images, val_labels = train_images[held_out], train_labels[held_out]
+    if val:
+        train_images, train_labels = train_images[remaining], train_labels[remaining]
     own_mean, own_std = channel_statistics(train_images)
     mean = own_mean if mean is None else given_statistic(mean, len(own_mean))
     std = own_std if std is None else given_statistic(std, len(own_std))
-    options |= dict(num_classes=num_classes, mean=mean.to(device), std=std.to(device))
+    options |= dict(classes=classes, num_classes=len(classes), mean=mean.to(device), std=std.to(device))
     options |= dict(
         crop=max(1, train_images.shape[-1] // 8) if crop else 0, flip=flip and name not in ("digits", "mnist")
     )
-    train_images, train_labels = train_images.to(device), train_labels.to(device)
-    test_images, test_labels = test_images.to(device), test_labels.to(device)
-    train = ResidentBatches(train_images, train_labels, batch_size=batch_size, train=True, **options)
-    batch_size = max(batch_size, 500)  # testing needs less memory than training
-    return train, ResidentBatches(test_images, test_labels, batch_size=batch_size, train=False, **options)
+
+    def batches(images: Tensor, labels: Tensor, train: bool) -> ResidentBatches:
+        size = batch_size if train else max(batch_size, 500)  # testing needs less memory than training
+        return ResidentBatches(images.to(device), labels.to(device), batch_size=size, train=train, **options)
+
+    return (
+        batches(train_images, train_labels, True),
+        batches(val_images, val_labels, False) if val else None,
+        batches(test_images, test_labels, False),
+    )
+
+
+def hold_out(labels: Tensor, classes: list[str], val: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Choose `val` of the images with these labels, [N] int64, for validation.
+
+    Returns the indices of the remaining images, [N - val], and of the validation images, [val], both ascending. Each
+    class gives its proportional share, rounded by the method of largest remainders, and keeps at least one image.
+    """
+    counts = torch.bincount(labels, minlength=len(classes)).tolist()
+    limit = sum(max(count - 1, 0) for count in counts)
+    if not 0 <= val <= limit:
+        raise DataError(
+            f"--val {val} is not from 0 to {limit}: each class must keep at least one of the {len(labels)} training "
+            "images"
+        )
+    given = [val * count // len(labels) for count in counts]
+    for _ in range(val - sum(given)):
+        # The remainder of a class is val · count / N - given. Multiplied by N, it is an exact integer.
+        open_classes = [c for c, count in enumerate(counts) if given[c] + 1 < count]
+        given[max(open_classes, key=lambda c: val * counts[c] - given[c] * len(labels))] += 1
+    rng = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"validation {seed}".encode()).digest()[:8]))
+    shuffled = torch.randperm(len(labels), generator=rng)
+    by_class = shuffled[labels[shuffled].argsort(stable=True)].split(counts)
+    is_held_out = torch.zeros(len(labels), dtype=torch.bool)
+    for members, number in zip(by_class, given, strict=True):
+        is_held_out[members[:number]] = True
+    return (~is_held_out).nonzero()[:, 0], is_held_out.nonzero()[:, 0]
 
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,8 +195,8 @@ def resize(images: Tensor, size: int, name: str) -> Tensor:
     return torch.cat([F.interpolate(x, (size, size), mode="bilinear", antialias=True) for x in images.split(1000)])
 
 
-def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """scikit-learn's 1,797 handwritten 8×8 digits. Every fifth one is a test image."""
+def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], list[str]]:
+    """scikit-learn's 1,797 handwritten 8×8 digits, like `downloaded`. Every fifth one is a test image."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -164,7 +205,7 @@ def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     images = rearrange(torch.from_numpy(pixels), "n (h w) -> n 1 h w", h=8).mul(255 / 16).round().to(torch.uint8)
     labels = torch.from_numpy(labels).long()
     is_test = torch.arange(len(labels)) % 5 == 4
-    return (images[~is_test], labels[~is_test]), (images[is_test], labels[is_test])
+    return (images[~is_test], labels[~is_test]), (images[is_test], labels[is_test]), list("0123456789")
 
 
 def torchvision_module(name: str):
@@ -178,8 +219,8 @@ def torchvision_module(name: str):
         ) from None
 
 
-def downloaded(name: str, data_dir: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """CIFAR-10, CIFAR-100 or MNIST from torchvision.datasets: (images, labels) for training and for testing."""
+def downloaded(name: str, data_dir: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], list[str]]:
+    """CIFAR-10, CIFAR-100 or MNIST from torchvision: (images, labels) for training and for testing, and the classes."""
     dataset = getattr(torchvision_module("datasets"), {"mnist": "MNIST"}.get(name, name.upper()))
     splits = []
     for train in (True, False):
@@ -196,12 +237,12 @@ def downloaded(name: str, data_dir: Path) -> tuple[tuple[Tensor, Tensor], tuple[
         images = torch.as_tensor(split.data)
         pattern = "n h w -> n 1 h w" if images.dim() == 3 else "n h w c -> n c h w"
         splits.append((rearrange(images, pattern).contiguous(), torch.as_tensor(split.targets)))
-    return splits[0], splits[1]
+    return *splits, list("0123456789") if name == "mnist" else list(split.classes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Batches. Both classes have num_classes, shape (C, H, W), size (number of images), len() (batches per epoch), epoch(),
-# and scale and shift [C, 1, 1], which normalise pixels of 0...255: pixels · scale + shift.
+# Batches. Both kinds have classes (their names), num_classes, shape (C, H, W), size (number of images), len() (batches
+# per epoch), epoch(), and scale and shift [C, 1, 1], which normalise pixels of 0...255: pixels · scale + shift.
 
 
 def check_batch_size(batch_size: int, world_size: int) -> None:
@@ -228,6 +269,7 @@ class ResidentBatches:
     train: shuffle, augment, and leave out the last batch if it is incomplete (unless it is the only one). Otherwise
         the images come in order, all of them.
     crop: zero padding of the random crop in pixels; 0 means no crop. flip: whether to mirror half of the images.
+    classes: the names of the num_classes classes. Default: '0', '1', ...
     """
 
     def __init__(
@@ -244,8 +286,10 @@ class ResidentBatches:
         flip: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        classes: list[str] | None = None,
     ):
         self.images, self.labels = images, labels
+        self.classes = classes or [str(c) for c in range(num_classes)]
         self.scale, self.shift = rearrange(1 / std, "c -> c 1 1"), rearrange(-mean / std, "c -> c 1 1")
         self.num_classes, self.shape, self.size = num_classes, tuple(images.shape[1:]), len(images)
         self.batch_size = min(batch_size, self.size)
@@ -311,7 +355,7 @@ class StreamedBatches:
         files: list[Path],
         labels: list[int],
         *,
-        num_classes: int,
+        classes: list[str],
         image_size: int,
         batch_size: int,
         train: bool,
@@ -325,7 +369,8 @@ class StreamedBatches:
         rank: int = 0,
         world_size: int = 1,
     ):
-        self.files, self.labels, self.num_classes, self.size = files, labels, num_classes, len(files)
+        self.files, self.labels, self.size = files, labels, len(files)
+        self.classes, self.num_classes = classes, len(classes)
         self.shape, self.batch_size = (3, image_size, image_size), min(batch_size, len(files))
         self.train, self.device, self.seed, self.workers = train, torch.device(device), seed, workers
         self.rank, self.world_size = rank, world_size
@@ -393,6 +438,8 @@ def ignore_ctrl_c(worker: int) -> None:
     """Let only the training process handle Ctrl-C: it finishes its step and saves, and needs its workers until then."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
+
+Batches = ResidentBatches | StreamedBatches
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Folders of images.
