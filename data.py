@@ -497,17 +497,19 @@ def leave_signals_to_the_trainer(worker: int) -> None:
     """Let a DataLoader worker ignore Ctrl-C and SIGTERM, which terminals and launchers send to all processes.
 
     The training process handles them: it finishes its step and saves, and needs its workers until then. A worker ends
-    on a SIGTERM of the training process only. (macOS does not tell who sent a signal. There, it ends on any SIGTERM.)
+    if the training process ends or sends it SIGTERM. (macOS does not tell who sent a signal. There, any SIGTERM does.)
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):
+    if not hasattr(signal, "sigtimedwait"):
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    trainer = multiprocessing.parent_process().pid
+    trainer, parent = multiprocessing.parent_process().pid, os.getppid()
 
     def wait():
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
-            pass
+        while os.getppid() == parent:
+            sent = signal.sigtimedwait({signal.SIGTERM}, 1)  # None after a second
+            if sent and sent.si_pid == trainer:
+                break
         os._exit(128 + signal.SIGTERM)
 
     threading.Thread(target=wait, daemon=True).start()
