@@ -106,14 +106,14 @@ def load(
             options |= dict(workers=workers, transforms=transforms, flip=flip)
             options |= dict(mean=mean or IMAGENET_MEAN, std=std or IMAGENET_STD)
             files, labels = splits["train"]
-            remaining, held_out = hold_out(torch.tensor(labels), classes, val, seed)
 
             def part(indices: Tensor, train: bool) -> StreamedBatches:
                 chosen = indices.tolist()
                 return StreamedBatches([files[i] for i in chosen], [labels[i] for i in chosen], train=train, **options)
 
+            train_indices, val_indices = hold_out(torch.tensor(labels), classes, val, seed)
             test = StreamedBatches(*splits["test"], train=False, **options)
-            return part(remaining, True), part(held_out, False) if val else None, test
+            return part(train_indices, True), part(val_indices, False) if val else None, test
 
     if rank > 0:
         torch.distributed.barrier()  # wait until rank 0 has downloaded and decoded everything
@@ -130,10 +130,10 @@ def load(
     (train_images, train_labels), (test_images, test_labels) = train, test
     if image_size not in (None, train_images.shape[-1]):  # a folder's images already have this size
         train_images, test_images = resize(train_images, image_size, name), resize(test_images, image_size, name)
-    remaining, held_out = hold_out(train_labels, classes, val, seed)
-    val_images, val_labels = train_images[held_out], train_labels[held_out]
+    train_indices, val_indices = hold_out(train_labels, classes, val, seed)
+    val_images, val_labels = train_images[val_indices], train_labels[val_indices]
     if val:
-        train_images, train_labels = train_images[remaining], train_labels[remaining]
+        train_images, train_labels = train_images[train_indices], train_labels[train_indices]
     own_mean, own_std = channel_statistics(train_images)
     mean = own_mean if mean is None else given_statistic(mean, len(own_mean))
     std = own_std if std is None else given_statistic(std, len(own_std))
@@ -529,10 +529,13 @@ def scan_folder(root: Path, log) -> tuple[list[str], dict[str, tuple[list[str], 
     """
     ignored = collections.defaultdict(list)  # the reason -> paths
     try:
-        held_out, other = ("test", "val") if class_folders(root / "test") else ("val", "test")
-        images = {d: scan_split(root / d, ignored) for d in ("train", held_out)}
+        images = {"train": scan_split(root / "train", ignored), "test": scan_split(root / "test", ignored)}
+        held_out, other = "test", "val"
+        if not images["test"]:  # ImageNet's test images have no classes
+            images["val"] = scan_split(root / "val", ignored)
+            held_out, other = other, held_out
     except OSError as e:
-        raise DataError(f"the folder {e.filename} cannot be read ({e.strerror}): change its permissions") from None
+        raise DataError(f"the folder {e.filename} cannot be read ({e.strerror}): make it readable") from None
     if not images["train"] or not images[held_out]:
         raise DataError(
             f"no images in {root}: put them into class folders, {root / 'train'}/CLASS and {root / 'test'}/CLASS (or "
@@ -565,16 +568,11 @@ def scan_folder(root: Path, log) -> tuple[list[str], dict[str, tuple[list[str], 
     return classes, splits
 
 
-def class_folders(folder: Path) -> list[str]:
-    """The names of the folders in `folder`, sorted, without the hidden ones."""
-    entries = os.scandir(folder) if folder.is_dir() else ()
-    return sorted(e.name for e in entries if os.path.isdir(e) and not e.name.startswith("."))
-
-
 def scan_split(folder: Path, ignored: dict[str, list[str]]) -> dict[str, list[str]]:
     """The images of each class in folder/CLASS/. Adds the paths of what is not read to `ignored`, by the reason."""
-    images = {name: [] for name in class_folders(folder)}
-    for e in os.scandir(folder) if images else ():
+    entries = list(os.scandir(folder)) if folder.is_dir() else []
+    images = {name: [] for name in sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))}
+    for e in entries if images else []:
         if e.name not in images:
             ignored["hidden" if e.name.startswith(".") else "outside the class folders"].append(e.path)
     for name, files in images.items():
@@ -663,10 +661,12 @@ def decode_all(
     """
     fingerprint = hashlib.sha256(b"2\n")  # of the files and of what decode() does: number its versions
     for file in files:
-        with contextlib.suppress(OSError):  # decode() fails too
+        try:
             stat = os.stat(file)
-            name = "/".join(file.split(os.sep)[-3:])
-            fingerprint.update(os.fsencode(f"{name} {stat.st_size} {stat.st_mtime_ns}\n"))
+            state = f"{stat.st_size} {stat.st_mtime_ns}"
+        except OSError:  # decode() fails too
+            state = "unreadable"
+        fingerprint.update(os.fsencode(f"{'/'.join(file.split(os.sep)[-3:])} {state}\n"))
     fingerprint, cache = fingerprint.hexdigest(), root / f".{split}-{size}.pt"
     try:
         cached = torch.load(cache, weights_only=True)

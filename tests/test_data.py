@@ -827,7 +827,7 @@ def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch, where):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    error_of(lambda: data.load("folder", tmp_path, log=quiet), tmp_path / where, "Permission denied", "permissions")
+    error_of(lambda: data.load("folder", tmp_path, log=quiet), tmp_path / where, "Permission denied", "readable")
 
 
 @pytest.mark.parametrize("name", ["folder", "imagenet"])
@@ -848,6 +848,13 @@ def test_all_unreadable_images_are_named_before_training(tmp_path):
         (tmp_path / f"train/bee/{i}.png").write_bytes(b"")
     message = error_of(lambda: data.load("folder", tmp_path, log=quiet), "9 images", tmp_path / damaged[0], "...")
     assert 5 <= message.count(str(tmp_path)) <= 6  # the first few, and perhaps PIL's message
+
+
+def test_a_broken_link_is_named_beside_a_cache(tmp_path):
+    make_folder(tmp_path)
+    data.load("folder", tmp_path, log=quiet)
+    (tmp_path / "train/ant/9.png").symlink_to(tmp_path / "nowhere.png")
+    error_of(lambda: data.load("folder", tmp_path, log=quiet), tmp_path / "train/ant/9.png", "cannot be read")
 
 
 def test_a_folder_without_a_readable_image(tmp_path):
