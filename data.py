@@ -20,7 +20,6 @@ import contextlib
 import copy
 import hashlib
 import importlib
-import itertools
 import multiprocessing
 import os
 import signal
@@ -106,14 +105,14 @@ def load(
             options |= dict(workers=workers, transforms=transforms, flip=flip)
             options |= dict(mean=mean or IMAGENET_MEAN, std=std or IMAGENET_STD)
             files, labels = splits["train"]
-            remaining, held_out = hold_out(torch.tensor(labels), classes, val, seed)
 
             def part(indices: Tensor, train: bool) -> StreamedBatches:
                 chosen = indices.tolist()
                 return StreamedBatches([files[i] for i in chosen], [labels[i] for i in chosen], train=train, **options)
 
+            train_indices, val_indices = hold_out(torch.tensor(labels), classes, val, seed)
             test = StreamedBatches(*splits["test"], train=False, **options)
-            return part(remaining, True), part(held_out, False) if val else None, test
+            return part(train_indices, True), part(val_indices, False) if val else None, test
 
     if rank > 0:
         torch.distributed.barrier()  # wait until rank 0 has downloaded and decoded everything
@@ -121,7 +120,7 @@ def load(
         broken = []
         train, test = (decode_all(data_dir, d, *splits[d], image_size, log, broken) for d in ("train", "test"))
         if broken:
-            raise unreadable(broken)
+            raise unreadable(sorted(broken, key=lambda pair: pair[0]))
     else:
         train, test, classes = digits() if name == "digits" else downloaded(name, data_dir)
     if rank == 0 and world_size > 1:
@@ -130,10 +129,10 @@ def load(
     (train_images, train_labels), (test_images, test_labels) = train, test
     if image_size not in (None, train_images.shape[-1]):  # a folder's images already have this size
         train_images, test_images = resize(train_images, image_size, name), resize(test_images, image_size, name)
-    remaining, held_out = hold_out(train_labels, classes, val, seed)
-    val_images, val_labels = train_images[held_out], train_labels[held_out]
+    train_indices, val_indices = hold_out(train_labels, classes, val, seed)
+    val_images, val_labels = train_images[val_indices], train_labels[val_indices]
     if val:
-        train_images, train_labels = train_images[remaining], train_labels[remaining]
+        train_images, train_labels = train_images[train_indices], train_labels[train_indices]
     own_mean, own_std = channel_statistics(train_images)
     mean = own_mean if mean is None else given_statistic(mean, len(own_mean))
     std = own_std if std is None else given_statistic(std, len(own_std))
@@ -163,8 +162,8 @@ def hold_out(labels: Tensor, classes: list[str], val: int, seed: int) -> tuple[T
     limit = sum(max(count - 1, 0) for count in counts)
     if not 0 <= val <= limit:
         raise DataError(
-            f"--val {val} is not from 0 to {limit}: each class must keep at least one of the {len(labels)} training "
-            "images"
+            f"--val {val} cannot be held out of {len(labels)} training images, since each of the {len(classes)} "
+            f"classes must keep one: use 0 to {limit}"
         )
     given = [val * count // len(labels) for count in counts]
     for _ in range(val - sum(given)):
@@ -497,17 +496,19 @@ def leave_signals_to_the_trainer(worker: int) -> None:
     """Let a DataLoader worker ignore Ctrl-C and SIGTERM, which terminals and launchers send to all processes.
 
     The training process handles them: it finishes its step and saves, and needs its workers until then. A worker ends
-    on a SIGTERM of the training process only. (macOS does not tell who sent a signal. There, it ends on any SIGTERM.)
+    if the training process ends or sends it SIGTERM. (macOS does not tell who sent a signal. There, any SIGTERM does.)
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):
+    if not hasattr(signal, "sigtimedwait"):
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    trainer = multiprocessing.parent_process().pid
+    trainer, parent = multiprocessing.parent_process().pid, os.getppid()
 
     def wait():
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
-            pass
+        while os.getppid() == parent:
+            sent = signal.sigtimedwait({signal.SIGTERM}, 1)  # None after a second
+            if sent and sent.si_pid == trainer:
+                break
         os._exit(128 + signal.SIGTERM)
 
     threading.Thread(target=wait, daemon=True).start()
@@ -527,10 +528,13 @@ def scan_folder(root: Path, log) -> tuple[list[str], dict[str, tuple[list[str], 
     """
     ignored = collections.defaultdict(list)  # the reason -> paths
     try:
-        held_out, other = ("test", "val") if class_folders(root / "test") else ("val", "test")
-        images = {d: scan_split(root / d, ignored) for d in ("train", held_out)}
+        images = {"train": scan_split(root / "train", ignored), "test": scan_split(root / "test", ignored)}
+        held_out, other = "test", "val"
+        if not images["test"]:  # ImageNet's test images have no classes
+            images["val"] = scan_split(root / "val", ignored)
+            held_out, other = other, held_out
     except OSError as e:
-        raise DataError(f"the folder {e.filename} cannot be read ({e.strerror}): change its permissions") from None
+        raise DataError(f"the folder {e.filename} cannot be read ({e.strerror}): make it readable") from None
     if not images["train"] or not images[held_out]:
         raise DataError(
             f"no images in {root}: put them into class folders, {root / 'train'}/CLASS and {root / 'test'}/CLASS (or "
@@ -563,16 +567,11 @@ def scan_folder(root: Path, log) -> tuple[list[str], dict[str, tuple[list[str], 
     return classes, splits
 
 
-def class_folders(folder: Path) -> list[str]:
-    """The names of the folders in `folder`, sorted, without the hidden ones."""
-    entries = os.scandir(folder) if folder.is_dir() else ()
-    return sorted(e.name for e in entries if os.path.isdir(e) and not e.name.startswith("."))
-
-
 def scan_split(folder: Path, ignored: dict[str, list[str]]) -> dict[str, list[str]]:
     """The images of each class in folder/CLASS/. Adds the paths of what is not read to `ignored`, by the reason."""
-    images = {name: [] for name in class_folders(folder)}
-    for e in os.scandir(folder) if images else ():
+    entries = list(os.scandir(folder)) if folder.is_dir() else []
+    images = {name: [] for name in sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))}
+    for e in entries if images else []:
         if e.name not in images:
             ignored["hidden" if e.name.startswith(".") else "outside the class folders"].append(e.path)
     for name, files in images.items():
@@ -580,7 +579,7 @@ def scan_split(folder: Path, ignored: dict[str, list[str]]) -> dict[str, list[st
             if e.name.startswith("."):
                 ignored["hidden"].append(e.path)
             elif not e.name.lower().endswith(SUFFIXES):
-                ignored["in folders of a class folder" if os.path.isdir(e) else "with other suffixes"].append(e.path)
+                ignored["in nested folders" if os.path.isdir(e) else "with other suffixes"].append(e.path)
             elif e.is_file(follow_symlinks=False) or os.path.isfile(e) or os.path.isdir(e) or not os.path.exists(e):
                 files.append(e.path)  # reading fails, with a message, if it is a folder or a broken link
             else:
@@ -657,14 +656,16 @@ def decode_all(
 
     Images of another size are resized. The result is cached in root/.SPLIT-SIZE.pt, and reused as long as the names,
     sizes and modification times of the files stay the same. Images that cannot be read are added to `broken`, each with
-    its error, and then nothing is cached.
+    its error. While there are any, nothing is cached.
     """
     fingerprint = hashlib.sha256(b"2\n")  # of the files and of what decode() does: number its versions
     for file in files:
-        with contextlib.suppress(OSError):  # decode() fails too
+        try:
             stat = os.stat(file)
-            name = "/".join(file.split(os.sep)[-3:])
-            fingerprint.update(os.fsencode(f"{name} {stat.st_size} {stat.st_mtime_ns}\n"))
+            state = f"{stat.st_size} {stat.st_mtime_ns}"
+        except OSError:  # decode() fails too
+            state = "unreadable"
+        fingerprint.update(os.fsencode(f"{'/'.join(file.split(os.sep)[-3:])} {state}\n"))
     fingerprint, cache = fingerprint.hexdigest(), root / f".{split}-{size}.pt"
     try:
         cached = torch.load(cache, weights_only=True)
@@ -676,22 +677,21 @@ def decode_all(
 
     images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
 
-    def fill(i: int) -> list[tuple[str, Exception]]:
+    def fill(i: int) -> None:
         try:
             image = decode(files[i])
         except Exception as e:
-            return [(files[i], e)]
+            broken.append((files[i], e))
+            return
         if image.size != (size, size):
             image = image.resize((size, size), resample=2)  # bilinear
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         images[i] = rearrange(pixels, "(h w c) -> c h w", h=size, w=size)
-        return []
 
     with ThreadPoolExecutor() as threads:  # PIL releases the GIL while it decodes
-        failed = list(itertools.chain(*threads.map(fill, range(len(files)))))
+        list(threads.map(fill, range(len(files))))
     labels = torch.tensor(labels)
-    if failed:
-        broken += failed
+    if broken:
         return images, labels
     temporary = cache.with_suffix(f".{os.getpid()}")
     try:

@@ -7,15 +7,19 @@ Nothing is downloaded. The images are noise, or have a single colour where a tes
 
 import contextlib
 import errno
+import gc
 import io
+import itertools
 import math
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import struct
 import sys
 import tarfile
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -770,7 +774,14 @@ def test_ignored_files_are_counted_in_one_message(tmp_path):
     assert torch.equal(train.images, before.images) and torch.equal(test.images, test_before.images)
     [message] = log
     assert len(message.splitlines()) == 1
-    for words in ("15 files", "3 with other suffixes", "5 hidden", "2 in folders", "2 outside", "3 beside train/"):
+    for words in (
+        "15 files",
+        "3 with other suffixes",
+        "5 hidden",
+        "2 in nested folders",
+        "2 outside",
+        "3 beside train/",
+    ):
         assert words in message, message
     for example in ("test/.ipynb_checkpoints", "test/bee/Thumbs.db", "train/ant/more", "train/5.png", "val"):
         assert f"(such as {example})" in message, message
@@ -823,7 +834,7 @@ def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch, where):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    error_of(lambda: data.load("folder", tmp_path, log=quiet), tmp_path / where, "Permission denied", "permissions")
+    error_of(lambda: data.load("folder", tmp_path, log=quiet), tmp_path / where, "Permission denied", "readable")
 
 
 @pytest.mark.parametrize("name", ["folder", "imagenet"])
@@ -844,6 +855,13 @@ def test_all_unreadable_images_are_named_before_training(tmp_path):
         (tmp_path / f"train/bee/{i}.png").write_bytes(b"")
     message = error_of(lambda: data.load("folder", tmp_path, log=quiet), "9 images", tmp_path / damaged[0], "...")
     assert 5 <= message.count(str(tmp_path)) <= 6  # the first few, and perhaps PIL's message
+
+
+def test_a_broken_link_is_named_beside_a_cache(tmp_path):
+    make_folder(tmp_path)
+    data.load("folder", tmp_path, log=quiet)
+    (tmp_path / "train/ant/9.png").symlink_to(tmp_path / "nowhere.png")
+    error_of(lambda: data.load("folder", tmp_path, log=quiet), tmp_path / "train/ant/9.png", "cannot be read")
 
 
 def test_a_folder_without_a_readable_image(tmp_path):
@@ -1149,6 +1167,143 @@ def test_streamed_unreadable_image(colours, split, workers):
     message = error_of(lambda: list(batches.epoch(0)), file, "cannot be read")
     assert message.startswith("the image ")  # no traceback of the worker
     assert multiprocessing.active_children() == []  # the workers ended with the epoch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The DataLoader workers.
+
+
+def training_process(scenario: str, root: Path, say) -> None:
+    """A process that trains with two workers, in a process group of its own. say: a pipe's end, for what happens."""
+    os.setsid()
+    # As a trainer does: SIGTERM asks it to finish and save. (The signal waits until the workers have been started, so
+    # that they do not inherit the handler.)
+    asked = []
+    batches = large(root, workers=1 if scenario == "a worker hangs" else 2, batch_size=1)[0]
+    if "hang" in scenario:
+        decoded = []
+        batches.transform = lambda image: time.sleep(1000) if decoded else decoded.append(1) or torch.zeros(3, 128, 128)
+    epoch = batches.epoch(0)
+    next(epoch)
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    workers = [worker.pid for worker in multiprocessing.active_children()]
+    say.send(workers)
+    if scenario == "the group gets SIGTERM":
+        while not asked:
+            time.sleep(0.02)
+        say.send(1 + len(list(epoch)))  # the workers decode the rest of the epoch
+    elif scenario == "a worker is killed":
+        os.kill(workers[0], signal.SIGKILL)
+        time.sleep(0.3)  # the training step is not interrupted
+        try:
+            list(epoch)
+        except Exception as e:
+            say.send((type(e).__name__, str(e)))
+    elif scenario.startswith("the trainer is killed"):
+        time.sleep(1000)
+    elif scenario == "the trainer fails":
+        training_process.epoch = epoch  # the epoch is never closed
+        raise SystemExit(3)
+    else:
+        epoch.close()
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc and signals that tell their sender")
+def test_workers_end_with_their_trainer_and_not_before(colours):
+    scenarios = ("the group gets SIGTERM", "a worker is killed", "the trainer is killed", "the trainer fails")
+    scenarios += ("a worker hangs", "the trainer is killed while workers hang")
+    context = multiprocessing.get_context("fork")
+    processes, pipes, workers = {}, {}, {}
+    for scenario in scenarios:  # all at once, since they wait most of the time
+        pipes[scenario], say = context.Pipe()
+        processes[scenario] = context.Process(target=training_process, args=(scenario, colours, say))
+        processes[scenario].start()
+    try:
+        for scenario in scenarios:
+            assert pipes[scenario].poll(60)
+            workers[scenario] = pipes[scenario].recv()
+            assert len(workers[scenario]) >= 1
+        os.killpg(processes["the group gets SIGTERM"].pid, signal.SIGTERM)
+        processes["the trainer is killed"].kill()
+        processes["the trainer is killed while workers hang"].kill()
+        for process in processes.values():
+            process.join(60)
+        codes = {scenario: process.exitcode for scenario, process in processes.items()}
+        assert list(codes.values()) == [0, 0, -signal.SIGKILL, 3, 0, -signal.SIGKILL], codes
+        assert pipes["the group gets SIGTERM"].recv() == 11  # all images of the epoch
+        kind, message = pipes["a worker is killed"].recv()
+        assert kind == "DataError" and len(message.splitlines()) == 1, message
+        assert all(words in message for words in ("--workers", "--image-size", "memory", "exited unexpectedly"))
+        for scenario in scenarios:
+            deadline = time.monotonic() + 30
+            while any(map(is_running, workers[scenario])):
+                assert time.monotonic() < deadline, scenario
+                time.sleep(0.05)
+    finally:
+        for pid in [*(process.pid for process in processes.values()), *itertools.chain(*workers.values())]:
+            if is_running(pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+def fail(error: Exception):
+    raise error
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"),
+        OSError(errno.EMFILE, os.strerror(errno.EMFILE)),
+        MemoryError(),
+    ],
+)
+def test_lack_of_memory_in_a_worker(colours, workers, error):
+    batches = large(colours, workers=workers)[0]
+    batches.transform = lambda image: fail(error)
+    error_of(lambda: list(batches.epoch(0)), "--workers", "--image-size", "/dev/shm")
+    assert multiprocessing.active_children() == []
+
+
+def test_lack_of_processes(colours, monkeypatch):
+    monkeypatch.setattr(os, "fork", lambda: fail(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))))
+    error_of(lambda: list(large(colours, workers=2)[0].epoch(0)), "--workers", "Cannot allocate memory")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_other_errors_of_transforms_are_not_changed(colours, workers):
+    batches = large(colours, workers=workers)[0]
+    batches.transform = lambda image: fail(RuntimeError("the size of tensor a must match"))
+    message = None
+    try:
+        list(batches.epoch(0))
+    except RuntimeError as e:
+        message = str(e)
+        e.__traceback__ = None  # it would keep the worker alive
+    assert "the size of tensor a must match" in message
+
+
+def test_the_files_of_a_data_set_are_not_copied_by_its_workers(tmp_path):
+    paths = [f"/data/train/n{i % 1000:08}/n{i % 1000:08}_{i}.JPEG" for i in range(50_000)]
+    paths[7] = os.fsdecode(b"/data/\xe9t\xe9.png")
+    options = dict(classes=["a", "b"], image_size=8, batch_size=8, train=True, device="cpu", transforms=(None, None))
+    batches = data.StreamedBatches(paths, [i % 2 for i in range(50_000)], **options)
+    assert [batches.files[i] for i in (0, 7, 49_999)] == [paths[i] for i in (0, 7, 49_999)]
+    assert batches.labels.tolist()[:3] == [0, 1, 0]
+    # what a worker would be sent, or copy when it counts references: bytes, ends and labels, and no Python objects
+    assert len(pickle.dumps(batches)) < sum(map(len, paths)) + 16 * len(paths) + 20_000
+    del paths
+    gc.collect()
+    before = sys.getallocatedblocks()
+    del batches
+    assert before - sys.getallocatedblocks() < 1000  # Python objects
 
 
 # ---------------------------------------------------------------------------------------------------------------------
