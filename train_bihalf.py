@@ -85,6 +85,8 @@ def complete(args) -> None:
                 raise runs.RunError(
                     f"--{name} is a fraction of a filter's weights, in [0, 1]; it is {vars(args)[name]}"
                 )
+        if args.prune == 1:
+            raise runs.RunError("--prune 1 sets all weights to 0: use less")
         if args.prune and args.ratio != 0.5:
             raise runs.RunError("--prune removes as many weights of either sign: leave out --ratio with it")
     runs.fill(args, **RECIPES[recipe(args)], lr=DEFAULT_LR[args.opt])
@@ -192,7 +194,7 @@ def main(argv=None) -> int:
     if args.toy:
         return toy(Path(args.out))
     complete(args)
-    device = runs.pick_device(args.device)
+    device = runs.pick_device(args.device, args.deterministic)
     rank, world_size = runs.start_processes(device)
     torch.manual_seed(args.seed)
 
@@ -255,13 +257,15 @@ def main(argv=None) -> int:
                 for x, y, fraction in runs.micro_batches(model, images, labels, args.accumulate):
                     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                         logits = model(x)
-                    loss = F.cross_entropy(logits.float(), y)
+                    loss = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
                     (fraction * loss).backward()  # straight through: a latent weight's gradient is that of its bit
                     run.count(loss, logits, y)
+                if args.clip:
+                    torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
                 optimizer.step()
             if run.leaving:
                 break
-            tested = runs.evaluate_all(model, args, device, train=train, val=val, test=test)
+            tested = runs.evaluate_all(run.tested(model), args, device, train=train, val=val, test=test)
             run.end_epoch(tested, models.sign_bits(layers))
     return run.finish()
 

@@ -249,7 +249,7 @@ def make_generator(args, layers):
 def main(argv=None) -> int:
     args, checkpoint = runs.parse(flags(), argv)
     complete(args)
-    device = runs.pick_device(args.device)
+    device = runs.pick_device(args.device, args.deterministic)
     rank, world_size = runs.start_processes(device)
     torch.manual_seed(args.seed)
 
@@ -323,16 +323,18 @@ def main(argv=None) -> int:
                 for x, y, fraction in runs.micro_batches(model, images, labels, args.accumulate):
                     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                         logits = model(x)
-                    loss = F.cross_entropy(logits.float(), y)
+                    loss = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
                     (fraction * loss).backward()  # now the .grad of every binary layer's weight is ĝ
                     run.count(loss, logits, y)
                 if generator:
                     generator.generate()  # now the .grad is G; this also trains the hypernetworks
+                if args.clip:
+                    torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
                 if not released or generator.t > 1:  # the authors' codes update nothing in the first step
                     optimizer.step()
             if run.leaving:
                 break
-            tested = runs.evaluate_all(model, args, device, train=train, val=val, test=test)
+            tested = runs.evaluate_all(run.tested(model), args, device, train=train, val=val, test=test)
             measured = {f"gradient/{name}": x for name, x in generator.measure(lr).items()} if generator else {}
             run.end_epoch(tested, models.sign_bits(layers), **measured)
     return run.finish()

@@ -136,6 +136,8 @@ def complete(args) -> None:
         raise runs.RunError(f"--patch-size must be at least 1; it is {args.patch_size}")
     if args.pretrained and args.pretrained_timm:
         raise runs.RunError("--pretrained and --pretrained-timm both set the first weights: give one of them")
+    if args.ema is not None:
+        raise runs.RunError("--ema averages weights, and this trainer tests the signs of the last ones: leave it out")
     if args.method == "fp" and (args.act != "none" or args.binarize_all):
         raise runs.RunError("--method fp is full precision: leave out --act and --binarize-all")
     for name in ("mu", "rho"):
@@ -143,6 +145,8 @@ def complete(args) -> None:
         if values and (len(values) != count or not all(0 < value < 1e6 for value in values)):
             wanted = "one positive number" if count == 1 else "two positive numbers, for the start and the end"
             raise runs.RunError(f"--{name} needs {wanted} with --method {args.method}")
+        if values and values[-1] < values[0]:
+            raise runs.RunError(f"--{name} grows during training: its end must not be below its start; it is {values}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -306,7 +310,7 @@ def true_signs(layers):
 def main(argv=None) -> int:
     args, checkpoint = runs.parse(flags(), argv)
     complete(args)
-    device = runs.pick_device(args.device)
+    device = runs.pick_device(args.device, args.deterministic)
     rank, world_size = runs.start_processes(device)
     torch.manual_seed(args.seed)
 
@@ -376,9 +380,11 @@ def main(argv=None) -> int:
                 for x, y, fraction in runs.micro_batches(model, images, labels, args.accumulate):
                     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                         logits = model(x)
-                    loss = F.cross_entropy(logits.float(), y)
+                    loss = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
                     (fraction * loss).backward()  # the .grad of every binary layer's weight is B(w*) ⊙ ∂L/∂w
                     run.count(loss, logits, y)
+                if args.clip:
+                    torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
                 # pq and rpc apply L_ρ to the weights themselves in every step, and the steps add up: with the whole ρ,
                 # all weights would be at ±1 within 100 steps and never change sign again.
                 if args.method == "rpc":
@@ -391,13 +397,16 @@ def main(argv=None) -> int:
             relaxed = {}
             if args.method in RELAXED:
                 with runs.reestimate_batchnorm(net, plain, device, args.amp, args.bn_batches):
-                    loss, accuracy = runs.evaluate(model, test, device, args.amp)
-                relaxed = {"relaxed_loss": loss, "relaxed_acc": accuracy}
+                    relaxed = runs.evaluate(model, test, device, args.amp)
             # The checkpoints are written within this `with`, so they contain the statistics of the network that was
             # tested. Training steps do not read running statistics.
             with true_signs(layers), runs.reestimate_batchnorm(net, plain, device, args.amp, args.bn_batches):
                 tested = runs.evaluate_all(model, args, device, val=val, test=test)
-                run.end_epoch(tested, models.sign_bits(layers), **relaxed)
+                run.end_epoch(
+                    tested,
+                    models.sign_bits(layers),
+                    **{f"relaxed_{column}": value for column, value in relaxed.items()},
+                )
     return run.finish()
 
 

@@ -125,7 +125,7 @@ def counting_zeros(net):
 def main(argv=None) -> int:
     args, checkpoint = runs.parse(flags(), argv)
     complete(args)
-    device = runs.pick_device(args.device)
+    device = runs.pick_device(args.device, args.deterministic)
     rank, world_size = runs.start_processes(device)
     torch.manual_seed(args.seed)
 
@@ -187,17 +187,19 @@ def main(argv=None) -> int:
                 for x, y, fraction in runs.micro_batches(model, images, labels, args.accumulate):
                     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                         logits = model(x)
-                    loss = F.cross_entropy(logits.float(), y)
+                    loss = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
                     (fraction * loss).backward()  # through the signs, the scales and the windows of the activations
                     run.count(loss, logits, y)
+                if args.clip:
+                    torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
                 optimizer.step()
                 with torch.no_grad():
                     for layer in layers:
                         layer.weight.clamp_(-1, 1)
             if run.leaving:
                 break
-            with counting_zeros(net) as zeros:  # by hooks, which a compiled model does not call
-                tested = runs.evaluate_all(net, args, device, train=train, val=val, test=test)
+            with counting_zeros(run.tested(net)) as zeros:  # by hooks, which a compiled model does not call
+                tested = runs.evaluate_all(run.tested(net), args, device, train=train, val=val, test=test)
             mean_zeros = sum(zeros.values()) / len(zeros)
             run.end_epoch(tested, models.sign_bits(layers), zeros=mean_zeros, **zeros)
     return run.finish()
