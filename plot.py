@@ -571,6 +571,8 @@ def main(argv=None) -> int:
     try:
         if args.baseline is not None and not args.table:
             raise PlotError("--baseline is for --table: add --table, or leave it out")
+        if args.x != "epoch" and (args.table or args.layers):
+            raise PlotError("--x is for the curves: leave it out with --table and --layers")
         # The pattern `runs/*` may also match an earlier figure and bench.py's JSON files. A run counts once.
         figures = (".png", ".pdf", ".svg", ".json")
         names = [run_path(name) for name in args.runs if not (name.endswith(figures) and os.path.isfile(name))]

@@ -518,6 +518,7 @@ def test_the_left_column_can_be_by_step(tmp_path, capsys):
     np.testing.assert_array_equal(axes[0].get_lines()[0].get_xdata(), [10, 20, 30])
     (tmp_path / "paper.csv").write_text(WRITTEN_BY_HAND)
     check_error(capsys, [tmp_path / "paper.csv", "--x", "step"], "paper has no column step", "--x")
+    check_error(capsys, [tmp_path / "paper.csv", "--x", "step", "--table"], "--x is for the curves")
 
 
 def test_heat_maps_of_the_layers(tmp_path, capsys):
@@ -542,6 +543,7 @@ def test_heat_maps_of_a_deep_network_and_of_none(tmp_path, capsys):
         make_run(tmp_path / "deep"), **{f"{kind}/{n}": [0.1] * 3 for n in names for kind in ("flips", "plus")}
     )
     assert plot.main(["--layers", deep]) == 0
+    capsys.readouterr()
     assert all(1000 <= pixels <= 4000 for pixels in png_size(tmp_path / "layers.png"))
     check_error(capsys, ["--layers", make_run(tmp_path / "fp32")], "fp32 has no columns flips/LAYER", "--layers")
     check_error(capsys, ["--layers", *(make_run(tmp_path / f"r{i}") for i in range(5))], "5 runs", "at most 4")
