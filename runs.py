@@ -5,7 +5,7 @@ Needs no other file of this repository; copy it with any train_*.py. A run write
     args.json     the flags that the run used
     metrics.csv   one row per epoch, with the columns METRICS below and the trainer's own
     last.pt       the whole state of the run; --resume continues from it bit for bit
-    best.pt       the network with the best test accuracy so far
+    best.pt       the network to use: with --val the one with the best validation accuracy, otherwise the last one
 
 A checkpoint is complete at any moment, even if the process is killed: it is written to a temporary file, which then
 replaces the old checkpoint.
@@ -70,10 +70,13 @@ def command(main, *errors: type[Exception]) -> None:
 # The flags that may change when a run is resumed. A change of any other flag would make it a different run.
 MAY_CHANGE = {
     *("epochs", "limit_steps", "lr", "schedule", "milestones", "data_dir", "workers", "device", "compile"),
-    *("accumulate", "save_every", "out", "name", "resume", "eval_only", "pretrained"),
+    *("bn_batches", "accumulate", "save_every", "out", "name", "resume", "eval_only", "pretrained"),
 }
 SMALLEST = {"epochs": 1, "batch_size": 2, "limit_steps": 1, "image_size": 8, "accumulate": 1}  # 0 for the flags below
-NOT_NEGATIVE = ("workers", "seed", "save_every", "weight_decay", "warmup", "lr", "lr_fast", "lr_slow")
+NOT_NEGATIVE = (
+    *("val", "bn_batches", "workers", "seed", "save_every", "weight_decay", "warmup"),
+    *("lr", "lr_fast", "lr_slow"),
+)
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -101,6 +104,8 @@ def common_flags(script: str, description: str, **defaults) -> argparse.Argument
     add("--dataset", default="cifar10", choices=datasets, help=folder)
     add("--data-dir", default="data", help="the folder with the images, or to download them to")
     add("--image-size", type=int, help="width and height in pixels (default: the images' own; 224 for large images)")
+    held_out = "hold N training images out for validation, which then chooses best.pt (default: %(default)s)"
+    add("--val", type=int, default=0, metavar="N", help=held_out)
     add("--no-crop", action="store_true", help="no random crops of training images (images of up to 96 pixels)")
     add("--no-flip", action="store_true", help="no horizontal flips of training images")
     add("--workers", type=int, default=8, help="number of processes that decode large images")
@@ -124,6 +129,8 @@ def common_flags(script: str, description: str, **defaults) -> argparse.Argument
     add("--milestones", type=int, nargs="*", default=[30, 60, 90], help=milestones)
     add("--seed", type=int, default=0, help="seed of the weights, the order of the images and the augmentation")
     add("--pretrained", metavar="FILE", help="start from the weights of this checkpoint or state dict")
+    batchnorm = "test also with BatchNorm statistics of the present weights, from N training batches: test_acc_bn"
+    add("--bn-batches", type=int, default=0, metavar="N", help=batchnorm + " (default: %(default)s)")
     add = parser.add_argument_group("machine and run").add_argument
     add("--device", default="auto", help="cpu, cuda, cuda:1, … (default: cuda if there is a GPU, else cpu)")
     add("--amp", action="store_true", help="run the network's forward pass in bfloat16")
@@ -396,9 +403,32 @@ def reestimate_batchnorm(net: torch.nn.Module, batches, device: torch.device, am
             m.running_var.copy_(var)
 
 
-def report(loss: float, accuracy: float, count: int) -> int:
-    """Print the result of --eval-only. Returns the exit code."""
-    console.print(f"test loss {loss:.4f}, test accuracy {100 * accuracy:.2f} % over {count:,} images")
+def evaluate_all(model, args, device: torch.device, *, train=None, val=None, test) -> dict[str, float]:
+    """The columns test_loss and test_acc; with validation images, val_loss and val_acc.
+
+    With --bn-batches and `train`, also test_acc_bn: the test accuracy with BatchNorm statistics of the present weights.
+    """
+    columns = {}
+    for name, batches in (("val", val), ("test", test)):
+        if batches is not None:
+            columns[f"{name}_loss"], columns[f"{name}_acc"] = evaluate(model, batches, device, args.amp)
+    if args.bn_batches and train is not None:
+        net = getattr(model, "module", model)  # DistributedDataParallel's
+        net = getattr(net, "_orig_mod", net)  # torch.compile's
+        with reestimate_batchnorm(net, train.unaugmented(), device, args.amp, args.bn_batches):
+            columns["test_acc_bn"] = evaluate(model, test, device, args.amp)[1]
+    return columns
+
+
+def report(columns: dict[str, float], test) -> int:
+    """Print the result of --eval-only: what evaluate_all() returned. Returns the exit code."""
+    loss, accuracy = columns["test_loss"], columns["test_acc"]
+    line = f"test loss {loss:.4f}, test accuracy {100 * accuracy:.2f} % over {test.size:,} images"
+    if "test_acc_bn" in columns:
+        line += f"; {100 * columns['test_acc_bn']:.2f} % with BatchNorm statistics of these weights"
+    if "val_acc" in columns:
+        line += f"; validation accuracy {100 * columns['val_acc']:.2f} %"
+    console.print(line)
     return 0
 
 
@@ -512,6 +542,36 @@ def load_weights(net: torch.nn.Module, args, checkpoint: dict | None, may_lack: 
     load_model(net, weights, path)
 
 
+def match_data(args, checkpoint: dict | None, train, val, test) -> None:
+    """Use the normalisation of the checkpoint's run, and refuse data with other classes.
+
+    checkpoint: what parse() returned; with --eval-only, also the file of --pretrained counts. train, val, test: what
+    data.load() returned. If the number of images has changed, a line says so.
+    """
+    source = args.resume or args.pretrained
+    if checkpoint is None and args.eval_only:
+        checkpoint = load(args.pretrained)
+    if not checkpoint or "classes" not in checkpoint:  # a new run, or a plain state dict
+        return
+    theirs, ours = checkpoint["classes"], train.classes
+    if theirs != ours:
+        only = [f"{source} knows {name!r}" for name in theirs if name not in ours]
+        only += [f"{args.data_dir} has {name!r}" for name in ours if name not in theirs]
+        difference = f": only {only[0]}" if only else ", in another order"
+        raise RunError(
+            f"{source} was trained on other classes than those of {args.data_dir}{difference}; use its data, or start "
+            "a new run"
+        )
+    for name, batches in (("training", train), ("validation", val), ("test", test)):
+        before, now = checkpoint["images"].get(name), batches.size if batches is not None else 0
+        if before not in (None, now):
+            console.print(f"{args.data_dir} has {now:,} {name} images; {source} was trained with {before:,}")
+    scale, shift = (torch.tensor(values)[:, None, None] for values in checkpoint["normalisation"])
+    for batches in (train, val, test):
+        if batches is not None and batches.scale.shape == scale.shape:
+            batches.scale, batches.shift = scale.to(batches.scale), shift.to(batches.shift)
+
+
 def load_model(net: torch.nn.Module, weights: dict, path: Path | str) -> None:
     """net.load_state_dict(weights), with the first mismatch in a RunError of one sentence. path: for the sentence."""
     try:
@@ -594,8 +654,9 @@ def write_metrics(folder: Path, rows: list[dict]) -> None:
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 
 
-def best_accuracy(rows: list[dict]) -> float:
-    return max((row["test_acc"] for row in rows), default=-1.0)
+def is_best(rows: list[dict]) -> bool:
+    """Whether best.pt is the network of the last row: the first with the best val_acc, or without --val the last."""
+    return "val_acc" not in rows[-1] or all(row["val_acc"] < rows[-1]["val_acc"] for row in rows[:-1])
 
 
 def print_metrics(row: dict, heading: bool) -> None:
@@ -689,18 +750,24 @@ class Run:
                     ...  # one training step, which calls run.count(loss, logits, labels)
                 if run.leaving:  # stopped within the epoch; everything is saved
                     break
-                run.end_epoch(test_loss, test_acc, bits)
+                run.end_epoch(evaluate_all(…), bits)
         return run.finish()
 
     kind: the first part of the name of a run without --name. about: a sentence for the first line that is printed.
-    train, test: batches (data.py). bits [N] bool: the signs of the binary weights. checkpoint: what parse() returned.
+    train, val, test: batches (data.py); val can be None. layers: the binary layers of the
+    network. bits [N] bool: the signs of their weights, in this order. checkpoint: what parse() returned.
     state: what a checkpoint holds, objects with state_dict() and load_state_dict(), or None. "model" is one of them;
     the trainer has loaded it already.
     Raises RunError if the folder cannot be written or holds another run, or if the checkpoint does not fit.
     """
 
-    def __init__(self, args, *, kind: str, train, test, device, bits, checkpoint, state: dict, about: str = ""):
+    def __init__(
+        self, args, *, kind: str, train, val, test, device, layers, bits, checkpoint, state: dict, about: str = ""
+    ):
         self.args, self.train = args, train
+        names = {module: name for name, module in state["model"].named_modules()}
+        self.layers = {names[layer]: layer.weight.numel() for layer in layers}
+        self.images = {"training": train.size, "validation": val.size if val else 0, "test": test.size}
         self.state = {name: part for name, part in state.items() if part is not None}
         self.total_steps = min(args.epochs * len(train), args.limit_steps or math.inf)
         self.epoch = self.batch = self.step = 0  # complete epochs; batches of this epoch; steps in total
@@ -720,7 +787,8 @@ class Run:
         where = f"{device}" if world_size() == 1 else f"{world_size()} processes on {device.type}"
         parameters = sum(p.numel() for p in state["model"].parameters())
         console.print(
-            f"{self.folder}: {args.arch} on {args.dataset} ({train.size:,} + {test.size:,} images), {where}, "
+            f"{self.folder}: {args.arch} on {args.dataset} ({' + '.join(f'{n:,}' for n in self.images.values() if n)} "
+            f"images), {where}, "
             f"{parameters:,} parameters, {len(bits):,} of them binary; {args.opt}, learning rate {args.lr:g}"
             + (f"; {about}" if about else "")
         )
@@ -737,6 +805,7 @@ class Run:
             if rank() == 0:  # the checkpoint holds the sums over all processes
                 self.sums.copy_(checkpoint["totals"])
             self.bits = checkpoint["bits"].to(self.bits.device)
+            threads = checkpoint["threads"]
             torch.set_rng_state(checkpoint["rng"])
             if "cuda_rng" in checkpoint and self.sums.is_cuda:
                 torch.cuda.set_rng_state(checkpoint["cuda_rng"], self.sums.device)
@@ -745,6 +814,11 @@ class Run:
             raise RunError(f"{source} is not a run of this trainer and these flags ({reason})") from None
         if self.batch >= len(self.train):
             raise RunError(f"{source} was trained on more images than {self.args.data_dir} has: use its data")
+        if threads != torch.get_num_threads() and self.sums.device.type == "cpu":
+            console.print(
+                f"{source} ran with {threads} threads, this process has {torch.get_num_threads()}: sums are rounded in "
+                "another order, so the run does not continue bit for bit (OMP_NUM_THREADS sets the number)"
+            )
         if self.step >= total_steps:
             raise RunError(f"{source} has done its {self.step:,} steps: to go on, give more --epochs, --limit-steps")
 
@@ -757,7 +831,7 @@ class Run:
         write_metrics(self.folder, self.rows)
         # A process that was killed just after it wrote last.pt has not written best.pt.
         best, ended = self.folder / "best.pt", self.rows and self.batch == 0  # at the end of an epoch
-        if ended and self.rows[-1]["test_acc"] > best_accuracy(self.rows[:-1]):
+        if ended and is_best(self.rows):
             written = load(best).get("step", self.step) if best.exists() else -1
             if written < self.step:
                 save(best, self._model())
@@ -829,19 +903,23 @@ class Run:
         correct = (logits.argmax(1) == labels).sum()
         self.sums += torch.stack([loss * len(labels), correct, torch.full_like(correct, len(labels))])
 
-    def end_epoch(self, test_loss: float, test_acc: float, bits: torch.Tensor, **extra: float) -> None:
-        """Add a row to the metrics and write the checkpoints. bits: the signs now. extra: the trainer's own columns."""
-        self.check_finite(test_loss)
+    def end_epoch(self, tested: dict[str, float], bits: torch.Tensor, **extra: float) -> None:
+        """Add a row to the metrics and write the checkpoints.
+
+        tested: what evaluate_all() returned. bits: the signs now. extra: the trainer's own columns.
+        """
+        self.check_finite(tested["test_loss"])
         loss, correct, images = self._sums()
         row = {"epoch": self.epoch + 1, "step": self.step, "train_loss": loss / images, "train_acc": correct / images}
-        row |= {"test_loss": test_loss, "test_acc": test_acc, "lr": self.lr}
-        row |= {"seconds": self.seconds, "images_per_s": images / self.seconds}
+        row |= tested | {"lr": self.lr, "seconds": self.seconds, "images_per_s": images / self.seconds}
         row |= {"flip_ratio": (bits != self.bits).float().mean().item(), "plus_ratio": bits.float().mean().item()}
         row |= extra
+        for kind, values in (("flips", bits != self.bits), ("plus", bits)) if self.layers else ():
+            shares = [part.double().mean() for part in values.split(list(self.layers.values()))]
+            row |= dict(zip((f"{kind}/{name}" for name in self.layers), torch.stack(shares).tolist(), strict=True))
         # --limit-steps can end the run within an epoch. A run that is resumed from there with a higher limit must equal
         # one that never stopped, so last.pt then holds neither this row nor the end of the epoch.
         whole_epoch = self.batch == len(self.train)
-        improved = test_acc > best_accuracy(self.rows)
         self.rows.append(row)
         on_rank_0(write_metrics, self.folder, self.rows)
         print_metrics(row, self.heading)
@@ -850,8 +928,8 @@ class Run:
             self.epoch, self.batch, self.seconds, self.bits = self.epoch + 1, 0, 0.0, bits
             self.sums.zero_()
             self.save(self.rows)
-        if improved:
-            on_rank_0(self._save_best, whole_epoch)
+        if is_best(self.rows):
+            on_rank_0(self._save_best, whole_epoch or "val_acc" not in row)
         if not whole_epoch:
             self.save(self.rows[:-1])
         self.leaving = any_process(self.interrupt)[0] and self.step < self.total_steps
@@ -863,9 +941,14 @@ class Run:
             console.print(f"stopped after step {self.step:,}; to go on: python {script} --resume {folder}")
             return 128 + (self.interrupt.signal or signal.SIGTERM)  # another process may have received the signal
         if self.rows:
+            rows = self.rows[:-1] or self.rows if self.batch and self.args.val else self.rows
+            row = max(rows, key=lambda row: row.get("val_acc", row["step"]))  # what best.pt is of
+            chosen = f"epoch {row['epoch']}, the last (nothing chooses an epoch without --val)"
+            if "val_acc" in row:
+                chosen = f"epoch {row['epoch']}, best by validation accuracy ({100 * row['val_acc']:.2f} %)"
             console.print(
-                f"{self.step:,} steps in {sum(row['seconds'] for row in self.rows):,.0f} s, best test accuracy "
-                f"{100 * best_accuracy(self.rows):.2f} %. Curves: python plot.py {folder}. Test it: python {script} "
+                f"{self.step:,} steps in {sum(row['seconds'] for row in self.rows):,.0f} s. Test accuracy "
+                f"{100 * row['test_acc']:.2f} % in {chosen}. Curves: python plot.py {folder}. Test it: python {script} "
                 f"--eval-only --resume {folder}/best.pt"
             )
         return 0
@@ -884,6 +967,8 @@ class Run:
         return {
             "args": vars(self.args),
             "num_classes": self.train.num_classes,
+            "classes": list(self.train.classes),
+            "images": self.images,
             "shape": tuple(self.train.shape),  # of an image: [C, H, W]
             # An image's pixels (0 to 255) are multiplied by the first list and added to the second, per channel.
             "normalisation": [v.flatten().tolist() for v in (self.train.scale, self.train.shift)],
@@ -904,6 +989,7 @@ class Run:
         checkpoint |= {name: part.state_dict() for name, part in self.state.items()}
         checkpoint |= {k: getattr(self, k) for k in ("epoch", "batch", "seconds", "bits")}
         checkpoint |= {"rows": rows, "totals": all_reduce_sum(self.sums.clone()), "rng": torch.get_rng_state()}
+        checkpoint["threads"] = torch.get_num_threads()
         if self.sums.is_cuda:
             checkpoint["cuda_rng"] = torch.cuda.get_rng_state(self.sums.device)
         on_rank_0(save, self.folder / "last.pt", checkpoint)

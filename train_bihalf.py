@@ -197,7 +197,7 @@ def main(argv=None) -> int:
     torch.manual_seed(args.seed)
 
     # Data.
-    train, test = data.load(
+    train, val, test = data.load(
         args.dataset,
         args.data_dir,
         device,
@@ -207,10 +207,12 @@ def main(argv=None) -> int:
         flip=not args.no_flip,
         image_size=args.image_size,
         workers=args.workers,
+        val=args.val,
         log=runs.console.print,
         rank=rank,
         world_size=world_size,
     )
+    runs.match_data(args, checkpoint, train, val, test)
 
     # Network. Its parameters are the latent weights; the binary layers quantize them in the forward pass.
     net = network(args, train.num_classes, train.shape).to(device)
@@ -218,7 +220,7 @@ def main(argv=None) -> int:
     model = runs.parallel(net, args, device)
     layers = models.binary_layers(net)
     if args.eval_only:
-        return runs.report(*runs.evaluate(model, test, device, args.amp), test.size)
+        return runs.report(runs.evaluate_all(model, args, device, train=train, val=val, test=test), test)
 
     # Optimizer.
     optimizer = runs.make_optimizer(net.parameters(), args)
@@ -234,8 +236,10 @@ def main(argv=None) -> int:
         kind=kind,
         about=f"weights: {kind}",
         train=train,
+        val=val,
         test=test,
         device=device,
+        layers=layers,
         bits=models.sign_bits(layers),
         checkpoint=checkpoint,
         state={"model": net, "optimizer": optimizer},
@@ -257,11 +261,8 @@ def main(argv=None) -> int:
                 optimizer.step()
             if run.leaving:
                 break
-            test_loss, test_acc = runs.evaluate(model, test, device, args.amp)
-            bits = models.sign_bits(layers)
-            by_layer = zip(models.binary_layer_names(net), bits.split([w.weight.numel() for w in layers]), strict=True)
-            plus = {f"plus/{name}": layer_bits.double().mean().item() for name, layer_bits in by_layer}
-            run.end_epoch(test_loss, test_acc, bits, **plus)
+            tested = runs.evaluate_all(model, args, device, train=train, val=val, test=test)
+            run.end_epoch(tested, models.sign_bits(layers))
     return run.finish()
 
 

@@ -254,7 +254,7 @@ def main(argv=None) -> int:
     torch.manual_seed(args.seed)
 
     # Data.
-    train, test = data.load(
+    train, val, test = data.load(
         args.dataset,
         args.data_dir,
         device,
@@ -264,10 +264,12 @@ def main(argv=None) -> int:
         flip=not args.no_flip,
         image_size=args.image_size,
         workers=args.workers,
+        val=args.val,
         log=runs.console.print,
         rank=rank,
         world_size=world_size,
     )
+    runs.match_data(args, checkpoint, train, val, test)
 
     # Network. Its parameters are the latent weights; the binary layers quantize them in the forward pass.
     net = network(args, train.num_classes, train.shape).to(device)
@@ -275,7 +277,7 @@ def main(argv=None) -> int:
     model = runs.parallel(net, args, device)
     layers = models.binary_layers(net)
     if args.eval_only:
-        return runs.report(*runs.evaluate(model, test, device, args.amp), test.size)
+        return runs.report(runs.evaluate_all(model, args, device, train=train, val=val, test=test), test)
 
     # Gradient generator: turns ĝ, the gradient at the binary weights, into G, the gradient of the latent weights.
     generator = make_generator(args, layers)
@@ -300,8 +302,10 @@ def main(argv=None) -> int:
         kind=kind,
         about=about,
         train=train,
+        val=val,
         test=test,
         device=device,
+        layers=layers,
         bits=models.sign_bits(layers),
         checkpoint=checkpoint,
         state={"model": net, "optimizer": optimizer, "generator": generator},
@@ -328,9 +332,9 @@ def main(argv=None) -> int:
                     optimizer.step()
             if run.leaving:
                 break
-            test_loss, test_acc = runs.evaluate(model, test, device, args.amp)
+            tested = runs.evaluate_all(model, args, device, train=train, val=val, test=test)
             measured = {f"gradient/{name}": x for name, x in generator.measure(lr).items()} if generator else {}
-            run.end_epoch(test_loss, test_acc, models.sign_bits(layers), **measured)
+            run.end_epoch(tested, models.sign_bits(layers), **measured)
     return run.finish()
 
 

@@ -43,8 +43,9 @@ standard deviation of their initial values:
     w = unit · F(w* / unit)
 
 test_acc is always the accuracy of the network with sign(w*) (parq: α sign(w*)), except for fp. The column relaxed_acc
-is that of F(w*). Both are measured with BatchNorm statistics of the weights that are tested, from 32 training batches
-without augmentation. best.pt and last.pt contain the statistics of the signs.
+is that of F(w*), for the methods that train with other weights than the signs. Both are measured with BatchNorm
+statistics of the weights that are tested, from --bn-batches training batches without augmentation. best.pt and last.pt
+contain the statistics of the signs.
 
 Networks of timm take timm's normalisation, interpolation and crop. Training from large images uses the augmentation of
 DeiT (RandAugment and random erasing; no Mixup, CutMix or repeated augmentation), AdamW and a warm-up.
@@ -132,8 +133,8 @@ def inverse_slope(progress: float) -> float:
 
 
 def flags():
-    depends = ("epochs", "opt", "weight_decay", "warmup")
-    parser = runs.common_flags("train_proxconnect.py", __doc__, schedule="cosine", **dict.fromkeys(depends))
+    defaults = dict(schedule="cosine", bn_batches=32, epochs=None, opt=None, weight_decay=None, warmup=None)
+    parser = runs.common_flags("train_proxconnect.py", __doc__, **defaults)
     add = parser.add_argument_group("binary network").add_argument
     add("--method", default="bnn++", choices=METHODS, help="the forward and the backward quantizer, see above")
     add(
@@ -351,7 +352,7 @@ def main(argv=None) -> int:
     torch.manual_seed(args.seed)
 
     # Data.
-    train, test = data.load(
+    train, val, test = data.load(
         args.dataset,
         args.data_dir,
         device,
@@ -361,11 +362,13 @@ def main(argv=None) -> int:
         flip=not args.no_flip,
         image_size=args.image_size,
         workers=args.workers,
+        val=args.val,
         **data_options(args),
         log=runs.console.print,
         rank=rank,
         world_size=world_size,
     )
+    runs.match_data(args, checkpoint, train, val, test)
 
     # Network. Its parameters are the latent weights; the binary layers compute w = F(w*).
     net = network(args, train.num_classes, train.shape, args.pretrained_timm and not checkpoint).to(device)
@@ -380,8 +383,8 @@ def main(argv=None) -> int:
         layer.options = {parameter: hardness} if parameter else {}
     plain = train.unaugmented()
     if args.eval_only:
-        with true_signs(layers), runs.reestimate_batchnorm(net, plain, device, args.amp):
-            return runs.report(*runs.evaluate(model, test, device, args.amp), test.size)
+        with true_signs(layers), runs.reestimate_batchnorm(net, plain, device, args.amp, args.bn_batches):
+            return runs.report(runs.evaluate_all(model, args, device, val=val, test=test), test)
 
     # Optimizer.
     optimizer = runs.make_optimizer(optimizer_groups(net, args), args)
@@ -392,8 +395,10 @@ def main(argv=None) -> int:
         kind=args.method,
         about=f"method: {args.method}",
         train=train,
+        val=val,
         test=test,
         device=device,
+        layers=layers,
         bits=models.sign_bits(layers),
         checkpoint=checkpoint,
         state={"model": net, "optimizer": optimizer},
@@ -423,16 +428,16 @@ def main(argv=None) -> int:
                     apply_linear_quantizer(layers, hardness / run.total_steps)
             if run.leaving:
                 break
+            relaxed = {}
             if args.method in RELAXED:
-                with runs.reestimate_batchnorm(net, plain, device, args.amp):
-                    relaxed = runs.evaluate(model, test, device, args.amp)
+                with runs.reestimate_batchnorm(net, plain, device, args.amp, args.bn_batches):
+                    loss, accuracy = runs.evaluate(model, test, device, args.amp)
+                relaxed = {"relaxed_loss": loss, "relaxed_acc": accuracy}
             # The checkpoints are written within this `with`, so they contain the statistics of the network that was
             # tested. Training steps do not read running statistics.
-            with true_signs(layers), runs.reestimate_batchnorm(net, plain, device, args.amp):
-                tested = runs.evaluate(model, test, device, args.amp)
-                if args.method not in RELAXED:
-                    relaxed = tested
-                run.end_epoch(*tested, models.sign_bits(layers), relaxed_loss=relaxed[0], relaxed_acc=relaxed[1])
+            with true_signs(layers), runs.reestimate_batchnorm(net, plain, device, args.amp, args.bn_batches):
+                tested = runs.evaluate_all(model, args, device, val=val, test=test)
+                run.end_epoch(tested, models.sign_bits(layers), **relaxed)
     return run.finish()
 
 

@@ -130,7 +130,7 @@ def main(argv=None) -> int:
     torch.manual_seed(args.seed)
 
     # Data.
-    train, test = data.load(
+    train, val, test = data.load(
         args.dataset,
         args.data_dir,
         device,
@@ -140,10 +140,12 @@ def main(argv=None) -> int:
         flip=not args.no_flip,
         image_size=args.image_size,
         workers=args.workers,
+        val=args.val,
         log=runs.console.print,
         rank=rank,
         world_size=world_size,
     )
+    runs.match_data(args, checkpoint, train, val, test)
 
     # Network. Its parameters are the latent weights, θ and Δ, and those of the normalisations.
     net = network(args, train.num_classes, train.shape).to(device)
@@ -151,7 +153,7 @@ def main(argv=None) -> int:
     model = runs.parallel(net, args, device)
     layers = models.binary_layers(net)
     if args.eval_only:
-        return runs.report(*runs.evaluate(model, test, device, args.amp), test.size)
+        return runs.report(runs.evaluate_all(model, args, device, train=train, val=val, test=test), test)
 
     # Optimizer. Weight decay would pull Δ to 0, which closes the window that lets the gradient pass.
     named = dict(net.named_parameters())
@@ -166,8 +168,10 @@ def main(argv=None) -> int:
         kind=f"sibnn-{args.act}",
         about=f"activations: {args.act}",
         train=train,
+        val=val,
         test=test,
         device=device,
+        layers=layers,
         bits=models.sign_bits(layers),
         checkpoint=checkpoint,
         state={"model": net, "optimizer": optimizer},
@@ -193,9 +197,9 @@ def main(argv=None) -> int:
             if run.leaving:
                 break
             with counting_zeros(net) as zeros:  # by hooks, which a compiled model does not call
-                test_loss, test_acc = runs.evaluate(net, test, device, args.amp)
+                tested = runs.evaluate_all(net, args, device, train=train, val=val, test=test)
             mean_zeros = sum(zeros.values()) / len(zeros)
-            run.end_epoch(test_loss, test_acc, models.sign_bits(layers), zeros=mean_zeros, **zeros)
+            run.end_epoch(tested, models.sign_bits(layers), zeros=mean_zeros, **zeros)
     return run.finish()
 
 
