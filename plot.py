@@ -216,14 +216,14 @@ def label_group(labels: list[str]) -> str:
 def average(runs: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """The mean of the curves of runs read by read_run(), as long as the shortest run, of the columns that all have.
 
-    For more than one run, `NAME_sd` holds the standard deviation of the curve NAME.
+    For more than one run, `NAME_sd` holds the standard deviation of the curve NAME, except for the columns of layers.
     """
     epochs = min(len(run["epoch"]) for run in runs)
     common = [name for name in runs[0] if all(name in run for run in runs)]
     stacks = {name: np.stack([run[name][:epochs] for run in runs]) for name in common}
     mean = {name: stack.mean(0) for name, stack in stacks.items()}
     if len(runs) > 1:
-        mean |= {f"{name}_sd": stack.std(0, ddof=1) for name, stack in stacks.items()}
+        mean |= {f"{name}_sd": stack.std(0, ddof=1) for name, stack in stacks.items() if "/" not in name}
     return mean
 
 
@@ -263,18 +263,18 @@ def difference(ours: dict, baseline: dict) -> str:
     return f"{np.mean(values):+.2f}{spread} ({len(values)})"
 
 
-def table(groups: dict[str, list[dict]], seeds: dict[str, list] | None = None, baseline: str | None = None) -> str:
+def table(groups: dict[str, list[dict]], seeds: dict[str, list], baseline: str | None = None) -> str:
     """A Markdown table with one row per group {label: [read_run(folder), …]}, accuracies in %.
 
-    baseline: the label of the group that the others are compared with. seeds: the seed of each run, {label: [0, 1, …]};
-    None for an unknown one. Raises PlotError if no group has that label.
+    seeds: the seed of each run, {label: [0, 1, …]}; None for an unknown one. baseline: the label of the group that the
+    others are compared with. Raises PlotError if no group has that label.
     """
     if baseline is not None and baseline not in groups:
         raise PlotError(f"--baseline {baseline} is none of the rows: give one of {', '.join(groups)}")
     has = lambda column: any(column in run for runs in groups.values() for run in runs)
     by_seed = {
         label: {seed: run for seed, run in zip(seeds[label], runs, strict=True) if seed is not None}
-        for label, runs in (groups.items() if baseline is not None else ())
+        for label, runs in groups.items()
     }
     rows, last = [], 1
     for label, runs in groups.items():
@@ -297,7 +297,7 @@ def table(groups: dict[str, list[dict]], seeds: dict[str, list] | None = None, b
             row["BatchNorm re-estimated %"] = mean_and_spread(found, 2) if known else "–"
         if baseline is not None:
             known = label != baseline
-            row[f"− {baseline} (seeds)"] = difference(by_seed[label], by_seed[baseline]) if known else "–"
+            row[f"difference to {baseline} (seeds)"] = difference(by_seed[label], by_seed[baseline]) if known else "–"
         row["hours"] = f"{np.mean([run['time'][epochs - 1] for run in runs]) / 3600:.2f}"
         rows.append(row)
     head = [name.replace("|", "\\|") for name in rows[0]]
@@ -479,7 +479,7 @@ def draw_layers(runs: dict[str, dict], title: str = ""):
 
 def layer_names(label: str, run: dict) -> list[str]:
     """The layers that the run has columns of. Raises PlotError if there is none."""
-    names = [name.removeprefix("plus/") for name in run if name.startswith("plus/") and not name.endswith("_sd")]
+    names = [name.removeprefix("plus/") for name in run if name.startswith("plus/")]
     names = [name for name in names if f"flips/{name}" in run]
     if not names:
         raise PlotError(f"{label} has no columns flips/LAYER and plus/LAYER: leave it out, or leave out --layers")

@@ -409,17 +409,17 @@ def test_the_table_gives_95_percent_intervals_and_differences_paired_by_seed(tmp
     alone = make_run(tmp_path / "alone")
     rows = table(capsys, *ste, *ours, alone, "--baseline", "ste")
     assert [row["run"] for row in rows] == ["ste", "ours", "alone"]
-    assert [row["− ste (seeds)"] for row in rows] == ["–", "+2.00 ± 2.48 (3)", "–"]  # 4.303 · 1 / √3
+    assert [row["difference to ste (seeds)"] for row in rows] == ["–", "+2.00 ± 2.48 (3)", "–"]  # 4.303 · 1 / √3
     assert rows[0]["95 % interval, last 3 epochs"] == "45.16 to 94.84"  # 70 ± 4.303 · 10 / √3
     assert rows[2]["95 % interval, last 3 epochs"] == "–"
     (row,) = [r for r in table(capsys, ste[0], ours[0], "--baseline", "ste-seed0") if r["run"] == "ours-seed0"]
-    assert row["− ste-seed0 (seeds)"] == "+1.00 (1)"
+    assert row["difference to ste-seed0 (seeds)"] == "+1.00 (1)"
 
 
 def test_a_difference_is_taken_at_the_same_epoch(tmp_path, capsys):
     long, short = make_seeds(tmp_path, "long", [[0.5] * 10 + [0.9] * 10]), make_seeds(tmp_path, "s", [[0.4] * 10], lr=1)
     rows = table(capsys, *long, *short, "--baseline", "s-seed0")
-    assert rows[0]["− s-seed0 (seeds)"] == "+10.00 (1)"
+    assert rows[0]["difference to s-seed0 (seeds)"] == "+10.00 (1)"
 
 
 def test_a_baseline_that_is_no_row(tmp_path, capsys):
