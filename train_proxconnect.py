@@ -31,20 +31,21 @@ B, which scales their gradient. With the latent weights w* and the step size η:
 
     pq (ProxQuant)           w ← L_ρ(w − η ∂L/∂w)
     rpc (reverse of pc)      w* ← L_ρ(w*) − η ∂L/∂w*
+    parq (PARQ)              F(w*) = clip(w*/r, −α, α), B = 1, with α = mean|w*| of each filter and r from 1 to 0
 
 The sign-Swish SS_μ and the piecewise linear L_ρ (quantizers.py) are soft signs. They become harder as μ and ρ grow
 linearly during training; the last step uses their end values. The backward quantizer of BNN++ is the derivative of its
-forward quantizer.
+forward quantizer. PARQ (https://arxiv.org/abs/2503.15748) has its own schedule (`inverse_slope`).
 
 Soft signs are near ±1 for weights of order 1, so each layer measures its weights in the unit √2/√fan_in, about the
 standard deviation of their initial values:
 
     w = unit · F(w* / unit)
 
-test_acc is always the accuracy of the network with sign(w*), except for fp. The column relaxed_acc is that of F(w*),
-for the methods that train with other weights than the signs. Both are measured with BatchNorm statistics of the weights
-that are tested, from --bn-batches training batches without augmentation. best.pt and last.pt contain the statistics of
-the signs.
+test_acc is always the accuracy of the network with sign(w*) (parq: α sign(w*)), except for fp. The column relaxed_acc
+is that of F(w*), for the methods that train with other weights than the signs. Both are measured with BatchNorm
+statistics of the weights that are tested, from --bn-batches training batches without augmentation. best.pt and last.pt
+contain the statistics of the signs.
 
 Networks of timm take timm's normalisation, interpolation and crop. Training from large images uses the augmentation of
 DeiT (RandAugment and random erasing; no Mixup, CutMix or repeated augmentation), AdamW and a warm-up.
@@ -55,6 +56,7 @@ Copy with: models.py, quantizers.py, data.py, runs.py.
 """
 
 import contextlib
+import math
 import random
 
 import numpy
@@ -75,9 +77,10 @@ METHODS = {  # the quantizer in models.py of each method
     "bnn++": "bnn++",
     "pq": "identity",
     "rpc": "identity",
+    "parq": "parq",
 }
 SWISH = ("bnn+", "bnn++")
-RELAXED = ("pc", "bnn++", "pq", "rpc")  # methods that train with weights other than the signs
+RELAXED = ("pc", "bnn++", "pq", "rpc", "parq")  # methods that train with weights other than the signs
 # The paper does not give learning rates; these are this project's.
 DEFAULT_LR = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.1, "sgdm": 0.1}
 TRANSFORMER_LR = 5e-4  # with Adam and AdamW
@@ -87,6 +90,42 @@ TRANSFORMER_WARMUP = 5.0  # epochs; at most a twentieth of the run
 AUGMENTATION = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "re_mode": "pixel"}  # timm's create_transform
 SWISH_LR = 10  # bnn+ and bnn++ divide the learning rate by it: their gradient is multiplied by up to μ
 FINE_TUNING = 0.1  # factor of the learning rate when training starts from --pretrained weights
+PARQ_END = 0.9  # parq's weights are binary from this share of the run on
+PARQ_STEEPNESS = 10  # of its schedule, the default of torchao's ProxPARQ
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PARQ.
+
+
+def parq(w: torch.Tensor, inverse_slope: float | torch.Tensor = 0.0) -> torch.Tensor:
+    """PARQ with 1 bit: the proximal map of a piecewise affine regularizer. It becomes steeper during training.
+
+        α_f = mean|W_f|                              the mean over filter f; constant in the backward pass
+        Ŵ_f = clip(W_f / r, −α_f, α_f)               α_f sign(W_f) where r = 0
+        ∂L/∂W := ∂L/∂Ŵ
+
+    w: [C_out, ...], the result has its shape. inverse_slope: r in [0, 1]; it may be a 0-dimensional tensor.
+
+    Jin et al., ICML 2025, https://arxiv.org/abs/2503.15748
+    """
+    u = w.detach()
+    scale = quantizers.per_filter(u.flatten(1).abs().mean(1), u)
+    magnitude = torch.where(u.abs() < inverse_slope * scale, u.abs() / inverse_slope, scale)
+    return quantizers.straight_through(w, torch.where(u >= 0, magnitude, -magnitude))
+
+
+quantizers.WEIGHT_QUANTIZERS["parq"] = parq  # the name that the layers use
+
+
+def inverse_slope(progress: float) -> float:
+    """PARQ's r: a sigmoid that falls from 1 (progress 0) to 0 (progress 1 and above).
+
+    r(p) = (σ(s (½ − p)) − σ(−s/2)) / (σ(s/2) − σ(−s/2))            s = PARQ_STEEPNESS
+    """
+    sigmoid = lambda x: 1 / (1 + math.exp(-x))
+    low, high = sigmoid(-PARQ_STEEPNESS / 2), sigmoid(PARQ_STEEPNESS / 2)
+    return (sigmoid(PARQ_STEEPNESS * (0.5 - min(progress, 1.0))) - low) / (high - low)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,10 +289,12 @@ def build_transformer(args, num_classes: int, quantizer: str, shape: tuple, pret
     return net
 
 
-def hardness_range(args) -> tuple[float, float]:
-    """The values of μ or ρ at the start and at the end of training. Methods without either have (0, 0)."""
+def hardness_at(args, progress: float) -> float:
+    """μ, ρ or PARQ's r in a step; 0 for the other methods. progress: 0 in the first step, 1 in the last."""
+    if args.method == "parq":
+        return inverse_slope(progress / PARQ_END)
     values = args.mu if "mu" in args else args.rho if "rho" in args else [0.0]
-    return values[0], values[-1]
+    return values[0] + progress * (values[-1] - values[0])
 
 
 @torch.no_grad()
@@ -292,10 +333,10 @@ def optimizer_groups(net: torch.nn.Module, args) -> list[dict]:
 
 @contextlib.contextmanager
 def true_signs(layers):
-    """Within `with true_signs(layers)`, the layers compute with sign(w*)."""
+    """Within `with true_signs(layers)`, the layers compute with sign(w*); those of parq with α sign(w*)."""
     relaxed = [(layer.quantizer, layer.options) for layer in layers]
     for layer in layers:
-        layer.quantizer, layer.options = "bwn", {}
+        layer.quantizer, layer.options = "bwn-f" if layer.quantizer == "parq" else "bwn", {}
     try:
         yield
     finally:
@@ -340,9 +381,8 @@ def main(argv=None) -> int:
         start_weights(models.binary_layers(net), args)
     model = runs.parallel(net, args, device)
     layers = models.binary_layers(net)
-    start, end = hardness_range(args)
-    hardness = torch.tensor(start, device=device)  # μ or ρ, one tensor for all layers
-    parameter = {"bnn+": "mu", "bnn++": "mu", "pc": "rho"}.get(args.method)
+    hardness = torch.tensor(hardness_at(args, 0.0), device=device)  # μ, ρ or r, one tensor for all layers
+    parameter = {"bnn+": "mu", "bnn++": "mu", "pc": "rho", "parq": "inverse_slope"}.get(args.method)
     for layer in layers:
         layer.options = {parameter: hardness} if parameter else {}
     plain = train.unaugmented()
@@ -375,7 +415,7 @@ def main(argv=None) -> int:
             for images, labels in run.batches():
                 run.set_learning_rate(optimizer, epoch)
                 progress = run.step / (run.total_steps - 1) if run.total_steps > 1 else 1.0  # 1 in the last step
-                hardness.fill_(start + progress * (end - start))
+                hardness.fill_(hardness_at(args, progress))
                 optimizer.zero_grad()
                 for x, y, fraction in runs.micro_batches(model, images, labels, args.accumulate):
                     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
