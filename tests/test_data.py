@@ -1219,6 +1219,7 @@ def is_running(pid: int) -> bool:
 def test_workers_end_with_their_trainer_and_not_before(colours):
     scenarios = ("the group gets SIGTERM", "a worker is killed", "the trainer is killed", "the trainer fails")
     scenarios += ("a worker hangs", "the trainer is killed while workers hang")
+    data.torchvision_module("transforms.v2")  # once, and not in every process
     context = multiprocessing.get_context("fork")
     processes, pipes, workers = {}, {}, {}
     for scenario in scenarios:  # all at once, since they wait most of the time
