@@ -47,7 +47,7 @@ FSG_FILES = [
 COPIES = {
     "quantizers.py": ([], "import torch, quantizers; print(quantizers.dorefa(torch.randn(3, 3)))"),
     "models.py": (["quantizers.py"], "import models; print(models.build('resnet20', 10))"),
-    "data.py": ([], "import data; train, test = data.load('digits'); print(next(iter(train.epoch()))[0].shape)"),
+    "data.py": ([], "import data; train, val, test = data.load('digits'); print(next(iter(train.epoch()))[0].shape)"),
     "runs.py": ([], "import runs; print(runs.common_flags('x.py', '').parse_args([]))"),
     "plot.py": ([], "import plot; print(plot)"),
     "selective_scan.py": (
