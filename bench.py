@@ -10,14 +10,15 @@
 
 The variants take turns, one step each per round, so a change in the machine's speed affects all of them alike. (`scan`
 measures the variants of one layout before those of the next.) The tables give medians over the rounds. The column
-`ratio` is the median, over the rounds, of a variant's time divided by the baseline's time in the same round. Memory is
-the peak of one more step, less what is held between steps. The results are also written to a JSON file.
+`ratio` is the median, over the rounds, of a variant's time divided by the baseline's time in the same round. The
+baseline is `pytorch` (without it `ste`) or `fused`. Memory is the peak of one more step, less what is held between
+steps. The results are also written to a JSON file.
 
-The variants of `step` are those of train_fsg.py, with its optimizer, metrics and check for NaN, and four others:
+The variants of `step` are those of train_fsg.py, with its optimizer, metrics and check for NaN. `plain` is its network
+in full precision, so `ste` − `plain` is the cost of binary weights. Three variants are not ours:
 
-    pytorch     the baseline: the straight-through estimator as one writes it by hand, w + (sign(w) − w).detach(), in a
-                bare loop, with channels_last and the fused Adam
-    plain       the network of train_fsg.py in full precision, so `ste` − `plain` is the cost of binary weights
+    pytorch     the straight-through estimator as one writes it by hand, w + (sign(w) − w).detach(), in a bare loop, with
+                channels_last and the fused Adam
     brevitas    brevitas' binary layers (SignedBinaryWeightPerTensorConst) in the loop of `pytorch`
     parq        torchao's PARQ, per channel, in the loop of `pytorch`
 
