@@ -17,8 +17,8 @@ steps. The results are also written to a JSON file.
 The variants of `step` are those of train_fsg.py, with its optimizer, metrics and check for NaN. `plain` is its network
 in full precision, so `ste` − `plain` is the cost of binary weights. Three variants are not ours:
 
-    pytorch     the straight-through estimator as one writes it by hand, w + (sign(w) − w).detach(), in a bare loop, with
-                channels_last and the fused Adam
+    pytorch     the straight-through estimator as one writes it by hand, w + (sign(w) − w).detach(), in a bare loop,
+                with channels_last and the fused Adam
     brevitas    brevitas' binary layers (SignedBinaryWeightPerTensorConst) in the loop of `pytorch`
     parq        torchao's PARQ, per channel, in the loop of `pytorch`
 
