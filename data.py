@@ -17,7 +17,6 @@ start at any batch.
 
 import collections
 import contextlib
-import copy
 import hashlib
 import importlib
 import multiprocessing
@@ -309,12 +308,6 @@ class ResidentBatches:
     def __len__(self) -> int:
         return self.size // self.batch_size if self.train else -(-self.size // self.batch_size)
 
-    def unaugmented(self) -> "ResidentBatches":
-        """The same images in the same order, neither cropped nor mirrored."""
-        twin = copy.copy(self)
-        twin.crop, twin.flip = 0, False
-        return twin
-
     def epoch(self, number: int = 0, skip: int = 0):
         """Yield the batches (images, labels) of an epoch, starting at batch `skip`."""
         device = self.images.device
@@ -383,19 +376,13 @@ class StreamedBatches:
         self.rank, self.world_size = rank, world_size
         if train:
             check_batch_size(self.batch_size, world_size)
-        self.transforms = transforms or default_transforms(image_size, flip, mean, std)
-        self.transform = self.transforms[0 if train else 1]
+        transforms = transforms or default_transforms(image_size, flip, mean, std)
+        self.transform = transforms[0 if train else 1]
         mean, std = 255 * torch.tensor(mean), 255 * torch.tensor(std)
         self.scale, self.shift = rearrange(1 / std, "c -> c 1 1"), rearrange(-mean / std, "c -> c 1 1")
 
     def __len__(self) -> int:
         return self.size // self.batch_size if self.train else -(-self.size // self.batch_size)
-
-    def unaugmented(self) -> "StreamedBatches":
-        """The same images in the same order, transformed as for testing."""
-        twin = copy.copy(self)
-        twin.transform = self.transforms[1]
-        return twin
 
     def __getitem__(self, index: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """(epoch, image) -> the transformed image and its label. The DataLoader workers call this."""

@@ -44,7 +44,7 @@ standard deviation of their initial values:
 
 test_acc is always the accuracy of the network with sign(w*) (parq: α sign(w*)), except for fp. The column relaxed_acc
 is that of F(w*), for the methods that train with other weights than the signs. Both are measured with BatchNorm
-statistics of the weights that are tested, from --bn-batches training batches without augmentation. best.pt and last.pt
+statistics of the weights that are tested, from --bn-batches training batches. best.pt and last.pt
 contain the statistics of the signs.
 
 Networks of timm take timm's normalisation, interpolation and crop. Training from large images uses the augmentation of
@@ -385,9 +385,8 @@ def main(argv=None) -> int:
     parameter = {"bnn+": "mu", "bnn++": "mu", "pc": "rho", "parq": "inverse_slope"}.get(args.method)
     for layer in layers:
         layer.options = {parameter: hardness} if parameter else {}
-    plain = train.unaugmented()
     if args.eval_only:
-        with true_signs(layers), runs.reestimate_batchnorm(net, plain, device, args.amp, args.bn_batches):
+        with true_signs(layers), runs.reestimate_batchnorm(net, train, device, args.amp, args.bn_batches):
             return runs.report(runs.evaluate_all(model, args, device, val=val, test=test), test)
 
     # Optimizer.
@@ -436,11 +435,11 @@ def main(argv=None) -> int:
                 break
             relaxed = {}
             if args.method in RELAXED:
-                with runs.reestimate_batchnorm(net, plain, device, args.amp, args.bn_batches):
+                with runs.reestimate_batchnorm(net, train, device, args.amp, args.bn_batches):
                     relaxed = runs.evaluate(model, test, device, args.amp)
             # The checkpoints are written within this `with`, so they contain the statistics of the network that was
             # tested. Training steps do not read running statistics.
-            with true_signs(layers), runs.reestimate_batchnorm(net, plain, device, args.amp, args.bn_batches):
+            with true_signs(layers), runs.reestimate_batchnorm(net, train, device, args.amp, args.bn_batches):
                 tested = runs.evaluate_all(model, args, device, val=val, test=test)
                 run.end_epoch(
                     tested,

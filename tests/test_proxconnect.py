@@ -68,8 +68,8 @@ def test_true_signs_are_tested_and_the_relaxed_network_too(tmp_path, method):
         return
     for layer in models.binary_layers(net):
         layer.options = {"bnn++": {"mu": 30.0}, "pc": {"rho": 10.0}}.get(method, {})  # the schedules' ends
-    plain = data.load("digits", batch_size=64)[0].unaugmented()
-    with runs.reestimate_batchnorm(net, plain, torch.device("cpu"), amp=False):
+    batches = data.load("digits", batch_size=64)[0]
+    with runs.reestimate_batchnorm(net, batches, torch.device("cpu"), amp=False):
         assert math.isclose(row["relaxed_loss"], loss(), rel_tol=1e-3)
     if method == "bnn++":
         assert row["relaxed_loss"] != row["test_loss"]
@@ -195,15 +195,15 @@ def test_reestimation_is_reproducible_and_leaves_everything_as_it_was():
     torch.manual_seed(0)
     net = models.build("resnet8", 10, "bwn", in_channels=1)
     net.bn_fc = torch.nn.Sequential(net.bn_fc, torch.nn.Dropout(0.5))
-    plain = data.load("digits", batch_size=64)[0].unaugmented()
+    batches = data.load("digits", batch_size=64)[0]
     device = torch.device("cpu")
     net.train()
-    net(next(iter(plain.epoch()))[0])
+    net(next(iter(batches.epoch()))[0])
     before, momenta = copy.deepcopy(net.state_dict()), [m.momentum for m in net.modules() if hasattr(m, "momentum")]
     rng, python, arrays = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].copy()
     states = []
     for _ in range(2):
-        with runs.reestimate_batchnorm(net, plain, device, amp=False, count=10):
+        with runs.reestimate_batchnorm(net, batches, device, amp=False, count=10):
             assert net.training and all(m.training for m in net.modules())
             states.append(copy.deepcopy(net.state_dict()))
     assert all(torch.equal(states[0][k], states[1][k]) for k in before)
@@ -215,8 +215,8 @@ def test_reestimation_is_reproducible_and_leaves_everything_as_it_was():
     assert (arrays == numpy.random.get_state()[1]).all()
     # The same as torch.optim.swa_utils, which has no eval mode.
     twin = copy.deepcopy(net)
-    batches = [x for (x, _), _ in zip(plain.epoch(), range(10), strict=False)]
-    torch.optim.swa_utils.update_bn(batches, twin)
+    images = [x for (x, _), _ in zip(batches.epoch(), range(10), strict=False)]
+    torch.optim.swa_utils.update_bn(images, twin)
     for k in changed:
         assert torch.allclose(states[0][k], twin.state_dict()[k], rtol=1e-4, atol=1e-5), k
 
@@ -224,8 +224,8 @@ def test_reestimation_is_reproducible_and_leaves_everything_as_it_was():
 def test_reestimation_restores_after_an_error():
     net = models.build("resnet8", 10, "bwn", in_channels=1)
     before = copy.deepcopy(net.state_dict())
-    plain = data.load("digits", batch_size=64)[0].unaugmented()
-    with pytest.raises(KeyError), runs.reestimate_batchnorm(net, plain, torch.device("cpu"), False, 2):
+    batches = data.load("digits", batch_size=64)[0]
+    with pytest.raises(KeyError), runs.reestimate_batchnorm(net, batches, torch.device("cpu"), False, 2):
         raise KeyError
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in before.items())
 
@@ -240,15 +240,6 @@ def test_checkpoints_and_exports_contain_what_was_tested(tmp_path, capsys):
         capsys.readouterr()
         assert train_proxconnect.main(["--eval-only", "--resume", str(tmp_path / "run" / file)]) == 0
         assert f"{100 * accuracy:.2f} %" in capsys.readouterr().out
-
-
-def test_unaugmented_batches_have_the_same_images_in_the_same_order():
-    train_set = data.load("digits", batch_size=64, seed=3)[0]
-    plain = train_set.unaugmented()
-    raw = data.load("digits", batch_size=64, seed=3, crop=False, flip=False)[0]
-    (x, y), (crop, same), (z, _) = (next(iter(b.epoch(2))) for b in (plain, train_set, raw))
-    assert torch.equal(y, same) and torch.equal(x, z) and not torch.equal(x, crop)
-    assert train_set.crop, "the training images are still cropped"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def test_batchnorm_is_estimated_again_beside_the_running_statistics(tmp_path, tr
     if trainer is train_fsg:
         net = network(tmp_path / "run" / "best.pt")
         loaded, _, test = data.load("digits", batch_size=64)
-        with runs.reestimate_batchnorm(net, loaded.unaugmented(), CPU, False, 5):
+        with runs.reestimate_batchnorm(net, loaded, CPU, False, 5):
             assert rows[-1]["test_acc_bn"] == pytest.approx(runs.evaluate(net, test, CPU, False)["acc"], abs=1e-5)
         assert rows[-1]["test_acc"] == pytest.approx(runs.evaluate(net, test, CPU, False)["acc"], abs=1e-5)
 
