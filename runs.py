@@ -63,7 +63,7 @@ class Terminal(Console):
             f.writelines(lines)
 
 
-MANY_FLIPS = 0.05  # share of the signs that flip in an epoch, above which BatchNorm's running statistics lag behind
+MANY_FLIPS = 0.02  # share of the signs that flip in an epoch, above which BatchNorm's running statistics lag behind
 console = Terminal(highlight=False, markup=False, emoji=False, soft_wrap=True)  # a name may contain [ ] and :x:
 
 

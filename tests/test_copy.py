@@ -85,8 +85,12 @@ COPIES = {
     ),
     "experiments.py": (
         ["plot.py", "train_fsg.py", *FSG_FILES],
-        "import experiments as e; small = '--dataset digits --arch resnet8 --limit-steps 3 --grad ste --seed 0'; "
-        "e.GRIDS['rates'] = [small]; assert e.main(['rates']) == 0",
+        """
+        import experiments as e
+        small = "train_fsg.py --dataset digits --arch resnet8 --limit-steps 3 --grad ste"
+        e.GRIDS["protocol"] = [e.Search(small, ("1e-3",), (0,))]
+        assert e.main(["protocol"]) == 0
+        """,
     ),
     **{
         f"{trainer}.py": (
