@@ -35,10 +35,10 @@ class ModelError(ValueError):
 # optimizers, initialisation and state dicts work as with nn.Conv2d and nn.Linear, and full-precision checkpoints load.
 #
 # `layer.weight` is W, except within a forward pass, where it is Ŵ. Many networks do not call their layers: Swin, BEiT
-# and the fast path of nn.TransformerEncoderLayer pass `layer.weight` to a function. So the forward pass begins with the
-# `forward` of any module that contains binary layers (_Scoped), and `weight` is a property (_readable). This needs
-# neither an example input nor a list of such networks. With torch.nn.utils.parametrize, `layer.weight` would be Ŵ for
-# optimizers too, and the names in the state dict would change.
+# and the fast path of nn.TransformerEncoderLayer pass `layer.weight` to a function. So `weight` is a property, and a
+# forward pass is every call of `forward` of a module that contains binary layers (_Scoped). This needs neither an
+# example input nor a list of such networks. With torch.nn.utils.parametrize, `layer.weight` would be Ŵ for optimizers
+# too, and the names in the state dict would change.
 
 
 class _ForwardPasses(threading.local):
@@ -48,21 +48,6 @@ class _ForwardPasses(threading.local):
 
 
 _passes = _ForwardPasses()
-
-
-def _readable(name: str) -> property:
-    """The attribute `name` of a module: its parameter, or Ŵ within forward passes if the parameter is binary."""
-
-    def read(module: nn.Module) -> Tensor | None:
-        if name not in module._parameters and name not in module.__dict__:
-            raise AttributeError(name)
-        layer = module if isinstance(module, _Binary) else module.projections.get(name)
-        return module._parameters[name] if layer is None else layer.read()
-
-    def write(module: nn.Module, value: Tensor) -> None:  # nn.DataParallel does this to the copies that it makes
-        module.__dict__[name] = value
-
-    return property(read, write)
 
 
 class _Scoped:
@@ -82,7 +67,7 @@ class _Binary:
     quantizer, act: names of a weight quantizer and an activation quantizer (quantizers.py).
     options: keyword arguments of the weight quantizer, such as {"ratio": 0.5}.
     unit, scale: constants, Ŵ = scale · Q(W / unit).
-    leader: the layer with which this one shares its weight. Its quantizer, options, unit and scale count for both.
+    leader: the layer with which this one shares its weight, or None. The leader's settings give Ŵ for both.
     With act 'si' the layer has the parameters theta and delta, [C_in, 1, 1] or [F_in], and the constant rho: see
     `step_activation`.
     """
@@ -93,34 +78,39 @@ class _Binary:
     unit = scale = 1.0
     rho = 0.3
     leader = None
-    layer_name = "a layer"  # in the network, for messages
-    reading = False  # whether the layer's own forward is under way
-    checked = False  # whether the sign of the inputs has been looked at
-
-    weight = _readable("weight")
+    layer_name = "a binary layer"  # in the network, for messages
+    calls_itself = False  # whether the layer's own forward is under way
+    saw_input = False
 
     def latent(self) -> Tensor:
         """W, also within forward passes."""
-        return self._parameters["weight"] if "weight" in self._parameters else self.__dict__["weight"]
+        w = self._parameters.get("weight", self.__dict__.get("weight"))
+        if w is None:
+            raise AttributeError("weight")
+        return w
 
-    def read(self) -> Tensor:
-        """What `weight` is: W, or Ŵ within forward passes."""
+    @property
+    def weight(self) -> Tensor:
+        """W, or Ŵ within forward passes."""
         if not _passes.depth:
             return self.latent()
-        if self.act != "none" and not self.reading:
+        if self.act != "none" and not self.calls_itself:
             raise ModelError(
-                f"the network reads the weight of {self.layer_name} without calling the layer, so that the layer "
+                f"the network reads the weight of {self.layer_name} without calling the layer, which therefore "
                 f"cannot quantize its input: use act='none', or skip=[{self.layer_name!r}]"
             )
         return self.binary_weight()
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:  # nn.DataParallel sets tensors in its copies; parameters do not come here
+        self.__dict__["weight"] = value
 
     def binary_weight(self) -> Tensor:
         """Ŵ, the weight that the layer computes with. Same shape as `weight`."""
         if self.leader is not None:
             return self.leader.binary_weight()
-        w = self.latent() if self.unit == 1 else self.latent() / self.unit
-        by_input = _has_inputs_first(self)  # quantizers take [C_out, ...]
-        groups = getattr(self, "groups", 1)
+        w, groups = self.latent() if self.unit == 1 else self.latent() / self.unit, getattr(self, "groups", 1)
+        by_input = has_inputs_first(self)  # quantizers take [C_out, ...]
         w = rearrange(w, "(g i) o ... -> (g o) i ...", g=groups) if by_input else w
         w = WEIGHT_QUANTIZERS[self.quantizer](w, **self.options)
         w = rearrange(w, "(g o) i ... -> (g i) o ...", g=groups) if by_input else w
@@ -128,40 +118,40 @@ class _Binary:
 
     def binary_input(self, x: Tensor) -> Tensor:
         """The quantized input. Same shape as x; x itself with act 'none'."""
-        if self.act == "sign" and not self.checked and not torch.compiler.is_compiling() and not x.is_meta:
-            self.checked = True
+        if self.act == "si":
+            return step_activation(x, self.theta, self.delta, self.rho)
+        if self.act == "sign" and not (self.saw_input or torch.compiler.is_compiling() or x.is_meta):
+            self.saw_input = True
             if x.numel() >= 64 and bool((x >= 0).all()):
                 warnings.warn(
-                    f"all inputs of {self.layer_name} are ≥ 0, so all their signs are +1: replace the ReLU in front of "
-                    "it by nn.Hardtanh, nn.PReLU or nn.Identity, or centre the inputs",
+                    f"all inputs of {self.layer_name} are ≥ 0, so all their signs are +1: replace a ReLU in front of "
+                    "it by nn.Hardtanh, nn.PReLU or nn.Identity",
                     stacklevel=2,
                 )
-        if self.act != "si":
-            return ACTIVATION_QUANTIZERS[self.act](x)
-        return step_activation(x, self.theta, self.delta, self.rho)
+        return ACTIVATION_QUANTIZERS[self.act](x)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """The forward of the layer's own class, in which `weight` is Ŵ."""
         x = self.binary_input(x)
-        self.reading, _passes.depth = True, _passes.depth + 1
+        self.calls_itself, _passes.depth = True, _passes.depth + 1
         try:
             return super().forward(x, *args, **kwargs)
         finally:
-            self.reading, _passes.depth = False, _passes.depth - 1
+            self.calls_itself, _passes.depth = False, _passes.depth - 1
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, quantizer={self.quantizer}, act={self.act}"
 
 
 class _Summing(_Binary):
-    """A binary layer that sums exactly in eval mode: nn.Linear, nn.Conv1d, nn.Conv2d and nn.Conv3d."""
+    """nn.Linear, nn.Conv1d, nn.Conv2d and nn.Conv3d, which sum exactly in eval mode."""
 
     def per_channel(self, v: Tensor) -> Tensor:
         """One value per channel, [C], in a shape that broadcasts with the layer's output."""
         return v.view(-1, *[1] * (self.latent().dim() - 2))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's convolution or matrix product of the binary input with Ŵ.
+        """The convolution or matrix product of the binary input with Ŵ.
 
         In eval mode with binary activations, the layer sums the signs first and multiplies the sums by the scale of
         each filter afterwards. A sum of −1, 0 and +1 is exact in any order of summation, a sum of ±0.0123 is not. So
@@ -177,8 +167,7 @@ class _Summing(_Binary):
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             outputs = function(x.to(exact), (w / per_filter(scale, w)).to(exact), None)
         outputs = outputs * self.per_channel(scale)
-        outputs = outputs if self.bias is None else outputs + self.per_channel(self.bias)
-        return outputs.to(w.dtype)
+        return (outputs if self.bias is None else outputs + self.per_channel(self.bias)).to(w.dtype)
 
 
 class BinaryConv2d(_Summing, nn.Conv2d):
@@ -197,108 +186,113 @@ class FloatConv2d(nn.Conv2d):
     """A convolution that `binarize_` leaves in full precision."""
 
 
-PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of nn.MultiheadAttention
-
-
-class _Attention(_Scoped):
-    """Mixed into nn.MultiheadAttention. projections: its binary parameters, as layers (Projection)."""
-
-    in_proj_weight, q_proj_weight, k_proj_weight, v_proj_weight = map(_readable, PROJECTIONS)
-    projections: dict = {}  # noqa: RUF012 (assigned to an attention, never modified here)
-
-
 class Projection(_Binary, nn.Module):
     """A projection of the inputs of an nn.MultiheadAttention, as a layer: `weight` is the attention's parameter.
 
-    It is not a submodule, so that the names in the state dict stay as they are.
+    It is no submodule of the attention, so the names in the state dict stay as they are.
     """
 
     def __init__(self, attention: nn.MultiheadAttention, parameter: str):
         super().__init__()
-        self.__dict__.update(attention=attention, parameter=parameter)  # past nn.Module, which would register it
+        self.__dict__.update(attention=attention, parameter=parameter)  # nn.Module would register the attention
 
     def latent(self) -> Tensor:
         return self.attention._parameters[self.parameter]
-
-    weight = property(_Binary.read)
 
     def register_parameter(self, name: str, value: nn.Parameter | None) -> None:
         """`projection.weight = value` sets the attention's parameter."""
         self.attention.register_parameter(self.parameter, value)
 
 
+PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+def _projection_weight(name: str) -> property:
+    def read(attention: nn.MultiheadAttention) -> Tensor | None:
+        layer = attention.projections.get(name)
+        return attention._parameters.get(name) if layer is None else layer.weight
+
+    return property(read)
+
+
+class _Attention(_Scoped):
+    """Mixed into nn.MultiheadAttention. projections: its binary parameters, as layers."""
+
+    projections: dict[str, Projection] = {}  # noqa: RUF012 (assigned to an attention, never modified)
+    in_proj_weight, q_proj_weight, k_proj_weight, v_proj_weight = map(_projection_weight, PROJECTIONS)
+
+
 @functools.cache
-def _twin(cls: type, mixin: type) -> type:
-    """The class of that name with `mixin` in front. Objects of `cls` become binary, or scoped, by taking it."""
-    if mixin is _Binary:
-        if cls in (nn.Conv2d, nn.Linear):
-            return {nn.Conv2d: BinaryConv2d, nn.Linear: BinaryLinear}[cls]
-        known = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, nn.Linear.forward)
-        bases = (_Summing if cls.forward in known else _Binary, cls)
-    else:
-        bases = (mixin, cls)
-
-    def __reduce_ex__(self, protocol):  # copy and pickle find a class by its name, and this one has none
-        make, args, *state = super(made, self).__reduce_ex__(protocol)
-        return (_new, (cls, mixin), *state) if make is copyreg.__newobj__ else (make, args, *state)
-
-    fields = {"plain": cls, "__reduce_ex__": __reduce_ex__, "__module__": cls.__module__, "__doc__": cls.__doc__}
-    if mixin is not _Binary:  # some libraries look at the arguments of `forward`
+def _with(mixin: type, cls: type) -> type:
+    """The class `cls` with a mixin. A module changes its behaviour, and stays the same object, by taking this class."""
+    if mixin is _Binary and cls in (nn.Conv2d, nn.Linear):
+        return BinaryConv2d if cls is nn.Conv2d else BinaryLinear
+    if cls.forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, nn.Linear.forward):
+        mixin = _Summing
+    fields = {"plain": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    if not issubclass(mixin, _Binary):  # libraries look at the names of the arguments
         fields["forward"] = functools.wraps(cls.forward)(lambda self, *args, **kw: mixin.forward(self, *args, **kw))
-    made = type(f"Binary{cls.__name__}" if mixin is _Binary else cls.__name__, bases, fields)
+
+    def __reduce_ex__(self, protocol):  # copy and pickle would look for the class by its name
+        make, args, *state = super(made, self).__reduce_ex__(protocol)
+        return (_new, (mixin, cls), *state) if make is copyreg.__newobj__ else (make, args, *state)
+
+    name = f"Binary{cls.__name__}" if issubclass(mixin, _Binary) else cls.__name__
+    made = type(name, (mixin, cls), fields | {"__reduce_ex__": __reduce_ex__})
     return made
 
 
-def _new(cls: type, mixin: type) -> nn.Module:
-    twin = _twin(cls, mixin)
-    return twin.__new__(twin)
+def _new(mixin: type, cls: type) -> nn.Module:
+    made = _with(mixin, cls)
+    return made.__new__(made)
 
 
-def _has_inputs_first(layer: nn.Module) -> bool:
-    """Whether dimension 0 of the weight counts input channels, and dimension 1 filters (of each group)."""
-    return isinstance(layer, nn.modules.conv._ConvTransposeNd) or _is_conv1d(layer)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """Whether this is a linear layer with a weight [F_in, F_out], as GPT-2 has (Conv1D of transformers)."""
-    w, b = module._parameters.get("weight"), module._parameters.get("bias")
-    is_linear = w is not None and b is not None and w.dim() == 2 and b.shape == w.shape[1:]
-    return is_linear and _plain(module).__name__ == "Conv1D"
-
-
-def _plain(module: nn.Module) -> type:
-    """The class of a module before `binarize_`."""
+def plain_class(module: nn.Module) -> type:
+    """The class of a module without the mixins of this file."""
     return getattr(type(module), "plain", type(module))
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is GPT-2's linear layer with a weight [F_in, F_out], which transformers calls Conv1D."""
+    w, b = module._parameters.get("weight"), module._parameters.get("bias")
+    return plain_class(module).__name__ == "Conv1D" and w is not None and b is not None and w.shape[1:] == b.shape
+
+
+def has_inputs_first(layer: nn.Module) -> bool:
+    """Whether dimension 0 of the weight counts inputs, and dimension 1 the filters of a group."""
+    return isinstance(layer, nn.modules.conv._ConvTransposeNd) or is_conv1d(layer)
+
+
 def named_binary_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The binary layers of a model by name, in the order of `model.modules()`. A shared weight counts once."""
-    found, weights = {}, set()
-    for name, m in model.named_modules():
-        layers = {name: m} if isinstance(m, _Binary) else m.projections if isinstance(m, _Attention) else {}
-        for key, layer in layers.items():
-            if id(layer.latent()) not in weights:
-                weights.add(id(layer.latent()))
-                found[key if layer is m else _joined(name, key.removesuffix("_weight"))] = layer
-    return found
+    """The binary layers by name, in the order of `model.modules()`.
 
-
-def _joined(name: str, rest: str) -> str:
-    return f"{name}.{rest}" if name else rest
+    A weight that several layers share counts once. The parameter in_proj_weight of an nn.MultiheadAttention a is the
+    layer a.in_proj.
+    """
+    found = {}
+    for name, (m, parameter) in _candidates(model).items():
+        layer = m if isinstance(m, _Binary) else getattr(m, "projections", {}).get(parameter)
+        if layer is not None:
+            found.setdefault(id(layer.latent()), (name, layer))
+    return dict(found.values())
 
 
 def binary_layers(model: nn.Module) -> list[nn.Module]:
-    """The binary layers of a model, in the order of `model.modules()`. A shared weight counts once."""
+    """The binary layers of a model, in the order of `model.modules()`. A weight that several share counts once."""
     return list(named_binary_layers(model).values())
 
 
 def binary_layer_names(model: nn.Module) -> list[str]:
-    """The names of the binary layers, in the same order. An nn.MultiheadAttention `a` has the layer `a.in_proj`."""
+    """The names of the binary layers, in the same order."""
     return list(named_binary_layers(model))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Any network.
+# binarize_().
+
+SETTINGS = ("quantizer", "act", "options", "unit", "scale", "rho", "leader")
+SCALED = ("bwn-f", "bwn-l", "sibnn", "identity")  # quantizers whose Ŵ is of the size of W
+RELAXED = ("bnn", "bnn+", "bnn++", "pc")  # quantizers that compare |W| with 1
 
 
 def binarize_(
@@ -315,29 +309,29 @@ def binarize_(
 ) -> nn.Module:
     """Make the layers of a model binary, in place, and return the model.
 
-    These layers become binary: nn.Linear, convolutions and transposed convolutions in 1, 2 and 3 dimensions, classes
-    derived from them, nn.MultiheadAttention (its projections of the inputs are the layer `in_proj`) and transformers'
-    Conv1D. All else keeps full precision: embeddings, LSTM and GRU, normalisation, biases, and layers whose weight is
-    computed from other parameters (weight_norm, spectral_norm, pruning). One line on stderr says what, `summary` lists
-    all.
+    Linear layers, convolutions and transposed convolutions in 1, 2 and 3 dimensions, classes derived from them,
+    nn.MultiheadAttention (its input projections are the layer `in_proj`) and transformers' Conv1D become binary. All
+    else keeps full precision: embeddings, LSTM and GRU, norms, biases, and layers whose weight is computed from other
+    parameters (weight_norm, spectral_norm, pruning). One line on stderr says what does; `summary` lists all.
 
-    quantizer: one of WEIGHT_QUANTIZERS (quantizers.py). 'none' makes binary layers full-precision layers again. Set the
+    quantizer: one of WEIGHT_QUANTIZERS (quantizers.py). 'none' makes all layers full-precision layers again. Set the
         arguments of a quantizer afterwards: for layer in binary_layers(model): layer.options = {"ratio": 0.5}.
     act: how the inputs of the binary layers are quantized. 'none' keeps full precision, 'sign' gives −1 and +1, 'si'
         gives 0 and 1 (Si-BNN). With 'sign' do not place a ReLU right before such a layer, since every input would
         become +1; use Hardtanh, PReLU or nothing. 'si' adds the parameters theta and delta to each layer, so create
-        the optimizer afterwards. The inputs of nn.MultiheadAttention keep full precision.
+        the optimizer afterwards. Inside nn.MultiheadAttention, inputs keep full precision.
     first, last: whether the first and the last layer become binary too. By default they keep full precision, as in
-        most papers. The last layers are timm's `get_classifier()`, transformers' `get_output_embeddings()`, or else the
-        last layer in the order of `model.modules()`. With `example` they are found in the graph, all of them.
-    skip: layers that keep full precision: names of layers or of modules that contain them, or a function of the layer's
-        name and its module.
-    scale: constant that multiplies the binary weights. None is `he_scale` where no BatchNorm, GroupNorm or
-        InstanceNorm follows the layer, since the outputs would grow from layer to layer; and 1 for quantizers that have
-        a scale, and for the networks of this file, which are defined without.
-    example: an input of the model: a tensor, a tuple of arguments, or a dict of keyword arguments. The model then runs
-        on it a few times, in eval mode and in training mode, to find the first and the last layers and to check that
-        it computes with nothing of the latent weights but their signs.
+        most papers. Without `example`, the first is that in the order of `model.modules()`, unless an embedding comes
+        before; the last are timm's `get_classifier()`, transformers' `get_output_embeddings()`, or the last one in
+        that order. With `example` all first and last layers are found in the autograd graph.
+    skip: further layers that keep full precision: names of layers or of modules that contain them, or a function of
+        the layer's name and its module.
+    scale: a constant that multiplies the binary weights. None means `he_scale` for layers that no BatchNorm, GroupNorm
+        or InstanceNorm follows, whose outputs would grow from layer to layer. It means 1 for the others, for quantizers
+        with a scale of their own, and for the networks of this file, whose papers have none.
+    example: an input of the model: a tensor, a tuple of arguments, or a dict of keyword arguments. The model runs on
+        it, to find the first and last layers, and to check that its outputs depend on the signs of the latent weights
+        alone. Layers that the example does not reach keep full precision.
     quiet: do not print the line.
 
     The modules stay the same objects with the same parameters. Hooks and optimizers that refer to them keep working.
@@ -347,123 +341,108 @@ def binarize_(
         raise ModelError(f"no quantizer is called {quantizer!r}: use one of none, {', '.join(WEIGHT_QUANTIZERS)}")
     if act not in ACTIVATION_QUANTIZERS:
         raise ModelError(f"no activation is called {act!r}: use one of {', '.join(ACTIVATION_QUANTIZERS)}")
+    candidates = {} if quantizer == "none" else _candidates(model)
+    float_layers = _float_layers(model, candidates, first, last, skip, example)
+    chosen = {name: found for name, found in candidates.items() if name not in float_layers}
+    if quantizer != "none" and not chosen:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(float_layers.items())[:4])
+        raise ModelError(f"nothing to binarize: the model has no layer that can become binary ({reasons or 'none'})")
+    keep_thresholds = {m for m, _ in chosen.values()} if act == "si" else set()
+    for m in model.modules():
+        _restore(m, m in keep_thresholds)
     if quantizer == "none":
-        for m in model.modules():
-            _undo(m)
         return model
-    weights = _weights(model)
-    reasons = _reasons(model, weights, first, last, skip, example)
-    chosen = {name: weights[name] for name in weights if name not in reasons}
-    if not chosen:
-        kept = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:5]) or "it has no such layer"
-        raise ModelError(f"nothing to binarize: no Linear or convolution of the model can become binary ({kept})")
-    stay = {m for m, _ in chosen.values()} if act == "si" else set()
-    for m in model.modules():
-        _undo(m, keep_thresholds=m in stay)
-    leaders, normalised = {}, _normalised(model)
+
+    leaders, normalised = {}, _normalised_layers(model)
     for name, (m, parameter) in chosen.items():
-        layer = _convert(m, parameter)
-        layer.layer_name, layer.quantizer, layer.act = name, quantizer, act
-        if isinstance(layer, Projection) or f"{name.rpartition('.')[0]}.in_proj" in weights:
-            layer.act = "none"  # nn.MultiheadAttention reads the weights of its layers
-        if layer.act == "si" and not hasattr(layer, "theta"):
+        if parameter == "weight":
+            layer, layer.__class__ = m, _with(_Binary, type(m))
+        else:
+            layer = m.__dict__.setdefault("projections", {})[parameter] = Projection(m, parameter)
+        layer.layer_name, layer.quantizer = name, quantizer
+        # An nn.MultiheadAttention reads the weights of its layers.
+        layer.act = "none" if parameter != "weight" or f"{name.rpartition('.')[0]}.in_proj" in candidates else act
+        if layer.act == "si" and "theta" not in layer._parameters:
             _add_thresholds(layer)
-        needs_scale = quantizer not in SCALED and m not in normalised and not isinstance(model, ResNet | PlainNet)
-        layer.scale = scale if scale is not None else he_scale(layer) if needs_scale else 1.0
-        layer.unit = layer.scale if quantizer in UNITS else 1.0
+        is_exempt = quantizer in SCALED or m in normalised or isinstance(model, ResNet | PlainNet)
+        layer.scale = scale if scale is not None else 1.0 if is_exempt else he_scale(layer)
+        layer.unit = layer.scale if quantizer in RELAXED else 1.0
         leader = leaders.setdefault(id(layer.latent()), layer)
-        layer.__dict__["leader"] = None if leader is layer else leader  # past nn.Module, which would register it
+        layer.__dict__["leader"] = None if leader is layer else leader  # nn.Module would register it
     for m in model.modules():
-        _scope(m, act)
-    for name, reason in reasons.items():
-        m, parameter = weights[name]
+        _let_read(m, act)
+    for name, reason in float_layers.items():
+        m, parameter = candidates[name]
         m.__dict__.setdefault("why_float", {})[parameter] = reason
     if example is not None and (names := latent_readers(model, example)):
         binarize_(model, "none")
         raise ModelError(
-            f"the network computes with the latent weights of {_shortened(names)}, not with the signs: leave them in "
-            f"full precision with skip={names[:3]}"
+            f"the outputs depend on more than the signs of {_shortened(names)}, because the network reads these "
+            f"weights in a way that binarize_ cannot change: leave them in full precision with skip={names[:3]}"
         )
     if not quiet:
         print(describe(model), file=sys.stderr)
     return model
 
 
-SCALED = ("bwn-f", "bwn-l", "sibnn", "identity")  # quantizers whose Ŵ is of the order of W
-UNITS = ("bnn", "bnn+", "bnn++", "pc")  # quantizers that compare |W| with 1
-
-
-def _weights(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """The weights that can become binary, by the layer's name: the module and the name of its parameter."""
+def _candidates(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """The layers that can become binary, by name: the module and the name of its parameter."""
     found = {}
     for name, m in model.named_modules():
-        if isinstance(m, nn.modules.conv._ConvNd | nn.Linear) or _is_conv1d(m):
+        if isinstance(m, nn.modules.conv._ConvNd | nn.Linear) or is_conv1d(m):
             found[name] = m, "weight"
         elif isinstance(m, nn.MultiheadAttention):
-            for parameter in PROJECTIONS:
-                if m._parameters.get(parameter) is not None:
-                    found[_joined(name, parameter.removesuffix("_weight"))] = m, parameter
+            dot = f"{name}." if name else ""
+            found |= {dot + p.removesuffix("_weight"): (m, p) for p in PROJECTIONS if m._parameters.get(p) is not None}
     return found
 
 
-def _reasons(model: nn.Module, weights: dict, first: bool, last: bool, skip, example) -> dict[str, str]:
+def _float_layers(model: nn.Module, candidates: dict, first: bool, last: bool, skip, example) -> dict[str, str]:
     """The layers that keep full precision, by name, and why."""
-    start = next(m for m in model.modules() if isinstance(m, nn.Embedding) or m in {m for m, _ in weights.values()})
-    firsts, lasts, unused = [] if isinstance(start, nn.Embedding) else list(weights)[:1], list(weights)[-1:], []
-    name_of = {id(m): name for name, (m, _) in weights.items()}
+    modules = [m for m, _ in candidates.values()]
+    names = {id(m): name for name, (m, _) in candidates.items()}
+    begin = next((m for m in model.modules() if isinstance(m, nn.Embedding) or m in modules), None)
+    firsts, lasts, unused = [] if isinstance(begin, nn.Embedding) else list(candidates)[:1], list(candidates)[-1:], []
     for method in ("get_classifier", "get_output_embeddings"):
         heads = getattr(model, method)() if hasattr(model, method) else ()
-        heads = [name_of[id(m)] for m in (heads if isinstance(heads, tuple | list) else [heads]) if id(m) in name_of]
-        lasts = heads or lasts
-    if example is not None:
-        firsts, lasts, unused = _ends(model, weights, example)
-    skip = tuple(skip) if not callable(skip) else skip
+        heads = heads if isinstance(heads, tuple | list) else [heads]
+        lasts = [names[id(m)] for m in heads if id(m) in names] or lasts
+    if example is not None and candidates:
+        firsts, lasts, unused = _ends(model, candidates, example)
     if not callable(skip):
-        unknown = [s for s in skip if not any(f"{name}.".startswith(f"{s}.") for name in weights)]
-        if unknown or isinstance(skip, str):
-            raise ModelError(f"skip names no layer: {unknown}; the layers are {_shortened(list(weights), 12)}")
-    reasons = {}
-    for name, (m, parameter) in weights.items():
-        if callable(skip):
-            skipped = skip(name, m)
-        else:
-            skipped = any(f"{name}.".startswith(f"{s}.") for s in skip)
+        prefixes = [f"{prefix}." for prefix in ([skip] if isinstance(skip, str) else skip)]
+        unknown = [p[:-1] for p in prefixes if candidates and not any(f"{name}.".startswith(p) for name in candidates)]
+        if unknown:
+            raise ModelError(f"skip: no layer is called {unknown[0]!r}; the layers are {_shortened([*candidates], 9)}")
+        skip = lambda name, m: f"{name}.".startswith(tuple(prefixes))
+    found = {}
+    for name, (m, parameter) in candidates.items():
         w = m._parameters.get(parameter)
-        own = [a for a in (*SETTINGS, "theta", "delta") if hasattr(m, a)]
-        if isinstance(m, FloatConv2d):
-            reasons[name] = "full precision by design"
-        elif w is None:
-            reasons[name] = "its weight is computed (weight_norm, spectral_norm, pruning): remove that first"
-        elif name in unused:
-            reasons[name] = "not used on the example"
-        elif name in firsts and not first:
-            reasons[name] = "first layer"
-        elif name in lasts and not last:
-            reasons[name] = "last layer"
-        elif skipped:
-            reasons[name] = "skipped"
-        elif isinstance(w, nn.parameter.UninitializedTensorMixin):
-            reasons[name] = "lazy: run the model on an input first"
-        elif not w.is_floating_point():
-            reasons[name] = f"its weight is {str(w.dtype).removeprefix('torch.')}"
-        elif own and not isinstance(m, _Binary):
-            reasons[name] = f"its class has another attribute `{own[0]}`"
-    # A weight that several modules share is binary in all of them or in none.
-    binary = {(id(m), parameter) for name, (m, parameter) in weights.items() if name not in reasons}
-    float_in = {
-        id(p): name or "the model"
-        for name, m in model.named_modules()
-        for key, p in m._parameters.items()
-        if p is not None and (id(m), key) not in binary
-    }
-    for name, (m, parameter) in weights.items():
-        if name not in reasons and (other := float_in.get(id(m._parameters[parameter]))):
-            reasons[name] = f"its weight is also that of {other}, which keeps full precision"
-    return reasons
+        attributes = [a for a in (*SETTINGS, "theta", "delta") if hasattr(m, a) and not isinstance(m, _Binary)]
+        reasons = {
+            "full precision by design": isinstance(m, FloatConv2d),
+            "computed from other parameters (undo weight_norm, pruning, … first)": w is None,
+            "not reached by the example": name in unused,
+            "first": name in firsts and not first,
+            "last": name in lasts and not last,
+            "skipped": skip(name, m),
+            "not initialised (run the lazy module first)": isinstance(w, nn.parameter.UninitializedTensorMixin),
+            "not floating-point": w is not None and not w.is_floating_point(),
+            f"with an own attribute {attributes[:1]}": bool(attributes),
+        }
+        reason = next((reason for reason, holds in reasons.items() if holds), None)
+        found |= {name: reason} if reason else {}
+    # A parameter that several modules share is binary in all of them or in none.
+    binary = {(id(m), parameter) for name, (m, parameter) in candidates.items() if name not in found}
+    shared = {id(p) for m in model.modules() for key, p in m._parameters.items() if (id(m), key) not in binary}
+    for name, (m, parameter) in candidates.items():
+        if name not in found and id(m._parameters[parameter]) in shared:
+            found[name] = "shared with a full-precision module"
+    return found
 
 
-def _normalised(model: nn.Module) -> set[nn.Module]:
-    """The layers whose outputs a BatchNorm, GroupNorm or InstanceNorm takes, by the order of the modules."""
+def _normalised_layers(model: nn.Module) -> set[nn.Module]:
+    """The layers that a BatchNorm, GroupNorm or InstanceNorm of their width follows among the parent's modules."""
     norms = nn.modules.batchnorm._BatchNorm | nn.modules.instancenorm._InstanceNorm | nn.GroupNorm
     found = set()
     for parent in model.modules():
@@ -480,51 +459,36 @@ def _normalised(model: nn.Module) -> set[nn.Module]:
     return found
 
 
-def _convert(module: nn.Module, parameter: str) -> nn.Module:
-    """Make a parameter of a module binary. Returns the binary layer: the module, or the Projection of an attention."""
-    if parameter == "weight":
-        module.__class__ = _twin(type(module), _Binary)
-        return module
-    if not isinstance(module, _Attention):
-        module.__class__ = _twin(type(module), _Attention)
-    module.__dict__.setdefault("projections", {})
-    return module.projections.setdefault(parameter, Projection(module, parameter))
-
-
-def _scope(module: nn.Module, act: str) -> None:
-    """Let Ŵ be read within the module's forward, unless it only calls its layers or has none that are binary."""
-    calls_layers = (
-        _plain(module) in (nn.Sequential, nn.ModuleList, nn.ModuleDict) or _plain(module).__module__ == __name__
-    )
-    if calls_layers or isinstance(module, _Binary) or not named_binary_layers(module):
+def _let_read(module: nn.Module, act: str) -> None:
+    """Let `weight` be Ŵ within the module's forward, unless it has no binary layers or is known to call them."""
+    calls_them = plain_class(module) in (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    calls_them |= plain_class(module).__module__ == __name__ or isinstance(module, _Binary)
+    if calls_them or not named_binary_layers(module):
         return
-    if not isinstance(module, _Scoped):
-        module.__class__ = _twin(type(module), _Attention if isinstance(module, nn.MultiheadAttention) else _Scoped)
+    mixin = _Attention if isinstance(module, nn.MultiheadAttention) else _Scoped
+    module.__class__ = _with(mixin, type(module))
     if isinstance(module, nn.TransformerEncoderLayer) and act != "none":
-        module.__dict__["fast_path"] = module.activation_relu_or_gelu
+        module.fast_path = module.activation_relu_or_gelu
         module.activation_relu_or_gelu = 0  # the fast path does not call the layers, which quantize their inputs
 
 
-def _undo(module: nn.Module, keep_thresholds: bool = False) -> None:
+def _restore(module: nn.Module, keep_thresholds: bool) -> None:
     """Undo what `binarize_` did to a module (not to its submodules)."""
     if "fast_path" in module.__dict__:
         module.activation_relu_or_gelu = module.__dict__.pop("fast_path")
     if isinstance(module, _Binary) and "theta" in module._parameters and not keep_thresholds:
         del module.theta, module.delta
     if isinstance(module, _Binary | _Scoped):
-        module.__class__ = _plain(module)
-        for key in (*SETTINGS, "layer_name", "checked", "projections"):
+        module.__class__ = plain_class(module)
+        for key in (*SETTINGS, "layer_name", "calls_itself", "saw_input", "projections"):
             module.__dict__.pop(key, None)
     module.__dict__.pop("why_float", None)
-
-
-SETTINGS = ("quantizer", "act", "options", "unit", "scale", "rho", "leader")
 
 
 def _add_thresholds(layer: nn.Module) -> None:
     """Give a layer the parameters delta and theta. They come before `weight`, as in Si-BNN's code."""
     weight, bias = layer.weight, layer.bias
-    channels = weight.shape[0] if _has_inputs_first(layer) else weight.shape[1] * getattr(layer, "groups", 1)
+    channels = weight.shape[0] if has_inputs_first(layer) else weight.shape[1] * getattr(layer, "groups", 1)
     shape = (channels, *[1] * (weight.dim() - 2))
     del layer.weight, layer.bias  # the order of a module's parameters is the order in which they are set
     layer.delta, layer.theta = nn.Parameter(weight.new_ones(shape)), nn.Parameter(weight.new_zeros(shape))
@@ -532,14 +496,8 @@ def _add_thresholds(layer: nn.Module) -> None:
     layer.register_parameter("bias", bias)
 
 
-def _call(model: nn.Module, example) -> list[Tensor]:
-    """The tensors that model(example) returns. example: see `binarize_`."""
-    if isinstance(example, dict):
-        outputs = model(**example)
-    else:
-        outputs = model(*example) if isinstance(example, tuple) else model(example)
-    outputs = vars(outputs) if hasattr(outputs, "__dataclass_fields__") else outputs
-    return [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
+# ---------------------------------------------------------------------------------------------------------------------
+# What an example tells.
 
 
 @contextlib.contextmanager
@@ -557,41 +515,48 @@ def _trial(model: nn.Module, training: bool = False):
             b.data.copy_(value)
 
 
-def _ends(model: nn.Module, weights: dict, example) -> tuple[set[str], set[str], set[str]]:
-    """The first layers, the last layers and those not used, in the autograd graph of model(example).
+def _call(model: nn.Module, example) -> list[Tensor]:
+    """The floating-point tensors that model(example) returns. example: see `binarize_`."""
+    if isinstance(example, dict):
+        outputs = model(**example)
+    else:
+        outputs = model(*example) if isinstance(example, tuple) else model(example)
+    outputs = vars(outputs) if hasattr(outputs, "__dataclass_fields__") else outputs
+    return [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
 
-    A layer is where something that depends on the input meets something that depends on the weight alone. It is first
-    if no layer is before it on the way from the input, and last if none is behind it. Embeddings count as inputs.
+
+def _ends(model: nn.Module, candidates: dict, example) -> tuple[set[str], set[str], set[str]]:
+    """The first layers, the last ones, and those that the example does not reach, by the autograd graph.
+
+    A layer is a node of the graph in which something that depends on the input meets something that depends on its
+    weight and not on the input. It is first if there is no layer before it, and last if there is none behind it. The
+    vectors of an embedding count as input, and nothing is first behind them.
     """
-    inputs, tokens = set(), any(isinstance(m, nn.Embedding) for m in model.modules())
-
-    def as_input(t):
-        if not isinstance(t, Tensor) or not t.is_floating_point():
-            return t
-        t = t.detach().clone().requires_grad_()
-        inputs.add(id(t))
-        return t
-
-    example = tree_map(as_input, example)
-    names = {id(m._parameters.get(key)): name for name, (m, key) in reversed(weights.items())}
-    trained = [(p, p.requires_grad) for p in model.parameters() if p.is_floating_point()]
-    outputs = []  # of the modules too: what is computed from them may be detached
+    inputs = []
+    is_real = lambda t: isinstance(t, Tensor) and t.is_floating_point()
+    example = tree_map(
+        lambda t: inputs.append(t.detach().clone().requires_grad_()) or inputs[-1] if is_real(t) else t, example
+    )
+    outputs = []  # of all modules: what is computed from them may be detached, and they may be modified in place
     hooks = [m.register_forward_hook(lambda m, x, y: outputs.extend(tree_leaves(y))) for m in model.modules()]
+    frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
     try:
-        for p, _ in trained:
-            p.requires_grad_()
+        for p in frozen:
+            p.requires_grad_(True)
         with _trial(model), torch.enable_grad():
             outputs += _call(model, example)
+        stack = [t.grad_fn for t in outputs if isinstance(t, Tensor) and t.grad_fn is not None]
     finally:
         for hook in hooks:
             hook.remove()
-        for p, flag in trained:
-            p.requires_grad_(flag)
-    # For each node of the graph: whether it depends on the input; the weights it depends on, if it does not; and the
-    # weights of the nearest layers at it or before it, if it does.
-    depends, alone, nearest = {}, {}, {}
-    firsts, used, followed = set(), set(), set()
-    stack = [t.grad_fn for t in outputs if isinstance(t, Tensor) and t.grad_fn is not None]
+        for p in frozen:
+            p.requires_grad_(False)
+    weights, inputs = {id(m._parameters.get(key)) for m, key in candidates.values()}, {id(t) for t in inputs}
+    has_embedding = any(isinstance(m, nn.Embedding) for m in model.modules())
+    # By node: whether it depends on the input; if not, the weights that it depends on; if so, the weights of the
+    # nearest layers at it or before it.
+    depends, owned, nearest = {}, {}, {}
+    firsts, reached, followed = set(), set(), set()
     while stack:
         node = stack[-1]
         before = [n for n, _ in node.next_functions if n is not None]
@@ -599,19 +564,17 @@ def _ends(model: nn.Module, weights: dict, example) -> tuple[set[str], set[str],
         if node in depends or waiting:
             stack.pop() if node in depends else stack.extend(waiting)
             continue
-        variable = id(getattr(node, "variable", None))
-        is_table = "Embedding" in node.name()
-        depends[node] = variable in inputs or is_table or any(depends[n] for n in before)
-        own = {variable} & names.keys() | {w for n in before if not depends[n] and not is_table for w in alone[n]}
+        variable, is_embedding = id(getattr(node, "variable", None)), "Embedding" in node.name()
+        depends[node] = variable in inputs or is_embedding or any(depends[n] for n in before)
+        own = {w for n in before if not depends[n] and not is_embedding for w in owned[n]} | {variable} & weights
         passed = {w for n in before if depends[n] for w in nearest[n]}
-        alone[node], nearest[node] = own, own or passed
+        owned[node], nearest[node] = own, own or passed
         if depends[node] and own:
-            used |= own
+            reached |= own
             followed |= passed
-            firsts |= set() if passed or tokens else own
-    ids = {name: id(m._parameters.get(key)) for name, (m, key) in weights.items()}
-    firsts, lasts = ({name for name in ids if ids[name] in found} for found in (firsts, used - followed))
-    return firsts, lasts, {name for name in ids if ids[name] not in used}
+            firsts |= own if not passed and not has_embedding else set()
+    name = {name: id(m._parameters.get(key)) for name, (m, key) in candidates.items()}
+    return tuple({n for n in name if name[n] in f} for f in (firsts, reached - followed, set(name.values()) - reached))
 
 
 @torch.no_grad()
@@ -635,132 +598,41 @@ def latent_readers(model: nn.Module, example) -> list[str]:
                         raise
         return found
 
-    def changed(names) -> bool:
-        latent = {name: layers[name].latent() for name in names}
-        values = {name: w.clone() for name, w in latent.items()}
-        for w in latent.values():
+    def change_outputs(names) -> bool:
+        latent = [(layers[name].latent(), layers[name].latent().clone()) for name in names]
+        for w, _ in latent:
             w.mul_(0.5 + torch.rand_like(w))
         after = results()
-        for name, w in latent.items():
-            w.copy_(values[name])
+        for w, value in latent:
+            w.copy_(value)
         return not all(torch.allclose(a, b, 1e-3, 1e-5, equal_nan=True) for a, b in zip(after, before, strict=True))
 
-    for layer, *_ in settings:
-        layer.quantizer, layer.options = "bwn", {}  # Ŵ depends on the signs alone
     try:
+        for layer, *_ in settings:
+            layer.quantizer, layer.options = "bwn", {}  # Ŵ depends on the signs alone
         before = results()
-        return [name for name in layers if changed([name])] if changed(layers) else []
+        return [name for name in layers if change_outputs([name])] if change_outputs(layers) else []
     finally:
         for layer, quantizer, options in settings:
             layer.quantizer, layer.options = quantizer, options
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is binary.
-
-
-def _rows(model: nn.Module) -> list[tuple[str, nn.Module, Tensor, nn.Module | None, str]]:
-    """The matrices and kernels of a model: name, module, parameter, binary layer or None, and why it is not binary."""
-    weights = {id(m._parameters.get(key)): name for name, (m, key) in reversed(_weights(model).items())}
-    binary, seen, rows = named_binary_layers(model), set(), []
-    for name, m in model.named_modules():
-        for key, p in m._parameters.items():
-            if p is None or id(p) in seen or p.dim() < 2 or key in ("theta", "delta"):
-                continue
-            seen.add(id(p))
-            known = weights.get(id(p))
-            if isinstance(m, nn.Embedding | nn.EmbeddingBag):
-                reason = "a lookup table"
-            else:
-                reason = m.__dict__.get("why_float", {}).get(key) or ("" if known else "no rule for this class")
-            label = known or _joined(name, key if known else key.removesuffix(".weight"))
-            rows.append((label, m, p, binary.get(known), reason))
-    return rows
-
-
-def _shortened(names: list[str], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def describe(model: nn.Module) -> str:
-    """One line: how many layers and weights are binary, and what is not."""
-    rows = _rows(model)
-    layers = [layer for *_, layer, _ in rows if layer is not None]
-    total = sum(p.numel() for p in model.parameters())
-    share = 100 * sum(layer.latent().numel() for layer in layers) / total
-    kept: dict[str, list[str]] = {}
-    for name, m, _, layer, reason in rows:
-        if layer is None:
-            kept.setdefault(reason if reason != "no rule for this class" else _plain(m).__name__, []).append(name)
-    kinds = _shortened(sorted({layer.quantizer for layer in layers}))
-    line = f"binarize_: {len(layers)} layers, {share:.1f} % of {total:,} parameters, are binary ({kinds}"
-    scaled = sum(layer.scale != 1 for layer in layers)
-    line += f"; {scaled} scaled by √(2/fan-in))" if scaled else ")"
-    unquantized = [layer for layer in layers if layer.act == "none"]
-    if 0 < len(unquantized) < len(layers):
-        line += f"; the inputs of {len(unquantized)} of them, in attention, keep full precision"
-    return line + "".join(f"; {reason or 'not chosen'}: {_shortened(names)}" for reason, names in kept.items())
-
-
-def summary(model: nn.Module, example=None):
-    """A table (rich) with a row for each matrix or kernel: weights, memory, and whether it is binary or why not.
-
-    With `example` (see `binarize_`; a batch of one) the table also has the multiply-accumulate operations (MACs). Where
-    the inputs are binary as well they are bit operations, XNOR and popcount. Layers whose weights are read, not called,
-    have no count.
-
-    print it with rich.print(summary(model)).
-    """
-    from rich.table import Table
-
-    counts = _count_macs(model, example) if example is not None else {}
-    table = Table(title=f"{_plain(model).__name__}: binary layers", title_justify="left")
-    table.add_column("layer", no_wrap=True)
-    for column in ("weights", "MACs", "1-bit MACs", "kB"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("binary, or why not", overflow="fold")
-    rows, rest = [], sum(p.numel() * p.element_size() for p in model.parameters())
-    others = sum(p.numel() for p in model.parameters())
-    for name, _, p, layer, reason in _rows(model):
-        size = p.numel() / 8 if layer is not None else p.numel() * p.element_size()
-        macs, bits = counts.get(name), layer is not None and layer.act != "none"
-        state = reason or "not chosen"
-        if layer is not None:
-            state = f"[green]binary[/], {layer.quantizer}" + (f", inputs {layer.act}" if bits else "")
-        rows.append([name, p.numel(), macs, macs if bits else 0, size, state])
-        others, rest = others - p.numel(), rest - p.numel() * p.element_size()
-    rows.append(["biases, norms and others", others, 0, 0, rest, "full precision"])
-    binary = sum(layer.latent().numel() for layer in binary_layers(model))
-    share = f"{100 * binary / max(1, sum(row[1] for row in rows)):.1f} % of the weights are binary"
-    rows.append(["in all", *[sum(row[i] or 0 for row in rows) for i in (1, 2, 3, 4)], share])
-    for name, weights, macs, bits, size, state in rows:
-        cells = [f"{weights:,}", f"{macs:,}" if macs else "–", f"{bits:,}" if bits else "–", f"{size / 1000:,.1f}"]
-        table.add_row(name, *cells, state, style="bold" if name == "in all" else None)
-    if not counts:
-        table.columns = [c for c in table.columns if "MACs" not in c.header]
-    return table
-
-
-def _count_macs(model: nn.Module, example) -> dict[str, int]:
-    """The multiply-accumulate operations of the layers that model(example) calls, by name."""
-    counts, names = {}, {(m, key): name for name, (m, key) in _weights(model).items()}
+def count_macs(model: nn.Module, example) -> dict[str, int]:
+    """The multiply-accumulate operations of the layers that model(example) calls, by name. example: see `binarize_`."""
+    names, counts = {(m, key): name for name, (m, key) in _candidates(model).items()}, {}
 
     def count(m: nn.Module, args: tuple, kwargs: dict, y) -> None:
-        inputs = [*args, *kwargs.values()]
+        x = [t.numel() for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        w = m._parameters.get("weight")
         if isinstance(m, nn.MultiheadAttention):
-            query, key, value = [t.numel() for t in inputs[:3]]
-            embed = m.embed_dim
-            each = {"q": query, "k": key, "v": value, "in": query + key + value, "out": y[0].numel()}
-            found = {f"{kind}_proj_weight": n * embed for kind, n in each.items()}
-            found = {names[m, k]: n for k, n in found.items() if (m, k) in names} | {
-                names[m.out_proj, "weight"]: found["out_proj_weight"]
-            }
-        elif isinstance(m, nn.modules.conv._ConvNd) and not _has_inputs_first(m):
-            found = {names[m, "weight"]: y.numel() * math.prod(m.kernel_size) * m.in_channels // m.groups}
-        else:  # each input meets one row of the weight
-            outputs = m.out_features if isinstance(m, nn.Linear) else m._parameters["weight"][0].numel()
-            found = {names[m, "weight"]: inputs[0].numel() * outputs}
+            in_out = zip((*PROJECTIONS, "weight"), (sum(x[:3]), *x[:3], y[0].numel()), strict=True)
+            found = {names.get((m.out_proj if key == "weight" else m, key)): n * m.embed_dim for key, n in in_out}
+        elif isinstance(m, nn.Linear) or w is None:
+            found = {names[m, "weight"]: x[0] * getattr(m, "out_features", 0)}
+        elif has_inputs_first(m):
+            found = {names[m, "weight"]: x[0] * w[0].numel()}
+        else:
+            found = {names[m, "weight"]: y.numel() * w[0].numel()}
         for name, n in found.items():
             counts[name] = counts.get(name, 0) + n
 
@@ -772,6 +644,87 @@ def _count_macs(model: nn.Module, example) -> dict[str, int]:
         for hook in hooks:
             hook.remove()
     return counts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is binary.
+
+
+def _matrices(model: nn.Module) -> list[tuple[str, Tensor, nn.Module | None, str]]:
+    """Parameters of two and more dimensions: name, parameter, binary layer or None, why it keeps full precision."""
+    candidates, binary, found = _candidates(model), named_binary_layers(model), {}
+    names = {id(m._parameters.get(key)): name for name, (m, key) in reversed(candidates.items())}
+    computed = {
+        name: m.why_float["weight"]
+        for name, (m, key) in candidates.items()
+        if m._parameters.get(key) is None and hasattr(m, "why_float")
+    }
+    for prefix, m in model.named_modules():
+        for key, p in m._parameters.items():
+            if p is None or p.dim() < 2 or id(p) in found or key in ("theta", "delta"):
+                continue
+            name = names.get(id(p), f"{prefix}.{key}" if prefix else key)
+            why = [reason for layer, reason in computed.items() if name.startswith(f"{layer}.")]
+            why += [getattr(m, "why_float", {}).get(key, "")] if id(p) in names else [plain_class(m).__name__]
+            found[id(p)] = name, p, binary.get(name), why[0]
+    return list(found.values())
+
+
+def _shortened(names: list[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def describe(model: nn.Module) -> str:
+    """One line: how many layers and weights are binary, and what keeps full precision."""
+    layers, float_names = binary_layers(model), {}
+    for name, _, layer, why in _matrices(model):
+        if layer is None:
+            float_names.setdefault(why or "not chosen", []).append(name)
+    total, binary = sum(p.numel() for p in model.parameters()), sum(layer.latent().numel() for layer in layers)
+    line = (
+        f"binarize_: {len(layers)} layers with {100 * binary / max(total, 1):.1f} % of {total:,} parameters are binary"
+    )
+    scaled, unquantized = sum(layer.scale != 1 for layer in layers), sum(layer.act == "none" for layer in layers)
+    line += f" ({scaled} times a constant scale, for want of normalisation)" if scaled else ""
+    line += f" ({unquantized} with full-precision inputs)" if 0 < unquantized < len(layers) else ""
+    kept = "; ".join(f"{_shortened(names)} ({why})" for why, names in float_names.items())
+    return line + (f". In full precision: {kept}" if kept else "")
+
+
+def summary(model: nn.Module, example=None):
+    """A rich.table.Table of all matrices and kernels: weights, memory, and whether they are binary or why not.
+
+    With `example` (a batch of one; see `binarize_`) it also has the multiply-accumulate operations (MACs). With binary
+    inputs and weights they are 1-bit MACs, which are XNOR and popcount. Layers that the model does not call have none.
+    """
+    from rich.table import Table
+
+    macs, rows = count_macs(model, example) if example is not None else {}, []
+    rest, rest_bytes = [
+        sum(p.numel() * size for p in model.parameters() for size in [s or p.element_size()]) for s in (1, 0)
+    ]
+    for name, p, layer, why in _matrices(model):
+        is_w1a1 = layer is not None and layer.act != "none"
+        size = p.numel() * p.element_size() if layer is None else p.numel() / 8
+        state = why or "not chosen" if layer is None else f"binary, {layer.quantizer}" + f", {layer.act}" * is_w1a1
+        rows.append([name, p.numel(), macs.get(name, 0), macs.get(name, 0) * is_w1a1, size, state])
+        rest, rest_bytes = rest - p.numel(), rest_bytes - p.numel() * p.element_size()
+    rows.append(["all else", rest, 0, 0, rest_bytes, "norms, biases, …"])
+    binary, total = sum(layer.latent().numel() for layer in binary_layers(model)), sum(row[1] for row in rows)
+    sums = [sum(row[i] for row in rows) for i in (1, 2, 3, 4)]
+    rows.append(["in all", *sums, f"{100 * binary / max(total, 1):.1f} % of the weights are binary"])
+    table = Table(title=plain_class(model).__name__, title_justify="left")
+    table.add_column("layer", no_wrap=True)
+    headers = ("weights", "MACs", "1-bit MACs", "kB") if macs else ("weights", "kB")
+    for header in headers:
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("binary, or why not", overflow="fold")
+    for name, weights, count, one_bit, size, state in rows:
+        counts = [f"{n:,}" if n else "–" for n in (count, one_bit)] if macs else []
+        table.add_row(
+            name, f"{weights:,}", *counts, f"{size / 1000:,.1f}", state, style="bold" if name == "in all" else None
+        )
+    return table
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1210,9 +1163,14 @@ def initialise(net: nn.Module, arch: str) -> None:
 def he_scale(layer: nn.Module) -> float:
     """√2/√fan_in. Signs times this keep the variance through layers followed by ReLUs.
 
+    fan_in is the number of weights of a filter, divided by the strides in a transposed convolution.
     He et al., ICCV 2015, https://arxiv.org/abs/1502.01852
     """
-    return math.sqrt(2 / layer.weight[0].numel())
+    fan_in = layer.weight[0].numel()
+    if has_inputs_first(layer):
+        filters = layer.weight.shape[1] * getattr(layer, "groups", 1)
+        fan_in = layer.weight.numel() / filters / math.prod(getattr(layer, "stride", (1,)))
+    return math.sqrt(2 / fan_in)
 
 
 @torch.no_grad()

@@ -374,7 +374,8 @@ def test_networks(name, with_example, capsys):
     count = sum(layer.weight.numel() for layer in layers)
     total = sum(p.numel() for p in net.parameters())
     assert (
-        f"{len(layers)} layers, {100 * count / total:.1f} % of {total:,} parameters" in said and said.count("\n") == 1
+        f"{len(layers)} layers with {100 * count / total:.1f} % of {total:,} parameters are binary" in said
+        and said.count("\n") == 1
     )
     assert len({id(layer.weight) for layer in layers}) == len(layers) == len(models.binary_layer_names(net))
     assert {id(layer.weight) for layer in layers} <= {id(p) for p in net.parameters()}
@@ -411,6 +412,6 @@ def test_layers_whose_weight_is_computed_stay_as_they_are(capsys):
     before = [layer(x) for layer in linear]
     for example in (None, x):
         models.binarize_(net, example=example)
-        assert models.binary_layer_names(net) == ["5"] and "1 layers, " in (said := capsys.readouterr().err)
+        assert models.binary_layer_names(net) == ["5"] and "1 layers with" in (said := capsys.readouterr().err)
         assert "weight_norm" in said
     assert [torch.equal(layer(x), y) for layer, y in zip(linear, before, strict=True)] == [True] * 5 + [False] + [True]
