@@ -44,7 +44,8 @@ class ModelError(ValueError):
 class _ForwardPasses(threading.local):
     """depth: how many calls of `forward` of modules with binary layers are under way in this thread."""
 
-    depth = 0
+    def __init__(self):
+        self.depth = 0
 
 
 _passes = _ForwardPasses()
@@ -714,16 +715,15 @@ def summary(model: nn.Module, example=None):
     sums = [sum(row[i] for row in rows) for i in (1, 2, 3, 4)]
     rows.append(["in all", *sums, f"{100 * binary / max(total, 1):.1f} % of the weights are binary"])
     table = Table(title=plain_class(model).__name__, title_justify="left")
-    table.add_column("layer", no_wrap=True)
+    table.add_column("layer", overflow="fold")
     headers = ("weights", "MACs", "1-bit MACs", "kB") if macs else ("weights", "kB")
     for header in headers:
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("binary, or why not", overflow="fold")
     for name, weights, count, one_bit, size, state in rows:
-        counts = [f"{n:,}" if n else "–" for n in (count, one_bit)] if macs else []
-        table.add_row(
-            name, f"{weights:,}", *counts, f"{size / 1000:,.1f}", state, style="bold" if name == "in all" else None
-        )
+        counts = [f"{n / 1e6:,.1f} M" if n > 1e5 else f"{n:,}" for n in (count, one_bit)] if macs else []
+        cells = [f"{weights:,}", *counts, f"{size / 1000:,.1f}", state]
+        table.add_row(name, *cells, style="bold" if name == "in all" else None)
     return table
 
 
