@@ -1,13 +1,14 @@
 """binarize_() on the networks that people have: each computes what a plain network with the weights Ŵ computes."""
 
-import contextlib
 import copy
 import importlib
 import io
+import pickle
 import warnings
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
@@ -247,7 +248,7 @@ class Recurrent(nn.Module):
         return self.c(self.b(self.a(self.lstm(self.embedding(x))[0]).relu()).relu())
 
 
-NETWORKS = {  # the network and an example; which parameters are binary where this is not "all matrices but the ends'"
+NETWORKS = {
     "mlp": mlp,
     "1-d": of_dimension(1),
     "2-d": of_dimension(2),
@@ -308,7 +309,18 @@ NETWORKS = {  # the network and an example; which parameters are binary where th
 }
 
 
+# How many layers keep full precision, where these are not the first and the last. An embedding counts as the first.
+ENDS = {
+    **dict.fromkeys(["encoder", "encoder, norm first", "padded encoder", "encoder and decoder", "recurrent"], 1),
+    **dict.fromkeys(["transformers gpt2", "transformers bert", "transformers llama"], 1),
+    "tied": 3,
+    "timm deit distilled": 3,
+    ("torchvision fcn", True): 3,
+}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
+# The table.
 
 
 def outputs_of(net, example, training, grad):
@@ -355,6 +367,17 @@ def check_computes_with_bits(net, example):
         assert torch.allclose(layer.weight.grad, expected, 1e-3, 1e-5 * expected.abs().max() + 1e-9)
 
 
+def saved(net):
+    """The whole network in a file, or None for networks that cannot be pickled."""
+    file = io.BytesIO()
+    try:
+        torch.save(net, file)
+    except (AttributeError, TypeError, pickle.PicklingError):
+        return None
+    file.seek(0)
+    return file
+
+
 @pytest.mark.parametrize("with_example", [False, True])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks(name, with_example, capsys):
@@ -364,30 +387,26 @@ def test_networks(name, with_example, capsys):
         if not p.any():
             nn.init.normal_(p.data)  # heads that start at 0 would hide the rest
     capsys.readouterr()
+    can_be_saved = saved(net) is not None
     before, kinds = copy.deepcopy(net.state_dict()), [type(m) for m in net.modules()]
     full = outputs_of(net, example, False, False)
     net.load_state_dict(before)
     assert models.binarize_(net, "dorefa", example=example if with_example else None) is net
     layers, said = models.binary_layers(net), capsys.readouterr().err
-    print(said)
+    ends = ENDS.get((name, with_example), ENDS.get(name, 2))
+    assert len(models._candidates(net)) - len(layers) == ends, said
     # The share of binary weights is as stated; no weight counts twice; state dicts fit as they are.
     count = sum(layer.weight.numel() for layer in layers)
     total = sum(p.numel() for p in net.parameters())
-    assert (
-        f"{len(layers)} layers with {100 * count / total:.1f} % of {total:,} parameters are binary" in said
-        and said.count("\n") == 1
-    )
+    assert f" with {100 * count / total:.1f} % of {total:,} parameters are binary" in said and said.count("\n") == 1
     assert len({id(layer.weight) for layer in layers}) == len(layers) == len(models.binary_layer_names(net))
     assert {id(layer.weight) for layer in layers} <= {id(p) for p in net.parameters()}
     after = net.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[k], before[k]) for k in before)
     check_computes_with_bits(net, example)
     clone = copy.deepcopy(net)
-    file = io.BytesIO()
-    with contextlib.suppress(AttributeError, TypeError):  # networks that cannot be saved whole anyway
-        torch.save(net, file)
-        file.seek(0)
-        clone = torch.load(file, weights_only=False)
+    if can_be_saved:
+        clone = torch.load(saved(net), weights_only=False)
     assert models.binary_layer_names(clone) == models.binary_layer_names(net)
     for layer in models.binary_layers(clone):
         layer.weight.data *= torch.randn_like(layer.weight).sign()
@@ -412,7 +431,7 @@ def test_layers_whose_weight_is_computed_stay_as_they_are(capsys):
     before = [layer(x) for layer in linear]
     for example in (None, x):
         models.binarize_(net, example=example)
-        assert models.binary_layer_names(net) == ["5"] and "1 layers with" in (said := capsys.readouterr().err)
+        assert models.binary_layer_names(net) == ["5"] and "1 layer with" in (said := capsys.readouterr().err)
         assert "weight_norm" in said
     assert [torch.equal(layer(x), y) for layer, y in zip(linear, before, strict=True)] == [True] * 5 + [False] + [True]
 
@@ -502,7 +521,10 @@ def test_embeddings_recurrent_layers_and_odd_classes_are_named(capsys):
     models.binarize_(net)
     assert models.binary_layer_names(net) == ["a"] and net.b.scale == 2
     said = capsys.readouterr().err
-    assert all(word in said for word in ("embedding", "LSTM", "b (with an own attribute ['scale'])", "c (last)"))
+    assert all(
+        word in said
+        for word in ("embedding", "LSTM", "b (with an own attribute ['scale'])", "c (last in module order)")
+    )
     models.binarize_(net, quiet=True)
     assert capsys.readouterr().err == ""
     with pytest.raises(models.ModelError, match="nothing to binarize"):
@@ -534,6 +556,17 @@ def test_the_weight_is_latent_outside_of_forward_passes():
             net(x)
         handle.remove()
         assert net.a.weight.is_leaf
+
+
+def test_checkpointing_repeats_the_forward_pass_with_bits():
+    class Checkpointed(Reader):
+        def forward(self, x):
+            body = lambda x: super(Checkpointed, self).forward(x)
+            return torch.utils.checkpoint.checkpoint(body, x, use_reentrant=False)
+
+    torch.manual_seed(0)
+    net, x = models.binarize_(Checkpointed()), torch.randn(5, 6)
+    check_computes_with_bits(net, x)
 
 
 def test_data_parallel_copies_compute_with_bits():
@@ -694,8 +727,8 @@ def test_summary(capsys):
     rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if line.count("│") > 3]
     rows = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
     assert rows["body.layers.0.self_attn.in_proj"][:3] == ["768", f"{6 * 768:,}", "0"]
-    assert rows["body.layers.1.linear1"] == ["512", f"{6 * 512:,}", "0", "0.1", "binary, dorefa"]
-    assert rows["head"][-1] == "last" and rows["embedding.weight"][-1] == "Embedding"
+    assert rows["body.layers.1.linear1"] == ["512", f"{6 * 512:,}", "0", "0.1", "dorefa"]
+    assert rows["head"][-1] == "no: last in module order" and rows["embedding.weight"][-1] == "no: Embedding"
     total = sum(p.numel() for p in net.parameters())
     assert rows["in all"][0] == f"{total:,}" and f"{100 * 4096 / total:.1f} %" in rows["in all"][-1]
     models.main(["resnet20", "--act", "sign"])
