@@ -3,6 +3,9 @@
     model = build("resnet20", num_classes=10)                     # a CIFAR ResNet with binary weights
     model = binarize_(my_network, quantizer="dorefa")             # or your own network
     for layer in binary_layers(model): print(layer.weight.shape)  # the layers that FSG(layers) in hypernet.py takes
+    rich.print(summary(model))                                    # what is binary, what is not and why
+
+`python models.py resnet20` prints such a table of a network of the papers.
 
 Copy with: quantizers.py.
 """
@@ -122,7 +125,7 @@ class _Binary:
         """The quantized input. Same shape as x; x itself with act 'none'."""
         if self.act == "si":
             return step_activation(x, self.theta, self.delta, self.rho)
-        if self.act == "sign" and not (self.saw_input or torch.compiler.is_compiling() or x.is_meta):
+        if self.act == "sign" and not (torch.compiler.is_compiling() or x.is_meta or self.saw_input):
             self.saw_input = True
             if x.numel() >= 64 and bool((x >= 0).all()):
                 warnings.warn(
@@ -535,11 +538,9 @@ def _ends(model: nn.Module, candidates: dict, example) -> tuple[set[str], set[st
     weight and not on the input. It is first if there is no layer before it, and last if there is none behind it. The
     vectors of an embedding count as input, and nothing is first behind them.
     """
-    inputs = []
-    is_real = lambda t: isinstance(t, Tensor) and t.is_floating_point()
-    example = tree_map(
-        lambda t: inputs.append(t.detach().clone().requires_grad_()) or inputs[-1] if is_real(t) else t, example
-    )
+    differentiable = lambda t: isinstance(t, Tensor) and t.is_floating_point()
+    example = tree_map(lambda t: t.detach().clone().requires_grad_() if differentiable(t) else t, example)
+    inputs = {id(t) for t in tree_leaves(example)}
     outputs = []  # of all modules: what is computed from them may be detached, and they may be modified in place
     hooks = [m.register_forward_hook(lambda m, x, y: outputs.extend(tree_leaves(y))) for m in model.modules()]
     frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
@@ -554,7 +555,8 @@ def _ends(model: nn.Module, candidates: dict, example) -> tuple[set[str], set[st
             hook.remove()
         for p in frozen:
             p.requires_grad_(False)
-    weights, inputs = {id(m._parameters.get(key)) for m, key in candidates.values()}, {id(t) for t in inputs}
+    id_of = {name: id(m._parameters.get(key)) for name, (m, key) in candidates.items()}
+    weights = set(id_of.values())
     has_embedding = any(isinstance(m, nn.Embedding) for m in model.modules())
     # By node: whether it depends on the input; if not, the weights that it depends on; if so, the weights of the
     # nearest layers at it or before it.
@@ -576,8 +578,7 @@ def _ends(model: nn.Module, candidates: dict, example) -> tuple[set[str], set[st
             reached |= own
             followed |= passed
             firsts |= own if not passed and not has_embedding else set()
-    name = {name: id(m._parameters.get(key)) for name, (m, key) in candidates.items()}
-    return tuple({n for n in name if name[n] in f} for f in (firsts, reached - followed, set(name.values()) - reached))
+    return tuple({n for n in id_of if id_of[n] in found} for found in (firsts, reached - followed, weights - reached))
 
 
 @torch.no_grad()
@@ -603,11 +604,15 @@ def latent_readers(model: nn.Module, example) -> list[str]:
 
     def change_outputs(names) -> bool:
         latent = [(layers[name].latent(), layers[name].latent().clone()) for name in names]
-        for w, _ in latent:
-            w.mul_(0.5 + torch.rand_like(w))
-        after = results()
-        for w, value in latent:
-            w.copy_(value)
+        try:
+            for w, _ in latent:
+                w.mul_(0.5 + torch.rand_like(w))
+            after = results()
+        finally:
+            for w, value in latent:
+                w.copy_(value)
+        if [t.shape for t in after] != [t.shape for t in before]:
+            return True
         return not all(torch.allclose(a, b, 1e-3, 1e-5, equal_nan=True) for a, b in zip(after, before, strict=True))
 
     try:
@@ -626,16 +631,13 @@ def count_macs(model: nn.Module, example) -> dict[str, int]:
 
     def count(m: nn.Module, args: tuple, kwargs: dict, y) -> None:
         x = [t.numel() for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-        w = m._parameters.get("weight")
         if isinstance(m, nn.MultiheadAttention):
-            in_out = zip((*PROJECTIONS, "weight"), (sum(x[:3]), *x[:3], y[0].numel()), strict=True)
-            found = {names.get((m.out_proj if key == "weight" else m, key)): n * m.embed_dim for key, n in in_out}
-        elif isinstance(m, nn.Linear) or w is None:
-            found = {names[m, "weight"]: x[0] * getattr(m, "out_features", 0)}
-        elif has_inputs_first(m):
-            found = {names[m, "weight"]: x[0] * w[0].numel()}
+            inputs = zip(PROJECTIONS, (sum(x[:3]), *x[:3]), strict=True)
+            found = {names[m, key]: n * m.embed_dim for key, n in inputs if (m, key) in names}
+            found[names[m.out_proj, "weight"]] = y[0].numel() * m.embed_dim
         else:
-            found = {names[m, "weight"]: y.numel() * w[0].numel()}
+            w = m.latent() if isinstance(m, _Binary) else m.weight
+            found = {names[m, "weight"]: (x[0] if has_inputs_first(m) else y.numel()) * w[0].numel()}
         for name, n in found.items():
             counts[name] = counts.get(name, 0) + n
 
@@ -684,7 +686,7 @@ def describe(model: nn.Module) -> str:
     counted = f"{len(layers)} layer{'s' * (len(layers) != 1)} with {100 * binary / max(total, 1):.1f} % of {total:,}"
     line = f"binarize_: {counted} parameters are binary"
     if scaled := sum(layer.scale != 1 for layer in layers):
-        line += f", {scaled} of them scaled because no BatchNorm follows"
+        line += f", {scaled} of them with a constant scale"
     if 0 < (unquantized := sum(layer.act == "none" for layer in layers)) < len(layers):
         line += f", {unquantized} of them with full-precision inputs"
     kept = "; ".join(f"{_shortened(names)} ({why})" for why, names in kept.items())
@@ -700,15 +702,13 @@ def summary(model: nn.Module, example=None):
     from rich.table import Table
 
     macs, rows = count_macs(model, example) if example is not None else {}, []
-    rest, rest_bytes = [
-        sum(p.numel() * size for p in model.parameters() for size in [s or p.element_size()]) for s in (1, 0)
-    ]
+    rest, rest_bytes = sum(p.numel() for p in model.parameters()), sum(p.nbytes for p in model.parameters())
     for name, p, layer, why in _matrices(model):
         is_w1a1 = layer is not None and layer.act != "none"
-        size = p.numel() * p.element_size() if layer is None else p.numel() / 8
+        size = p.nbytes if layer is None else p.numel() / 8
         state = f"no: {why}" if layer is None else layer.quantizer + f", {layer.act}" * is_w1a1
         rows.append([name, p.numel(), macs.get(name, 0), macs.get(name, 0) * is_w1a1, size, state])
-        rest, rest_bytes = rest - p.numel(), rest_bytes - p.numel() * p.element_size()
+        rest, rest_bytes = rest - p.numel(), rest_bytes - p.nbytes
     rows.append(["all else", rest, 0, 0, rest_bytes, "no: norms, biases, …"])
     binary, total = sum(layer.latent().numel() for layer in binary_layers(model)), sum(row[1] for row in rows)
     sums = [sum(row[i] for row in rows) for i in (1, 2, 3, 4)]

@@ -378,6 +378,7 @@ def saved(net):
     return file
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks(name, capsys):
     torch.manual_seed(0)
@@ -664,6 +665,7 @@ def test_every_precision(dtype, act):
     y.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:all inputs of")  # its feed-forward layers have a ReLU
 def test_an_encoder_with_binary_activations_does_not_take_the_fast_path():
     torch.manual_seed(0)
     net, x = encoder()()
