@@ -27,9 +27,9 @@ THE FORMAT of packed bits is .safetensors. For each binary layer L with weights 
 All other parameters and buffers have their own names, in float32 (with --half in float16) or integers. The metadata are
 strings, all but the first and the last are JSON:
     format             bnn-bits-2
-    layers             {name: {"type": class, and the constants that PyTorch prints: "stride", "eps", …}} of the modules
-                       that contain no others, in the order of the network's definition. Binary layers also have
-                       "shape", the weight's, and "act", how their input is quantized.
+    layers             {name: {"type": class, and its constants, such as "stride" or "eps"}} of the modules that
+                       contain no others, in the order of the network's definition. Binary layers also have "shape",
+                       the weight's, and "act", how their input is quantized.
     activations        {act: formula}, for the acts of this file: what is computed of a layer's input x
     build              the arguments of models.build that make the network, or null for a network of your own
     shape              [C, H, W] of an image, or null
@@ -144,22 +144,24 @@ def bad_tensors(tensors: dict[str, Tensor]) -> list[str]:
     ]
 
 
+# Attributes of PyTorch's modules that do not matter for testing, or that the tensors' shapes say.
+NOT_DESCRIBED = {"training", "momentum", "track_running_stats", "inplace", "return_indices", "affine", "transposed"}
+NOT_DESCRIBED |= {"in_channels", "out_channels", "in_features", "out_features", "num_features"}
+OF_LATENT_WEIGHTS = {"quantizer", "unit", "scale", "rho"}  # of binary layers
+
+
 def describe(net: nn.Module) -> dict[str, dict]:
     """The field `layers` of a file (see the top of this file)."""
     layers, binary = {}, named_binary_layers(net)
     for name, m in net.named_modules():
-        if next(m.children(), None) is None:
+        if name in binary or next(m.children(), None) is None:
+            unused = NOT_DESCRIBED | OF_LATENT_WEIGHTS if name in binary else NOT_DESCRIBED
+            constants = {key: v for key, v in vars(m).items() if key not in unused and not key.startswith("_")}
             layers[name] = {"type": type(m).__name__}
-            constants = {key: getattr(m, key, None) for key in getattr(type(m), "__constants__", ())}
-            # These do not change what the network computes when it is tested.
-            for key in constants.keys() - {"inplace", "momentum", "track_running_stats", "return_indices"}:
-                if isinstance(constants[key], int | float | str | tuple):
-                    layers[name][key] = constants[key]
-            if hasattr(m, "eps"):
-                layers[name]["eps"] = m.eps
-        if name in binary:
-            layers[name] |= {"shape": list(m.weight.shape), "act": m.act}
-    return json.loads(json.dumps(layers))  # tuples become lists
+            layers[name] |= {key: v for key, v in constants.items() if isinstance(v, int | float | str | tuple)}
+            if name in binary:
+                layers[name]["shape"] = list(m.weight.shape)
+    return json.loads(json.dumps(layers, default=str))  # tuples become lists
 
 
 def failing_layers(net: nn.Module, example: Tensor, attempt: Callable) -> str:
@@ -255,7 +257,7 @@ def save_bits(
             raise RunError(f"build does not make this network with models.build ({e}): correct it") from None
     values = {"build": build, "shape": shape, "normalisation": normalisation, "layers": describe(net)}
     values["activations"] = {layer.act: ACTIVATIONS[layer.act] for layer in layers.values()}
-    fields = {"format": FORMAT} | {name: json.dumps(value) for name, value in values.items()}
+    fields = {"format": FORMAT} | {name: json.dumps(value, separators=(",", ":")) for name, value in values.items()}
     fields["checksum"] = checksum(fields, tensors)
     write(path, import_safetensors().torch.save(tensors, fields))
 
@@ -415,7 +417,7 @@ def check_layers(net: nn.Module, layers, activations) -> None:
     found = describe(net)
     if not isinstance(layers, dict) or not all(isinstance(fields, dict) for fields in layers.values()):
         raise ValueError("its layers are not described")
-    for name in found.keys() | layers.keys():
+    for name in [*found, *layers]:
         if name not in layers or name not in found:
             owner = "network" if name not in layers else "file"
             raise ValueError(f"only the {owner} has a layer {name!r:.80}")
@@ -634,14 +636,21 @@ def to_c(
 
 def c_source(net: nn.Module, example: Tensor, normalisation: list[list[float]] | None, about: str) -> str:
     """The C file of a frozen network."""
-    try:
-        ops = export_c.operations(net, tuple(example.shape[1:]))
-    except RunError as e:
-        rules = lambda m, x: export_c.operations(nn.Sequential(m), tuple(x.shape[1:]))
-        layers = failing_layers(net, example, rules)
-        raise RunError(f"{e}; layers without a rule: {layers}" if layers else str(e)) from None
+    layers = failing_layers(net, example, check_rule)
+    if layers:
+        raise RunError(f"the C generator has no rule for {layers}: use --to onnx, or other layers")
+    ops = export_c.operations(net, tuple(example.shape[1:]))
     channels = ops[0].shape[0]
     return export_c.c_source(ops, normalisation or [[1.0] * channels, [0.0] * channels], about)
+
+
+def check_rule(layer: nn.Module, x: Tensor) -> None:
+    """Raises RunError unless export_c.py has a rule for a layer with the input x."""
+    if isinstance(layer, nn.Conv2d):
+        square = all(len(set(sizes)) == 1 for sizes in (layer.kernel_size, layer.stride, layer.padding))
+        if not square or layer.groups > 1 or set(layer.dilation) != {1} or layer.padding_mode != "zeros":
+            raise RunError("there are rules for square kernels without groups, dilation and other paddings than zeros")
+    export_c.operations(nn.Sequential(layer), tuple(x.shape[1:]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
