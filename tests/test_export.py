@@ -1,5 +1,6 @@
 """Every format of every trainer's networks and of networks of one's own against PyTorch; files on disk."""
 
+import csv
 import dataclasses
 import importlib.util
 import shutil
@@ -14,6 +15,7 @@ import torch
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch.nn import functional as F
 
 import data
@@ -256,6 +258,115 @@ def test_bench_measures(binary_run, capsys, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What the check compares.
+
+
+def write_images(folder, low, high, size=(8, 8), classes="ab"):
+    """Six random images of each class and split, with pixels from `low` to `high`."""
+    rng = np.random.default_rng(low)
+    for split in ("train", "test"):
+        for name in classes:
+            (folder / split / name).mkdir(parents=True)
+            for i in range(6):
+                pixels = rng.integers(low, high, (*size, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
+
+
+@needs_compiler
+def test_other_images_are_normalised_as_in_training(tmp_path, capsys):
+    """A network of dark images is checked on bright ones: by its own mean and deviation."""
+    write_images(tmp_path / "dark", 0, 90)
+    write_images(tmp_path / "bright", 150, 256)
+    images = ["--dataset", "folder", "--data-dir", str(tmp_path / "dark"), "--batch-size", "4"]
+    folder = trained(tmp_path, train_fsg, " ".join(["--arch resnet8 --grad ste --act sign", *images]))
+    for to in ("bits", "onnx", "c"):
+        assert export.main([str(folder), "--to", to, "--data-dir", str(tmp_path / "bright")]) == 0
+        assert "12 of 12 test images" in capsys.readouterr().out
+    assert export.read(folder).normalisation[1] == pytest.approx(
+        export.load_test(export.read(folder), "folder", tmp_path / "bright").shift.flatten().tolist()
+    )
+    write_images(tmp_path / "three", 0, 90, classes="abc")
+    assert "3 classes, and the network is for" in sentence(folder, "--to", "c", "--data-dir", tmp_path / "three")
+
+
+@pytest.mark.parametrize("to", ["bits", "c"])
+def test_a_run_with_another_image_size(tmp_path, capsys, to):
+    if to == "c" and not shutil.which("cc"):
+        pytest.skip("there is no C compiler (cc) here")
+    folder = trained(tmp_path, train_fsg, "--arch resnet8 --grad ste --image-size 12")
+    assert export.main([str(folder), "--to", to]) == 0
+    assert "359 of 359 test images" in capsys.readouterr().out
+
+
+@needs_compiler
+def test_c_of_large_images(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CFLAGS", "-O1")
+    write_images(tmp_path / "large", 0, 256, (120, 110))
+    images = ["--dataset", "folder", "--data-dir", str(tmp_path / "large"), "--image-size", "98", "--batch-size", "4"]
+    folder = trained(tmp_path, train_fsg, " ".join(["--arch resnet8 --grad ste --workers 0", *images]), steps=1)
+    assert export.main([str(folder), "--to", "c", "--images", "3"]) == 0
+    assert "3 of 3 test images" in capsys.readouterr().out
+
+
+def test_what_is_exported_is_what_was_tested(tmp_path, capsys):
+    """Of a run with relaxed weights: the true signs, with their BatchNorm statistics, as --eval-only tests them."""
+    argv = [*DIGITS, "--arch", "resnet8", "--method", "bnn++", "--out", str(tmp_path), "--name", "run"]
+    assert train_proxconnect.main([*argv, "--epochs", "2"]) == 0
+    rows = csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines())
+    accuracy = list(rows)[-1]["test_acc"]
+    capsys.readouterr()
+    assert export.main([str(tmp_path / "run" / "last.pt"), "--to", "bits"]) == 0
+    said = capsys.readouterr().out
+    assert float(said.split("test accuracy ")[1].split()[0]) == pytest.approx(100 * float(accuracy), abs=0.006)
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    torch.save(state | {"batch": 3}, tmp_path / "within.pt")  # as --save-every writes it, within an epoch
+    assert "export best.pt" in sentence(tmp_path / "within.pt", "--to", "bits")
+
+
+def test_half_that_changes_predictions_is_refused(tmp_path, monkeypatch):
+    folder = trained(tmp_path, train_fsg, "--arch resnet8 --grad ste")
+    real = export.check
+    monkeypatch.setattr(export, "check", lambda *args: dataclasses.replace(found := real(*args), equal=found.count - 4))
+    assert "disagree on 4 of 359 images" in sentence(folder, "--to", "bits", "--half")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --to hub-folder.
+
+
+def test_hub_folder(binary_run, tmp_path, capsys, monkeypatch):
+    assert export.main([str(binary_run), "--to", "hub-folder", "--out", str(tmp_path / "hub")]) == 0
+    said = capsys.readouterr().out
+    assert sorted(file.name for file in (tmp_path / "hub").iterdir()) == ["README.md", "model.safetensors"]
+    card, file = (tmp_path / "hub" / "README.md").read_text(), tmp_path / "hub" / "model.safetensors"
+    assert card.startswith("---\n") and "# resnet8 with binary weights" in card and "dorefa" in card
+    accuracy = said.split("test accuracy ")[1].split()[0]
+    assert f"| {accuracy} % of 359 images of digits |" in card and f"{file.stat().st_size:,} bytes" in card
+    # The code in the card computes what the network computes.
+    code = card.split("```python\n")[1].split("```")[0]
+    pixels = torch.randint(256, (5, 1, 8, 8)).float()
+    monkeypatch.chdir(file.parent)
+    names = {"pixels": pixels}
+    exec(code, names)
+    found = export.read(binary_run)
+    factor, shift = export.factor_and_shift(found)
+    assert torch.allclose(names["logits"], found.net(pixels * factor + shift), atol=1e-4)
+    # Written again, it replaces what it wrote; a README of someone else stays.
+    assert export.main([str(binary_run), "--to", "hub-folder", "--out", str(tmp_path / "hub")]) == 0
+    (tmp_path / "README.md").write_text("mine")
+    assert "README.md of its own" in sentence(binary_run, "--to", "hub-folder", "--out", tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine" and not (tmp_path / "model.safetensors").exists()
+    assert "cannot be made" in sentence(binary_run, "--to", "hub-folder", "--out", tmp_path / "README.md" / "a")
+    monkeypatch.setattr(export, "load_test", no_data)
+    assert "needs the test accuracy" in sentence(binary_run, "--to", "hub-folder", "--out", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def no_data(*_):
+    raise data.DataError("no images")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Bad input: one sentence that says what to do.
 
 
@@ -289,9 +400,6 @@ def test_bad_input(binary_run, tmp_path, monkeypatch):
     assert "could not be written" in sentence(binary_run, "--to", "bits", "--out", tmp_path / "no" / "folder")
     assert "could not be written" in sentence(binary_run, "--to", "bits", "--out", tmp_path / ("x" * 300))
     assert "name of a file" in sentence(binary_run, "--to", "bits", "--out", "/")
-
-    def no_data(*_):
-        raise data.DataError("no images")
 
     with monkeypatch.context() as patch:
         patch.setattr(export, "load_test", no_data)
