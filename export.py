@@ -7,7 +7,7 @@ In your own code, for any network made with models.binarize_() or models.build()
     export.to_onnx(net, "net.onnx", example)     # example: a batch of inputs    (pip install onnx onnxruntime)
     export.to_c(net, "net.c", example)           # one C99 file: void predict(const float *image, float *logits)
 
-For a run of a trainer. The file is then checked on the test images; the exit code is 0 only if it predicts the same:
+For a run of a trainer, the file is then checked on the test images; the exit code is 0 only if it predicts the same:
 
     python export.py runs/NAME --to bits         # runs/NAME/NAME.safetensors
     python export.py runs/NAME --to onnx
@@ -18,29 +18,8 @@ For a run of a trainer. The file is then checked on the test images; the exit co
 Instead of a run's folder (its best.pt), give any checkpoint, or a .safetensors file of packed bits. The exported
 network is the one that the trainer tests; for ProxConnect++'s methods, the one with true signs.
 
-THE FORMAT of packed bits is .safetensors. For each binary layer L with weights [C_out, C_in, k, k] or [F_out, F_in]:
-    L.weight.bits      uint8 [C_out, 8·words]. A row is a filter with n weights in PyTorch's order (C_in, then ky, kx).
-                       Weight i is bit i % 8 (0 is the lowest) of byte i // 8: 1 is +1, 0 is −1. A row is padded with 0
-                       to words of 64 bits: read as little-endian uint64, weight i is bit i % 64 of word i // 64.
-    L.weight.nonzero   The same layout, only if some weights are 0 (pruned): 1 where the weight is not 0.
-    L.weight.scale     float32 [C_out]. Ŵ = scale · (±1 or 0), exactly.
-All other parameters and buffers have their own names, in float32 (with --half in float16) or integers. The metadata are
-strings, all but the first and the last are JSON:
-    format             bnn-bits-2
-    layers             {name: {"type": class, and its constants, such as "stride" or "eps"}} of the modules that
-                       contain no others, in the order of the network's definition. Binary layers also have "shape",
-                       the weight's, and "act", how their input is quantized.
-    activations        {act: formula}, for the acts of this file: what is computed of a layer's input x
-    build              the arguments of models.build that make the network, or null for a network of your own
-    shape              [C, H, W] of an image, or null
-    normalisation      two lists by channel, x = factor · pixel + shift for pixels of 0 to 255, or null
-    checksum           SHA-256, as hexadecimal digits, of each other field as the line "name=value\n" (UTF-8, in the
-                       alphabetical order of the names), and then of each tensor, in the same order, as the line
-                       "name dtype shape\n", such as "fc.bias float32 [10]\n", and its bytes (little-endian)
-BatchNorm computes (x − running_mean) / √(running_var + eps) · weight + bias.
-
-Copy this file with export_c.py, binary_conv.cpp, models.py, quantizers.py, data.py, runs.py and the trainers whose runs
-you export: train_fsg.py (with hypernet.py, metaquant.py, gate.py, fsg_released.py), train_sibnn.py,
+Copy this file with export_bits.py, export_c.py, binary_conv.cpp, models.py, quantizers.py, data.py, runs.py and the
+trainers whose runs you export: train_fsg.py (with hypernet.py, metaquant.py, gate.py, fsg_released.py), train_sibnn.py,
 train_proxconnect.py, train_bihalf.py.
 """
 
@@ -48,7 +27,6 @@ import argparse
 import contextlib
 import copy
 import functools
-import hashlib
 import importlib
 import io
 import json
@@ -61,7 +39,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from einops import rearrange
 from rich.progress import Progress
@@ -70,98 +47,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import data
+import export_bits
 import export_c
 import models
 import runs
-from quantizers import WEIGHT_QUANTIZERS
+from export_bits import frozen, load_bits, named_binary_layers, one_line, read_bits, save_bits, write
+from quantizers import per_filter
 from runs import RunError
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A network with constant bits.
-
-# How a binary layer quantizes its input x, by the layer's `act`.
-ACTIVATIONS = {"none": "x", "sign": "+1 where x >= 0, else -1", "si": "1 where (x - theta) * delta >= 0, else 0"}
-
-
-def named_binary_layers(net: nn.Module) -> dict[str, nn.Module]:
-    return dict(zip(models.binary_layer_names(net), models.binary_layers(net), strict=True))
-
-
-def freeze(layer: nn.Module, signs: Tensor, scale: Tensor) -> None:
-    """Make Ŵ = scale · signs the layer's constant weight, and keep both factors as `signs` and `filter_scale`.
-
-    signs: int8 (−1, 0, +1), with the shape of the weight. scale: [C_out], not negative.
-    """
-    weight = (signs.flatten(1) * scale[:, None]).view(signs.shape)
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    layer.signs, layer.filter_scale = signs, scale
-    layer.quantizer, layer.options, layer.unit, layer.scale = "identity", {}, 1.0, 1.0
-
-
-def factorize(weight: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Ŵ as signs (int8, the shape of weight) and the scale of each filter [C_out]; None if Ŵ has another form."""
-    rows = weight.flatten(1)
-    scale = rows.abs().amax(1)
-    signs = torch.where(scale[:, None] == 0, 1, rows.sign()).to(torch.int8)  # if a filter is all 0, its scale says so
-    return (signs.view(weight.shape), scale) if torch.equal(signs * scale[:, None], rows) else None
-
-
-@torch.no_grad()
-def frozen(net: nn.Module) -> nn.Module:
-    """A copy of a network on the CPU, in float32 and in eval mode, whose binary layers have constant weights.
-
-    Raises RunError if there are no binary layers, and names those whose weights cannot be packed.
-    """
-    net = getattr(net, "_orig_mod", net)  # torch.compile's wrapper
-    net = net.module if isinstance(net, nn.parallel.DistributedDataParallel) else net
-    net = copy.deepcopy(net).cpu().float().eval()
-    layers = named_binary_layers(net)
-    if not layers:
-        raise RunError(
-            "this is a full-precision network, which has no bits: give one with binary weights (models.binarize_)"
-        )
-    bad = bad_tensors(net.state_dict())
-    if bad:
-        raise RunError(f"some elements are NaN, infinite or a negative variance in {', '.join(bad)}: use another state")
-    factors = {name: factorize(layer.binary_weight()) for name, layer in layers.items()}
-    relaxed = [f"{name} ({layers[name].quantizer})" for name, found in factors.items() if found is None]
-    if relaxed:
-        raise RunError(
-            f"these weights are not −1, 0 and +1 times one scale per filter: {', '.join(relaxed)}. Give the layers "
-            "true signs (layer.quantizer, layer.options = 'bwn', {}), re-estimate the BatchNorms and test the network"
-        )
-    for name, layer in layers.items():
-        freeze(layer, *factors[name])
-    return net
-
-
-def bad_tensors(tensors: dict[str, Tensor]) -> list[str]:
-    """The names of tensors with elements that no trained network has."""
-    return [
-        name
-        for name, value in tensors.items()
-        if not value.isfinite().all() or (name.endswith("running_var") and (value < 0).any())
-    ]
-
-
-# Attributes of PyTorch's modules that do not matter for testing, or that the tensors' shapes say.
-NOT_DESCRIBED = {"training", "momentum", "track_running_stats", "inplace", "return_indices", "affine", "transposed"}
-NOT_DESCRIBED |= {"in_channels", "out_channels", "in_features", "out_features", "num_features"}
-OF_LATENT_WEIGHTS = {"quantizer", "unit", "scale", "rho"}  # of binary layers
-
-
-def describe(net: nn.Module) -> dict[str, dict]:
-    """The field `layers` of a file (see the top of this file)."""
-    layers, binary = {}, named_binary_layers(net)
-    for name, m in net.named_modules():
-        if name in binary or next(m.children(), None) is None:
-            unused = NOT_DESCRIBED | OF_LATENT_WEIGHTS if name in binary else NOT_DESCRIBED
-            constants = {key: v for key, v in vars(m).items() if key not in unused and not key.startswith("_")}
-            layers[name] = {"type": type(m).__name__}
-            layers[name] |= {key: v for key, v in constants.items() if isinstance(v, int | float | str | tuple)}
-            if name in binary:
-                layers[name]["shape"] = list(m.weight.shape)
-    return json.loads(json.dumps(layers, default=str))  # tuples become lists
+# What the formats share.
 
 
 def failing_layers(net: nn.Module, example: Tensor, attempt: Callable) -> str:
@@ -170,12 +65,15 @@ def failing_layers(net: nn.Module, example: Tensor, attempt: Callable) -> str:
     names = {m: name for name, m in net.named_modules() if next(m.children(), None) is None}
 
     def keep(m, arguments):
-        inputs.setdefault(m, arguments[0])
+        if arguments:
+            inputs.setdefault(m, arguments[0])
 
     hooks = [m.register_forward_pre_hook(keep) for m in names]
     try:
         with torch.no_grad():
             net(example)
+    except Exception as e:
+        raise RunError(f"the network cannot take the example, {list(example.shape)} ({one_line(e)})") from None
     finally:
         for hook in hooks:
             hook.remove()
@@ -185,300 +83,6 @@ def failing_layers(net: nn.Module, example: Tensor, attempt: Callable) -> str:
         except Exception:  # of any type: a converter's, or PyTorch's
             failing.append(f"{names[m]} ({type(m).__name__})")
     return ", ".join(failing)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Packed bits: writing.
-
-FORMAT = "bnn-bits-2"
-FIELDS = {"format", "layers", "activations", "build", "shape", "normalisation", "checksum"}
-
-
-def pack(bits: Tensor) -> Tensor:
-    """bits [rows, n] bool -> uint8 [rows, 8·⌈n/64⌉]: bit i of a row is bit i % 8 of byte i // 8, padded with 0."""
-    return torch.from_numpy(export_c.pack_words(bits).view(np.uint8))
-
-
-def unpack(packed: Tensor, n: int) -> Tensor:
-    """The inverse of `pack`: packed [rows, bytes] uint8 with n bits in a row -> [rows, n] bool."""
-    return torch.from_numpy(np.unpackbits(packed.numpy(), axis=1, count=n, bitorder="little")).bool()
-
-
-def import_safetensors():
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise RunError("packed bits need safetensors: pip install safetensors") from None
-    return safetensors
-
-
-def save_bits(
-    net: nn.Module,
-    path: Path | str,
-    *,
-    build: dict | None = None,
-    shape: tuple[int, int, int] | None = None,
-    normalisation: list[list[float]] | None = None,
-    half: bool = False,
-) -> None:
-    """Write the packed bits of a network to a .safetensors file in the format that the top of this file describes.
-
-    build: the arguments with which models.build made the network, such as {"arch": "resnet20", "num_classes": 10}.
-        With them load_bits(path) needs no network.
-    shape: [C, H, W] of an image. normalisation: factors and shifts by channel, x = factor · pixel + shift, for pixels
-        of 0 to 255. Both are for the file's readers.
-    half: write what is not binary in float16, except tensors with elements that float16 cannot hold. The logits then
-        differ a little. It is refused with binary activations, which amplify the differences.
-
-    Raises RunError if the file cannot be written, if the network has no binary layers, or names all layers whose
-    weights are not −1, 0 and +1 times one scale per filter.
-    """
-    net = frozen(net)
-    layers = named_binary_layers(net)
-    if half and any(layer.act != "none" for layer in layers.values()):
-        raise RunError("half precision changes binary activations, and with them predictions: leave out half (--half)")
-    tensors = {name: value.clone(memory_format=torch.contiguous_format) for name, value in net.state_dict().items()}
-    for name, value in tensors.items():
-        if half and value.is_floating_point() and value.half().isfinite().all():
-            tensors[name] = value.half()
-    for name, layer in layers.items():
-        del tensors[f"{name}.weight"]
-        rows = layer.signs.flatten(1)
-        tensors[f"{name}.weight.bits"] = pack(rows > 0)
-        tensors[f"{name}.weight.scale"] = layer.filter_scale
-        if (rows == 0).any():
-            tensors[f"{name}.weight.nonzero"] = pack(rows != 0)
-    if build is not None:
-        build = BUILD_DEFAULTS | build
-        try:
-            if describe(build_named(build, "meta")) != describe(net):
-                raise ValueError("it makes another network")
-        except (TypeError, ValueError) as e:
-            raise RunError(f"build does not make this network with models.build ({e}): correct it") from None
-    values = {"build": build, "shape": shape, "normalisation": normalisation, "layers": describe(net)}
-    values["activations"] = {layer.act: ACTIVATIONS[layer.act] for layer in layers.values()}
-    fields = {"format": FORMAT} | {name: json.dumps(value, separators=(",", ":")) for name, value in values.items()}
-    fields["checksum"] = checksum(fields, tensors)
-    write(path, import_safetensors().torch.save(tensors, fields))
-
-
-def checksum(fields: dict[str, str], tensors: dict[str, Tensor]) -> str:
-    """The field `checksum` of a file (see the top of this file)."""
-    digest = hashlib.sha256()
-    for name in sorted(fields.keys() - {"checksum"}):
-        digest.update(f"{name}={fields[name]}\n".encode())
-    for name in sorted(tensors):
-        array = tensors[name].numpy()
-        digest.update(f"{name} {array.dtype} {list(array.shape)}\n".encode() + array.tobytes())
-    return digest.hexdigest()
-
-
-def write(path: Path | str, contents: bytes) -> None:
-    """Write a file. At any moment `path` is the old file or the complete new one. Checkpoints are never overwritten."""
-    path = Path(path)
-    if not path.name or os.path.isdir(path):
-        raise RunError(f"{path} is a folder: give the name of a file")
-    if is_checkpoint(path):
-        raise RunError(f"{path} is a checkpoint, which an export would overwrite: give another name (--out)")
-    with runs.replacing(path, "wb") as f:
-        f.write(contents)
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether a file exists that torch.save has written: a zip archive, or in old versions a pickle."""
-    try:
-        with open(path, "rb") as f:
-            return f.read(8).startswith((b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9c"))
-    except OSError:  # it does not exist
-        return False
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Packed bits: reading. A file can come from anyone. Nothing in it is executed or used as a path or an address. What it
-# says is checked before it is used: names must be known, sizes must fit the file, and the checksum must be right.
-
-LARGEST = 2**16  # of classes, channels and pixels per side
-LONGEST_HEADER = 2**24  # bytes
-BUILD_DEFAULTS = {"quantizer": "dorefa", "act": "none", "binarize_all": False, "in_channels": 3, "image_size": None}
-
-
-def load_bits(path: Path | str, net: nn.Module | None = None) -> nn.Module:
-    """The network of packed bits, in eval mode. Its logits are those of the network that was saved, bit for bit.
-
-    net: a network of your own, made as it was when the file was written, models.binarize_() included. It is filled in
-        place and returned. Without it, the file must name a network of models.build (`save_bits` with `build`).
-
-    Raises RunError if the file does not exist, is damaged, is of another kind, or does not fit the network.
-    """
-    return read_bits(path, net)[0]
-
-
-@torch.no_grad()
-def read_bits(path: Path | str, net: nn.Module | None = None) -> tuple[nn.Module, dict]:
-    """`load_bits`, and the file's build, shape and normalisation, each None or what save_bits was given."""
-    path = Path(path)
-    if not os.path.isfile(path):
-        raise RunError(f"there is no file {path}")
-    advice = "export it again" if net is None else "give the network that was saved, or export it again"
-    try:
-        fields, tensors = read_safetensors(path)
-        if not fields.get("format", "").startswith("bnn-bits-"):
-            raise RunError(f"{path} is a .safetensors file, but not one of packed bits: export one with --to bits")
-        if fields["format"] != FORMAT:
-            raise RunError(f"{path} has the format of another version of export.py: export the run again")
-        if fields.keys() != FIELDS:
-            raise ValueError("its metadata have other fields")
-        if fields["checksum"] != checksum(fields, tensors):
-            raise ValueError("its checksum is wrong: it has changed since it was written")
-        known = {name: json.loads(fields[name]) for name in FIELDS - {"format", "checksum"}}
-        if known["shape"] is not None:
-            check_shape(known["shape"], known["normalisation"])
-        elif known["normalisation"] is not None:
-            raise ValueError("it has a normalisation, but no shape of the images")
-        if net is None:
-            if known["build"] is None:
-                raise RunError(f"{path} is of a network of your own: make it, and call load_bits(path, net)")
-            elements = sum(value.numel() for value in build_named(known["build"], "meta").state_dict().values())
-            if elements > 8 * path.stat().st_size:  # each has at least a bit
-                raise ValueError("it is too small for a network of this size")
-            net = build_named(known["build"], "cpu")
-        check_layers(net, known["layers"], known["activations"])
-        values = unpacked(net, tensors)
-        for name, layer in named_binary_layers(net).items():
-            freeze(layer, *(value.to(layer.weight.device) for value in values.pop(name)))
-        for name, value in net.state_dict().items():
-            if name in values:
-                value.copy_(values[name])
-        return net.eval(), {name: known[name] for name in ("build", "shape", "normalisation")}
-    except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as e:
-        raise RunError(f"{path} cannot be loaded ({one_line(e)}): {advice}") from None
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The metadata and tensors of a file. Raises ValueError for a damaged file."""
-    safetensors = import_safetensors()
-    try:
-        with open(path, "rb") as f:
-            if int.from_bytes(f.read(8), "little") > LONGEST_HEADER:
-                raise ValueError("its header is too long")
-        with safetensors.safe_open(path, "pt") as f:  # it checks that each tensor lies within the file
-            return f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError, RuntimeError, MemoryError) as e:
-        raise ValueError(f"it is damaged or not a .safetensors file: {one_line(e)}") from None
-
-
-def one_line(error: Exception) -> str:
-    """The first line of an error's message. It can quote a file, so what could control a terminal is replaced."""
-    return printable((str(error).splitlines() or [type(error).__name__])[0])
-
-
-def printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text[:300])
-
-
-def is_size(value) -> bool:
-    return type(value) is int and 1 <= value <= LARGEST
-
-
-def check_shape(shape, normalisation) -> None:
-    """Raises ValueError unless they are [C, H, W] and two lists of C finite numbers, or a normalisation of None."""
-    if not isinstance(shape, list | tuple) or len(shape) != 3 or not all(map(is_size, shape)):
-        raise ValueError("the images' shape is wrong")
-    if normalisation is None:
-        return
-    if len(normalisation) != 2 or any(not isinstance(v, list) or len(v) != shape[0] for v in normalisation):
-        raise ValueError("the normalisation must be two lists with an element per channel")
-    for value in (*normalisation[0], *normalisation[1]):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not -1e30 < value < 1e30:
-            raise ValueError("the normalisation is not of finite numbers")
-    if 0 in normalisation[0]:
-        raise ValueError("the normalisation has a factor of 0")
-
-
-def build_named(build: dict, device: str) -> nn.Module:
-    """models.build(**build) on a device; "meta" allocates no memory. Raises ValueError for wrong arguments."""
-    if not isinstance(build, dict) or build.keys() != BUILD_DEFAULTS.keys() | {"arch", "num_classes"}:
-        raise ValueError("the arguments of models.build are not known")
-    choices = {"arch": models.ARCHS, "quantizer": WEIGHT_QUANTIZERS, "act": ACTIVATIONS}
-    for name, known in choices.items():
-        if not isinstance(build[name], str) or build[name] not in known:
-            raise ValueError(f"its {name} is not known")
-    size = build["image_size"]
-    if not all(map(is_size, (build["num_classes"], build["in_channels"]))) or not (size is None or is_size(size)):
-        raise ValueError("a number of classes, channels or pixels is wrong")
-    if type(build["binarize_all"]) is not bool:
-        raise ValueError("binarize_all is neither true nor false")
-    with torch.device(device), torch.random.fork_rng(devices=[]):
-        return models.build(**build)
-
-
-def check_layers(net: nn.Module, layers, activations) -> None:
-    """Raises ValueError unless a network's layers and activations are those that a file describes."""
-    found = describe(net)
-    if not isinstance(layers, dict) or not all(isinstance(fields, dict) for fields in layers.values()):
-        raise ValueError("its layers are not described")
-    for name in [*found, *layers]:
-        if name not in layers or name not in found:
-            owner = "network" if name not in layers else "file"
-            raise ValueError(f"only the {owner} has a layer {name!r:.80}")
-        for key in (found[name].keys() | layers[name].keys()) - {"type"}:
-            if found[name].get(key) != layers[name].get(key):
-                raise ValueError(f"{name} has another {key!r:.80} in the file than in the network")
-    acts = {fields["act"] for fields in found.values() if "act" in fields}
-    if activations != {act: ACTIVATIONS[act] for act in acts}:
-        raise ValueError("its activations are not known")
-
-
-def unpacked(net: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
-    """The signs and scales by layer, and the other tensors of a network by name.
-
-    Raises ValueError unless a file's tensors are exactly those of the network.
-    """
-    tensors, values, packed = dict(tensors), {}, set()
-    bad = bad_tensors(tensors)
-    if bad:
-        raise ValueError(f"some elements are NaN, infinite or a negative variance in {bad[0]!r:.80}")
-    for name, layer in named_binary_layers(net).items():
-        rows, n = len(layer.weight), layer.weight[0].numel()
-        packed_shape = (rows, math.ceil(n / 64) * 8)
-        bits = take_bits(tensors, f"{name}.weight.bits", packed_shape, n)
-        scale = take(tensors, f"{name}.weight.scale", (rows,), torch.float32)
-        signs = bits.to(torch.int8) * 2 - 1
-        if f"{name}.weight.nonzero" in tensors:
-            signs *= take_bits(tensors, f"{name}.weight.nonzero", packed_shape, n)
-        if (scale < 0).any():
-            raise ValueError(f"{name}.weight.scale has negative elements")
-        values[name] = signs.view(layer.weight.shape), scale
-        packed.add(f"{name}.weight")
-    for name, value in net.state_dict().items():
-        if name not in packed:
-            dtypes = (torch.float32, torch.float16) if value.is_floating_point() else (value.dtype,)
-            values[name] = take(tensors, name, value.shape, *dtypes)
-    if tensors:
-        raise ValueError(f"the network has no {next(iter(tensors))!r:.80}")
-    return values
-
-
-def take(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
-    """Remove and return a tensor. Raises ValueError if it does not exist or has another shape or dtype."""
-    if name not in tensors:
-        raise ValueError(f"{name} is missing")
-    value = tensors.pop(name)
-    if value.shape != shape or value.dtype not in dtypes:
-        raise ValueError(f"{name} must have the shape {list(shape)} and {dtypes[0]}")
-    return value
-
-
-def take_bits(tensors: dict[str, Tensor], name: str, shape: tuple[int, int], n: int) -> Tensor:
-    """Remove a tensor of packed bits and return them: [rows, n] bool."""
-    packed = take(tensors, name, shape, torch.uint8)
-    bits = unpack(packed, n)
-    if not torch.equal(pack(bits), packed):
-        raise ValueError(f"the padding of {name} is not 0")
-    return bits
-
-
-load = load_bits
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -574,15 +178,15 @@ def binary_forward(layer: nn.Module, x: Tensor) -> Tensor:
     """What a frozen binary layer computes, with its weight as int8 signs times scales."""
     function, weight = layer_function(layer), layer.signs.float()
     if layer.act == "none":
-        return function(x, weight * layer.filter_scale.view(-1, *[1] * (weight.dim() - 1)), layer.bias)
+        return function(x, weight * per_filter(layer.filter_scale, weight), layer.bias)
     if layer.act == "sign":
         x = torch.where(x >= 0, 1.0, -1.0)
     else:
         x = ((x - layer.theta) * layer.delta >= 0).float()
-    y = function(x, weight, None)
+    y, per_channel = function(x, weight, None), [-1] + [1] * (weight.dim() - 2)
     if (layer.filter_scale != 1).any():
-        y = y * layer.per_channel(layer.filter_scale)
-    return y if layer.bias is None else y + layer.per_channel(layer.bias)
+        y = y * layer.filter_scale.view(per_channel)
+    return y if layer.bias is None else y + layer.bias.view(per_channel)
 
 
 def adaptive_average(pool: nn.AdaptiveAvgPool2d, x: Tensor) -> Tensor:
@@ -720,7 +324,7 @@ def read_checkpoint(path: Path) -> Trained:
     try:
         checkpoint = runs.load(path)
     except RunError as e:
-        raise RunError(printable(str(e))) from None
+        raise RunError(export_bits.printable(str(e))) from None
     if not {"args", "model", "num_classes"} <= checkpoint.keys():
         raise RunError(f"{path} is not a checkpoint of a run: give a run's folder, or its best.pt or last.pt")
     if not {"shape", "normalisation"} <= checkpoint.keys():
@@ -730,8 +334,8 @@ def read_checkpoint(path: Path) -> Trained:
         )
     try:
         shape, normalisation, num_classes = (checkpoint[name] for name in ("shape", "normalisation", "num_classes"))
-        check_shape(shape, normalisation)
-        if not is_size(num_classes):
+        export_bits.check_shape(shape, normalisation)
+        if not export_bits.is_size(num_classes):
             raise ValueError("the number of classes is wrong")
         args, trainer = flags_of(checkpoint["args"], path)
         net = trained_network(trainer, args, num_classes, tuple(shape), path)
@@ -739,7 +343,7 @@ def read_checkpoint(path: Path) -> Trained:
         if not layers:
             raise RunError(f"{path} is a full-precision network, which has no bits: give a run with binary weights")
         runs.load_model(net, checkpoint["model"], path)
-        bad = bad_tensors(net.state_dict())
+        bad = export_bits.bad_tensors(net.state_dict())
         if bad:
             raise ValueError(f"some elements are NaN or infinite in {', '.join(bad)}, or a variance is negative")
     except (TypeError, ValueError) as e:
@@ -933,7 +537,7 @@ CARD_MARK = "<!-- written by export.py -->"
 def write_card(trained: Trained, path: Path, found: Comparison, dataset: str) -> None:
     """Write the model card, README.md, beside the packed bits at `path`."""
     layers = models.binary_layers(trained.net)
-    bits, elements = (sum(m.weight.numel() for m in layers), sum(p.numel() for p in trained.net.parameters()))
+    bits, elements = sum(m.weight.numel() for m in layers), sum(p.numel() for p in trained.net.parameters())
     load = f'export.load_bits("{path.name}")' if trained.build else f'export.load_bits("{path.name}", net)'
     c, h, w = trained.shape
     text = f"""---
@@ -950,7 +554,7 @@ tags:
 | --- | --- |
 | network | {trained.arch}, {len(layers)} binary layers |
 | weights | binarized by `{trained.quantizer}` |
-| activations | {"binary" if trained.act != "none" else "float32"} (`{trained.act}`: {ACTIVATIONS[trained.act]}) |
+| activations | `{trained.act}`: {export_bits.ACTIVATIONS[trained.act]} |
 | parameters | {elements:,}, of which {bits:,} are binary |
 | size | {path.stat().st_size:,} bytes; in float32 {4 * elements:,} bytes |
 | images | {c}×{h}×{w}, {trained.num_classes} classes |

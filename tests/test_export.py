@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 import data
 import export
+import export_bits
 import export_c
 import models
 import runs
@@ -99,9 +100,9 @@ def images_of(found):
 @settings(deadline=None)
 def test_packing_and_back_for_any_shape(rows, n, seed):
     bits = torch.rand(rows, n, generator=torch.Generator().manual_seed(seed)) < 0.5
-    packed = export.pack(bits)
+    packed = export_bits.pack(bits)
     assert packed.dtype == torch.uint8 and packed.shape == (rows, -(-n // 64) * 8)
-    assert torch.equal(export.unpack(packed, n), bits)
+    assert torch.equal(export_bits.unpack(packed, n), bits)
     for row, found in zip(bits.tolist(), packed, strict=True):
         words = struct.unpack(f"<{-(-n // 64)}Q", bytes(found.tolist()))
         assert [words[i // 64] >> (i % 64) & 1 for i in range(n)] == row, "as the file's description says"

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import export
+import export_bits
 import models
 import runs
 import train_fsg
@@ -285,7 +286,7 @@ def crafted(path, metadata, tensors):
     """Write a file whose checksum is right, as the author of a hostile file would."""
     tensors = {name: value.contiguous() for name, value in tensors.items()}
     with contextlib.suppress(TypeError):  # there is no checksum of a dtype that NumPy does not have
-        metadata = metadata | ({"checksum": export.checksum(metadata, tensors)} if "checksum" in metadata else {})
+        metadata = metadata | ({"checksum": export_bits.checksum(metadata, tensors)} if "checksum" in metadata else {})
     save_file(tensors, path, metadata)
     return path
 
