@@ -91,7 +91,7 @@ def failing_layers(net: nn.Module, example: Tensor, attempt: Callable) -> str:
 #   runtime computes both once, when it loads the file. (onnxruntime computes the usual operator, DequantizeLinear, at
 #   each call, and then takes 1.5 to 2 times as long.)
 # - If its input is binary, the convolution adds integers, and the scale follows. As in PyTorch, the sums are exact.
-# - An adaptive pool is two matrix products.
+# - An adaptive pool whose windows differ in size is two matrix products.
 
 FLOAT32_NOTE = (
     "Run this network in float32. With binary activations, bfloat16 or float16 changes many predictions. OpenVINO's "
@@ -190,12 +190,12 @@ def binary_forward(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def adaptive_average(pool: nn.AdaptiveAvgPool2d, x: Tensor) -> Tensor:
+    height, width = (int(size) for size in x.shape[-2:])
     sizes = pool.output_size if isinstance(pool.output_size, tuple) else (pool.output_size,) * 2
-    sizes = [out or int(size) for out, size in zip(sizes, x.shape[-2:], strict=True)]
-    if sizes == [1, 1]:
-        return x.mean(dim=(2, 3), keepdim=True)
-    rows, columns = (averaging_matrix(int(size), out) for size, out in zip(x.shape[-2:], sizes, strict=True))
-    return rows @ x @ columns.T
+    rows, columns = sizes[0] or height, sizes[1] or width
+    if height % rows == width % columns == 0:  # ONNX has these pools
+        return F.adaptive_avg_pool2d(x, (rows, columns))
+    return averaging_matrix(height, rows) @ x @ averaging_matrix(width, columns).T
 
 
 def averaging_matrix(size: int, out_size: int) -> Tensor:
