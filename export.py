@@ -3,7 +3,7 @@
     python export.py runs/NAME --to bits        # runs/NAME/NAME.safetensors: 1 bit per binary weight; load() reads it
     python export.py runs/NAME --to onnx        # binary weights are int8       (pip install onnx onnxruntime)
     python export.py runs/NAME --to c           # one C99 file: void predict(const float *image, float *logits)
-    python export.py runs/NAME --bench          # ms per image: PyTorch, onnxruntime, the C file with binary_conv.cpp
+    python export.py runs/NAME --bench          # ms per image: PyTorch, onnxruntime, the C file
 
 Instead of a run's folder (its best.pt), give any checkpoint, or a .safetensors file that this script has written. The
 exported network is the one that the trainer tests; for ProxConnect++'s methods, the one with true signs.
@@ -23,7 +23,7 @@ and all other parameters and buffers under their names, in float32 or, with --ha
 The PyTorch model and the ONNX file take normalised images, the C file takes pixels of 0 to 255. With --half the logits
 differ a little. If activations are binary, some of their bits differ.
 
-Copy this file with export_c.py, binary_conv.cpp, models.py, quantizers.py, data.py, runs.py and the trainers whose runs
+Copy this file with export_c.py, kernels.c, models.py, quantizers.py, data.py, runs.py and the trainers whose runs
 you export: train_fsg.py (with hypernet.py, metaquant.py, gate.py, fsg_released.py), train_sibnn.py,
 train_proxconnect.py, train_bihalf.py.
 """
