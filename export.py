@@ -5,7 +5,7 @@ In your own code, for any network made with models.binarize_() or models.build()
     export.save_bits(net, "net.safetensors")     # 1 bit per binary weight
     net = export.load_bits("net.safetensors", MyNetwork())     # after models.binarize_(); the same logits, bit for bit
     export.to_onnx(net, "net.onnx", example)     # example: a batch of inputs    (pip install onnx onnxruntime)
-    export.to_c(net, "net.c", example)           # one C99 file: void predict(const float *image, float *logits)
+    export.to_c(net, "net.c", example)           # one C99 file: void net_predict(const float *image, float *logits)
 
 For a run of a trainer, the file is then checked on the test images; the exit code is 0 only if it predicts the same:
 
@@ -13,12 +13,12 @@ For a run of a trainer, the file is then checked on the test images; the exit co
     python export.py runs/NAME --to onnx
     python export.py runs/NAME --to c
     python export.py runs/NAME --to hub-folder   # runs/NAME/hub: the packed bits and a model card
-    python export.py runs/NAME --bench           # ms per image: PyTorch, onnxruntime, the C file with binary_conv.cpp
+    python export.py runs/NAME --bench           # ms per image: PyTorch, onnxruntime, the C file
 
 Instead of a run's folder (its best.pt), give any checkpoint, or a .safetensors file of packed bits. The exported
 network is the one that the trainer tests; for ProxConnect++'s methods, the one with true signs.
 
-Copy this file with export_bits.py, export_c.py, binary_conv.cpp, models.py, quantizers.py, data.py, runs.py and the
+Copy this file with export_bits.py, export_c.py, kernels.c, models.py, quantizers.py, data.py, runs.py and the
 trainers whose runs you export: train_fsg.py (with hypernet.py, metaquant.py, gate.py, fsg_released.py), train_sibnn.py,
 train_proxconnect.py, train_bihalf.py.
 """
@@ -227,10 +227,10 @@ def to_c(
     normalisation: list[list[float]] | None = None,
     about: str = "a binary network",
 ) -> None:
-    """Write one C99 file with the function predict(const float *image, float *logits).
+    """Write one C99 file with the function net_predict(const float *image, float *logits).
 
     example: a batch of inputs, [B, C, H, W] for images.
-    normalisation: see `save_bits`. With it, predict() takes pixels of 0 to 255; without it, what the network takes.
+    normalisation: see `save_bits`. With it, net_predict() takes pixels of 0 to 255; without it, what the network takes.
     about: a few words for the comment at the top of the file.
 
     Raises RunError if the file cannot be written, or names all layers for which export_c.py has no rule.
@@ -610,8 +610,7 @@ def bench(trained: Trained, rounds: int) -> dict:
         to_onnx(trained.net, folder / "network.onnx", trained.example())
         source = c_source(trained.net, trained.example(), trained.normalisation, trained.about())
         (folder / "network.c").write_text(source)
-        flags = ["-march=native", "-fopenmp", "-DBINARY_CONV", export_c.kernel()._name]
-        library = export_c.compile_library(folder / "network.c", folder, *flags)
+        library = export_c.compile_library(folder / "network.c", folder, "-fopenmp")
         for threads in sorted({1, os.cpu_count() or 1}):
             session = onnx_session(folder / "network.onnx", threads)
             torch.set_num_threads(threads)

@@ -55,7 +55,7 @@ COPIES = {
         "import selective_scan as s; print(s.library(6))",
     ),
     "export_c.py": (
-        ["binary_conv.cpp", "models.py", "quantizers.py", "runs.py"],
+        ["kernels.c", "models.py", "quantizers.py", "runs.py"],
         """
         import export_c, torch
         ops = export_c.operations(torch.nn.Sequential(torch.nn.Conv2d(1, 3, 2)).eval(), (1, 4, 4))
@@ -73,7 +73,7 @@ COPIES = {
     ),
     "export.py": (
         [
-            *("export_bits.py", "export_c.py", "binary_conv.cpp", "models.py", "quantizers.py", "data.py", "runs.py"),
+            *("export_bits.py", "export_c.py", "kernels.c", "models.py", "quantizers.py", "data.py", "runs.py"),
             *("train_fsg.py", "hypernet.py", "metaquant.py", "gate.py", "fsg_released.py"),
             *("train_sibnn.py", "train_proxconnect.py", "train_bihalf.py"),
         ],

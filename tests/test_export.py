@@ -198,8 +198,8 @@ def test_a_batchnorm_before_a_binary_activation_is_a_comparison_of_sums(tmp_path
     """In a ResNet's blocks between the two convolutions; at the blocks' ends the shortcut is in between."""
     found = export.read(trained(tmp_path, train_fsg, "--arch resnet8 --grad ste --act sign"))
     text = export.c_source(found.net, found.example(), found.normalisation, "")
-    calls = text.split("void predict(const float *image, float *logits) {")[1]
-    assert calls.count("THRESHOLD(sums") == 3 and calls.count("pack_signs(out") == 3
+    calls = text.split("static void net_run(")[1]
+    assert calls.count("_low, ") == 3 and calls.count("net_pack(out") == 3
     for group in export_c.fuse(ops := export_c.operations(found.net, found.shape)):
         for activation in [op for op in export_c.consumers(ops)[group.result] if op.kind == "sign"]:
             where = export_c.interval(group, activation)
