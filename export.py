@@ -40,7 +40,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
@@ -51,8 +51,7 @@ import export_bits
 import export_c
 import models
 import runs
-from export_bits import frozen, load_bits, named_binary_layers, one_line, read_bits, save_bits, write
-from quantizers import per_filter
+from export_bits import frozen, load_bits, one_line, read_bits, save_bits, write
 from runs import RunError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,15 +157,22 @@ def traced(net: nn.Module, example: Tensor) -> bytes:
 def for_onnx(net: nn.Module) -> nn.Module:
     """A copy of a frozen network whose modules compute as the comment above says."""
     net = copy.deepcopy(net)
+    for name, layer in models.named_binary_layers(net).items():
+        for factor in ("signs", "filter_scale"):  # what is computed from buffers stays as it is in the trace
+            net.register_buffer(f"{name}_{factor}".replace(".", "_"), getattr(layer, factor))
+        layer.binary_weight = functools.partial(onnx_weight, layer)
+        if sums(layer):
+            layer.forward = functools.partial(onnx_forward, layer)
     for m in net.modules():
-        if hasattr(m, "signs"):
-            for name in ("signs", "filter_scale"):  # as buffers they have names in the file
-                value = m.__dict__.pop(name)
-                m.register_buffer(name, value)
-            m.forward = functools.partial(binary_forward, m)
-        elif isinstance(m, nn.AdaptiveAvgPool2d):
+        if isinstance(m, nn.AdaptiveAvgPool2d):
             m.forward = functools.partial(adaptive_average, m)
     return net
+
+
+def sums(layer: nn.Module) -> bool:
+    """Whether a layer is a plain Linear or Conv, which sums exactly if its inputs are binary."""
+    plain = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+    return getattr(models.plain_class(layer), "forward", None) in plain
 
 
 def layer_function(layer: nn.Module) -> Callable:
@@ -174,16 +180,24 @@ def layer_function(layer: nn.Module) -> Callable:
     return F.linear if isinstance(layer, nn.Linear) else layer._conv_forward
 
 
-def binary_forward(layer: nn.Module, x: Tensor) -> Tensor:
-    """What a frozen binary layer computes, with its weight as int8 signs times scales."""
-    function, weight = layer_function(layer), layer.signs.float()
+def onnx_weight(layer: nn.Module) -> Tensor:
+    """Ŵ of a frozen binary layer, as the product of its int8 signs and its scales."""
+    scale, shape, groups = layer.filter_scale, layer.signs.shape, getattr(layer, "groups", 1)
+    if models.has_inputs_first(layer):
+        scale = repeat(scale, "(g o) -> (g i) o", g=groups, i=shape[0] // groups)
+    return layer.signs.float() * scale.view(*scale.shape, *[1] * (len(shape) - scale.dim()))
+
+
+def onnx_forward(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a frozen Linear or Conv computes."""
+    function = layer_function(layer)
     if layer.act == "none":
-        return function(x, weight * per_filter(layer.filter_scale, weight), layer.bias)
+        return function(x, onnx_weight(layer), layer.bias)
     if layer.act == "sign":
         x = torch.where(x >= 0, 1.0, -1.0)
     else:
         x = ((x - layer.theta) * layer.delta >= 0).float()
-    y, per_channel = function(x, weight, None), [-1] + [1] * (weight.dim() - 2)
+    y, per_channel = function(x, layer.signs.float(), None), [-1] + [1] * (layer.signs.dim() - 2)
     if (layer.filter_scale != 1).any():
         y = y * layer.filter_scale.view(per_channel)
     return y if layer.bias is None else y + layer.bias.view(per_channel)
@@ -510,15 +524,15 @@ def size_table(trained: Trained, half: bool) -> Table:
     for column in ("weights", "float32 bytes", "packed bytes", "ratio", "+1 %", "0 %"):
         table.add_column(column, justify="right")
     rows = []  # name, weights, float32 bytes, packed bytes, percentages
-    state = trained.net.state_dict()
-    for name, layer in named_binary_layers(trained.net).items():
-        signs = layer.signs.flatten(1)
+    packed_names = export_bits.packed_parameters(trained.net)
+    for name, layer in models.named_binary_layers(trained.net).items():
+        signs = export_bits.rows_of(layer, layer.signs)
         planes = 2 if (signs == 0).any() else 1
         packed = len(signs) * (planes * math.ceil(signs.shape[1] / 64) * 8 + 4)
         shares = [f"{100 * (signs == value).double().mean().item():.1f}" for value in (1, 0)]
         rows.append([name, signs.numel(), 4 * signs.numel(), packed, *shares])
-        del state[f"{name}.weight"]
-    count = sum(value.numel() for value in state.values() if value.is_floating_point())
+    others = [value for name, value in trained.net.state_dict().items() if name not in packed_names]
+    count = sum(value.numel() for value in others if value.is_floating_point())
     rows.append(["all else, float16" if half else "all else", count, 4 * count, (2 if half else 4) * count])
     rows.append(["in all", *[sum(row[i] for row in rows) for i in (1, 2, 3)]])
     for row in rows:
@@ -596,12 +610,14 @@ def plain_network(net: nn.Module) -> nn.Module:
 def bench(trained: Trained, rounds: int) -> dict:
     """Time the network, in PyTorch, onnxruntime and C, and its binary convolutions one by one. Prints two tables.
 
+    The C file uses one core; the others use one, and then all.
+
     Returns {"networks": rows, "layers": rows}; the times of networks are ms per image.
     """
     results = {"networks": [], "layers": []}
     title = f"{trained.arch}, ms per image (median of {rounds}, in turn)"
     table = Table(title=title, title_justify="left")
-    for column in ("cores", "batch", "PyTorch float32", "onnxruntime", "ours", "PyTorch / ours", "onnxruntime / ours"):
+    for column in ("cores", "batch", "PyTorch float32", "onnxruntime", "C", "PyTorch / C", "onnxruntime / C"):
         table.add_column(column, justify="right")
     net, threads_before = plain_network(trained.net), torch.get_num_threads()
     factor, shift = factor_and_shift(trained)
@@ -610,11 +626,10 @@ def bench(trained: Trained, rounds: int) -> dict:
         to_onnx(trained.net, folder / "network.onnx", trained.example())
         source = c_source(trained.net, trained.example(), trained.normalisation, trained.about())
         (folder / "network.c").write_text(source)
-        library = export_c.compile_library(folder / "network.c", folder, "-fopenmp")
+        library = export_c.compile_library(folder / "network.c", folder)
         for threads in sorted({1, os.cpu_count() or 1}):
             session = onnx_session(folder / "network.onnx", threads)
             torch.set_num_threads(threads)
-            library.omp_set_num_threads(threads)
             for batch in (1, 32):
                 pixels = torch.randint(256, (batch, *trained.shape)).float()
                 images = pixels * factor + shift

@@ -8,7 +8,8 @@ r"""Packed bits: a binary network in a .safetensors file with one bit per binary
     net = load_bits("net.safetensors")
 
 The format is .safetensors. For each binary layer L with weights [C_out, C_in, k, k] or [F_out, F_in]:
-    L.weight.bits      uint8 [C_out, 8·words]. A row is a filter with n weights in PyTorch's order (C_in, then ky, kx).
+    L.weight.bits      uint8 [C_out, 8·words]. A row is a filter with n weights in PyTorch's order (C_in, then ky, kx;
+                       if layers say "inputs_first", [C_in, C_out, k, k] is transposed in each group before).
                        Weight i is bit i % 8 (0 is the lowest) of byte i // 8: 1 is +1, 0 is −1. A row is padded with 0
                        to words of 64 bits: read as little-endian uint64, weight i is bit i % 64 of word i // 64.
     L.weight.nonzero   The same layout, only if some weights are 0 (pruned): 1 where the weight is not 0.
@@ -18,7 +19,9 @@ strings; all but format and checksum are JSON:
     format             bnn-bits-2
     layers             {name: {"type": class, and its constants, such as "stride" or "eps"}} of the modules that
                        contain no others, in the order of the network's definition. Binary layers also have "shape",
-                       the weight's, and "act", how their input is quantized.
+                       the weight's, and "act", how their input is quantized. The input projections of an
+                       nn.MultiheadAttention a are the binary layer a.in_proj. Layers with "shares" have the weight of
+                       that layer.
     activations        {act: formula}, for the acts of this file: what is computed of a layer's input x
     build              the arguments of models.build that make the network, or null for a network of your own
     shape              [C, H, W] of an image, or null
@@ -40,6 +43,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 import models
@@ -54,27 +58,38 @@ from runs import RunError
 ACTIVATIONS = {"none": "x", "sign": "+1 where x >= 0, else -1", "si": "1 where (x - theta) * delta >= 0, else 0"}
 
 
-def named_binary_layers(net: nn.Module) -> dict[str, nn.Module]:
-    return dict(zip(models.binary_layer_names(net), models.binary_layers(net), strict=True))
+def rows_of(layer: nn.Module, weight: Tensor) -> Tensor:
+    """A layer's weight, or its signs, with a filter in each row: [C_out, n]."""
+    if models.has_inputs_first(layer):
+        weight = rearrange(weight, "(g i) o ... -> (g o) i ...", g=getattr(layer, "groups", 1))
+    return weight.flatten(1)
+
+
+def from_rows(layer: nn.Module, rows: Tensor) -> Tensor:
+    """The inverse of `rows_of`: [C_out, n] -> the shape of the layer's weight."""
+    shape, groups = layer.weight.shape, getattr(layer, "groups", 1)
+    if not models.has_inputs_first(layer):
+        return rows.view(shape)
+    rows = rows.view(shape[1] * groups, shape[0] // groups, *shape[2:])
+    return rearrange(rows, "(g o) i ... -> (g i) o ...", g=groups)
 
 
 def freeze(layer: nn.Module, signs: Tensor, scale: Tensor) -> None:
     """Make Ŵ = scale · signs the layer's constant weight, and keep both factors as `signs` and `filter_scale`.
 
-    signs: int8 (−1, 0, +1), with the shape of the weight. scale: [C_out], not negative.
+    signs: int8 (−1, 0, +1), [C_out, n]. scale: [C_out], not negative.
     """
-    weight = (signs.flatten(1) * scale[:, None]).view(signs.shape)
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    layer.signs, layer.filter_scale = signs, scale
+    layer.weight.data.copy_(from_rows(layer, signs * scale[:, None]))  # in place: other layers can share it
+    layer.weight.requires_grad_(False)
+    layer.signs, layer.filter_scale = from_rows(layer, signs), scale
     layer.quantizer, layer.options, layer.unit, layer.scale = "identity", {}, 1.0, 1.0
 
 
-def factorize(weight: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Ŵ as signs (int8, the shape of weight) and the scale of each filter [C_out]; None if Ŵ has another form."""
-    rows = weight.flatten(1)
+def factorize(rows: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Ŵ [C_out, n] as signs (int8) and the scale of each filter [C_out]. None if Ŵ does not have this form."""
     scale = rows.abs().amax(1)
     signs = torch.where(scale[:, None] == 0, 1, rows.sign()).to(torch.int8)  # if a filter is all 0, its scale says so
-    return (signs.view(weight.shape), scale) if torch.equal(signs * scale[:, None], rows) else None
+    return (signs, scale) if torch.equal(signs * scale[:, None], rows) else None
 
 
 @torch.no_grad()
@@ -86,7 +101,7 @@ def frozen(net: nn.Module) -> nn.Module:
     net = getattr(net, "_orig_mod", net)  # torch.compile's wrapper
     net = net.module if isinstance(net, nn.parallel.DistributedDataParallel) else net
     net = copy.deepcopy(net).cpu().float().eval()
-    layers = named_binary_layers(net)
+    layers = models.named_binary_layers(net)
     if not layers:
         raise RunError(
             "this is a full-precision network, which has no bits: give one with binary weights (models.binarize_)"
@@ -94,7 +109,7 @@ def frozen(net: nn.Module) -> nn.Module:
     bad = bad_tensors(net.state_dict())
     if bad:
         raise RunError(f"some elements are NaN, infinite or a negative variance in {', '.join(bad)}: use another state")
-    factors = {name: factorize(layer.binary_weight()) for name, layer in layers.items()}
+    factors = {name: factorize(rows_of(layer, layer.binary_weight())) for name, layer in layers.items()}
     relaxed = [f"{name} ({layers[name].quantizer})" for name, found in factors.items() if found is None]
     if relaxed:
         raise RunError(
@@ -115,27 +130,39 @@ def bad_tensors(tensors: dict[str, Tensor]) -> list[str]:
     ]
 
 
-# Attributes of PyTorch's modules that do not matter for testing, or that the tensors' shapes say.
+# Attributes of modules, and of binary layers, that do not matter for testing, or that the tensors' shapes say.
 NOT_DESCRIBED = {"training", "momentum", "track_running_stats", "inplace", "return_indices", "affine", "transposed"}
 NOT_DESCRIBED |= {"in_channels", "out_channels", "in_features", "out_features", "num_features"}
-OF_LATENT_WEIGHTS = {"quantizer", "unit", "scale", "rho"}  # of binary layers
+NOT_DESCRIBED_IF_BINARY = NOT_DESCRIBED | {"unit", "scale", "rho", "calls_itself", "saw_input"}
 DESCRIBED_TEXTS = {"act", "padding", "padding_mode", "approximate", "mode"}  # a text of your own could be a path
 
 
 def describe(net: nn.Module) -> dict[str, dict]:
     """The field `layers` of a file (see the top of this file)."""
-    layers, binary = {}, named_binary_layers(net)
-    for name, m in net.named_modules():
-        if name in binary or next(m.children(), None) is None:
-            unused = NOT_DESCRIBED | OF_LATENT_WEIGHTS if name in binary else NOT_DESCRIBED
-            constants = {key: v for key, v in vars(m).items() if key not in unused and not key.startswith("_")}
-            layers[name] = {"type": type(m).__name__}
-            for key, v in constants.items():
-                if isinstance(v, int | float | tuple) or (isinstance(v, str) and key in DESCRIBED_TEXTS):
-                    layers[name][key] = v
-            if name in binary:
-                layers[name]["shape"] = list(m.weight.shape)
+    binary, layers = models.named_binary_layers(net), {}
+    owners = {id(layer.weight): name for name, layer in binary.items()}
+    leaves = {name: m for name, m in net.named_modules() if next(m.children(), None) is None}
+    for name, m in (leaves | binary).items():
+        fields = layers[name] = {"type": type(m).__name__}
+        is_binary = hasattr(m, "binary_weight")
+        for key, v in vars(m).items():
+            if key.startswith("_") or key in (NOT_DESCRIBED_IF_BINARY if is_binary else NOT_DESCRIBED):
+                continue
+            if isinstance(v, int | float | tuple) or (isinstance(v, str) and key in DESCRIBED_TEXTS):
+                fields[key] = v
+        if is_binary:
+            fields["shape"] = list(m.weight.shape)
+            if models.has_inputs_first(m):
+                fields["inputs_first"] = True
+            if name not in binary:
+                fields["shares"] = owners[id(m.weight)]
     return json.loads(json.dumps(layers, default=str))  # tuples become lists
+
+
+def packed_parameters(net: nn.Module) -> set[str]:
+    """The names, in the state dict, of the weights of binary layers."""
+    packed = {id(layer.weight) for layer in models.binary_layers(net)}
+    return {name for name, value in net.state_dict(keep_vars=True).items() if id(value) in packed}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,16 +215,16 @@ def save_bits(
     weights are not −1, 0 and +1 times one scale per filter.
     """
     net = frozen(net)
-    layers = named_binary_layers(net)
+    layers = models.named_binary_layers(net)
     if half and any(layer.act != "none" for layer in layers.values()):
         raise RunError("half precision changes binary activations, and with them predictions: leave out half (--half)")
-    tensors = {name: value.clone(memory_format=torch.contiguous_format) for name, value in net.state_dict().items()}
-    for name, value in tensors.items():
-        if half and value.is_floating_point() and value.half().isfinite().all():
-            tensors[name] = value.half()
+    tensors, packed = {}, packed_parameters(net)
+    for name, value in net.state_dict().items():
+        if name not in packed:
+            fits = half and value.is_floating_point() and value.half().isfinite().all()
+            tensors[name] = (value.half() if fits else value).clone(memory_format=torch.contiguous_format)
     for name, layer in layers.items():
-        del tensors[f"{name}.weight"]
-        rows = layer.signs.flatten(1)
+        rows = rows_of(layer, layer.signs)
         tensors[f"{name}.weight.bits"] = pack(rows > 0)
         tensors[f"{name}.weight.scale"] = layer.filter_scale
         if (rows == 0).any():
@@ -298,11 +325,12 @@ def read_bits(path: Path | str, net: nn.Module | None = None) -> tuple[nn.Module
             net = build_named(known["build"], "cpu")
         check_layers(net, known["layers"], known["activations"])
         values = unpacked(net, tensors)
-        for name, layer in named_binary_layers(net).items():
-            freeze(layer, *(value.to(layer.weight.device) for value in values.pop(name)))
+        layers = models.named_binary_layers(net)
         for name, value in net.state_dict().items():
             if name in values:
                 value.copy_(values[name])
+        for name, layer in layers.items():
+            freeze(layer, *(value.to(layer.weight.device) for value in values[name, "bits"]))
         return net.eval(), {name: known[name] for name in ("build", "shape", "normalisation")}
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as e:
         raise RunError(f"{path} cannot be loaded ({one_line(e)}): {advice}") from None
@@ -383,17 +411,17 @@ def check_layers(net: nn.Module, layers, activations) -> None:
         raise ValueError("its activations are not known")
 
 
-def unpacked(net: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
-    """The signs and scales by layer, and the other tensors of a network by name.
+def unpacked(net: nn.Module, tensors: dict[str, Tensor]) -> dict:
+    """The tensors of a network by name, and for each binary layer {(its name, "bits"): (signs [C_out, n], scale)}.
 
     Raises ValueError unless a file's tensors are exactly those of the network.
     """
-    tensors, values, packed = dict(tensors), {}, set()
+    tensors, values, packed = dict(tensors), {}, packed_parameters(net)
     bad = bad_tensors(tensors)
     if bad:
         raise ValueError(f"some elements are NaN, infinite or a negative variance in {bad[0]!r:.80}")
-    for name, layer in named_binary_layers(net).items():
-        rows, n = len(layer.weight), layer.weight[0].numel()
+    for name, layer in models.named_binary_layers(net).items():
+        rows, n = rows_of(layer, layer.weight).shape
         packed_shape = (rows, math.ceil(n / 64) * 8)
         bits = take_bits(tensors, f"{name}.weight.bits", packed_shape, n)
         scale = take(tensors, f"{name}.weight.scale", (rows,), torch.float32)
@@ -402,8 +430,7 @@ def unpacked(net: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor | t
             signs *= take_bits(tensors, f"{name}.weight.nonzero", packed_shape, n)
         if (scale < 0).any():
             raise ValueError(f"{name}.weight.scale has negative elements")
-        values[name] = signs.view(layer.weight.shape), scale
-        packed.add(f"{name}.weight")
+        values[name, "bits"] = signs, scale
     for name, value in net.state_dict().items():
         if name not in packed:
             dtypes = (torch.float32, torch.float16) if value.is_floating_point() else (value.dtype,)

@@ -171,7 +171,7 @@ def test_onnx_predicts_the_same(network, capsys):
     assert "359 of 359 test images" in found
     assert float(found.split("differ by ")[1].split()[0]) < 2e-3, "a bit that differs would show"
     graph = onnx.load(network / "run.onnx").graph
-    layers = export.named_binary_layers(export.read(network).net).values()
+    layers = models.named_binary_layers(export.read(network).net).values()
     weights = [onnx.numpy_helper.to_array(v) for v in graph.initializer if v.data_type == onnx.TensorProto.INT8]
     assert sum(w.size for w in weights) == sum(layer.weight.numel() for layer in layers)
     assert {-1, 1} <= set(np.concatenate([np.unique(w) for w in weights])) <= {-1, 0, 1}
@@ -221,7 +221,7 @@ def test_half(network, capsys):
         return
     assert export.main([str(network), "--to", "bits", "--half", "--out", str(half)]) == 0
     assert half.stat().st_size < whole.stat().st_size
-    layers = [export.named_binary_layers(export.load_bits(file)).values() for file in (whole, half)]
+    layers = [models.named_binary_layers(export.load_bits(file)).values() for file in (whole, half)]
     for a, b in zip(*layers, strict=True):
         assert torch.equal(a.weight, b.weight), "bits and scales are the same"
 

@@ -46,13 +46,17 @@ def read_with_numpy(contents: bytes) -> tuple[dict, dict, dict]:
     assert digest.hexdigest() == metadata["checksum"]
     weights = {}
     for name, layer in json.loads(metadata["layers"]).items():
-        if "act" in layer:
-            n = int(np.prod(layer["shape"][1:]))
+        if "act" in layer and "shares" not in layer:
+            shape, groups = layer["shape"], layer.get("groups", 1)
+            n = int(np.prod(shape)) // len(tensors[f"{name}.weight.bits"])
             ones = np.unpackbits(tensors[f"{name}.weight.bits"], axis=1, bitorder="little")[:, :n]
             signs = 2 * ones.astype("float32") - 1
             if f"{name}.weight.nonzero" in tensors:
                 signs *= np.unpackbits(tensors[f"{name}.weight.nonzero"], axis=1, bitorder="little")[:, :n]
-            weights[name] = (signs * tensors[f"{name}.weight.scale"][:, None]).reshape(layer["shape"])
+            weights[name] = signs * tensors[f"{name}.weight.scale"][:, None]
+            if "inputs_first" in layer:
+                weights[name] = weights[name].reshape(groups, shape[1], shape[0] // groups, -1).swapaxes(1, 2)
+            weights[name] = weights[name].reshape(shape)
     return metadata, tensors, weights
 
 
@@ -150,6 +154,67 @@ def test_a_network_of_ones_own(tmp_path, act):
     assert checksums[0] == checksums[1]
     with pytest.raises(runs.RunError, match="network of your own"):
         export.load_bits(file)
+
+
+class Shared(nn.Module):
+    """Two layers with one weight, and a weight that is read without a call."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(6, 6), nn.Hardtanh(), nn.Linear(6, 6))
+        self.inner[2].weight = self.inner[0].weight
+        self.first, self.read, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.last(nn.functional.linear(self.inner(self.first(x)), self.read.weight))
+
+
+def encoder():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, activation="gelu", batch_first=True)
+    return nn.Sequential(nn.Linear(5, 8), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(8, 2))
+
+
+KINDS = {
+    "Conv1d": (lambda: nn.Sequential(nn.Conv1d(4, 6, 3), nn.Conv1d(6, 8, 3, groups=2), nn.Conv1d(8, 2, 1)), (4, 9)),
+    "ConvTranspose2d": (
+        lambda: nn.Sequential(nn.Conv2d(2, 6, 3), nn.ConvTranspose2d(6, 10, 3, 2, groups=2), nn.Conv2d(10, 2, 1)),
+        (2, 6, 6),
+    ),
+    "Conv3d": (lambda: nn.Sequential(nn.Conv3d(2, 4, 1), nn.Conv3d(4, 5, 2), nn.Conv3d(5, 2, 1)), (2, 4, 4, 4)),
+    "shared": (Shared, (6,)),
+    "attention": (encoder, (7, 5)),
+}
+
+
+@pytest.mark.parametrize("act", ["none", "sign"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_layer(tmp_path, kind, act):
+    make, shape = KINDS[kind]
+    if (kind, act) == ("shared", "sign"):
+        return  # a layer that is not called cannot quantize its input
+    torch.manual_seed(0)
+    nets = [models.binarize_(make(), "bwn-f", act, quiet=True) for _ in range(2)]
+    for parameter in nets[0].parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.3)
+    export.save_bits(nets[0], tmp_path / "net.safetensors")
+    export.load_bits(tmp_path / "net.safetensors", nets[1])
+    x = torch.randn(5, *shape)
+    with torch.no_grad():
+        expected = nets[0].eval()(x)
+        assert torch.equal(nets[1](x), expected) and not torch.equal(make().eval()(x), expected)
+    weights = read_with_numpy((tmp_path / "net.safetensors").read_bytes())[2]
+    for name, layer in models.named_binary_layers(nets[0]).items():
+        assert np.array_equal(layer.binary_weight().detach().numpy(), weights[name])
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    export.to_onnx(nets[0], tmp_path / "net.onnx", x[:2])
+    (logits,) = export.onnx_session(tmp_path / "net.onnx").run(None, {"image": x.numpy()})
+    assert np.abs(logits - expected.numpy()).max() < 1e-4 * np.abs(expected.numpy()).max()
+    graph = onnx.load(tmp_path / "net.onnx").graph
+    arrays = [onnx.numpy_helper.to_array(v) for v in graph.initializer]
+    arrays += [onnx.numpy_helper.to_array(n.attribute[0].t) for n in graph.node if n.op_type == "Constant"]
+    assert sum(a.size for a in arrays if a.dtype == np.int8) == sum(w.size for w in weights.values())
 
 
 def test_a_file_of_another_network_is_refused_and_the_network_stays_as_it_was(tmp_path):
