@@ -5,16 +5,21 @@
 Nothing is downloaded. The images are noise, or have a single colour where a test must recognise them after cropping.
 """
 
+import contextlib
 import errno
+import gc
 import io
+import itertools
 import math
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import struct
 import sys
 import tarfile
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -494,14 +499,23 @@ def test_crop_and_flip_can_be_turned_off(tmp_path, crop, flip):
 
 def test_jpeg_and_upper_case_suffixes(tmp_path):
     make_folder(tmp_path, train=1)
-    names = ("1.jpg", "2.JPG", "3.JPEG", "4.PNG", "5.Bmp", "6.webp")
+    names = ("1.jpg", "2.JPG", "3.JPEG", "4.PNG", "5.Bmp", "6.webp", "7.tif", "8.TIFF", "9.pgm")
     for i, name in enumerate(names):
-        save(tmp_path / "train/ant" / name, noise(16, 16, 3, seed=i))
+        save(tmp_path / "train/ant" / name, noise(16, 16, *[3] * (name != "9.pgm"), seed=i))
     (tmp_path / "train/ant/notes.txt").write_text("not an image")
     train, _, _ = data.load("folder", tmp_path, log=quiet)
     files = [tmp_path / "train/ant" / name for name in ("0.png", *names)] + [tmp_path / "train/bee/0.png"]
     assert torch.equal(train.images, torch.stack([pixels_of(file) for file in files]))
-    assert train.labels.tolist() == [0] * 7 + [1]
+    assert train.labels.tolist() == [0] * 10 + [1]
+
+
+def test_the_first_frame_of_a_gif_is_read(tmp_path):
+    make_folder(tmp_path, train=1)
+    frames = [Image.fromarray(np.full((16, 16), grey, np.uint8)) for grey in (50, 100, 200)]
+    frames[0].save(tmp_path / "train/ant/1.gif", save_all=True, append_images=frames[1:])
+    assert Image.open(tmp_path / "train/ant/1.gif").n_frames == 3
+    train, _, _ = data.load("folder", tmp_path, log=quiet)
+    assert (train.images[1] == 50).all()
 
 
 def test_images_of_all_modes_become_rgb(tmp_path):
@@ -518,21 +532,103 @@ def test_images_of_all_modes_become_rgb(tmp_path):
     train, _, _ = data.load("folder", tmp_path, log=quiet)
     expected = [
         np.stack([grey] * 3),
-        rgba[..., :3].transpose(2, 0, 1),
-        np.stack([grey_alpha[..., 0]] * 3),
+        on_white(rgba[..., :3], rgba[..., 3:]).transpose(2, 0, 1),
+        np.stack([on_white(grey_alpha[..., 0], grey_alpha[..., 1])] * 3),
         np.stack([bits.astype(np.uint8) * 255] * 3),
         pixels_of(tmp_path / "train/ant/5.png").numpy(),
     ]
-    assert np.array_equal(train.images[1:6].numpy(), np.stack(expected))
+    off = train.images[1:6].int() - torch.from_numpy(np.stack(expected).astype(np.int32))
+    assert off[[0, 3, 4]].abs().max() == 0
+    assert off[[1, 2]].abs().max() <= 1  # rounding
 
 
-def test_sixteen_bit_greyscale_keeps_its_contrast(tmp_path):
+def on_white(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    return (255 + (pixels.astype(float) - 255) * (alpha / 255)).round().astype(np.uint8)
+
+
+@pytest.mark.parametrize("name", ["0.png", "0.gif"])
+def test_a_transparent_colour_becomes_white(tmp_path, name):
+    make_folder(tmp_path, train=1, test=1)
+    palette = Image.fromarray(noise(16, 16) % 4).convert("P")
+    palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 110, 120])
+    (tmp_path / "train/ant/0.png").unlink()
+    palette.save(tmp_path / "train/ant" / name, transparency=2)
+    expected = torch.tensor(palette.convert("RGB").get_flattened_data(), dtype=torch.uint8).view(16, 16, 3)
+    expected[torch.from_numpy(noise(16, 16) % 4 == 2)] = 255
+    for size in (16, 128):
+        train, _, _ = data.load("folder", tmp_path, image_size=size, flip=False, workers=0, log=quiet)
+        if size == 16:
+            assert torch.equal(train.images[0].permute(1, 2, 0), expected)
+        else:
+            images = next(train.unaugmented().epoch(0))[0]
+            assert unnormalised(images).max() > 254
+
+
+def pnm(path: Path, kind: str, pixels: np.ndarray, maximum: int) -> None:
+    height, width = pixels.shape[:2]
+    path.write_bytes(f"{kind}\n{width} {height}\n{maximum}\n".encode() + pixels.astype(">u2").tobytes())
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "tiff", "pgm", "ppm", "ppm of 10 bits", "colour ppm"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_sixteen_bit_images_keep_their_contrast(tmp_path, suffix, streamed):
+    make_folder(tmp_path, train=1, side=128 if streamed else 16)
+    side = 146 if streamed else 16  # the centre of 146 pixels is used
+    deep = np.linspace(0, 65535, side * side).astype(np.uint16).reshape(side, side)
+    (tmp_path / "train/ant/0.png").unlink()
+    file = tmp_path / f"train/ant/0.{suffix.split()[-1]}"
+    if suffix == "ppm of 10 bits":
+        pnm(file.with_suffix(".ppm"), "P5", deep // 64, 1023)
+    elif suffix == "colour ppm":
+        pnm(file, "P6", np.stack([deep] * 3, axis=-1), 65535)
+    elif suffix in ("pgm", "ppm"):
+        pnm(file, "P5", deep, 65535)
+    else:
+        save(file, deep)
+    size = 128 if streamed else 16
+    train, _, _ = data.load("folder", tmp_path, image_size=size, batch_size=2, workers=0, log=quiet)
+    images, labels = next(train.unaugmented().epoch(0))
+    got = unnormalised(images)[labels == 0] if streamed else train.images[:1].float()
+    expected = torch.from_numpy((deep // 257).astype(np.float32))[None, None]
+    expected = expected[..., 9:137, 9:137] if streamed else expected
+    assert (got - expected).abs().max() <= 1.01
+
+
+def test_pixels_of_unknown_range_are_refused(tmp_path):
     make_folder(tmp_path, train=1)
-    deep = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
-    save(tmp_path / "train/ant/0.png", deep)
+    for i, kind in enumerate((np.float32, np.int32)):
+        save(tmp_path / f"train/ant/{i + 1}.tif", np.linspace(0, 1, 256).astype(kind).reshape(16, 16))
+    error_of(lambda: data.load("folder", tmp_path, log=quiet), "2 images", "1.tif", "2.tif", "32-bit", "16 bits")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_exif_orientation_is_applied(tmp_path, orientation, suffix):
+    make_folder(tmp_path, train=1)
+    pixels = noise(16, 16, 3)
+    turned = {
+        1: pixels,
+        2: pixels[:, ::-1],
+        3: pixels[::-1, ::-1],
+        4: pixels[::-1],
+        5: pixels.transpose(1, 0, 2),
+        6: np.rot90(pixels, -1),  # the camera was turned: the image is to be turned clockwise
+        7: pixels[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(pixels),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (tmp_path / "train/ant/0.png").unlink()
+    save(tmp_path / f"train/ant/0.{suffix}", pixels, exif=exif)
     train, _, _ = data.load("folder", tmp_path, log=quiet)
-    off = (train.images[0].int() - torch.from_numpy((deep // 257).astype(np.int32))).abs()
-    assert off.max() <= 1
+    assert np.array_equal(train.images[0].permute(1, 2, 0).numpy(), turned)
+
+
+def test_a_damaged_exif_block_does_not_matter(tmp_path):
+    make_folder(tmp_path, train=1)
+    save(tmp_path / "train/ant/0.png", noise(16, 16, 3, seed=5), exif=b"Exif\0\0garbage")
+    train, _, _ = data.load("folder", tmp_path, log=quiet)
+    assert np.array_equal(train.images[0].permute(1, 2, 0).numpy(), noise(16, 16, 3, seed=5))
 
 
 def test_images_of_other_sizes_are_resized(tmp_path):
@@ -597,6 +693,8 @@ def test_default_image_size(tmp_path):
         return batches[0].shape, type(batches[0])
 
     make_folder(tmp_path, train=1, test=1)
+    (tmp_path / "train/bee/0.png").unlink()
+    (tmp_path / "train/bee/0.png").symlink_to(tmp_path / "train/ant/0.png")
     assert shape("folder", 96, 96) == ((3, 96, 96), data.ResidentBatches)
     assert shape("folder", 97, 97) == ((3, 224, 224), data.StreamedBatches)
     assert shape("folder", 20, 16) == ((3, 224, 224), data.StreamedBatches)
@@ -604,6 +702,173 @@ def test_default_image_size(tmp_path):
     assert shape("folder", 20, 20, image_size=128) == ((3, 128, 128), data.StreamedBatches)
     assert shape("imagenet", 20, 20) == ((3, 224, 224), data.StreamedBatches)
     assert shape("imagenet", 20, 20, image_size=64) == ((3, 64, 64), data.ResidentBatches)
+
+
+def sizes_folder(root: Path, *sides: tuple[int, int]) -> Path:
+    make_folder(root, train=1, test=1)
+    for i, (width, height) in enumerate(sides):
+        save(root / f"train/ant/{i}.png", noise(height, width, 3))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("sides", "size"),
+    [
+        ([(30, 17), (32, 32), (32, 32), (32, 32)], 32),  # the first image alone does not decide
+        ([(500, 400), (32, 32), (32, 32), (32, 32), (32, 32)], 32),
+        ([(8, 8), (160, 120), (140, 200), (90, 300)], 224),
+        ([(40, 42), (50, 48), (44, 44), (45, 46), (46, 44)], 45),  # nearly square, all different
+        ([(90, 40), (80, 50), (90, 50), (80, 40), (90, 50)], 224),  # oblong images are cropped
+    ],
+)
+def test_the_sizes_of_all_images_decide(tmp_path, sides, size):
+    log = []
+    train, _, test = data.load("folder", sizes_folder(tmp_path, *sides), log=log.append)
+    assert train.shape == test.shape == (3, size, size)
+    said = [m for m in log if "--image-size" in m]
+    assert len(said) == 1 and f"{size}×{size}" in said[0] and len(said[0].splitlines()) == 1
+
+
+def test_the_size_is_not_mentioned_where_all_images_have_it(tmp_path):
+    log = []
+    data.load("folder", make_folder(tmp_path), log=log.append)
+    assert not [m for m in log if "--image-size" in m]
+    data.load("folder", sizes_folder(tmp_path, (3, 5)), image_size=24, log=log.append)
+    assert not [m for m in log if "--image-size" in m]
+
+
+def test_few_headers_are_read_to_choose_the_size(tmp_path, monkeypatch):
+    make_folder(tmp_path, train=1, test=1, side=130)
+    for i in range(1, 1500):
+        os.link(tmp_path / "train/ant/0.png", tmp_path / f"train/ant/{i}.png")
+    opened = []
+    open_image = Image.open
+    monkeypatch.setattr(Image, "open", lambda file, *args, **options: opened.append(file) or open_image(file))
+    for _ in range(2):
+        assert data.load("folder", tmp_path, log=quiet)[0].shape == (3, 224, 224)
+    assert len(opened) == 2000
+    assert opened[:1000] == opened[1000:]  # a second process opens the same ones
+    numbers = sorted(int(Path(file).stem) for file in set(opened))
+    assert len(numbers) > 990 and numbers[0] < 50 and numbers[-1] > 1450  # from all over the folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is ignored.
+
+
+def test_ignored_files_are_counted_in_one_message(tmp_path):
+    make_folder(tmp_path)
+    before, _, test_before = data.load("folder", tmp_path, log=quiet)
+    for name in (
+        *("train/ant/notes.txt", "train/ant/0.xml", "test/bee/Thumbs.db"),  # other suffixes
+        *("train/.ipynb_checkpoints/0.png", "test/.ipynb_checkpoints/0.png", "train/bee/._0.png"),  # hidden
+        *("train/bee/.ipynb_checkpoints/0.png", "train/bee/.ipynb_checkpoints/1.png"),
+        *("train/ant/more/3.png", "train/ant/more/deeper/4.png"),  # nested
+        *("train/README.md", "train/5.png"),  # outside
+        *("val/ant/0.png", "val/bee/0.png", "val/cat/0.png"),  # beside test/
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes((tmp_path / "train/ant/2.png").read_bytes())
+    train, _, test, log = *data.load("folder", tmp_path, log=(log := []).append), log
+    assert train.classes == ["ant", "bee"]
+    assert torch.equal(train.images, before.images) and torch.equal(test.images, test_before.images)
+    [message] = log
+    assert len(message.splitlines()) == 1
+    for words in (
+        "15 files",
+        "3 with other suffixes",
+        "5 hidden",
+        "2 in nested folders",
+        "2 outside",
+        "3 beside train/",
+    ):
+        assert words in message, message
+    for example in ("test/.ipynb_checkpoints", "test/bee/Thumbs.db", "train/ant/more", "train/5.png", "val"):
+        assert f"(such as {example})" in message, message
+    (tmp_path / "train/ant/notes.txt").unlink()
+    log.clear()
+    data.load("folder", tmp_path, image_size=128, log=log.append)
+    assert len(log) == 1 and "14 files" in log[0]
+
+
+def test_nothing_is_said_where_nothing_is_ignored(tmp_path):
+    data.load("folder", make_folder(tmp_path), log=(log := []).append)
+    assert len(log) == 2 and all("decoding" in m for m in log)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.parametrize("size", [None, 128])
+def test_pipes_sockets_and_devices_are_not_read(tmp_path, size):
+    make_folder(tmp_path)
+    os.mkfifo(tmp_path / "train/ant/1.5.png")
+    (tmp_path / "train/ant/link.png").symlink_to("1.5.png")
+    (tmp_path / "test/bee/zero.png").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "train/bee.png")
+    with socket.socket(socket.AF_UNIX) as s, contextlib.chdir(tmp_path / "train/bee"):
+        s.bind("a.jpg")  # a socket's path must be short
+    train, _, test = data.load("folder", tmp_path, image_size=size, workers=0, log=(log := []).append)
+    assert (train.size, test.size) == (6, 4)
+    assert len(list(train.epoch(0))) == 1
+    assert "4 that are pipes" in log[0]
+
+
+def test_links_to_images_and_folders_are_followed(tmp_path):
+    make_folder(tmp_path / "real")
+    for split in ("train", "test"):
+        (tmp_path / split / "ant").mkdir(parents=True)
+        (tmp_path / split / "bee").symlink_to(tmp_path / "real" / split / "bee")
+        (tmp_path / split / "ant/0.png").symlink_to(tmp_path / "real" / split / "ant/1.png")
+    train, _, _ = data.load("folder", tmp_path, log=quiet)
+    assert train.labels.tolist() == [0, 1, 1, 1]
+    assert torch.equal(train.images[0], pixels_of(tmp_path / "real/train/ant/1.png"))
+
+
+@pytest.mark.parametrize("where", ["train", "test", "train/ant", "test/bee"])
+def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch, where):
+    make_folder(tmp_path)
+    scandir = os.scandir
+
+    def refuse(path):  # root may read everything
+        if Path(path) == tmp_path / where:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    error_of(lambda: data.load("folder", tmp_path, log=quiet), tmp_path / where, "Permission denied", "readable")
+
+
+@pytest.mark.parametrize("name", ["folder", "imagenet"])
+def test_one_class_is_not_enough(tmp_path, name):
+    make_folder(tmp_path, classes=("ant",))
+    (tmp_path / "train/.ipynb_checkpoints").mkdir()
+    error_of(lambda: data.load(name, tmp_path, log=quiet), "only the class 'ant'")
+
+
+def test_all_unreadable_images_are_named_before_training(tmp_path):
+    make_folder(tmp_path, train=6, test=2)
+    damaged = ["train/ant/0.png", "train/ant/3.png", "test/bee/1.png"]
+    for name in damaged:
+        (tmp_path / name).write_bytes(b"")
+    for _ in range(2):
+        error_of(lambda: data.load("folder", tmp_path, log=quiet), "3 images", *(tmp_path / name for name in damaged))
+    for i in range(6):
+        (tmp_path / f"train/bee/{i}.png").write_bytes(b"")
+    message = error_of(lambda: data.load("folder", tmp_path, log=quiet), "9 images", tmp_path / damaged[0], "...")
+    assert 5 <= message.count(str(tmp_path)) <= 6  # the first few, and perhaps PIL's message
+
+
+def test_a_broken_link_is_named_beside_a_cache(tmp_path):
+    make_folder(tmp_path)
+    data.load("folder", tmp_path, log=quiet)
+    (tmp_path / "train/ant/9.png").symlink_to(tmp_path / "nowhere.png")
+    error_of(lambda: data.load("folder", tmp_path, log=quiet), tmp_path / "train/ant/9.png", "cannot be read")
+
+
+def test_a_folder_without_a_readable_image(tmp_path):
+    make_folder(tmp_path)
+    for file in (tmp_path / "train").rglob("*.png"):
+        file.write_bytes(b"")
+    error_of(lambda: data.load("folder", tmp_path, log=quiet), "6 images", "cannot be read")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -902,6 +1167,144 @@ def test_streamed_unreadable_image(colours, split, workers):
     message = error_of(lambda: list(batches.epoch(0)), file, "cannot be read")
     assert message.startswith("the image ")  # no traceback of the worker
     assert multiprocessing.active_children() == []  # the workers ended with the epoch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The DataLoader workers.
+
+
+def training_process(scenario: str, root: Path, say) -> None:
+    """A process that trains with two workers, in a process group of its own. say: a pipe's end, for what happens."""
+    os.setsid()
+    # As a trainer does: SIGTERM asks it to finish and save. (The signal waits until the workers have been started, so
+    # that they do not inherit the handler.)
+    asked = []
+    batches = large(root, workers=1 if scenario == "a worker hangs" else 2, batch_size=1)[0]
+    if "hang" in scenario:
+        decoded = []
+        batches.transform = lambda image: time.sleep(1000) if decoded else decoded.append(1) or torch.zeros(3, 128, 128)
+    epoch = batches.epoch(0)
+    next(epoch)
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    workers = [worker.pid for worker in multiprocessing.active_children()]
+    say.send(workers)
+    if scenario == "the group gets SIGTERM":
+        while not asked:
+            time.sleep(0.02)
+        say.send(1 + len(list(epoch)))  # the workers decode the rest of the epoch
+    elif scenario == "a worker is killed":
+        os.kill(workers[0], signal.SIGKILL)
+        time.sleep(0.3)  # the training step is not interrupted
+        try:
+            list(epoch)
+        except Exception as e:
+            say.send((type(e).__name__, str(e)))
+    elif scenario.startswith("the trainer is killed"):
+        time.sleep(1000)
+    elif scenario == "the trainer fails":
+        training_process.epoch = epoch  # the epoch is never closed
+        raise SystemExit(3)
+    else:
+        epoch.close()
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc and signals that tell their sender")
+def test_workers_end_with_their_trainer_and_not_before(colours):
+    scenarios = ("the group gets SIGTERM", "a worker is killed", "the trainer is killed", "the trainer fails")
+    scenarios += ("a worker hangs", "the trainer is killed while workers hang")
+    data.torchvision_module("transforms.v2")  # once, and not in every process
+    context = multiprocessing.get_context("fork")
+    processes, pipes, workers = {}, {}, {}
+    for scenario in scenarios:  # all at once, since they wait most of the time
+        pipes[scenario], say = context.Pipe()
+        processes[scenario] = context.Process(target=training_process, args=(scenario, colours, say))
+        processes[scenario].start()
+    try:
+        for scenario in scenarios:
+            assert pipes[scenario].poll(60)
+            workers[scenario] = pipes[scenario].recv()
+            assert len(workers[scenario]) >= 1
+        os.killpg(processes["the group gets SIGTERM"].pid, signal.SIGTERM)
+        processes["the trainer is killed"].kill()
+        processes["the trainer is killed while workers hang"].kill()
+        for process in processes.values():
+            process.join(60)
+        codes = {scenario: process.exitcode for scenario, process in processes.items()}
+        assert list(codes.values()) == [0, 0, -signal.SIGKILL, 3, 0, -signal.SIGKILL], codes
+        assert pipes["the group gets SIGTERM"].recv() == 11  # all images of the epoch
+        kind, message = pipes["a worker is killed"].recv()
+        assert kind == "DataError" and len(message.splitlines()) == 1, message
+        assert all(words in message for words in ("--workers", "--image-size", "memory", "exited unexpectedly"))
+        for scenario in scenarios:
+            deadline = time.monotonic() + 30
+            while any(map(is_running, workers[scenario])):
+                assert time.monotonic() < deadline, scenario
+                time.sleep(0.05)
+    finally:
+        for pid in [*(process.pid for process in processes.values()), *itertools.chain(*workers.values())]:
+            if is_running(pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+def fail(error: Exception):
+    raise error
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"),
+        OSError(errno.EMFILE, os.strerror(errno.EMFILE)),
+        MemoryError(),
+    ],
+)
+def test_lack_of_memory_in_a_worker(colours, workers, error):
+    batches = large(colours, workers=workers)[0]
+    batches.transform = lambda image: fail(error)
+    error_of(lambda: list(batches.epoch(0)), "--workers", "--image-size", "/dev/shm")
+    assert multiprocessing.active_children() == []
+
+
+def test_lack_of_processes(colours, monkeypatch):
+    monkeypatch.setattr(os, "fork", lambda: fail(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))))
+    error_of(lambda: list(large(colours, workers=2)[0].epoch(0)), "--workers", "Cannot allocate memory")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_other_errors_of_transforms_are_not_changed(colours, workers):
+    batches = large(colours, workers=workers)[0]
+    batches.transform = lambda image: fail(RuntimeError("the size of tensor a must match"))
+    message = None
+    try:
+        list(batches.epoch(0))
+    except RuntimeError as e:
+        message = str(e)
+        e.__traceback__ = None  # it would keep the worker alive
+    assert "the size of tensor a must match" in message
+
+
+def test_the_files_of_a_data_set_are_not_copied_by_its_workers(tmp_path):
+    paths = [f"/data/train/n{i % 1000:08}/n{i % 1000:08}_{i}.JPEG" for i in range(50_000)]
+    paths[7] = os.fsdecode(b"/data/\xe9t\xe9.png")
+    options = dict(classes=["a", "b"], image_size=8, batch_size=8, train=True, device="cpu", transforms=(None, None))
+    batches = data.StreamedBatches(paths, [i % 2 for i in range(50_000)], **options)
+    assert [batches.files[i] for i in (0, 7, 49_999)] == [paths[i] for i in (0, 7, 49_999)]
+    assert batches.labels.tolist()[:3] == [0, 1, 0]
+    # what a worker would be sent, or copy when it counts references: bytes, ends and labels, and no Python objects
+    assert len(pickle.dumps(batches)) < sum(map(len, paths)) + 16 * len(paths) + 20_000
+    del paths
+    gc.collect()
+    before = sys.getallocatedblocks()
+    del batches
+    assert before - sys.getallocatedblocks() < 1000  # Python objects
 
 
 # ---------------------------------------------------------------------------------------------------------------------

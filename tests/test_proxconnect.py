@@ -15,12 +15,13 @@ from torch.nn import functional as F
 import data
 import export
 import models
+import quantizers
 import runs
 import train_proxconnect
 
 SMALL = ["--dataset", "digits", "--arch", "resnet8", "--batch-size", "64", "--device", "cpu"]
 METHODS = list(train_proxconnect.METHODS)
-RELAXED = ("bnn++", "pc", "rpc", "pq")
+RELAXED = ("bnn++", "pc", "rpc", "pq", "parq")
 VIT = ["--arch", "test_vit", "--patch-size", "2"]
 
 
@@ -52,7 +53,7 @@ def latents(net):
 @pytest.mark.parametrize("method", METHODS)
 def test_true_signs_are_tested_and_the_relaxed_network_too(tmp_path, method):
     row = train(tmp_path, "run", "--epochs", "3", "--method", method)[-1]
-    images, labels = (torch.cat(x) for x in zip(*data.load("digits")[1].epoch(), strict=True))
+    images, labels = (torch.cat(x) for x in zip(*data.load("digits")[2].epoch(), strict=True))
     net = network(tmp_path / "run")
     assert bool(models.binary_layers(net)) == (method != "fp")
 
@@ -62,6 +63,9 @@ def test_true_signs_are_tested_and_the_relaxed_network_too(tmp_path, method):
     # The checkpoint contains the statistics of the signs; those of the relaxed weights are estimated again.
     with train_proxconnect.true_signs(models.binary_layers(net)):
         assert math.isclose(row["test_loss"], loss(), rel_tol=1e-3)
+    assert ("relaxed_loss" in row) == (method in RELAXED)
+    if method not in RELAXED:
+        return
     for layer in models.binary_layers(net):
         layer.options = {"bnn++": {"mu": 30.0}, "pc": {"rho": 10.0}}.get(method, {})  # the schedules' ends
     plain = data.load("digits", batch_size=64)[0].unaugmented()
@@ -126,6 +130,58 @@ def test_the_default_schedules_are_those_that_the_help_shows(tmp_path):
     assert given[0]["train_loss"] == default[0]["train_loss"]
 
 
+def test_parq_clips_each_filter_at_its_mean_magnitude():
+    w = torch.tensor([[-3.0, -1.0, 0.0, 0.5, 1.5], [10.0, 0.0, 0.0, 0.0, -2.5]], requires_grad=True)  # means 1.2, 2.5
+    soft = train_proxconnect.parq(w, torch.tensor(0.5))
+    assert torch.equal(soft, torch.tensor([[-1.2, -1.2, 0.0, 1.0, 1.2], [2.5, 0.0, 0.0, 0.0, -2.5]]))
+    grad = torch.randn(2, 5)
+    soft.backward(grad)
+    assert torch.equal(w.grad, grad)
+    assert torch.equal(train_proxconnect.parq(w, 1.0)[0], w[0].clamp(-1.2, 1.2))
+    hard = train_proxconnect.parq(w)
+    assert torch.equal(hard, quantizers.bwn_f(w)) and torch.equal(hard, train_proxconnect.parq(w, torch.tensor(0.0)))
+
+
+def test_parq_is_binary_from_90_percent_of_the_run_on(tmp_path, monkeypatch):
+    seen = []
+    count = runs.Run.count
+
+    def record(self, *args):
+        layer = models.binary_layers(self.state["model"])[0]
+        w = layer.binary_weight().detach().flatten(1).abs()
+        seen.append((layer.options["inverse_slope"].item(), torch.allclose(w, w[:, :1].expand_as(w))))
+        count(self, *args)
+
+    monkeypatch.setattr(runs.Run, "count", record)
+    train(tmp_path, "run", "--method", "parq", "--limit-steps", "21")
+    slopes, binary = zip(*seen, strict=True)
+    assert slopes[0] == 1 and slopes[9] == pytest.approx(0.5) and list(slopes) == sorted(slopes, reverse=True)
+    assert all(slope > 0 for slope in slopes[:18]) and slopes[18:] == (0, 0, 0)
+    assert binary == (False,) * 18 + (True,) * 3
+
+
+def test_parq_equals_torchaos():
+    """A latent weight that SGD moves by the gradient at the quantized weight, over the whole schedule."""
+    theirs = pytest.importorskip("torchao.prototype.parq.optim")
+    lsbq = pytest.importorskip("torchao.prototype.parq.quant").LSBQuantizer
+    torch.manual_seed(0)
+    start, target, steps = torch.randn(4, 6, 3, 3), torch.randn(4, 6, 3, 3), 40
+    p, latent = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    sgd = torch.optim.SGD([{"params": [p], "quant_bits": 1}], 0.1)
+    prox = theirs.ProxPARQ(0, round(train_proxconnect.PARQ_END * steps))
+    optimizer = theirs.QuantOptimizer(sgd, lsbq(), prox, quant_period=1, quant_per_channel=True)
+    ours = torch.optim.SGD([latent], 0.1)
+    w = latent  # theirs computes the first gradient at the latent weight
+    for step in range(steps):
+        for one, value in ((optimizer, p), (ours, w)):
+            one.zero_grad()
+            F.mse_loss(value, target, reduction="sum").backward()
+            one.step()
+        w = train_proxconnect.parq(latent, train_proxconnect.inverse_slope(step / steps / train_proxconnect.PARQ_END))
+        assert torch.allclose(w, p, rtol=1e-5, atol=1e-6), step
+    assert (w.flatten(1).abs().std(1) < 1e-6).all()
+
+
 def test_proxquant_ends_binary(tmp_path):
     train(tmp_path, "run", "--epochs", "3", "--method", "pq")
     assert torch.allclose(latents(network(tmp_path / "run")).abs(), torch.ones(()))
@@ -176,8 +232,8 @@ def test_reestimation_restores_after_an_error():
 
 def test_checkpoints_and_exports_contain_what_was_tested(tmp_path, capsys):
     rows = train(tmp_path, "run", "--epochs", "4", "--method", "bnn++")
-    test = data.load("digits")[1]
-    for file, accuracy in (("best.pt", max(r["test_acc"] for r in rows)), ("last.pt", rows[-1]["test_acc"])):
+    test = data.load("digits")[2]
+    for file, accuracy in (("best.pt", rows[-1]["test_acc"]), ("last.pt", rows[-1]["test_acc"])):
         net = export.read(tmp_path / "run" / file).net
         found = runs.evaluate(net, test, torch.device("cpu"), amp=False)[1]
         assert found == pytest.approx(accuracy, abs=1e-6)
