@@ -34,17 +34,19 @@ class ModelError(ValueError):
 # Binary layers. A binary layer computes with Ŵ = Q(W) in place of W. Its parameter `weight` is the latent weight W, so
 # optimizers, initialisation and state dicts work as with nn.Conv2d and nn.Linear, and full-precision checkpoints load.
 #
-# `layer.weight` is W, except within a forward pass, where it is Ŵ. Many networks do not call their layers: Swin, BEiT
-# and the fast path of nn.TransformerEncoderLayer pass `layer.weight` to a function. So `weight` is a property, and a
-# forward pass is every call of `forward` of a module that contains binary layers (_Scoped). This needs neither an
-# example input nor a list of such networks. With torch.nn.utils.parametrize, `layer.weight` would be Ŵ for optimizers
-# too, and the names in the state dict would change.
+# Many networks do not call their layers: Swin, BEiT and the fast path of nn.TransformerEncoderLayer pass `layer.weight`
+# to a function. So `weight` is a property. It is W for optimizers and for everyone else outside of a pass through the
+# network, and Ŵ within: from the beginning to the end of `forward` of any module that contains binary layers (_Scoped),
+# and in the backward pass, in which checkpointing repeats parts of the forward pass. This needs neither an example
+# input nor a list of such networks. With torch.nn.utils.parametrize, `layer.weight` would be Ŵ for optimizers too, and
+# the names in the state dict would change.
 
 
 class _ForwardPasses(threading.local):
     """depth: how many calls of `forward` of modules with binary layers are under way in this thread."""
 
-    depth = 0
+    def __init__(self):
+        self.depth = 0
 
 
 _passes = _ForwardPasses()
@@ -83,7 +85,7 @@ class _Binary:
     saw_input = False
 
     def latent(self) -> Tensor:
-        """W, also within forward passes."""
+        """W, also within a forward or backward pass."""
         w = self._parameters.get("weight", self.__dict__.get("weight"))
         if w is None:
             raise AttributeError("weight")
@@ -91,8 +93,8 @@ class _Binary:
 
     @property
     def weight(self) -> Tensor:
-        """W, or Ŵ within forward passes."""
-        if not _passes.depth:
+        """W, or Ŵ within a forward or backward pass."""
+        if not _passes.depth and torch._C._current_graph_task_id() == -1:
             return self.latent()
         if self.act != "none" and not self.calls_itself:
             raise ModelError(
@@ -399,32 +401,34 @@ def _candidates(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 def _float_layers(model: nn.Module, candidates: dict, first: bool, last: bool, skip, example) -> dict[str, str]:
     """The layers that keep full precision, by name, and why."""
-    modules = [m for m, _ in candidates.values()]
+    modules = {m for m, _ in candidates.values()}
     names = {id(m): name for name, (m, _) in candidates.items()}
     begin = next((m for m in model.modules() if isinstance(m, nn.Embedding) or m in modules), None)
     firsts, lasts, unused = [] if isinstance(begin, nn.Embedding) else list(candidates)[:1], list(candidates)[-1:], []
+    guess = " in module order" if example is None else ""
     for method in ("get_classifier", "get_output_embeddings"):
         heads = getattr(model, method)() if hasattr(model, method) else ()
         heads = heads if isinstance(heads, tuple | list) else [heads]
-        lasts = [names[id(m)] for m in heads if id(m) in names] or lasts
+        known = [names[id(m)] for m in heads if id(m) in names]
+        lasts, guess = (known, "") if known else (lasts, guess)
     if example is not None and candidates:
         firsts, lasts, unused = _ends(model, candidates, example)
     if not callable(skip):
         prefixes = [f"{prefix}." for prefix in ([skip] if isinstance(skip, str) else skip)]
         unknown = [p[:-1] for p in prefixes if candidates and not any(f"{name}.".startswith(p) for name in candidates)]
         if unknown:
-            raise ModelError(f"skip: no layer is called {unknown[0]!r}; the layers are {_shortened([*candidates], 9)}")
+            raise ModelError(f"skip: no layer is called {unknown[0]!r}; the layers are {_shortened([*candidates], 8)}")
         skip = lambda name, m: f"{name}.".startswith(tuple(prefixes))
     found = {}
     for name, (m, parameter) in candidates.items():
         w = m._parameters.get(parameter)
         attributes = [a for a in (*SETTINGS, "theta", "delta") if hasattr(m, a) and not isinstance(m, _Binary)]
         reasons = {
-            "full precision by design": isinstance(m, FloatConv2d),
+            "by design": isinstance(m, FloatConv2d),
             "computed from other parameters (undo weight_norm, pruning, … first)": w is None,
             "not reached by the example": name in unused,
             "first": name in firsts and not first,
-            "last": name in lasts and not last,
+            f"last{guess}": name in lasts and not last,
             "skipped": skip(name, m),
             "not initialised (run the lazy module first)": isinstance(w, nn.parameter.UninitializedTensorMixin),
             "not floating-point": w is not None and not w.is_floating_point(),
@@ -654,41 +658,38 @@ def _matrices(model: nn.Module) -> list[tuple[str, Tensor, nn.Module | None, str
     """Parameters of two and more dimensions: name, parameter, binary layer or None, why it keeps full precision."""
     candidates, binary, found = _candidates(model), named_binary_layers(model), {}
     names = {id(m._parameters.get(key)): name for name, (m, key) in reversed(candidates.items())}
-    computed = {
-        name: m.why_float["weight"]
-        for name, (m, key) in candidates.items()
-        if m._parameters.get(key) is None and hasattr(m, "why_float")
-    }
+    whys = {name: m.__dict__.get("why_float", {}).get(key) for name, (m, key) in candidates.items()}
     for prefix, m in model.named_modules():
         for key, p in m._parameters.items():
             if p is None or p.dim() < 2 or id(p) in found or key in ("theta", "delta"):
                 continue
             name = names.get(id(p), f"{prefix}.{key}" if prefix else key)
-            why = [reason for layer, reason in computed.items() if name.startswith(f"{layer}.")]
-            why += [getattr(m, "why_float", {}).get(key, "")] if id(p) in names else [plain_class(m).__name__]
+            # Names of the parameters of which a layer's weight is computed begin with the layer's name.
+            why = [whys[layer] for layer in whys if whys[layer] and f"{name}.".startswith(f"{layer}.")]
+            why = why or [plain_class(m).__name__ if name not in whys else "not chosen"]
             found[id(p)] = name, p, binary.get(name), why[0]
     return list(found.values())
 
 
-def _shortened(names: list[str], most: int = 4) -> str:
+def _shortened(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def describe(model: nn.Module) -> str:
     """One line: how many layers and weights are binary, and what keeps full precision."""
-    layers, float_names = binary_layers(model), {}
+    layers, kept = binary_layers(model), {}
     for name, _, layer, why in _matrices(model):
         if layer is None:
-            float_names.setdefault(why or "not chosen", []).append(name)
+            kept.setdefault(why, []).append(name)
     total, binary = sum(p.numel() for p in model.parameters()), sum(layer.latent().numel() for layer in layers)
-    line = (
-        f"binarize_: {len(layers)} layers with {100 * binary / max(total, 1):.1f} % of {total:,} parameters are binary"
-    )
-    scaled, unquantized = sum(layer.scale != 1 for layer in layers), sum(layer.act == "none" for layer in layers)
-    line += f" ({scaled} times a constant scale, for want of normalisation)" if scaled else ""
-    line += f" ({unquantized} with full-precision inputs)" if 0 < unquantized < len(layers) else ""
-    kept = "; ".join(f"{_shortened(names)} ({why})" for why, names in float_names.items())
-    return line + (f". In full precision: {kept}" if kept else "")
+    counted = f"{len(layers)} layer{'s' * (len(layers) != 1)} with {100 * binary / max(total, 1):.1f} % of {total:,}"
+    line = f"binarize_: {counted} parameters are binary"
+    if scaled := sum(layer.scale != 1 for layer in layers):
+        line += f", {scaled} of them scaled because no BatchNorm follows"
+    if 0 < (unquantized := sum(layer.act == "none" for layer in layers)) < len(layers):
+        line += f", {unquantized} of them with full-precision inputs"
+    kept = "; ".join(f"{_shortened(names)} ({why})" for why, names in kept.items())
+    return f"{line}. In full precision: {kept}" if kept else line
 
 
 def summary(model: nn.Module, example=None):
@@ -706,24 +707,23 @@ def summary(model: nn.Module, example=None):
     for name, p, layer, why in _matrices(model):
         is_w1a1 = layer is not None and layer.act != "none"
         size = p.numel() * p.element_size() if layer is None else p.numel() / 8
-        state = why or "not chosen" if layer is None else f"binary, {layer.quantizer}" + f", {layer.act}" * is_w1a1
+        state = f"no: {why}" if layer is None else layer.quantizer + f", {layer.act}" * is_w1a1
         rows.append([name, p.numel(), macs.get(name, 0), macs.get(name, 0) * is_w1a1, size, state])
         rest, rest_bytes = rest - p.numel(), rest_bytes - p.numel() * p.element_size()
-    rows.append(["all else", rest, 0, 0, rest_bytes, "norms, biases, …"])
+    rows.append(["all else", rest, 0, 0, rest_bytes, "no: norms, biases, …"])
     binary, total = sum(layer.latent().numel() for layer in binary_layers(model)), sum(row[1] for row in rows)
     sums = [sum(row[i] for row in rows) for i in (1, 2, 3, 4)]
-    rows.append(["in all", *sums, f"{100 * binary / max(total, 1):.1f} % of the weights are binary"])
+    rows.append(["in all", *sums, f"{100 * binary / max(total, 1):.1f} % binary"])
     table = Table(title=plain_class(model).__name__, title_justify="left")
-    table.add_column("layer", no_wrap=True)
+    table.add_column("layer", overflow="fold")
     headers = ("weights", "MACs", "1-bit MACs", "kB") if macs else ("weights", "kB")
     for header in headers:
         table.add_column(header, justify="right", no_wrap=True)
-    table.add_column("binary, or why not", overflow="fold")
+    table.add_column("binary?", overflow="fold")
     for name, weights, count, one_bit, size, state in rows:
-        counts = [f"{n:,}" if n else "–" for n in (count, one_bit)] if macs else []
-        table.add_row(
-            name, f"{weights:,}", *counts, f"{size / 1000:,.1f}", state, style="bold" if name == "in all" else None
-        )
+        counts = [f"{n / 1e6:,.1f} M" if n > 1e5 else f"{n:,}" for n in (count, one_bit)] if macs else []
+        cells = [f"{weights:,}", *counts, f"{size / 1000:,.1f}", state]
+        table.add_row(name, *cells, style="bold" if name == "in all" else None)
     return table
 
 
