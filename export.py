@@ -7,7 +7,8 @@ In your own code, for any network made with models.binarize_() or models.build()
     export.to_onnx(net, "net.onnx", example)     # example: a batch of inputs    (pip install onnx onnxruntime)
     export.to_c(net, "net.c", example)           # one C99 file: void net_predict(const float *image, float *logits)
 
-For a run of a trainer, the file is then checked on the test images; the exit code is 0 only if it predicts the same:
+For a run of a trainer. The command checks the file on the test images. It exits with 0 only if the file and PyTorch
+predict the same (ONNX and C: for 99.9 % of the images, because rounding can change a binary activation):
 
     python export.py runs/NAME --to bits         # runs/NAME/NAME.safetensors
     python export.py runs/NAME --to onnx
@@ -56,6 +57,12 @@ from runs import RunError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the formats share.
+
+
+def on_cpu(example: Tensor) -> Tensor:
+    """The example where a frozen network is, and in its precision."""
+    example = example.detach().cpu()
+    return example.float() if example.is_floating_point() else example
 
 
 def failing_layers(net: nn.Module, example: Tensor, attempt: Callable) -> str:
@@ -108,12 +115,13 @@ def import_onnx(name: str = "onnx"):
 def to_onnx(net: nn.Module, path: Path | str, example: Tensor, normalisation: list[list[float]] | None = None) -> None:
     """Write an ONNX file: 'image', float32, normalised as in training -> 'logits'. Both have any batch size.
 
-    example: a batch of inputs, [B, C, H, W] for images.
+    example: a batch of inputs, [B, C, H, W] for images. The network is traced with it, so a branch that depends on
+        values is fixed as the example takes it.
     normalisation: written to the file's metadata as 'scale' and 'shift', see `save_bits`.
 
     Raises RunError if onnx is not installed, if the file cannot be written, or names all layers that ONNX lacks.
     """
-    onnx, net, example = import_onnx(), frozen(net), example.detach().cpu().float()
+    onnx, net, example = import_onnx(), frozen(net), on_cpu(example)
     try:
         contents = traced(for_onnx(net), example)
     except Exception as e:  # the exporter raises many types
@@ -249,7 +257,7 @@ def to_c(
 
     Raises RunError if the file cannot be written, or names all layers for which export_c.py has no rule.
     """
-    write(path, c_source(frozen(net), example.detach().cpu().float(), normalisation, about).encode())
+    write(path, c_source(frozen(net), on_cpu(example), normalisation, about).encode())
 
 
 def c_source(net: nn.Module, example: Tensor, normalisation: list[list[float]] | None, about: str) -> str:

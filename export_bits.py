@@ -397,6 +397,8 @@ def build_named(build: dict, device: str) -> nn.Module:
 def check_layers(net: nn.Module, layers, activations) -> None:
     """Raises ValueError unless a network's layers and activations are those that a file describes."""
     found = describe(net)
+    if not models.binary_layers(net):
+        raise ValueError("the network has no binary layers: call models.binarize_() first")
     if not isinstance(layers, dict) or not all(isinstance(fields, dict) for fields in layers.values()):
         raise ValueError("its layers are not described")
     for name in [*found, *layers]:

@@ -217,8 +217,20 @@ def test_every_kind_of_layer(tmp_path, kind, act):
     assert sum(a.size for a in arrays if a.dtype == np.int8) == sum(w.size for w in weights.values())
 
 
+def test_a_network_of_words_becomes_onnx(tmp_path):
+    pytest.importorskip("onnxruntime")
+    net = nn.Sequential(nn.Embedding(20, 8), nn.Flatten(), nn.Linear(40, 16), nn.Hardtanh(), nn.Linear(16, 3))
+    models.binarize_(net, "bwn-f", quiet=True).eval()
+    words = torch.randint(20, (4, 5))
+    export.to_onnx(net, tmp_path / "net.onnx", words[:1])
+    (logits,) = export.onnx_session(tmp_path / "net.onnx").run(None, {"image": words.numpy()})
+    assert np.abs(logits - net(words).detach().numpy()).max() < 1e-5
+
+
 def test_a_file_of_another_network_is_refused_and_the_network_stays_as_it_was(tmp_path):
     export.save_bits(own_network(), tmp_path / "net.safetensors")
+    with pytest.raises(runs.RunError, match=r"call models\.binarize_\(\) first"):
+        export.load_bits(tmp_path / "net.safetensors", nn.Sequential(nn.Conv2d(2, 9, 3), nn.Linear(45, 6)))
     others = {"3": own_network("none"), "1": own_network(), "8": own_network()}
     others["1"][1] = nn.BatchNorm2d(9, eps=0.2)
     others["8"][8] = nn.Linear(45, 6)  # not binary
