@@ -563,7 +563,7 @@ def write_card(trained: Trained, path: Path, found: Comparison, dataset: str) ->
     """Write the model card, README.md, beside the packed bits at `path`."""
     layers = models.binary_layers(trained.net)
     bits, elements = sum(m.weight.numel() for m in layers), sum(p.numel() for p in trained.net.parameters())
-    load = f'export.load_bits("{path.name}")' if trained.build else f'export.load_bits("{path.name}", net)'
+    load = f'load_bits("{path.name}"{"" if trained.build else ", net"})'
     c, h, w = trained.shape
     text = f"""---
 library_name: pytorch
@@ -585,11 +585,13 @@ tags:
 | images | {c}×{h}×{w}, {trained.num_classes} classes |
 | test accuracy | {100 * found.correct / found.count:.2f} % of {found.count:,} images of {dataset} |
 
-The file `{path.name}` contains one bit per binary weight; its format is described at the top of `export.py`. With
-`export.py` and the files that it names:
+The file `{path.name}` contains one bit per binary weight; its format is described at the top of `export_bits.py`. With
+that file and those that it names:
 
 ```python
-import torch, export
+import torch
+from export_bits import load_bits
+
 net = {load}
 factor, shift = torch.tensor({trained.normalisation})[..., None, None]
 logits = net(factor * pixels + shift)  # pixels: float32 [B, {c}, {h}, {w}], from 0 to 255
