@@ -314,7 +314,7 @@ ELEMENTWISE_C = {  # what follows the name of each constant is {0}, {1}: an elem
     "bias": "v += {0}[c];",
     "batchnorm": "v = bnn_muladd(unit, v, {0}[c], {1}[c]);",
     "relu": "v = v > 0 ? v : 0;",
-    "hardtanh": "v = v < -1 ? -1 : v > 1 ? 1 : v;",
+    "hardtanh": "v = v > -1 ? v : -1; v = v < 1 ? v : 1;",
     "prelu": "const float {0}v = v * {0}[c]; v = v > 0 ? v : {0}v;",
     "add": "v += {0}[i];",
     # binary activations: the result is at least 0 where the bit is 1
@@ -463,7 +463,7 @@ class CWriter:
         values = values.detach().numpy() if isinstance(values, Tensor) else values
         texts = [formats[c_type](value) for value in values.ravel().tolist()]
         lines = ",\n".join("    " + ", ".join(texts[i : i + 8]) for i in range(0, len(texts), 8))
-        self.definitions.append(f"static const {c_type} bnn_{name}[{len(texts)}] = {{\n{lines}}};")
+        self.definitions.append(f"static const {c_type} bnn_{name}[{len(texts)}] BNN_ALIGNED = {{\n{lines}}};")
         self.flash += len(texts) * {"uint16_t": 2}.get(c_type, 4)
         return f"bnn_{name}"
 
@@ -578,7 +578,8 @@ class CWriter:
         """How many rows a group computes at once, a divisor of the height. row: elements of one."""
         if first.kind == "conv" and weight_bytes(first) > LARGE_WEIGHTS:
             return height
-        return max(n for n in range(1, height + 1) if height % n == 0 and (n == 1 or 4 * n * row <= ROWS_AT_ONCE))
+        most = max(ROWS_AT_ONCE, 4 * height * row // 8)
+        return max(n for n in range(1, height + 1) if height % n == 0 and (n == 1 or 4 * n * row <= most))
 
     def first_operation(self, group: Group, inner: Group | None, rows: int, to: str) -> list[str]:
         """The code that writes rows [y, y + rows) of a group's first operation, which is not elementwise."""
@@ -686,29 +687,30 @@ class CWriter:
                 own = [f"{letter}{i}" for letter in "ab" if f"{{{'ab'.index(letter)}}}" in ELEMENTWISE_C[kind]]
                 names += own
                 body.append(ELEMENTWISE_C[kind].format(*own))
-            parameters = "const float *in, float *out, int pixels, int channels"
-            parameters += "".join(f", const float *{name}" for name in names)
+            constants = "".join(f", const float *{name}" for name in names)
+            pointers = f"const float *in, float *out{constants}"
+            parameters = f"const float *in, float *out, int pixels, int channels{constants}"
             passed = "".join(f", {name}" for name in names)
-            lines = "\n".join(f"            {line}" for line in body)
+            lines = "\n".join(f"        {line}" for line in body)
             texts.append(f"""
-/* {", ".join(kinds)}, of channels [from, to). `out` may be `in`. */
-BNN_INLINE void {function}_part(const int unit, int from, const int n, {parameters}) {{
+/* {", ".join(kinds)}, of n channels from channel `from` on, element `at`. `out` may be `in`. */
+BNN_INLINE void {function}_part(const int unit, const int n, int at, int from, {pointers}) {{
     (void)unit;
-    for (int p = 0; p < pixels; p++) {{
-        BNN_INDEPENDENT for (int f = 0; f < n; f++) {{
-            const int c = from + f, i = p * channels + c;
-            float v = in[i];
+    BNN_INDEPENDENT for (int f = 0; f < n; f++) {{
+        const int i = at + f, c = from + f;
+        float v = in[i];
 {lines}
-            out[i] = v;
-            (void)c;
-        }}
+        out[i] = v;
+        (void)c;
     }}
 }}
 
 BNN_INLINE void {function}_on(const int unit, {parameters}) {{
-    int from = 0;
-    for (; from + 16 <= channels; from += 16) {function}_part(unit, from, 16, in, out, pixels, channels{passed});
-    if (from < channels) {function}_part(unit, from, channels - from, in, out, pixels, channels{passed});
+    for (int i = 0; i < pixels * channels; i += channels) {{
+        int c = 0;
+        for (; c + 16 <= channels; c += 16) {function}_part(unit, 16, i + c, c, in, out{passed});
+        if (c < channels) {function}_part(unit, channels - c, i + c, c, in, out{passed});
+    }}
 }}
 
 BNN_FOR_EACH_UNIT({function}, ({parameters}), in, out, pixels, channels{passed})""")
@@ -895,6 +897,15 @@ def packed_activations(bits: Tensor) -> np.ndarray:
     return room[4:-4].reshape(packed.shape)
 
 
+def aligned(array: np.ndarray) -> np.ndarray:
+    """A copy at an address that is a multiple of 64, as the constants in a C file are."""
+    room = np.empty(array.nbytes + 64, dtype=np.uint8)
+    begin = -room.ctypes.data % 64
+    copy = room[begin : begin + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[:] = array
+    return copy
+
+
 def thresholds(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """The constants `low` and `range` of kernels.c for low ≤ sum ≤ high, int32 [C] -> int32 [C rounded up to 16]."""
     never = low > high
@@ -1012,7 +1023,7 @@ def convolutions_to_time(shape: ConvShape) -> dict:
     signs = torch.randint(2, (filters, c, k, k), dtype=torch.int8) * 2 - 1
     low, extent = thresholds(torch.zeros(filters, dtype=torch.int32), torch.full((filters,), 2**30, dtype=torch.int32))
     result = np.empty((*shape.output_size(), math.ceil(filters / 8)), dtype=np.uint8)
-    arrays = [packed_activations(bits), binary_weights(signs), None, result, low, extent]
+    arrays = [packed_activations(bits), aligned(binary_weights(signs)), None, result, low, extent]
     lib, arguments = kernel(), [ctypes.byref(shape), *map(pointer, arrays)]
     x = (bits[None].float() * 2 - 1).contiguous(memory_format=torch.channels_last)
     w = signs.float().contiguous(memory_format=torch.channels_last)

@@ -31,12 +31,11 @@
 
 #ifdef __GNUC__
 #define BNN_FUNCTION static __attribute__((unused))
+#define BNN_SEPARATE static __attribute__((noinline, unused))
 #define BNN_INLINE static inline __attribute__((always_inline, unused))
-#define BNN_ALIGNED __attribute__((aligned(64)))
 #else
 #define BNN_FUNCTION static
 #define BNN_INLINE static inline
-#define BNN_ALIGNED
 #endif
 #if defined(__clang__) /* BNN_INDEPENDENT: no round of the loop needs the results of another one */
 #define BNN_UNROLL
@@ -52,11 +51,15 @@
 #if defined(__GNUC__) && defined(__x86_64__)
 #define BNN_X86
 #include <immintrin.h>
+#define BNN_ALIGNED __attribute__((aligned(64))) /* a load that crosses a cache line takes twice the time */
 #define BNN_AVX2 __attribute__((target("avx2,fma")))
 #define BNN_AVX512 __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx512vpopcntdq,avx2,fma,popcnt")))
 #elif defined(__aarch64__) && defined(__ARM_NEON) && !defined(__AARCH64EB__)
 #define BNN_NEON
 #include <arm_neon.h>
+#endif
+#ifndef BNN_ALIGNED
+#define BNN_ALIGNED
 #endif
 
 enum { BNN_PLAIN, BNN_WITH_AVX2, BNN_WITH_AVX512 };
@@ -137,42 +140,59 @@ BNN_FUNCTION void bnn_taps_inside(const bnn_Conv *s, int size, int at, int *from
     if (*to < *from) *to = *from;
 }
 
-/* Neighbouring pixels [x, x + pixels) of a row of the output that have the same taps inside the image. */
+/* A rectangle of the output whose pixels have the same taps [ky0, ky1) x [kx0, kx1) inside the image. */
 typedef struct {
-    int y, x, pixels, ky0, ky1, kx0, kx1;
-    int width, inner0, inner1; /* the row's width, and its pixels all of whose kx are inside */
-} bnn_Span;
+    int y, x, lines, pixels, ky0, ky1, kx0, kx1;
+    int end_y, end_x, inner_y0, inner_y1, inner_x0, inner_x1; /* inner: all taps are inside */
+} bnn_Region;
 
-BNN_FUNCTION bnn_Span bnn_row_start(const bnn_Conv *s, int y) {
-    bnn_Span p = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
-    p.y = y, p.width = bnn_output_size(s, s->width);
-    p.inner0 = (s->padding + s->stride - 1) / s->stride;
-    if (s->width + s->padding >= s->kernel) p.inner1 = (s->width + s->padding - s->kernel) / s->stride + 1;
-    bnn_taps_inside(s, s->height, y, &p.ky0, &p.ky1);
-    return p;
+BNN_FUNCTION void bnn_inner(const bnn_Conv *s, int size, int *from, int *to) {
+    *from = (s->padding + s->stride - 1) / s->stride;
+    *to = size + s->padding >= s->kernel ? (size + s->padding - s->kernel) / s->stride + 1 : 0;
 }
 
-/* Go on to the next span. Returns 0 at the end of the row. */
-BNN_FUNCTION int bnn_next_span(const bnn_Conv *s, bnn_Span *p) {
-    p->x += p->pixels;
-    if (p->x >= p->width) return 0;
-    p->pixels = p->x >= p->inner0 && p->x < p->inner1 ? p->inner1 - p->x : 1;
-    bnn_taps_inside(s, s->width, p->x, &p->kx0, &p->kx1);
+/* Before the first region of rows [y0, y1) of the output. */
+BNN_FUNCTION bnn_Region bnn_before(const bnn_Conv *s, int y0, int y1) {
+    bnn_Region g;
+    memset(&g, 0, sizeof g);
+    g.y = y0, g.end_y = y1, g.x = g.end_x = bnn_output_size(s, s->width);
+    bnn_inner(s, s->height, &g.inner_y0, &g.inner_y1);
+    bnn_inner(s, s->width, &g.inner_x0, &g.inner_x1);
+    return g;
+}
+
+/* Go on to the next region. Returns 0 behind the last one. */
+BNN_FUNCTION int bnn_next(const bnn_Conv *s, bnn_Region *g) {
+    g->x += g->pixels;
+    if (g->x >= g->end_x) {
+        g->x = 0, g->y += g->lines, g->lines = 1;
+        if (g->y >= g->end_y) return 0;
+        if (g->y >= g->inner_y0 && g->y < g->inner_y1) {
+            g->lines = (g->inner_y1 < g->end_y ? g->inner_y1 : g->end_y) - g->y;
+        }
+        bnn_taps_inside(s, s->height, g->y, &g->ky0, &g->ky1);
+    }
+    g->pixels = g->x >= g->inner_x0 && g->x < g->inner_x1 ? g->inner_x1 - g->x : 1;
+    bnn_taps_inside(s, s->width, g->x, &g->kx0, &g->kx1);
     return 1;
 }
 
 /* ----------------------------------------------------------------------------------------------------------------- */
 /* Convolutions of bits. */
 
-/* A span of pixels, as the units' kernels take it. Distances of x are in bytes, those of w in words of 32 bits. */
+/* A region, as the units' kernels take it. Distances of x are in bytes, those of w in words of 32 bits. */
 typedef struct {
     const uint8_t *x;  /* the first word inside the image, of the first pixel */
     const uint32_t *w; /* its weights in the first block */
-    ptrdiff_t x_row, x_pixel, w_row, w_block;
-    int rows, words, pixels, mode;
-    int masked;           /* whether some words count only in part: */
-    uint32_t first, last; /* the bits that count in the first and in the last word of a row */
-    int32_t base;         /* XNOR: what is the same for all filters */
+    ptrdiff_t x_row, w_row, w_block;   /* between rows of taps, and between blocks */
+    ptrdiff_t x_pixel, x_line;         /* between pixels, and between lines of pixels */
+    ptrdiff_t out_pixel, out_line;     /* the same in the output, in pixels */
+    int pixels, lines;
+    int rows, words, mode; /* rows of taps inside the image, and words in each */
+    int masked;            /* whether some words count only in part: */
+    uint32_t first, last;  /* the bits that count in the first and in the last word of a row */
+    int32_t base;          /* XNOR: what is the same for all filters */
+    const int32_t *bases;  /* AND: the same for each pixel of a line */
     int filters;
     float *sums;           /* [pixels][filters], or NULL: */
     uint8_t *bits;         /* [pixels][bits_pixel] */
@@ -201,31 +221,24 @@ BNN_INLINE uint32_t bnn_bytes(uint32_t nibbles) { return (nibbles & 0x0f0f0f0fu)
 BNN_INLINE int32_t bnn_popcount(uint32_t v) { return (int32_t)(bnn_bytes(bnn_nibbles(v)) * 0x01010101u >> 24); }
 
 /* The number of bits that count among the activations of a pixel. */
-BNN_INLINE int32_t bnn_ones(const bnn_Bits *r, int pixel) {
+BNN_INLINE int32_t bnn_ones(const bnn_Bits *r, const uint8_t *x) {
     int32_t n = 0;
     for (int row = 0; row < r->rows; row++)
-        for (int i = 0; i < r->words; i++) {
-            const uint8_t *x = r->x + pixel * r->x_pixel + row * r->x_row + 4 * i;
-#if defined(__POPCNT__)
-            n += __builtin_popcount(bnn_load32(x) & bnn_mask(r, i));
-#else
-            n += bnn_popcount(bnn_load32(x) & bnn_mask(r, i));
-#endif
-        }
+        for (int i = 0; i < r->words; i++) n += bnn_popcount(bnn_load32(x + row * r->x_row + 4 * i) & bnn_mask(r, i));
     return n;
 }
 
 /* Write the results of n <= 16 filters of one pixel. */
-BNN_INLINE void bnn_write(const bnn_Bits *r, int block, int pixel, const int32_t *sum) {
+BNN_INLINE void bnn_write(const bnn_Bits *r, int block, ptrdiff_t pixel, const int32_t *sum) {
     const int from = 16 * block, n = r->filters - from < 16 ? r->filters - from : 16;
     if (r->sums) {
-        float *out = r->sums + (ptrdiff_t)pixel * r->filters + from;
+        float *out = r->sums + pixel * r->filters + from;
         for (int f = 0; f < n; f++) out[f] = (float)sum[f];
     } else {
         uint32_t bits = 0;
         for (int f = 0; f < n; f++)
             bits |= (uint32_t)((uint32_t)sum[f] - (uint32_t)r->low[from + f] <= r->range[from + f]) << f;
-        uint8_t *out = r->bits + (ptrdiff_t)pixel * r->bits_pixel + 2 * block;
+        uint8_t *out = r->bits + pixel * r->bits_pixel + 2 * block;
         out[0] = (uint8_t)bits;
         if (n > 8) out[1] = (uint8_t)(bits >> 8);
     }
@@ -233,12 +246,12 @@ BNN_INLINE void bnn_write(const bnn_Bits *r, int block, int pixel, const int32_t
 
 /* Plain C. The popcounts of 16 filters are collected in bytes: three words at a time are reduced to two by a full adder,
    and at most ten times three words of 24 bits fit in a byte. */
-BNN_INLINE void bnn_tile_plain(const int mode, const bnn_Bits *r, int block, int pixel) {
+BNN_INLINE void bnn_tile_plain(const int mode, const bnn_Bits *r, int block, const uint8_t *x0, ptrdiff_t out) {
     int32_t sum[16];
-    const int32_t base = mode == BNN_AND ? -bnn_ones(r, pixel) : r->base, sign = mode == BNN_AND ? 2 : -2;
+    const int32_t base = mode == BNN_AND ? -bnn_ones(r, x0) : r->base, sign = mode == BNN_AND ? 2 : -2;
     for (int f = 0; f < 16; f++) sum[f] = mode == BNN_MASKED ? 0 : base;
     for (int row = 0; row < r->rows; row++) {
-        const uint8_t *x = r->x + pixel * r->x_pixel + row * r->x_row;
+        const uint8_t *x = x0 + row * r->x_row;
         const uint32_t *w = r->w + block * r->w_block + row * r->w_row;
         for (int i = 0; i < r->words;) {
             uint32_t bytes[16] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
@@ -270,106 +283,254 @@ BNN_INLINE void bnn_tile_plain(const int mode, const bnn_Bits *r, int block, int
             }
         }
     }
-    bnn_write(r, block, pixel, sum);
+    bnn_write(r, block, out, sum);
 }
 
 BNN_FUNCTION void bnn_bits_plain(const bnn_Bits *r, int block, int blocks) {
     for (int b = block; b < block + blocks; b++)
-        for (int p = 0; p < r->pixels; p++) {
-            if (r->mode == BNN_XNOR) bnn_tile_plain(BNN_XNOR, r, b, p);
-            if (r->mode == BNN_AND) bnn_tile_plain(BNN_AND, r, b, p);
-            if (r->mode == BNN_MASKED) bnn_tile_plain(BNN_MASKED, r, b, p);
-        }
+        for (int line = 0; line < r->lines; line++)
+            for (int p = 0; p < r->pixels; p++) {
+                const uint8_t *x = r->x + line * r->x_line + p * r->x_pixel;
+                const ptrdiff_t out = line * r->out_line + p * r->out_pixel;
+                if (r->mode == BNN_XNOR) bnn_tile_plain(BNN_XNOR, r, b, x, out);
+                if (r->mode == BNN_AND) bnn_tile_plain(BNN_AND, r, b, x, out);
+                if (r->mode == BNN_MASKED) bnn_tile_plain(BNN_MASKED, r, b, x, out);
+            }
 }
 
 #ifdef BNN_X86
-/* B blocks of filters by P pixels, all of whose counts are kept in registers. masked: a constant, r->masked. */
-BNN_INLINE BNN_AVX512 void bnn_tile_avx512(
-    const int mode, const int masked, const int B, const int P, const bnn_Bits *r, int block, int pixel) {
+/* In mode BNN_XNOR, low <= base - 2 count <= low + range is a condition for the count alone, from <= count <= to. Where
+   bits are wanted, counting starts at -from, and the bit is 1 if the end is at most to - from, as unsigned numbers. */
+typedef struct {
+    __m512i start, most;
+} bnn_Limits_avx512;
+
+BNN_INLINE BNN_AVX512 bnn_Limits_avx512 bnn_limits_avx512(const int mode, const bnn_Bits *r, int block) {
+    bnn_Limits_avx512 limits = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+    if (mode == BNN_XNOR && r->bits) {
+        const __m512i one = _mm512_set1_epi32(1), never = _mm512_set1_epi32(-(1 << 30));
+        const __m512i high = _mm512_sub_epi32(_mm512_set1_epi32(r->base), _mm512_loadu_si512(r->low + 16 * block));
+        const __m512i low = _mm512_sub_epi32(high, _mm512_loadu_si512(r->range + 16 * block));
+        const __m512i from = _mm512_srai_epi32(_mm512_add_epi32(low, one), 1), to = _mm512_srai_epi32(high, 1);
+        const __mmask16 is_empty = _mm512_cmpgt_epi32_mask(from, to);
+        limits.start = _mm512_mask_mov_epi32(_mm512_sub_epi32(limits.start, from), is_empty, never);
+        limits.most = _mm512_maskz_sub_epi32((__mmask16)~is_empty, to, from);
+    }
+    return limits;
+}
+
+/* The results of a block for one pixel. count: the popcounts, from limits.start on. present, in mode BNN_MASKED: those of
+   the mask. */
+BNN_INLINE BNN_AVX512 void bnn_write_avx512(const int mode, const bnn_Bits *r, int block, ptrdiff_t out, int32_t base,
+                                            __m512i count, __m512i present, __m512i most) {
+    const int from = 16 * block, n = r->filters - from;
+    const __m512i twice = _mm512_add_epi32(count, count), start = _mm512_set1_epi32(base);
+    __m512i sum;
+    if (mode == BNN_AND)
+        sum = _mm512_add_epi32(start, twice);
+    else
+        sum = _mm512_sub_epi32(mode == BNN_MASKED ? present : start, twice);
+    if (r->sums) {
+        const __mmask16 some = (__mmask16)(n < 16 ? (1 << n) - 1 : 0xffff);
+        _mm512_mask_storeu_ps(r->sums + out * r->filters + from, some, _mm512_cvtepi32_ps(sum));
+    } else {
+        uint8_t *bits = r->bits + out * r->bits_pixel + 2 * block;
+        uint16_t set;
+        if (mode == BNN_XNOR) {
+            set = (uint16_t)_mm512_cmple_epu32_mask(count, most);
+        } else {
+            const __m512i above = _mm512_sub_epi32(sum, _mm512_loadu_si512(r->low + from));
+            set = (uint16_t)_mm512_cmple_epu32_mask(above, _mm512_loadu_si512(r->range + from));
+        }
+        if (n > 8)
+            memcpy(bits, &set, 2);
+        else
+            *bits = (uint8_t)set;
+    }
+}
+
+BNN_INLINE BNN_AVX512 __m512i bnn_count_avx512(const int mode, const int masked, __m512i a, __m512i w, __m512i mask) {
+    __m512i v;
+    if (mode == BNN_AND)
+        v = _mm512_and_si512(a, w);
+    else
+        v = _mm512_xor_si512(a, w);
+    return _mm512_popcnt_epi32(masked ? _mm512_and_si512(v, mask) : v);
+}
+
+/* B blocks of filters by P pixels, all of whose counts are kept in registers. The pixels are neighbours in a line or, if
+   square, 2 x 2. masked: r->masked. */
+BNN_INLINE BNN_AVX512 void bnn_tile_avx512(const int mode, const int masked, const int B, const int P, const int square,
+                                           const bnn_Bits *r, int block, int line, int pixel,
+                                           const bnn_Limits_avx512 *limits) {
+    const int words = r->words, step = mode == BNN_MASKED ? 32 : 16;
+    const ptrdiff_t w_block = r->w_block, x_pixel = r->x_pixel, out = line * r->out_line + pixel * r->out_pixel;
+    const ptrdiff_t x_pair = square ? r->x_line : 2 * x_pixel, out_pair = square ? r->out_line : 2 * r->out_pixel;
     __m512i count[4][4], present[4];
     BNN_UNROLL for (int b = 0; b < B; b++) {
         present[b] = _mm512_setzero_si512();
-        BNN_UNROLL for (int p = 0; p < P; p++) count[p][b] = _mm512_setzero_si512();
+        BNN_UNROLL for (int p = 0; p < P; p++) count[p][b] = limits[b].start;
     }
-    const uint8_t *x_row = r->x + pixel * r->x_pixel;
-    const uint32_t *w_row = r->w + block * r->w_block;
-    for (int row = 0; row < r->rows; row++, x_row += r->x_row, w_row += r->w_row) {
-        const uint8_t *x = x_row;
-        const uint32_t *w = w_row;
-        for (int i = 0; i < r->words; i++, x += 4, w += mode == BNN_MASKED ? 32 : 16) {
+    for (int row = 0; row < r->rows; row++) {
+        const uint8_t *x = r->x + line * r->x_line + pixel * x_pixel + row * r->x_row;
+        const uint32_t *w = r->w + block * w_block + row * r->w_row;
+        for (int i = 0; i < words; i++, x += 4, w += step) {
             __m512i weight[4], mask[4];
             BNN_UNROLL for (int b = 0; b < B; b++) {
-                weight[b] = _mm512_loadu_si512(w + b * r->w_block);
-                if (masked) mask[b] = _mm512_set1_epi32((int)bnn_mask(r, i));
+                weight[b] = _mm512_loadu_si512(w + b * w_block);
+                mask[b] = _mm512_set1_epi32(masked ? (int)bnn_mask(r, i) : 0);
                 if (mode == BNN_MASKED) {
-                    mask[b] = _mm512_and_si512(mask[b], _mm512_loadu_si512(w + b * r->w_block + 16));
+                    mask[b] = _mm512_and_si512(mask[b], _mm512_loadu_si512(w + b * w_block + 16));
                     present[b] = _mm512_add_epi32(present[b], _mm512_popcnt_epi32(mask[b]));
                 }
             }
             BNN_UNROLL for (int p = 0; p < P; p++) {
-                const __m512i a = _mm512_set1_epi32((int)bnn_load32(x + p * r->x_pixel));
-                BNN_UNROLL for (int b = 0; b < B; b++) {
-                    __m512i v;
-                    if (mode == BNN_AND)
-                        v = _mm512_and_si512(a, weight[b]);
-                    else
-                        v = _mm512_xor_si512(a, weight[b]);
-                    if (masked) v = _mm512_and_si512(v, mask[b]);
-                    count[p][b] = _mm512_add_epi32(count[p][b], _mm512_popcnt_epi32(v));
-                }
+                const __m512i a = _mm512_set1_epi32((int)bnn_load32(x + (p & 1) * x_pixel + (p >> 1) * x_pair));
+                BNN_UNROLL for (int b = 0; b < B; b++)
+                    count[p][b] =
+                        _mm512_add_epi32(count[p][b], bnn_count_avx512(mode, masked, a, weight[b], mask[b]));
             }
         }
     }
     BNN_UNROLL for (int p = 0; p < P; p++) {
-        const __m512i base = _mm512_set1_epi32(mode == BNN_AND ? -bnn_ones(r, pixel + p) : r->base);
-        BNN_UNROLL for (int b = 0; b < B; b++) {
-            const int from = 16 * (block + b), n = r->filters - from;
-            const __m512i twice = _mm512_add_epi32(count[p][b], count[p][b]);
-            __m512i sum;
-            if (mode == BNN_AND)
-                sum = _mm512_add_epi32(base, twice);
-            else
-                sum = _mm512_sub_epi32(mode == BNN_MASKED ? present[b] : base, twice);
-            if (r->sums) {
-                const __mmask16 some = (__mmask16)(n < 16 ? (1 << n) - 1 : 0xffff);
-                float *out = r->sums + (ptrdiff_t)(pixel + p) * r->filters + from;
-                _mm512_mask_storeu_ps(out, some, _mm512_cvtepi32_ps(sum));
-            } else {
-                const __m512i above = _mm512_sub_epi32(sum, _mm512_loadu_si512(r->low + from));
-                const unsigned set = _mm512_cmple_epu32_mask(above, _mm512_loadu_si512(r->range + from));
-                uint8_t *out = r->bits + (ptrdiff_t)(pixel + p) * r->bits_pixel + 2 * (block + b);
-                out[0] = (uint8_t)set;
-                if (n > 8) out[1] = (uint8_t)(set >> 8);
-            }
+        const int32_t base = mode == BNN_AND ? r->bases[pixel + p] : r->base;
+        const ptrdiff_t to = out + (p & 1) * r->out_pixel + (p >> 1) * out_pair;
+        BNN_UNROLL for (int b = 0; b < B; b++)
+            bnn_write_avx512(mode, r, block + b, to, base, count[p][b], present[b], limits[b].most);
+    }
+}
+
+/* One block whose weights stay in registers for all pixels. rows, words: constants, r->rows and r->words. */
+BNN_INLINE BNN_AVX512 void bnn_few_words_avx512(
+    const int mode, const int masked, const int rows, const int words, const bnn_Bits *r, int block) {
+    const bnn_Limits_avx512 limits = bnn_limits_avx512(mode, r, block);
+    const __m512i zero = _mm512_setzero_si512();
+    __m512i weight[18], mask[6];
+    BNN_UNROLL for (int i = 0; i < words; i++) mask[i] = _mm512_set1_epi32((int)bnn_mask(r, i));
+    BNN_UNROLL for (int row = 0; row < rows; row++)
+        BNN_UNROLL for (int i = 0; i < words; i++)
+            weight[row * words + i] = _mm512_loadu_si512(r->w + block * r->w_block + row * r->w_row + 16 * i);
+    for (int line = 0; line < r->lines; line++) {
+        const uint8_t *x = r->x + line * r->x_line;
+        ptrdiff_t out = line * r->out_line;
+        for (int p = 0; p < r->pixels; p++, x += r->x_pixel, out += r->out_pixel) {
+            __m512i count = limits.start, other = zero;
+            BNN_UNROLL for (int row = 0; row < rows; row++)
+                BNN_UNROLL for (int i = 0; i < words; i++) {
+                    const __m512i a = _mm512_set1_epi32((int)bnn_load32(x + row * r->x_row + 4 * i));
+                    const __m512i n = bnn_count_avx512(mode, masked, a, weight[row * words + i], mask[i]);
+                    if ((row * words + i) & 1)
+                        other = _mm512_add_epi32(other, n);
+                    else
+                        count = _mm512_add_epi32(count, n);
+                }
+            const int32_t base = mode == BNN_AND ? r->bases[p] : r->base;
+            bnn_write_avx512(mode, r, block, out, base, _mm512_add_epi32(count, other), zero, limits.most);
         }
     }
 }
 
 BNN_INLINE BNN_AVX512 void bnn_blocks_avx512(
     const int mode, const int masked, const int B, const bnn_Bits *r, int block) {
-    int p = 0;
-    for (; p + 4 <= r->pixels; p += 4) bnn_tile_avx512(mode, masked, B, 4, r, block, p);
-    for (; p < r->pixels; p++) bnn_tile_avx512(mode, masked, B, 1, r, block, p);
+    const int rest = r->pixels & ~3;
+    int line = 0;
+    bnn_Limits_avx512 limits[4];
+    BNN_UNROLL for (int b = 0; b < B; b++) limits[b] = bnn_limits_avx512(mode, r, block + b);
+    for (; line < r->lines; line++)
+        for (int p = 0; p < rest; p += 4) bnn_tile_avx512(mode, masked, B, 4, 0, r, block, line, p, limits);
+    line = 0;
+    if (r->pixels & 2) {
+        if (mode != BNN_AND) /* whose lines come one by one */
+            for (; line + 2 <= r->lines; line += 2) bnn_tile_avx512(mode, masked, B, 4, 1, r, block, line, rest, limits);
+        for (; line < r->lines; line++) bnn_tile_avx512(mode, masked, B, 2, 0, r, block, line, rest, limits);
+    }
+    if (r->pixels & 1)
+        for (line = 0; line < r->lines; line++)
+            bnn_tile_avx512(mode, masked, B, 1, 0, r, block, line, r->pixels - 1, limits);
 }
 
-BNN_INLINE BNN_AVX512 void bnn_mode_avx512(const int mode, const int masked, const bnn_Bits *r, int block, int blocks) {
-    int b = block;
-    for (; b + 4 <= block + blocks; b += 4) bnn_blocks_avx512(mode, masked, 4, r, b);
-    for (; b + 2 <= block + blocks; b += 2) bnn_blocks_avx512(mode, masked, 2, r, b);
-    for (; b < block + blocks; b++) bnn_blocks_avx512(mode, masked, 1, r, b);
-}
+/* A function for each kind of convolution, so that the compiler does not mix their registers. */
+#define BNN_FEW_WORDS(mode, masked, words)                                                                    \
+    BNN_SEPARATE BNN_AVX512 void mode##_##masked##_##words##_words_avx512(const bnn_Bits *region, int block) { \
+        const bnn_Bits r = *region;                                                                           \
+        bnn_few_words_avx512(mode, masked, 3, words, &r, block);                                              \
+    }
+#define BNN_BLOCKS(mode, masked, B)                                                                           \
+    BNN_SEPARATE BNN_AVX512 void mode##_##masked##_##B##_blocks_avx512(const bnn_Bits *region, int block) {    \
+        const bnn_Bits r = *region;                                                                           \
+        bnn_blocks_avx512(mode, masked, B, &r, block);                                                        \
+    }
+#define BNN_KIND(mode, masked)                                                                                \
+    BNN_BLOCKS(mode, masked, 1) BNN_BLOCKS(mode, masked, 2) BNN_BLOCKS(mode, masked, 4)                       \
+    BNN_FUNCTION void mode##_##masked##_avx512(const bnn_Bits *r, int block, int blocks) {                     \
+        int b = block;                                                                                        \
+        for (; b + 4 <= block + blocks; b += 4) mode##_##masked##_4_blocks_avx512(r, b);                      \
+        for (; b + 2 <= block + blocks; b += 2) mode##_##masked##_2_blocks_avx512(r, b);                      \
+        for (; b < block + blocks; b++) mode##_##masked##_1_blocks_avx512(r, b);                              \
+    }
+BNN_KIND(BNN_XNOR, 0)
+BNN_KIND(BNN_XNOR, 1)
+BNN_KIND(BNN_AND, 0)
+BNN_KIND(BNN_AND, 1)
+BNN_KIND(BNN_MASKED, 1)
+BNN_FEW_WORDS(BNN_XNOR, 1, 2) /* 3x3 on 16 channels */
+BNN_FEW_WORDS(BNN_XNOR, 0, 3) /* 32 */
+BNN_FEW_WORDS(BNN_XNOR, 0, 6) /* 64 */
+BNN_FEW_WORDS(BNN_AND, 1, 2)
+BNN_FEW_WORDS(BNN_AND, 0, 3)
+BNN_FEW_WORDS(BNN_AND, 0, 6)
 
-BNN_FUNCTION BNN_AVX512 void bnn_bits_avx512(const bnn_Bits *r, int block, int blocks) {
-    if (r->mode == BNN_MASKED)
-        bnn_mode_avx512(BNN_MASKED, 1, r, block, blocks);
-    else if (r->mode == BNN_AND && r->masked)
-        bnn_mode_avx512(BNN_AND, 1, r, block, blocks);
-    else if (r->mode == BNN_AND)
-        bnn_mode_avx512(BNN_AND, 0, r, block, blocks);
+BNN_FUNCTION void bnn_region_avx512(const bnn_Bits *r, int block, int blocks) {
+    void (*few)(const bnn_Bits *, int) = NULL;
+    const int xnor = r->mode == BNN_XNOR;
+    if (r->rows == 3 && r->mode != BNN_MASKED && r->pixels > 1) {
+        if (r->masked && r->words == 2) few = xnor ? BNN_XNOR_1_2_words_avx512 : BNN_AND_1_2_words_avx512;
+        if (!r->masked && r->words == 3) few = xnor ? BNN_XNOR_0_3_words_avx512 : BNN_AND_0_3_words_avx512;
+        if (!r->masked && r->words == 6) few = xnor ? BNN_XNOR_0_6_words_avx512 : BNN_AND_0_6_words_avx512;
+    }
+    if (few)
+        for (int b = block; b < block + blocks; b++) few(r, b);
+    else if (r->mode == BNN_MASKED)
+        BNN_MASKED_1_avx512(r, block, blocks);
     else if (r->masked)
-        bnn_mode_avx512(BNN_XNOR, 1, r, block, blocks);
+        (xnor ? BNN_XNOR_1_avx512 : BNN_AND_1_avx512)(r, block, blocks);
     else
-        bnn_mode_avx512(BNN_XNOR, 0, r, block, blocks);
+        (xnor ? BNN_XNOR_0_avx512 : BNN_AND_0_avx512)(r, block, blocks);
+}
+
+BNN_FUNCTION BNN_AVX512 void bnn_bits_avx512(const bnn_Bits *region, int block, int blocks) {
+    enum { MOST = 64 };
+    int32_t bases[MOST];
+    bnn_Bits r = *region;
+    if (r.mode != BNN_AND) {
+        bnn_region_avx512(&r, block, blocks);
+        return;
+    }
+    r.lines = 1, r.bases = bases;
+    for (int line = 0; line < region->lines; line++)
+        for (int from = 0; from < region->pixels; from += MOST) {
+            const ptrdiff_t out = line * r.out_line + from * r.out_pixel;
+            r.x = region->x + line * r.x_line + from * r.x_pixel;
+            r.sums = region->sums ? region->sums + out * r.filters : NULL;
+            r.bits = region->bits ? region->bits + out * r.bits_pixel : NULL;
+            r.pixels = region->pixels - from < MOST ? region->pixels - from : MOST;
+            for (int p = 0; p < r.pixels; p++) {
+                int64_t n = 0;
+                for (int row = 0; row < r.rows; row++) {
+                    const uint8_t *x = r.x + p * r.x_pixel + row * r.x_row;
+                    int i = 0;
+                    for (; i + 2 <= r.words; i += 2) {
+                        const uint64_t mask = (uint64_t)bnn_mask(&r, i + 1) << 32 | bnn_mask(&r, i);
+                        uint64_t v;
+                        memcpy(&v, x + 4 * i, 8);
+                        n += _mm_popcnt_u64(v & mask);
+                    }
+                    if (i < r.words) n += _mm_popcnt_u32(bnn_load32(x + 4 * i) & bnn_mask(&r, i));
+                }
+                bases[p] = (int32_t)-n;
+            }
+            bnn_region_avx512(&r, block, blocks);
+        }
 }
 
 /* AVX2 has no popcount. Two table look-ups count the bits of each byte. A block of filters takes two registers. */
@@ -388,13 +549,13 @@ BNN_INLINE BNN_AVX2 __m256i bnn_add_bytes_avx2(__m256i sum, __m256i bytes) { /* 
 
 /* Half a block by P pixels. */
 BNN_INLINE BNN_AVX2 void bnn_tile_avx2(
-    const int mode, const int masked, const int P, const bnn_Bits *r, int half, int pixel) {
+    const int mode, const int masked, const int P, const bnn_Bits *r, int half, const uint8_t *x0, ptrdiff_t to) {
     const __m256i zero = _mm256_setzero_si256();
     const int step = mode == BNN_MASKED ? 32 : 16;
     __m256i count[4], present = zero;
     BNN_UNROLL for (int p = 0; p < P; p++) count[p] = zero;
     for (int row = 0; row < r->rows; row++) {
-        const uint8_t *x = r->x + pixel * r->x_pixel + row * r->x_row;
+        const uint8_t *x = x0 + row * r->x_row;
         const uint32_t *w = r->w + (half >> 1) * r->w_block + (half & 1) * 8 + row * r->w_row;
         for (int from = 0; from < r->words; from += 31) { /* 31 times 8 fits in a byte */
             const int to = from + 31 < r->words ? from + 31 : r->words;
@@ -425,7 +586,8 @@ BNN_INLINE BNN_AVX2 void bnn_tile_avx2(
     }
     const int at = 8 * half, n = r->filters - at;
     BNN_UNROLL for (int p = 0; p < P; p++) {
-        const __m256i base = _mm256_set1_epi32(mode == BNN_AND ? -bnn_ones(r, pixel + p) : r->base);
+        const __m256i base = _mm256_set1_epi32(mode == BNN_AND ? -bnn_ones(r, x0 + p * r->x_pixel) : r->base);
+        const ptrdiff_t pixel = to + p * r->out_pixel;
         const __m256i twice = _mm256_add_epi32(count[p], count[p]);
         __m256i sum;
         if (mode == BNN_AND)
@@ -434,23 +596,27 @@ BNN_INLINE BNN_AVX2 void bnn_tile_avx2(
             sum = _mm256_sub_epi32(mode == BNN_MASKED ? present : base, twice);
         if (r->sums) {
             const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-            float *out = r->sums + (ptrdiff_t)(pixel + p) * r->filters + at;
+            float *out = r->sums + pixel * r->filters + at;
             _mm256_maskstore_ps(out, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane), _mm256_cvtepi32_ps(sum));
         } else {
             const __m256i above = _mm256_sub_epi32(sum, _mm256_loadu_si256((const __m256i *)(r->low + at)));
             const __m256i range = _mm256_loadu_si256((const __m256i *)(r->range + at));
             const __m256i set = _mm256_cmpeq_epi32(_mm256_max_epu32(above, range), range);
-            r->bits[(ptrdiff_t)(pixel + p) * r->bits_pixel + half] = (uint8_t)_mm256_movemask_ps(_mm256_castsi256_ps(set));
+            r->bits[pixel * r->bits_pixel + half] = (uint8_t)_mm256_movemask_ps(_mm256_castsi256_ps(set));
         }
     }
 }
 
 BNN_INLINE BNN_AVX2 void bnn_mode_avx2(const int mode, const int masked, const bnn_Bits *r, int block, int blocks) {
-    for (int half = 2 * block; half < 2 * (block + blocks) && 8 * half < r->filters; half++) {
-        int p = 0;
-        for (; p + 4 <= r->pixels; p += 4) bnn_tile_avx2(mode, masked, 4, r, half, p);
-        for (; p < r->pixels; p++) bnn_tile_avx2(mode, masked, 1, r, half, p);
-    }
+    for (int half = 2 * block; half < 2 * (block + blocks) && 8 * half < r->filters; half++)
+        for (int line = 0; line < r->lines; line++) {
+            const uint8_t *x = r->x + line * r->x_line;
+            const ptrdiff_t out = line * r->out_line, step = r->x_pixel;
+            int p = 0;
+            for (; p + 4 <= r->pixels; p += 4)
+                bnn_tile_avx2(mode, masked, 4, r, half, x + p * step, out + p * r->out_pixel);
+            for (; p < r->pixels; p++) bnn_tile_avx2(mode, masked, 1, r, half, x + p * step, out + p * r->out_pixel);
+        }
 }
 
 BNN_FUNCTION BNN_AVX2 void bnn_bits_avx2(const bnn_Bits *r, int block, int blocks) {
@@ -467,14 +633,15 @@ BNN_FUNCTION BNN_AVX2 void bnn_bits_avx2(const bnn_Bits *r, int block, int block
 
 #ifdef BNN_NEON
 /* A block by P pixels. */
-BNN_INLINE void bnn_tile_neon(const int mode, const int masked, const int P, const bnn_Bits *r, int block, int pixel) {
+BNN_INLINE void bnn_tile_neon(
+    const int mode, const int masked, const int P, const bnn_Bits *r, int block, const uint8_t *x0, ptrdiff_t out) {
     uint16x8_t count[2][4], present[4];
     for (int q = 0; q < 4; q++) {
         present[q] = vdupq_n_u16(0);
         for (int p = 0; p < P; p++) count[p][q] = vdupq_n_u16(0);
     }
     for (int row = 0; row < r->rows; row++) {
-        const uint8_t *x = r->x + pixel * r->x_pixel + row * r->x_row;
+        const uint8_t *x = x0 + row * r->x_row;
         const uint32_t *w = r->w + block * r->w_block + row * r->w_row;
         for (int i = 0; i < r->words; i++, x += 4, w += mode == BNN_MASKED ? 32 : 16) {
             const uint32x4_t edge = vdupq_n_u32(bnn_mask(r, i));
@@ -497,23 +664,27 @@ BNN_INLINE void bnn_tile_neon(const int mode, const int masked, const int P, con
     }
     for (int p = 0; p < P; p++) {
         int32_t sum[16];
-        const int32_t base = mode == BNN_AND ? -bnn_ones(r, pixel + p) : r->base;
+        const int32_t base = mode == BNN_AND ? -bnn_ones(r, x0 + p * r->x_pixel) : r->base;
         for (int q = 0; q < 4; q++) {
             const int32x4_t n = vreinterpretq_s32_u32(vpaddlq_u16(count[p][q])), start = vdupq_n_s32(base);
             const int32x4_t m = vreinterpretq_s32_u32(vpaddlq_u16(present[q])), twice = vaddq_s32(n, n);
             const int32x4_t from = mode == BNN_MASKED ? m : start;
             vst1q_s32(sum + 4 * q, mode == BNN_AND ? vaddq_s32(from, twice) : vsubq_s32(from, twice));
         }
-        bnn_write(r, block, pixel + p, sum);
+        bnn_write(r, block, out + p * r->out_pixel, sum);
     }
 }
 
 BNN_INLINE void bnn_mode_neon(const int mode, const int masked, const bnn_Bits *r, int block, int blocks) {
-    for (int b = block; b < block + blocks; b++) {
-        int p = 0;
-        for (; p + 2 <= r->pixels; p += 2) bnn_tile_neon(mode, masked, 2, r, b, p);
-        for (; p < r->pixels; p++) bnn_tile_neon(mode, masked, 1, r, b, p);
-    }
+    for (int b = block; b < block + blocks; b++)
+        for (int line = 0; line < r->lines; line++) {
+            const uint8_t *x = r->x + line * r->x_line;
+            const ptrdiff_t out = line * r->out_line, step = r->x_pixel;
+            int p = 0;
+            for (; p + 2 <= r->pixels; p += 2)
+                bnn_tile_neon(mode, masked, 2, r, b, x + p * step, out + p * r->out_pixel);
+            for (; p < r->pixels; p++) bnn_tile_neon(mode, masked, 1, r, b, x + p * step, out + p * r->out_pixel);
+        }
 }
 
 BNN_FUNCTION void bnn_bits_neon(const bnn_Bits *r, int block, int blocks) {
@@ -535,53 +706,60 @@ BNN_FUNCTION void bnn_binary_conv(const bnn_Conv *s, const uint8_t *x, const uin
     const int pixel = (s->channels + 7) / 8, blocks = (s->filters + 15) / 16, width = bnn_output_size(s, s->width);
     const int words = (s->kernel * pixel + 3) / 4, planes = s->mode == BNN_MASKED ? 2 : 1;
     bnn_Bits r;
-    r.x_row = (ptrdiff_t)s->width * pixel, r.x_pixel = (ptrdiff_t)s->stride * pixel;
+    memset(&r, 0, sizeof r);
+    r.x_row = (ptrdiff_t)s->width * pixel;
     r.w_row = (ptrdiff_t)words * planes * 16, r.w_block = s->kernel * r.w_row;
+    r.x_pixel = (ptrdiff_t)s->stride * pixel, r.x_line = s->stride * r.x_row, r.out_pixel = 1, r.out_line = width;
     r.mode = s->mode, r.filters = s->filters, r.bits_pixel = (s->filters + 7) / 8;
-    r.low = low, r.range = range;
-    for (int block = 0; block < blocks; block += 4) /* outermost, so that their weights stay in the cache */
-        for (int y = y0; y < y1; y++) {
-            bnn_Span p = bnn_row_start(s, y);
-            while (bnn_next_span(s, &p)) {
-                const int from = p.kx0 * pixel, to = p.kx1 * pixel; /* bytes of a row */
-                const int word = from / 4;
-                const ptrdiff_t at = (ptrdiff_t)(y - y0) * width + p.x;
-                r.rows = p.ky1 - p.ky0, r.words = (to + 3) / 4 - word, r.pixels = p.pixels;
-                if (from == to) r.words = 0;
-                r.masked = (from | to) % 4 != 0;
-                r.first = ~(uint32_t)0 << from % 4 * 8;
-                r.last = ~(uint32_t)0 >> (4 - to % 4) % 4 * 8;
-                r.x = x + ((y * s->stride - s->padding + p.ky0) * r.x_row + (p.x * s->stride - s->padding) * pixel + word * 4);
-                r.w = w + (p.ky0 * r.w_row + word * planes * 16);
-                r.base = s->mode == BNN_XNOR ? r.rows * (p.kx1 - p.kx0) * s->channels : 0;
-                r.sums = sums ? sums + at * s->filters : NULL;
-                r.bits = bits ? bits + at * r.bits_pixel : NULL;
-                const int n = blocks - block < 4 ? blocks - block : 4;
-#if defined(BNN_X86)
-                if (bnn_unit == BNN_WITH_AVX512)
-                    bnn_bits_avx512(&r, block, n);
-                else if (bnn_unit == BNN_WITH_AVX2)
-                    bnn_bits_avx2(&r, block, n);
-                else
-                    bnn_bits_plain(&r, block, n);
-#elif defined(BNN_NEON)
-                bnn_bits_neon(&r, block, n);
-#else
-                bnn_bits_plain(&r, block, n);
-#endif
+    r.low = low, r.range = range, r.bases = NULL;
+    for (int block = 0; block < blocks; block += 4) { /* outermost, so that their weights stay in the cache */
+        bnn_Region g = bnn_before(s, y0, y1);
+        while (bnn_next(s, &g)) {
+            const int from = g.kx0 * pixel, to = g.kx1 * pixel, word = from / 4; /* from, to: bytes of a row */
+            const int top = g.y * s->stride - s->padding + g.ky0, left = g.x * s->stride - s->padding;
+            const ptrdiff_t at = (ptrdiff_t)(g.y - y0) * width + g.x;
+            const int n = blocks - block < 4 ? blocks - block : 4;
+            bnn_Bits q = r;
+            q.x = x + (top * r.x_row + left * pixel + 4 * word);
+            q.w = w + (g.ky0 * r.w_row + word * planes * 16);
+            q.pixels = g.pixels, q.lines = g.lines;
+            if (g.pixels == 1) { /* a column becomes a line */
+                q.pixels = g.lines, q.lines = 1;
+                q.x_pixel = r.x_line, q.out_pixel = r.out_line;
             }
+            q.rows = g.ky1 - g.ky0, q.words = from < to ? (to + 3) / 4 - word : 0;
+            q.masked = (from | to) % 4 != 0;
+            q.first = ~(uint32_t)0 << from % 4 * 8;
+            q.last = ~(uint32_t)0 >> (4 - to % 4) % 4 * 8;
+            q.base = s->mode == BNN_XNOR ? q.rows * (g.kx1 - g.kx0) * s->channels : 0;
+            q.sums = sums ? sums + at * s->filters : NULL;
+            q.bits = bits ? bits + at * r.bits_pixel : NULL;
+#if defined(BNN_X86)
+            if (bnn_unit == BNN_WITH_AVX512)
+                bnn_bits_avx512(&q, block, n);
+            else if (bnn_unit == BNN_WITH_AVX2)
+                bnn_bits_avx2(&q, block, n);
+            else
+                bnn_bits_plain(&q, block, n);
+#elif defined(BNN_NEON)
+            bnn_bits_neon(&q, block, n);
+#else
+            bnn_bits_plain(&q, block, n);
+#endif
         }
+    }
 }
 
 /* ----------------------------------------------------------------------------------------------------------------- */
 /* Convolutions of floats. The weights of a tap and channel are 16 floats or, if they are binary, 16 bits. Products are
    added tap by tap and, in each tap, channel by channel, which is PyTorch's order. */
 
-/* A span of pixels, as the units' kernels take it. Distances of x are in floats, those of weights in groups of 16. */
+/* A line of a region, as the units' kernels take it. Distances of x are in floats, those of weights in groups of 16. */
 typedef struct {
     const float *x;           /* the first tap inside the image, of the first pixel */
     ptrdiff_t x_row, x_pixel; /* between rows of taps, and between pixels */
     ptrdiff_t w, w_row, w_block;
+    ptrdiff_t out_pixel;      /* between pixels of the output, in floats */
     int rows, length, pixels, filters; /* length: taps and channels in a row */
     float *out;                        /* [pixels][filters] */
     const float *weights;              /* or NULL: */
@@ -609,7 +787,7 @@ BNN_FUNCTION void bnn_floats_plain(const bnn_Floats *r, int block) {
                         if (present >> f & 1) acc[f] += bits >> f & 1 ? x[i] : -x[i];
                 }
         }
-        for (int f = 0; f < n; f++) r->out[(ptrdiff_t)p * r->filters + 16 * block + f] = acc[f];
+        for (int f = 0; f < n; f++) r->out[p * r->out_pixel + 16 * block + f] = acc[f];
     }
 }
 
@@ -644,36 +822,56 @@ BNN_INLINE BNN_AVX512 void bnn_floats_tile_avx512(
     BNN_UNROLL for (int p = 0; p < P; p++)
         BNN_UNROLL for (int b = 0; b < B; b++) {
             const int from = 16 * (block + b), n = r->filters - from;
-            float *out = r->out + (ptrdiff_t)(pixel + p) * r->filters + from;
+            float *out = r->out + (pixel + p) * r->out_pixel + from;
             _mm512_mask_storeu_ps(out, (__mmask16)(n < 16 ? (1 << n) - 1 : 0xffff), acc[p][b]);
         }
+}
+
+/* As many tiles of P pixels as there are room for, from pixel *p on. */
+BNN_INLINE BNN_AVX512 void bnn_floats_tiles_avx512(
+    const int kind, const int B, const int P, const bnn_Floats *r, int block, int *p) {
+    for (; *p + P <= r->pixels; *p += P) bnn_floats_tile_avx512(kind, B, P, r, block, *p);
 }
 
 BNN_INLINE BNN_AVX512 void bnn_floats_kind_avx512(const int kind, const bnn_Floats *r, int block, int blocks) {
     int b = block, p;
     for (; b + 4 <= block + blocks; b += 4) {
-        for (p = 0; p + 4 <= r->pixels; p += 4) bnn_floats_tile_avx512(kind, 4, 4, r, b, p);
-        for (; p < r->pixels; p++) bnn_floats_tile_avx512(kind, 4, 1, r, b, p);
+        p = 0;
+        bnn_floats_tiles_avx512(kind, 4, 4, r, b, &p);
+        bnn_floats_tiles_avx512(kind, 4, 2, r, b, &p);
+        bnn_floats_tiles_avx512(kind, 4, 1, r, b, &p);
     }
     for (; b + 2 <= block + blocks; b += 2) {
-        for (p = 0; p + 6 <= r->pixels; p += 6) bnn_floats_tile_avx512(kind, 2, 6, r, b, p);
-        for (; p + 2 <= r->pixels; p += 2) bnn_floats_tile_avx512(kind, 2, 2, r, b, p);
-        for (; p < r->pixels; p++) bnn_floats_tile_avx512(kind, 2, 1, r, b, p);
+        p = 0;
+        bnn_floats_tiles_avx512(kind, 2, 6, r, b, &p);
+        bnn_floats_tiles_avx512(kind, 2, 4, r, b, &p);
+        bnn_floats_tiles_avx512(kind, 2, 2, r, b, &p);
+        bnn_floats_tiles_avx512(kind, 2, 1, r, b, &p);
     }
     for (; b < block + blocks; b++) {
-        for (p = 0; p + 8 <= r->pixels; p += 8) bnn_floats_tile_avx512(kind, 1, 8, r, b, p);
-        for (; p + 2 <= r->pixels; p += 2) bnn_floats_tile_avx512(kind, 1, 2, r, b, p);
-        for (; p < r->pixels; p++) bnn_floats_tile_avx512(kind, 1, 1, r, b, p);
+        p = 0;
+        bnn_floats_tiles_avx512(kind, 1, 8, r, b, &p);
+        bnn_floats_tiles_avx512(kind, 1, 6, r, b, &p);
+        bnn_floats_tiles_avx512(kind, 1, 4, r, b, &p);
+        bnn_floats_tiles_avx512(kind, 1, 2, r, b, &p);
+        bnn_floats_tiles_avx512(kind, 1, 1, r, b, &p);
     }
 }
 
-BNN_FUNCTION BNN_AVX512 void bnn_floats_avx512(const bnn_Floats *r, int block, int blocks) {
-    if (r->weights)
-        bnn_floats_kind_avx512(BNN_FLOAT, r, block, blocks);
-    else if (r->present)
-        bnn_floats_kind_avx512(BNN_SIGN_OR_0, r, block, blocks);
-    else
-        bnn_floats_kind_avx512(BNN_SIGN, r, block, blocks);
+BNN_SEPARATE BNN_AVX512 void bnn_floats_0_avx512(const bnn_Floats *r, int block, int blocks) {
+    bnn_floats_kind_avx512(BNN_FLOAT, r, block, blocks);
+}
+
+BNN_SEPARATE BNN_AVX512 void bnn_floats_1_avx512(const bnn_Floats *r, int block, int blocks) {
+    bnn_floats_kind_avx512(BNN_SIGN, r, block, blocks);
+}
+
+BNN_SEPARATE BNN_AVX512 void bnn_floats_2_avx512(const bnn_Floats *r, int block, int blocks) {
+    bnn_floats_kind_avx512(BNN_SIGN_OR_0, r, block, blocks);
+}
+
+BNN_FUNCTION void bnn_floats_avx512(const bnn_Floats *r, int block, int blocks) {
+    (r->weights ? bnn_floats_0_avx512 : r->present ? bnn_floats_2_avx512 : bnn_floats_1_avx512)(r, block, blocks);
 }
 
 /* 8 elements, all bits set where bit 0 to 7 is. */
@@ -709,7 +907,7 @@ BNN_INLINE BNN_AVX2 void bnn_floats_tile_avx2(const int kind, const int P, const
     const int n = r->filters - 16 * block;
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     BNN_UNROLL for (int p = 0; p < P; p++) {
-        float *out = r->out + (ptrdiff_t)(pixel + p) * r->filters + 16 * block;
+        float *out = r->out + (pixel + p) * r->out_pixel + 16 * block;
         _mm256_maskstore_ps(out, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane), acc[p][0]);
         if (n > 8) _mm256_maskstore_ps(out + 8, _mm256_cmpgt_epi32(_mm256_set1_epi32(n - 8), lane), acc[p][1]);
     }
@@ -764,7 +962,7 @@ BNN_INLINE void bnn_floats_tile_neon(const int kind, const int P, const bnn_Floa
         float out[16];
         const int n = r->filters - 16 * block < 16 ? r->filters - 16 * block : 16;
         for (int q = 0; q < 4; q++) vst1q_f32(out + 4 * q, acc[p][q]);
-        memcpy(r->out + (ptrdiff_t)(pixel + p) * r->filters + 16 * block, out, (size_t)n * sizeof(float));
+        memcpy(r->out + (pixel + p) * r->out_pixel + 16 * block, out, (size_t)n * sizeof(float));
     }
 }
 
@@ -789,18 +987,23 @@ BNN_FUNCTION void bnn_float_conv(const bnn_Conv *s, const float *x, const float 
                                  const uint16_t *present, int y0, int y1, float *out) {
     const int c = s->channels, blocks = (s->filters + 15) / 16, width = bnn_output_size(s, s->width);
     bnn_Floats r;
-    r.x_row = (ptrdiff_t)s->width * c, r.x_pixel = (ptrdiff_t)s->stride * c;
+    r.x_row = (ptrdiff_t)s->width * c;
     r.w_row = (ptrdiff_t)s->kernel * c, r.w_block = s->kernel * r.w_row;
     r.filters = s->filters, r.weights = weights, r.bits = bits, r.present = present;
-    for (int block = 0; block < blocks; block += 4)
-        for (int y = y0; y < y1; y++) {
-            bnn_Span p = bnn_row_start(s, y);
-            while (bnn_next_span(s, &p)) {
-                r.rows = p.ky1 - p.ky0, r.length = (p.kx1 - p.kx0) * c, r.pixels = p.pixels;
-                r.x = x + ((y * s->stride - s->padding + p.ky0) * r.x_row + (p.x * s->stride - s->padding + p.kx0) * c);
-                r.w = p.ky0 * r.w_row + p.kx0 * c;
-                r.out = out + ((ptrdiff_t)(y - y0) * width + p.x) * s->filters;
+    for (int block = 0; block < blocks; block += 4) {
+        bnn_Region g = bnn_before(s, y0, y1);
+        while (bnn_next(s, &g)) {
+            const int is_column = g.pixels == 1, lines = is_column ? 1 : g.lines; /* a column becomes a line */
+            r.pixels = is_column ? g.lines : g.pixels;
+            r.x_pixel = is_column ? s->stride * r.x_row : (ptrdiff_t)s->stride * c;
+            r.out_pixel = is_column ? (ptrdiff_t)width * s->filters : s->filters;
+            for (int y = g.y; y < g.y + lines; y++) {
                 const int n = blocks - block < 4 ? blocks - block : 4;
+                const int top = y * s->stride - s->padding + g.ky0, left = g.x * s->stride - s->padding + g.kx0;
+                r.rows = g.ky1 - g.ky0, r.length = (g.kx1 - g.kx0) * c;
+                r.x = x + (top * r.x_row + left * c);
+                r.w = g.ky0 * r.w_row + g.kx0 * c;
+                r.out = out + ((ptrdiff_t)(y - y0) * width + g.x) * s->filters;
 #if defined(BNN_X86)
                 if (bnn_unit == BNN_WITH_AVX512)
                     bnn_floats_avx512(&r, block, n);
@@ -815,6 +1018,7 @@ BNN_FUNCTION void bnn_float_conv(const bnn_Conv *s, const float *x, const float 
 #endif
             }
         }
+    }
 }
 
 /* ----------------------------------------------------------------------------------------------------------------- */
