@@ -142,7 +142,7 @@ class _Binary:
             self.calls_itself, _passes.depth = False, _passes.depth - 1
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, quantizer={self.quantizer}, act={self.act}"
+        return ", ".join(filter(None, [super().extra_repr(), f"quantizer={self.quantizer}, act={self.act}"]))
 
 
 class _Summing(_Binary):
@@ -209,19 +209,18 @@ class Projection(_Binary, nn.Module):
 PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
-def _projection_weight(name: str) -> property:
-    def read(attention: nn.MultiheadAttention) -> Tensor | None:
-        layer = attention.projections.get(name)
-        return attention._parameters.get(name) if layer is None else layer.weight
-
-    return property(read)
-
-
 class _Attention(_Scoped):
     """Mixed into nn.MultiheadAttention. projections: its binary parameters, as layers."""
 
     projections: dict[str, Projection] = {}  # noqa: RUF012 (assigned to an attention, never modified)
-    in_proj_weight, q_proj_weight, k_proj_weight, v_proj_weight = map(_projection_weight, PROJECTIONS)
+
+    def weight_of(self, name: str) -> Tensor | None:
+        return self.projections[name].weight if name in self.projections else self._parameters.get(name)
+
+    in_proj_weight = property(lambda self: self.weight_of("in_proj_weight"))
+    q_proj_weight = property(lambda self: self.weight_of("q_proj_weight"))
+    k_proj_weight = property(lambda self: self.weight_of("k_proj_weight"))
+    v_proj_weight = property(lambda self: self.weight_of("v_proj_weight"))
 
 
 @functools.cache
@@ -229,7 +228,7 @@ def _with(mixin: type, cls: type) -> type:
     """The class `cls` with a mixin. A module changes its behaviour, and stays the same object, by taking this class."""
     if mixin is _Binary and cls in (nn.Conv2d, nn.Linear):
         return BinaryConv2d if cls is nn.Conv2d else BinaryLinear
-    if cls.forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, nn.Linear.forward):
+    if mixin is _Binary and cls.forward in {c.forward for c in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}:
         mixin = _Summing
     fields = {"plain": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
     if not issubclass(mixin, _Binary):  # libraries look at the names of the arguments
@@ -337,7 +336,8 @@ def binarize_(
     quiet: do not print the line.
 
     The modules stay the same objects with the same parameters. Hooks and optimizers that refer to them keep working.
-    Raises ModelError for an unknown name, if there is no layer to make binary, and if the check fails.
+    Raises ModelError for an unknown name, if there is no layer to make binary, and if the check fails (all layers then
+    have full precision).
     """
     if quantizer != "none" and quantizer not in WEIGHT_QUANTIZERS:
         raise ModelError(f"no quantizer is called {quantizer!r}: use one of none, {', '.join(WEIGHT_QUANTIZERS)}")
@@ -525,7 +525,6 @@ def _call(model: nn.Module, example) -> list[Tensor]:
         outputs = model(**example)
     else:
         outputs = model(*example) if isinstance(example, tuple) else model(example)
-    outputs = vars(outputs) if hasattr(outputs, "__dataclass_fields__") else outputs
     return [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
