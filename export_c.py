@@ -1,12 +1,13 @@
-"""Write a binary network as one C99 file, compile it, and call the kernel for convolutions of bits.
+"""Write a binary network as one C99 file, compile it, and call it.
 
-    ops = operations(net, shape)                        # the network as a list of operations (ONNX is made of it too)
-    text = c_source(ops, normalisation, about)          # the C file: void predict(const float *image, float *logits)
+    ops = operations(net, shape)                        # the network as a list of operations, also for ONNX
+    text = c_source(ops, normalisation, about)          # the C file
+    flash, ram = memory(ops, normalisation)             # bytes of its constants and of its buffers
     library = compile_library(file, folder)             # needs a C compiler
     logits = predict(library, images, num_classes)
 
-The command line is in export.py, which imports this file. Copy this file with binary_conv.cpp, models.py, quantizers.py
-and runs.py.
+The command line is in export.py, which imports this file. Copy this file with kernels.c, models.py, quantizers.py and
+runs.py.
 """
 
 import ctypes
@@ -35,7 +36,7 @@ import models
 import runs
 from runs import RunError
 
-KERNEL_FILE = Path(__file__).with_name("binary_conv.cpp")
+KERNELS = Path(__file__).with_name("kernels.c")
 
 
 def pack_words(bits: np.ndarray | Tensor) -> np.ndarray:
@@ -304,170 +305,45 @@ def interval(group: Group, activation: Op) -> tuple[Tensor, Tensor] | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The C file. Images are [height][width][channels] in memory. Each group of operations is one loop over the rows of its
-# result. A group that only binary activations follow stores their bits and nothing else.
+# The C file: the functions of kernels.c, and the code of net_run(). Images are [height][width][channels] in memory. A
+# group of operations is one loop over the rows of its result. If only binary activations follow, it stores their bits
+# and nothing else.
 
-C_RUNTIME = r"""
-#include <math.h>
-#include <string.h>
-
-/* a * b + c, rounded once, as PyTorch's convolutions and BatchNorms compute it on most machines. One rounding is needed
-   where a result is compared with a threshold, because its last digit can change the bit. Elsewhere two do. */
-#ifndef ONE_ROUNDING
-#define MULADD(a, b, c) ((a) * (b) + (c))
-#elif defined(FP_FAST_FMAF)
-#define MULADD(a, b, c) fmaf(a, b, c)
-#else
-#define MULADD(a, b, c) ((float)((double)(a) * (b) + (c)))
-#endif
-
-#ifdef _OPENMP /* threads share the rows of a layer */
-#define PARALLEL _Pragma("omp parallel for")
-#else
-#define PARALLEL
-#endif
-
-#ifdef BINARY_CONV /* linked with binary_conv.cpp, which uses the machine's vector unit */
-void binary_conv_row(const ConvShape *, const uint64_t *, const uint64_t *, int, int32_t *);
-void binary_conv_threshold(const int32_t *, int, int, const int32_t *, const int32_t *, uint64_t *);
-#define SUMS_ROW binary_conv_row
-#define THRESHOLD binary_conv_threshold
-#else
-#define SUMS_ROW sums_row_portable
-#define THRESHOLD threshold_portable
-#endif
-
-enum { LANES = 16 }; /* a convolution of floats computes so many filters at a time */
-
-/* w [n][16]: the weights of 16 filters as floats. bits [n]: 1 is +1, 0 is -1. present [n]: 0 makes the weight 0. It is
-   NULL if no weight is 0. */
-static inline void unpack_signs(const uint16_t *bits, const uint16_t *present, int n, float *w) {
-#define FOUR(b) {b & 1 ? 1 : -1, b & 2 ? 1 : -1, b & 4 ? 1 : -1, b & 8 ? 1 : -1}
-    static const float four[16][4] = {FOUR(0), FOUR(1), FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6), FOUR(7), FOUR(8),
-        FOUR(9), FOUR(10), FOUR(11), FOUR(12), FOUR(13), FOUR(14), FOUR(15)};
-    for (int i = 0; i < n; i++)
-        for (int f = 0; f < LANES; f += 4) memcpy(w + i * LANES + f, four[bits[i] >> f & 15], sizeof four[0]);
-    for (int i = 0; present && i < n; i++)
-        for (int f = 0; f < LANES; f++) w[i * LANES + f] *= (float)(present[i] >> f & 1);
-}
-
-/* acc [4 pixels][16] += x [4 pixels][channels] times w [channels][16], channel by channel. The pixels are `step` floats
-   apart. */
-static inline void multiply_4(const float *x, int step, const float *w, int channels, float *acc) {
-    float a[LANES], b[LANES], c[LANES], d[LANES];
-    memcpy(a, acc, sizeof a), memcpy(b, acc + LANES, sizeof b);
-    memcpy(c, acc + 2 * LANES, sizeof c), memcpy(d, acc + 3 * LANES, sizeof d);
-    for (int i = 0; i < channels; i++, x++, w += LANES)
-        for (int f = 0; f < LANES; f++) {
-            a[f] = MULADD(x[0], w[f], a[f]);
-            b[f] = MULADD(x[step], w[f], b[f]);
-            c[f] = MULADD(x[2 * step], w[f], c[f]);
-            d[f] = MULADD(x[3 * step], w[f], d[f]);
-        }
-    memcpy(acc, a, sizeof a), memcpy(acc + LANES, b, sizeof b);
-    memcpy(acc + 2 * LANES, c, sizeof c), memcpy(acc + 3 * LANES, d, sizeof d);
-}
-
-/* The same for one pixel. */
-static inline void multiply_1(const float *x, const float *w, int channels, float *acc) {
-    float a[LANES];
-    memcpy(a, acc, sizeof a);
-    for (int i = 0; i < channels; i++)
-        for (int f = 0; f < LANES; f++) a[f] = MULADD(x[i], w[i * LANES + f], a[f]);
-    memcpy(acc, a, sizeof a);
-}
-
-/* One row of a convolution of floats, out [width][filters]. Products are added tap by tap and, in each tap, channel by
-   channel, which is PyTorch's order. The weights [block of 16 filters][ky][kx][channel] are w (float [16] each) or, if
-   w is NULL, `bits` and `present` (see unpack_signs). */
-static inline void floats_row(const ConvShape *s, const float *x, const float *w, const uint16_t *bits,
-                              const uint16_t *present, int row, float *out) {
-    const int width = output_size(s, s->width), channels = s->channels;
-    int y0, y1;
-    taps_inside(s, s->height, row, &y0, &y1);
-    for (int block = 0; block * LANES < s->filters; block++) {
-        float acc[width * LANES], unpacked[w ? 1 : channels * LANES];
-        for (int i = 0; i < width * LANES; i++) acc[i] = 0;
-        for (int ky = y0; ky < y1; ky++)
-            for (int kx = 0; kx < s->kernel; kx++) {
-                const int tap = ((block * s->kernel + ky) * s->kernel + kx) * channels, left = s->padding - kx;
-                const float *t = w ? w + tap * LANES : unpacked;
-                if (!w) unpack_signs(bits + tap, present ? present + tap : 0, channels, unpacked);
-                /* columns [column, end): those whose input at this tap is inside the image */
-                int column = left > 0 ? (left + s->stride - 1) / s->stride : 0;
-                int end = (s->width - 1 + left) / s->stride + 1;
-                if (s->width - 1 + left < 0) end = 0;
-                if (end > width) end = width;
-                const int in = ((row * s->stride - s->padding + ky) * s->width - left) * channels;
-                const int step = s->stride * channels;
-                for (; column + 4 <= end; column += 4)
-                    multiply_4(x + (in + column * step), step, t, channels, acc + column * LANES);
-                for (; column < end; column++) multiply_1(x + (in + column * step), t, channels, acc + column * LANES);
-            }
-        for (int column = 0; column < width; column++)
-            for (int f = 0; f < LANES && block * LANES + f < s->filters; f++)
-                out[column * s->filters + block * LANES + f] = acc[column * LANES + f];
-    }
-}
-
-/* bits [pixels][words]: 1 where x [pixels][channels] is at least 0. */
-static inline void pack_signs(const float *x, int pixels, int channels, uint64_t *bits) {
-    const int words = (channels + 63) / 64;
-    for (int i = 0; i < pixels; i++)
-        for (int word = 0; word < words; word++) {
-            const int n = channels - 64 * word < 64 ? channels - 64 * word : 64;
-            const float *from = x + i * channels + 64 * word;
-            uint64_t set = 0;
-            for (int c = 0; c < n; c++) set |= (uint64_t)(from[c] >= 0) << c;
-            bits[i * words + word] = set;
-        }
-}
-
-/* out [channels]: the maximum of x [height][width][channels] by channel, over rows [y0, y1) and columns [x0, x1). */
-#define MAXIMUM(name, type)                                                                                         \
-    static inline void name(const type *x, int width, int channels, int y0, int y1, int x0, int x1, type *out) {    \
-        for (int c = 0; c < channels; c++) out[c] = x[(y0 * width + x0) * channels + c];                            \
-        for (int y = y0; y < y1; y++)                                                                               \
-            for (int i = (y * width + x0) * channels; i < (y * width + x1) * channels; i += channels)               \
-                for (int c = 0; c < channels; c++) out[c] = x[i + c] > out[c] ? x[i + c] : out[c];                  \
-    }
-MAXIMUM(maximum, float)
-MAXIMUM(maximum_of_sums, int32_t)
-
-/* The same for the average. */
-static inline void average(const float *x, int width, int channels, int y0, int y1, int x0, int x1, float *out) {
-    for (int c = 0; c < channels; c++) out[c] = 0;
-    for (int y = y0; y < y1; y++)
-        for (int i = y * width + x0; i < y * width + x1; i++)
-            for (int c = 0; c < channels; c++) out[c] += x[i * channels + c];
-    for (int c = 0; c < channels; c++) out[c] /= (float)((y1 - y0) * (x1 - x0));
-}
-
-static inline int at_least_0(int i) { return i > 0 ? i : 0; }
-static inline int at_most(int i, int most) { return i < most ? i : most; }
-"""
-
-ELEMENTWISE_C = {  # {0}, {1}: the names of the operation's constants
+ELEMENTWISE_C = {  # what follows the name of each constant is {0}, {1}: an element of the operation's constants
     "scale": "v *= {0}[c];",
     "bias": "v += {0}[c];",
-    "batchnorm": "v = MULADD(v, {0}[c], {1}[c]);",
+    "batchnorm": "v = bnn_muladd(unit, v, {0}[c], {1}[c]);",
     "relu": "v = v > 0 ? v : 0;",
-    "hardtanh": "v = v < -1 ? -1 : v > 1 ? 1 : v;",
-    "prelu": "v = v > 0 ? v : v * {0}[c];",
+    "hardtanh": "v = v > -1 ? v : -1; v = v < 1 ? v : 1;",
+    "prelu": "const float {0}v = v * {0}[c]; v = v > 0 ? v : {0}v;",
+    "add": "v += {0}[i];",
+    # binary activations: the result is at least 0 where the bit is 1
+    "step": "v = (v - {0}[c]) * {1}[c];",
+    "step_by_element": "v = (v - {0}[i]) * {1}[i];",
+    "interval": "const float d = {1}[c] - v; v = v - {0}[c] < d ? v - {0}[c] : d;",
 }
-BUFFER_TYPES = {"floats": "float", "bits": "uint64_t", "sums": "int32_t"}
+ROWS_AT_ONCE = 4096  # bytes of result after which the first operation of a group makes way for the next ones
+LARGE_WEIGHTS = 32768  # bytes of weights that are read only once for all rows
 NOT_PLAIN = re.compile(r"[^A-Za-z0-9 .,:;+_-]")
+IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
+
+
+def row_words(channels: int, kernel: int) -> int:
+    """Words of 32 bits under one row of a kernel."""
+    return math.ceil(kernel * math.ceil(channels / 8) / 4)
 
 
 def binary_weights(signs: Tensor) -> np.ndarray:
-    """A binary layer's signs, int8 [C_out, C_in, k, k], in the layout of binary_conv.cpp: uint64, flat."""
-    planes = [pad_filters(signs > 0, 8)]
-    if (signs == 0).any():
-        planes.append(pad_filters(signs != 0, 8))
-    k = signs.shape[-1]
-    words = pack_words(rearrange(planes, "plane filter c ky kx -> (plane filter ky kx) c"))
-    layout = "(plane block lane ky kx) word -> (block ky kx word plane lane)"
-    return rearrange(words, layout, plane=len(planes), lane=8, ky=k, kx=k)
+    """A binary layer's signs, int8 [C_out, C_in, k, k], in the layout of kernels.c: uint32, flat."""
+    planes = [signs > 0, signs != 0] if (signs == 0).any() else [signs > 0]
+    bits = torch.stack([pad_filters(plane, 16) for plane in planes])
+    c, k = signs.shape[1], signs.shape[-1]
+    bits = nn.functional.pad(bits, (0, 0, 0, 0, 0, -c % 8))  # a pixel has whole bytes
+    bits = rearrange(bits, "plane filter c ky kx -> (plane filter ky) (kx c)")
+    bits = nn.functional.pad(bits, (0, -bits.shape[1] % 32))
+    words = np.packbits(bits.numpy(), axis=1, bitorder="little").view("<u4")
+    layout = "(plane block lane ky) word -> (block ky word plane lane)"
+    return rearrange(words, layout, plane=len(planes), lane=16, ky=k)
 
 
 def pad_filters(weight: Tensor, multiple: int) -> Tensor:
@@ -485,61 +361,111 @@ def bits_of_16(bits: Tensor) -> np.ndarray:
     return (blocks_of_16(bits.long()) << torch.arange(16)).sum(-1).numpy().astype(np.uint16)
 
 
-def c_source(ops: list[Op], normalisation: list[list[float]], about: str) -> str:
+def c_source(ops: list[Op], normalisation: list[list[float]], about: str, name: str = "net") -> str:
     """The C file of a network.
 
     normalisation: per channel the factors for pixels of 0 to 255, and what is added to the products.
     about: a few words for the comment at the top of the file. All but letters, digits, spaces and . , : ; + _ - become
         underscores, so the comment cannot be closed.
+    name: what all names in the file begin with. Raises RunError unless it consists of letters, digits and underscores.
     """
+    if not IDENTIFIER.fullmatch(name):
+        raise RunError(f"{name!r:.80} cannot begin the names in a C file: use letters, digits and underscores")
     writer = CWriter(ops, normalisation)
-    c, h, w = ops[0].shape
+    (c, h, w), upper = ops[0].shape, name.upper()
     header = f"""/* {NOT_PLAIN.sub("_", about[:200])}. Written by export.py.
 
-   void predict(const float *image, float *logits);
+   void {name}_predict(const float *image, float *logits);
+   void {name}_predict_uint8(const uint8_t *image, float *logits);
 
    image: [{c}][{h}][{w}] (channel, row, column), pixels from 0 to 255 as in the image file. They are normalised here.
    logits: [{ops[-1].shape[0]}]. The index of the largest one is the predicted class.
-   Buffers are static: do not call predict() from several threads at once. The file is C99 and needs libc and libm:
+   The constants take {writer.flash:,} bytes of flash, besides the code, and {upper}_RAM_BYTES of RAM are static:
+   do not call the functions from several threads at once. The file is C99 and needs libc and libm:
 
-       cc -O3 -std=c99 -c FILE.c      (-march=native: use this machine's vector unit; -fopenmp: use all cores)
+       cc -O3 -std=c99 -c FILE.c
 */
-#include <stddef.h>
-#include <stdint.h>"""
-    define = "#define ONE_ROUNDING" if any(op.sums_bits for op in ops) else ""
-    kernel = KERNEL_FILE.read_text().split("#include <stdint.h>", 1)[1].split("// ----", 1)[0]
-    buffers = [f"static {BUFFER_TYPES[name.split('_')[0]]} {name}[{n}];" for name, n in writer.buffer_sizes.items()]
-    signature = "void predict(const float *image, float *logits)"
-    code = "\n".join(f"    {line}" for line in writer.code)
-    function = f"{signature};\n\n{signature} {{\n{code}\n}}\n"
-    return "\n".join([header, define, kernel, C_RUNTIME, *writer.definitions, "", *buffers, "", function])
+#define {upper}_RAM_BYTES {writer.ram}
+#define {upper}_CONSTANT_BYTES {writer.flash}
+#define BNN_ONE_ROUNDING {int(any(op.sums_bits for op in ops))}
+"""
+    text = "\n".join([header, KERNELS.read_text(), *writer.functions(), *writer.definitions, writer.predict()])
+    return text.replace("BNN_", f"{upper}_").replace("bnn_", f"{name}_")
+
+
+@dataclass(eq=False)
+class Buffer:
+    """A part of the network's RAM.
+
+    kind: "floats" or "bits". size: bytes. first, last: the steps between which its contents are needed.
+    """
+
+    name: str
+    kind: str
+    size: int
+    first: int
+    last: int
+    offset: int = 0
+
+
+def place(buffers: list[Buffer]) -> int:
+    """Give buffers that are needed at the same time places that do not overlap. Returns the bytes in all."""
+    placed = []
+    for buffer in sorted(buffers, key=lambda b: -b.size):
+        busy = [b for b in placed if b.first <= buffer.last and buffer.first <= b.last]
+        for other in sorted(busy, key=lambda b: b.offset):
+            if buffer.offset + buffer.size <= other.offset:
+                break
+            buffer.offset = max(buffer.offset, other.offset + other.size)
+        placed.append(buffer)
+    return max((b.offset + b.size for b in buffers), default=0) or 64
 
 
 class CWriter:
-    """Collects the parts of a C file: definitions of constants, sizes of buffers, and the code of predict()."""
+    """The parts of a C file. flash, ram: bytes of constants and of buffers."""
 
     def __init__(self, ops: list[Op], normalisation: list[list[float]]):
-        self.logits, self.uses = ops[-1], consumers(ops)
+        self.ops, self.uses = ops, consumers(ops)
         self.normalisation = normalisation
         self.definitions, self.code = [], []
-        self.buffer_sizes = {}  # name of a buffer -> elements
-        self.free_buffers = []  # names of buffers whose contents are not needed any more
-        self.buffer_of = {}  # operation -> name of the buffer that holds its result
+        self.chains = {}  # kinds of elementwise operations -> the name of the function that computes them
+        self.buffers = []
+        self.buffer_of = {}  # operation -> the buffer of its result
+        self.flash = 0
         groups = fuse(ops)
-        for i, group in enumerate(groups):
+        self.host_of = {op: group for group in groups for op in group.ops}
+        inside = {inner for inner in map(self.pooled, groups) if inner}  # these are computed by the pooling after them
+        steps = [group for group in groups if group not in inside]
+        self.last_use = {}  # operation -> the last step that needs its result
+        for i, group in enumerate(steps):
+            inner = self.pooled(group)
+            for op in [*group.ops, *(inner.ops if inner else [])]:
+                for x in op.inputs:
+                    self.last_use[x] = i
+        for self.step, group in enumerate(steps):
             self.write_group(group)
-            needed_later = {x for later in groups[i + 1 :] for op in later.ops for x in op.inputs}
-            for op in [op for op in self.buffer_of if op not in needed_later]:
-                self.free_buffers.append(self.buffer_of.pop(op))
+        self.ram = place(self.buffers)
+
+    def pooled(self, group: Group) -> Group | None:
+        """The group whose rows a pooling takes as they are made: windows lie side by side and nothing else needs it."""
+        pool = group.ops[0]
+        if pool.kind not in ("maxpool", "avgpool") or not pool.kernel or pool.kernel != pool.stride or pool.padding:
+            return None
+        inner = self.host_of.get(pool.inputs[0])
+        is_only_use = inner and inner.result is pool.inputs[0] and self.uses[inner.result] == [pool]
+        return inner if is_only_use and inner.ops[0].kind not in ("maxpool", "avgpool", "image") else None
+
+    # Constants.
 
     def define(self, c_type: str, name: str, values: Tensor | np.ndarray) -> str:
         """Define a constant array. Returns its name."""
-        formats = {"float": "{:.9g}", "int32_t": "{}", "uint16_t": "{:#x}", "uint64_t": "{:#x}"}
+        formats = {"float": float_constant, "int32_t": str, "uint16_t": "{:#x}".format, "uint32_t": "{:#x}u".format}
         values = values.detach().numpy() if isinstance(values, Tensor) else values
-        texts = [formats[c_type].format(value) for value in values.ravel().tolist()]
+        texts = [formats[c_type](value) for value in values.ravel().tolist()]
         lines = ",\n".join("    " + ", ".join(texts[i : i + 8]) for i in range(0, len(texts), 8))
-        self.definitions.append(f"static const {c_type} {name}[{len(texts)}] = {{\n{lines}}};")
-        return name
+        self.definitions.append(f"static const {c_type} bnn_{name}[{len(texts)}] BNN_ALIGNED = {{\n{lines}}};")
+        self.flash += len(texts) * {"uint16_t": 2}.get(c_type, 4)
+        return f"bnn_{name}"
 
     def define_constants(self, op: Op) -> list[str]:
         """Define an operation's constants, channels last. Returns their names."""
@@ -550,73 +476,164 @@ class CWriter:
             names.append(self.define("float", f"{op.name}_{i}", constant))
         return names
 
-    def buffer(self, op: Op, prefix: str, size: int) -> str:
-        """The name of a buffer for an operation's result: the free one of the nearest size, or a new one.
+    # Buffers.
 
-        prefix: one of BUFFER_TYPES.
+    def buffer(self, kind: str, size: int, op: Op | None = None) -> str:
+        """A new buffer for an operation's result, or for this step alone. size: elements of floats, bytes of bits.
+
+        Returns its name.
         """
-        free = [name for name in self.free_buffers if name.startswith(prefix)]
-        if free:
-            name = min(free, key=lambda name: abs(self.buffer_sizes[name] - size))
-            self.free_buffers.remove(name)
-        else:
-            name = f"{prefix}_{sum(other.startswith(prefix) for other in self.buffer_sizes)}"
-        self.buffer_sizes[name] = max(size, self.buffer_sizes.get(name, 0))
-        self.buffer_of[op] = name
-        return name
+        # Words that are read in part may begin 3 bytes before the bits and end 3 bytes after them.
+        size = 4 * size if kind == "floats" else size + 8
+        last = self.last_use.get(op, self.step)
+        new = Buffer(f"{kind}_{len(self.buffers)}", kind, math.ceil(size / 64) * 64, self.step, last)
+        self.buffers.append(new)
+        if op:
+            self.buffer_of[op] = new
+        return new.name
+
+    def take_over(self, op: Op, other: Op) -> str:
+        """Let the result of op replace that of another operation in its buffer."""
+        buffer = self.buffer_of[op] = self.buffer_of[other]
+        buffer.last = self.last_use.get(op, self.step)
+        return buffer.name
+
+    def can_take_over(self, group: Group) -> Op | None:
+        """The operation whose result is read here for the last time, element by element: the group's can replace it."""
+        read_elsewhere = set() if group.ops[0].kind in ELEMENTWISE else set(group.ops[0].inputs)
+        inner = self.pooled(group)
+        if inner:
+            read_elsewhere |= {x for op in inner.ops for x in op.inputs}
+        for op in group.ops:
+            for x in op.inputs if op.kind in ELEMENTWISE else []:
+                buffer = self.buffer_of.get(x)
+                if buffer and buffer.last == self.step and x.shape == group.result.shape and x not in read_elsewhere:
+                    return x
+        return None
+
+    # Code.
 
     def write_group(self, group: Group) -> None:
-        """The loop of a group: each row of its result, and of the binary activations that follow."""
-        first, (c, h, w) = group.ops[0], group.ops[0].shape
-        uses = self.uses[group.result]
+        """The loop of a group: rows of its result, and of the binary activations that follow."""
+        first, (c, h, w) = group.ops[0], group.result.shape
+        uses, inner = self.uses[group.result], self.pooled(group)
         activations = [op for op in uses if op.kind in BINARY_ACTIVATIONS]
-        padded, words = math.ceil(c / 8) * 8, math.ceil(c / 64)
-        row = []  # the code for row y
-        if group.leaves_sums:
-            row.append(f"int32_t *sums = {self.buffer(group.result, 'sums', h * w * padded)} + y * {w * padded};")
-        elif group.max_sum:
-            row.append(f"int32_t sums[{w * padded}];")
-        if first.kind == "conv":
-            row.append(self.convolution(first))
-        elif first.kind in ("maxpool", "avgpool"):
-            row += self.pooling(first, of_sums=group.max_sum is not None)
-
         only_bits_are_needed = bool(activations) and activations == uses
         intervals = [interval(group, op) for op in activations] if only_bits_are_needed else [None]
-        if all(intervals):
-            for op, (low, high) in zip(activations, intervals, strict=True):
-                low = self.define("int32_t", f"{op.name}_low", low)
-                high = self.define("int32_t", f"{op.name}_high", high)
-                bits = self.buffer(op, "bits", h * w * words)
-                row.append(f"THRESHOLD(sums, {w}, {c}, {low}, {high}, {bits} + y * {w * words});")
-        elif not group.leaves_sums:
-            if only_bits_are_needed:
-                row.insert(0, f"float out[{w * c}];")
-            else:
-                name = "logits" if group.result is self.logits else self.buffer(group.result, "floats", h * w * c)
-                row.insert(0, f"float *out = {name} + y * {w * c};")
-            row += self.elementwise(group)
-            for op in activations:
-                row += self.binary_activation(op)
+        sums_are_compared = all(intervals)
+        if sums_are_compared and first.sums_bits and len(activations) == 1:
+            lines = [f"/* {', '.join(op.name for op in [*group.ops, *activations])}: {h} x {w} x {c} */"]
+            low, extent = thresholds(*intervals[0])
+            bounds = [
+                self.define("int32_t", f"{activations[0].name}_low", low),
+                self.define("uint32_t", f"{activations[0].name}_range", extent),
+            ]
+            bits = self.buffer("bits", h * w * math.ceil(c / 8), activations[0])
+            self.code += [*lines, self.convolution(first, "0", h, f"NULL, {bits}, {', '.join(bounds)}")]
+            return
+
+        chain = [] if sums_are_compared else self.chain_of(group)
+        # Where the results go: to the logits, to a buffer that is kept, or to one that is reused for the next rows.
+        rows = 1 if inner else self.rows_at_once(first, w * c, h)
+        is_last = group.result is self.ops[-1]
+        replaced = None if only_bits_are_needed or is_last else self.can_take_over(group)
+        if is_last:
+            out = "logits"
+        elif only_bits_are_needed:
+            out = self.buffer("floats", rows * w * c)
+        elif replaced:
+            out = self.take_over(group.result, replaced)
+        else:
+            out = self.buffer("floats", h * w * c, group.result)
+        begin = "" if only_bits_are_needed else f" + y * {w * c}"
+        source, code = "out", []
+        if first.kind in ELEMENTWISE:
+            source = f"{self.buffer_of[chain[0].inputs[0]].name} + y * {w * c}"
+        else:
+            if replaced:  # what is replaced is still needed when the first operation has made its rows
+                source = self.buffer("floats", rows * w * c)
+            code += self.first_operation(group, inner, rows, source)
+        if chain:
+            code.append(self.chain(chain, source, "out", rows * w, first))
+        elif source != "out":
+            code.append(f"memcpy(out, {source}, {rows * w * c} * sizeof(float));")
+        for op, bounds in zip(activations, intervals if sums_are_compared else [None] * len(activations), strict=True):
+            compared, n = "out", math.ceil(c / 8)
+            if op.kind == "step" or bounds:
+                if not (only_bits_are_needed and len(activations) == 1):
+                    compared = self.buffer("floats", rows * w * c)
+                code.append(self.compared(op, bounds, compared, rows * w))
+            bits = self.buffer("bits", h * w * n, op)
+            code.append(f"bnn_pack({compared}, {rows * w}, {c}, {bits} + y * {w * n});")
+        names = [op.name for op in [*(inner.ops if inner else []), *group.ops, *activations]]
         self.code += [
-            f"/* {', '.join(op.name for op in group.ops + activations)}: {h} x {w} x {c} */",
-            "PARALLEL",
-            f"for (int y = 0; y < {h}; y++) {{",
-            *[f"    {line}" for line in row],
+            f"/* {', '.join(names)}: {h} x {w} x {c} */",
+            f"for (int y = 0; y < {h}; y += {rows}) {{",
+            f"    float *const out = {out}{begin};",
+            *[f"    {line}" for line in code],
             "}",
         ]
 
-    def convolution(self, op: Op) -> str:
-        """The call for row y of a convolution."""
-        (c, h, w), x = op.inputs[0].shape, self.buffer_of[op.inputs[0]]
+    def rows_at_once(self, first: Op, row: int, height: int) -> int:
+        """How many rows a group computes at once, a divisor of the height. row: elements of one."""
+        if first.kind == "conv" and weight_bytes(first) > LARGE_WEIGHTS:
+            return height
+        most = max(ROWS_AT_ONCE, 4 * height * row // 8)
+        return max(n for n in range(1, height + 1) if height % n == 0 and (n == 1 or 4 * n * row <= most))
+
+    def first_operation(self, group: Group, inner: Group | None, rows: int, to: str) -> list[str]:
+        """The code that writes rows [y, y + rows) of a group's first operation, which is not elementwise."""
+        first = group.ops[0]
+        c, h, w = first.shape
+        if first.kind == "image":
+            constants = [
+                self.define("float", f"image_{name}", torch.tensor(values))
+                for name, values in zip(("factor", "shift"), self.normalisation, strict=True)
+            ]
+            return [f"bnn_normalise(floats, bytes, {c}, {h}, {w}, {', '.join(constants)}, y, y + {rows}, {to});"]
+        if first.kind == "conv":
+            return [self.convolution(first, "y", rows, to)]
+        _, h_in, w_in = first.inputs[0].shape
+        sizes = f"{w_in}, {c}, {w}, {first.kernel}, {first.stride}, {first.padding}"
+        self.definitions.append(f"static const bnn_Pool bnn_{first.name}_shape = {{{sizes}}};")
+        call = {"maxpool": "bnn_maximum", "avgpool": "bnn_average"}[first.kind]
+        if inner is None:
+            begin, end = window(first, "row", h_in, h)
+            x = f"{self.buffer_of[first.inputs[0]].name} + from * {w_in * c}"
+            return [
+                f"for (int row = y; row < y + {rows}; row++) {{",
+                f"    const int from = {begin}, to = {end};",
+                f"    {call}(&bnn_{first.name}_shape, {x}, to - from, {to} + (row - y) * {w * c});",
+                "}",
+            ]
+        k, scratch = first.kernel, self.buffer("floats", first.kernel * w_in * c)
+        chain, source = self.chain_of(inner), scratch
+        code = [f"for (int y_in = {k} * y, row = 0; row < {k} && y_in < {h_in}; row++, y_in++) {{"]
+        to_row = f"{scratch} + row * {w_in * c}"
+        inner_first = inner.ops[0]
+        if inner_first.kind == "conv":
+            code.append("    " + self.convolution(inner_first, "y_in", 1, to_row))
+            source = to_row
+        else:
+            source = f"{self.buffer_of[chain[0].inputs[0]].name} + y_in * {w_in * c}"
+        if chain:
+            code.append("    " + self.chain(chain, source, to_row, w_in, inner_first, "y_in"))
+        rows_in = f"{h_in} - {k} * y < {k} ? {h_in} - {k} * y : {k}"
+        return [*code, "}", f"{call}(&bnn_{first.name}_shape, {scratch}, {rows_in}, {to});"]
+
+    def convolution(self, op: Op, y: str, rows: int, to: str) -> str:
+        """The call for rows [y, y + rows) of a convolution. to: the last arguments."""
+        (c, h, w), x = op.inputs[0].shape, self.buffer_of[op.inputs[0]].name
         is_binary = op.weight.dtype == torch.int8
         has_zeros = is_binary and bool((op.weight == 0).any())
-        mode = "AND" if op.inputs[0].kind == "step" else "MASKED" if has_zeros else "XNOR"
+        mode = "BNN_AND" if op.inputs[0].kind == "step" else "BNN_MASKED" if has_zeros else "BNN_XNOR"
         sizes = f"{h}, {w}, {c}, {op.shape[0]}, {op.kernel}, {op.stride}, {op.padding}, {mode}"
-        self.definitions.append(f"static const ConvShape {op.name}_shape = {{{sizes}}};")
+        self.definitions.append(f"static const bnn_Conv bnn_{op.name}_shape = {{{sizes}}};")
+        of_rows = f"{y}, {rows}" if y == "0" else f"{y}, {y} + {rows}"
         if op.sums_bits:
-            weights = self.define("uint64_t", f"{op.name}_bits", binary_weights(op.weight))
-            return f"SUMS_ROW(&{op.name}_shape, {x}, {weights}, y, sums);"
+            weights = self.define("uint32_t", f"{op.name}_bits", binary_weights(op.weight))
+            to = to if "NULL" in to else f"{to}, NULL, NULL, NULL"
+            return f"bnn_binary_conv(&bnn_{op.name}_shape, {x}, {weights}, {of_rows}, {to});"
         floats = bits = present = "NULL"
         if not is_binary:
             floats = self.define("float", f"{op.name}_weights", blocks_of_16(op.weight))
@@ -624,79 +641,130 @@ class CWriter:
             bits = self.define("uint16_t", f"{op.name}_bits", bits_of_16(op.weight > 0))
         if has_zeros:
             present = self.define("uint16_t", f"{op.name}_present", bits_of_16(op.weight != 0))
-        return f"floats_row(&{op.name}_shape, {x}, {floats}, {bits}, {present}, y, out);"
+        return f"bnn_float_conv(&bnn_{op.name}_shape, {x}, {floats}, {bits}, {present}, {of_rows}, {to});"
 
-    def pooling(self, op: Op, of_sums: bool) -> list[str]:
-        """The code for row y of a pooling: a call per column x, with the window [y0, y1) × [x0, x1) in the input."""
-        (c, h, w), (_, h_in, w_in), x = op.shape, op.inputs[0].shape, self.buffer_of[op.inputs[0]]
-        edges = f"{window(op, 'y', h_in, h)}, {window(op, 'x', w_in, w)}"
-        if op.kind == "avgpool":
-            call = f"average({x}, {w_in}, {c}, {edges}, out + x * {c});"
-        elif of_sums:
-            padded = math.ceil(c / 8) * 8
-            call = f"maximum_of_sums({x}, {w_in}, {padded}, {edges}, sums + x * {padded});"
-        else:
-            call = f"maximum({x}, {w_in}, {c}, {edges}, out + x * {c});"
-        return [f"for (int x = 0; x < {w}; x++)", f"    {call}"]
+    def chain_of(self, group: Group) -> list[Op]:
+        return group.ops if group.ops[0].kind in ELEMENTWISE else group.ops[1:]
 
-    def elementwise(self, group: Group) -> list[str]:
-        """The code for row y of a group's elementwise operations, from what its first operation has made to `out`."""
-        first, (c, h, w) = group.ops[0], group.ops[0].shape
-        chain, source = group.ops[1:], first
-        if group.max_sum:
-            start = f"(float)sums[x * {math.ceil(c / 8) * 8} + c]"
-        elif first.kind == "image":
-            factor, shift = [
-                self.define("float", f"image_{name}", torch.tensor(values))
-                for name, values in zip(("factor", "shift"), self.normalisation, strict=True)
-            ]
-            start = f"MULADD(image[(c * {h} + y) * {w} + x], {factor}[c], {shift}[c])"
-        elif first.kind in ELEMENTWISE:
-            chain, source = group.ops, first.inputs[0]
-            start = f"{self.buffer_of[source]}[(y * {w} + x) * {c} + c]"
-        else:
-            start = f"out[x * {c} + c]"
-            if not chain:
-                return []
-        code = [f"float v = {start};"]
-        for op in chain:
+    def chain(self, ops: list[Op], source: str, to: str, pixels: int, first: Op, y: str = "y") -> str:
+        """The call that computes elementwise operations of rows that begin with row y."""
+        c, _, w = ops[0].shape
+        before, arguments = (first if ops[0] is not first else first.inputs[0]), []
+        for op in ops:
             if op.kind == "add":
-                other = op.inputs[1] if op.inputs[0] is source else op.inputs[0]
-                code.append(f"v += {self.buffer_of[other]}[(y * {w} + x) * {c} + c];")
+                other = op.inputs[1] if op.inputs[0] is before else op.inputs[0]
+                arguments.append(f"{self.buffer_of[other].name} + {y} * {w * c}")
             else:
-                code.append(ELEMENTWISE_C[op.kind].format(*self.define_constants(op)))
-            source = op
-        code.append(f"out[x * {c} + c] = v;")
-        return [
-            f"for (int x = 0; x < {w}; x++)",
-            f"    for (int c = 0; c < {c}; c++) {{",
-            *[f"        {line}" for line in code],
-            "    }",
-        ]
+                arguments += self.define_constants(op)
+            before = op
+        return self.call(tuple(op.kind for op in ops), source, to, pixels, c, arguments)
 
-    def binary_activation(self, op: Op) -> list[str]:
-        """The code for row y of a binary activation of `out`."""
-        c, h, w = op.shape
-        code, compared = [], "out"
-        if op.kind == "step":
-            compared, (theta, delta) = op.name, self.define_constants(op)
-            index = f"i % {c}" if op.constants[0].dim() == 1 else f"y * {w * c} + i"
-            code = [
-                f"float {op.name}[{w * c}];",
-                f"for (int i = 0; i < {w * c}; i++)",
-                f"    {op.name}[i] = (out[i] - {theta}[{index}]) * {delta}[{index}];",
+    def compared(self, op: Op, bounds: tuple[Tensor, Tensor] | None, to: str, pixels: int) -> str:
+        """The call that makes of the rows at `out` what a binary activation compares with 0."""
+        c, _, w = op.shape
+        if bounds:
+            arguments = [
+                self.define("float", f"{op.name}_{side}", bound.float())
+                for side, bound in zip(("low", "high"), bounds, strict=True)
             ]
-        words = math.ceil(c / 64)
-        bits = self.buffer(op, "bits", h * w * words)
-        return [*code, f"pack_signs({compared}, {w}, {c}, {bits} + y * {w * words});"]
+            return self.call(("interval",), "out", to, pixels, c, arguments)
+        arguments = self.define_constants(op)
+        if op.constants[0].dim() == 1:
+            return self.call(("step",), "out", to, pixels, c, arguments)
+        return self.call(("step_by_element",), "out", to, pixels, c, [f"{a} + y * {w * c}" for a in arguments])
+
+    def call(self, kinds: tuple[str, ...], source: str, to: str, pixels: int, channels: int, arguments: list) -> str:
+        """The call of the function for these kinds of elementwise operations."""
+        function = self.chains.setdefault(kinds, f"bnn_chain_{len(self.chains)}")
+        return f"{function}({', '.join([source, to, str(pixels), str(channels), *arguments])});"
+
+    def functions(self) -> list[str]:
+        """The functions that compute elementwise operations."""
+        texts = []
+        for kinds, function in self.chains.items():
+            body, names = [], []
+            for i, kind in enumerate(kinds):
+                own = [f"{letter}{i}" for letter in "ab" if f"{{{'ab'.index(letter)}}}" in ELEMENTWISE_C[kind]]
+                names += own
+                body.append(ELEMENTWISE_C[kind].format(*own))
+            constants = "".join(f", const float *{name}" for name in names)
+            pointers = f"const float *in, float *out{constants}"
+            parameters = f"const float *in, float *out, int pixels, int channels{constants}"
+            passed = "".join(f", {name}" for name in names)
+            lines = "\n".join(f"        {line}" for line in body)
+            texts.append(f"""
+/* {", ".join(kinds)}, of n channels from channel `from` on, element `at`. `out` may be `in`. */
+BNN_INLINE void {function}_part(const int unit, const int n, int at, int from, {pointers}) {{
+    (void)unit;
+    BNN_INDEPENDENT for (int f = 0; f < n; f++) {{
+        const int i = at + f, c = from + f;
+        float v = in[i];
+{lines}
+        out[i] = v;
+        (void)c;
+    }}
+}}
+
+BNN_INLINE void {function}_on(const int unit, {parameters}) {{
+    for (int i = 0; i < pixels * channels; i += channels) {{
+        int c = 0;
+        for (; c + 16 <= channels; c += 16) {function}_part(unit, 16, i + c, c, in, out{passed});
+        if (c < channels) {function}_part(unit, channels - c, i + c, c, in, out{passed});
+    }}
+}}
+
+BNN_FOR_EACH_UNIT({function}, ({parameters}), in, out, pixels, channels{passed})""")
+        return texts
+
+    def predict(self) -> str:
+        """The buffers, and the functions that a program calls."""
+        pointers = []
+        for buffer in self.buffers:
+            if buffer.kind == "floats":
+                pointers.append(f"float *const {buffer.name} = bnn_ram + {buffer.offset // 4};")
+            else:
+                pointers.append(f"uint8_t *const {buffer.name} = (uint8_t *)bnn_ram + {buffer.offset + 4};")
+        code = "\n".join(f"    {line}" for line in [*pointers, *self.code])
+        return f"""
+static float bnn_ram[BNN_RAM_BYTES / 4] BNN_ALIGNED;
+
+/* One of floats and bytes is the image, the other one is NULL. */
+static void bnn_run(const float *floats, const uint8_t *bytes, float *logits) {{
+    if (bnn_unit < 0) bnn_unit = bnn_best_unit();
+{code}
+}}
+
+void bnn_predict(const float *image, float *logits);
+void bnn_predict_uint8(const uint8_t *image, float *logits);
+
+void bnn_predict(const float *image, float *logits) {{ bnn_run(image, NULL, logits); }}
+void bnn_predict_uint8(const uint8_t *image, float *logits) {{ bnn_run(NULL, image, logits); }}
+"""
 
 
-def window(op: Op, index: str, size: int, out_size: int) -> str:
+def float_constant(value: float) -> str:
+    text = f"{value:.9g}"
+    return f"{text}f" if "." in text or "e" in text else f"{text}.0f"
+
+
+def weight_bytes(conv: Op) -> int:
+    bits = 32 if conv.weight.is_floating_point() else 1
+    return conv.weight.numel() * bits // 8
+
+
+def window(op: Op, index: str, size: int, out_size: int) -> tuple[str, str]:
     """The begin and end, as C expressions, of what result `index` of a pooling is made of, in one direction."""
     if op.kernel == 0:
-        return f"{index} * {size} / {out_size}, (({index} + 1) * {size} + {out_size - 1}) / {out_size}"
-    begin = f"{index} * {op.stride} - {op.padding}"
-    return f"at_least_0({begin}), at_most({begin} + {op.kernel}, {size})"
+        return f"{index} * {size} / {out_size}", f"(({index} + 1) * {size} + {out_size - 1}) / {out_size}"
+    begin = f"{index} * {op.stride} - {op.padding}" if op.padding else f"{index} * {op.stride}"
+    end = f"{begin} + {op.kernel}"
+    return (f"{begin} > 0 ? {begin} : 0" if op.padding else begin), f"{end} < {size} ? {end} : {size}"
+
+
+def memory(ops: list[Op], normalisation: list[list[float]]) -> tuple[int, int]:
+    """Bytes that the C file of a network needs of flash, besides its code, and of RAM, besides the stack."""
+    writer = CWriter(ops, normalisation)
+    return writer.flash, writer.ram
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -704,20 +772,16 @@ def window(op: Op, index: str, size: int, out_size: int) -> str:
 
 
 def compile_library(source: Path, folder: Path, *flags: str) -> ctypes.CDLL:
-    """Compile a C file, or a .cpp file as C++, to a library in a folder, and load it.
+    """Compile a C file to a library in a folder, and load it.
 
-    The compilers are $CC (with $CFLAGS) and $CXX, by default those that are found. Raises RunError if it fails.
+    The compiler is $CC (with $CFLAGS), by default the one that is found. Raises RunError if it fails.
     """
-    is_cpp = source.suffix == ".cpp"
-    variable, names = ("CXX", ("c++", "g++", "clang++")) if is_cpp else ("CC", ("cc", "gcc", "clang"))
-    compiler = os.environ.get(variable) or next(filter(shutil.which, names), None)
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
     if compiler is None:
-        raise RunError(f"there is no {'C++' if is_cpp else 'C'} compiler here ({names[0]}): install one, such as gcc")
+        raise RunError("there is no C compiler here (cc): install one, such as gcc")
     library = folder / f"{source.stem}.so"
-    options = ["-O3", "-shared", "-fPIC", "-std=c++17" if is_cpp else "-std=c99"]
-    if not is_cpp:
-        options += shlex.split(os.environ.get("CFLAGS", ""))
-    inputs = ["-x", "c++" if is_cpp else "c", str(source.resolve()), "-x", "none"]  # the name may end with anything
+    options = ["-O3", "-shared", "-fPIC", "-std=c99", *shlex.split(os.environ.get("CFLAGS", ""))]
+    inputs = ["-x", "c", str(source.resolve()), "-x", "none"]  # the name may end with anything
     command = [*shlex.split(compiler), *options, *inputs, "-o", str(library), *flags, "-lm"]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)
@@ -725,32 +789,76 @@ def compile_library(source: Path, folder: Path, *flags: str) -> ctypes.CDLL:
     except (subprocess.CalledProcessError, OSError) as e:  # OSError also for a library of another machine
         lines = (getattr(e, "stderr", None) or str(e)).splitlines()
         reason = next((line for line in lines if "error:" in line), lines[0])[:150]
-        raise RunError(
-            f"{source} could not be compiled by {compiler} ({reason}): name another one with {variable}=…"
-        ) from None
+        raise RunError(f"{source} could not be compiled by {compiler} ({reason}): name another one with CC=…") from None
 
 
-def pointer(array: np.ndarray | Tensor) -> ctypes.c_void_p:
+def pointer(array: np.ndarray | Tensor | None) -> ctypes.c_void_p:
+    if array is None:
+        return ctypes.c_void_p(None)
     return ctypes.c_void_p(array.data_ptr() if isinstance(array, Tensor) else array.ctypes.data)
 
 
-def predict(library: ctypes.CDLL, images: Tensor, num_classes: int) -> Tensor:
-    """Call a compiled C file on images [N, C, H, W] with pixels of 0 to 255. Returns the logits [N, num_classes]."""
-    images, logits = images.float().contiguous(), torch.empty(len(images), num_classes)
+def predict(library: ctypes.CDLL, images: Tensor, num_classes: int, name: str = "net") -> Tensor:
+    """Call a compiled C file on images [N, C, H, W] with pixels of 0 to 255. Returns the logits [N, num_classes].
+
+    images: uint8, or any type of floats. name: what the names in the file begin with.
+    """
+    is_bytes = images.dtype == torch.uint8
+    function = getattr(library, f"{name}_predict_uint8" if is_bytes else f"{name}_predict")
+    images = (images if is_bytes else images.float()).contiguous()
+    logits = torch.empty(len(images), num_classes)
     for image, out in zip(images, logits, strict=True):
-        library.predict(pointer(image), pointer(out))
+        function(pointer(image), pointer(out))
     return logits
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The kernel, binary_conv.cpp.
+# The kernels alone.
 
 XNOR, AND, MASKED = range(3)
 VECTOR_UNITS = ("portable", "AVX2", "AVX-512 VPOPCNTDQ")
+CALL_KERNELS = """
+int best_unit(void);
+int best_unit(void) { return bnn_best_unit(); }
+
+void use_unit(int unit);
+void use_unit(int unit) { bnn_unit = unit < bnn_best_unit() ? unit : bnn_best_unit(); }
+
+void binary_conv(const bnn_Conv *, const uint8_t *, const uint32_t *, float *, uint8_t *, const int32_t *,
+                 const uint32_t *);
+void binary_conv(const bnn_Conv *s, const uint8_t *x, const uint32_t *w, float *sums, uint8_t *bits,
+                 const int32_t *low, const uint32_t *range) {
+    bnn_binary_conv(s, x, w, 0, bnn_output_size(s, s->height), sums, bits, low, range);
+}
+
+void float_conv(const bnn_Conv *, const float *, const float *, const uint16_t *, const uint16_t *, float *);
+void float_conv(const bnn_Conv *s, const float *x, const float *weights, const uint16_t *bits, const uint16_t *present,
+                float *out) {
+    bnn_float_conv(s, x, weights, bits, present, 0, bnn_output_size(s, s->height), out);
+}
+
+/* What a unit does per vector, without memory accesses: n times exclusive-or, popcount and addition. */
+int64_t peak(int64_t);
+#ifdef BNN_X86
+BNN_AVX512 int64_t peak(int64_t n) {
+    __m512i count[12], weight[12], a = _mm512_set1_epi64(n);
+    BNN_UNROLL for (int i = 0; i < 12; i++) count[i] = weight[i] = _mm512_set1_epi32(3 * i);
+    for (int64_t done = 0; done < n; done += 12) {
+        BNN_UNROLL for (int i = 0; i < 12; i++)
+            count[i] = _mm512_add_epi32(count[i], _mm512_popcnt_epi32(_mm512_xor_si512(a, weight[i])));
+        __asm__ volatile("" : "+v"(a)); /* otherwise the compiler sees that the result is constant */
+    }
+    for (int i = 1; i < 12; i++) count[0] = _mm512_add_epi32(count[0], count[i]);
+    return _mm512_reduce_add_epi32(count[0]);
+}
+#else
+int64_t peak(int64_t n) { return n; }
+#endif
+"""
 
 
 class ConvShape(ctypes.Structure):
-    """The ConvShape of binary_conv.cpp. mode: XNOR, AND or MASKED."""
+    """The bnn_Conv of kernels.c. mode: XNOR, AND or MASKED."""
 
     _fields_ = [
         ("height", ctypes.c_int),
@@ -771,35 +879,58 @@ class ConvShape(ctypes.Structure):
 
 @functools.cache
 def kernel() -> ctypes.CDLL:
-    """binary_conv.cpp, compiled at the first call. Raises RunError if it cannot be compiled."""
+    """kernels.c, compiled at the first call, with the functions of CALL_KERNELS. Raises RunError if that fails."""
     folder = tempfile.TemporaryDirectory()
-    library = compile_library(KERNEL_FILE, Path(folder.name), "-w")
-    library.folder = folder  # the file lives as long as the library: C files are linked with it
+    file = Path(folder.name) / "kernels.c"
+    file.write_text(KERNELS.read_text() + CALL_KERNELS)
+    library = compile_library(file, Path(folder.name))
+    library.folder = folder  # the file lives as long as the library
+    library.use_unit(len(VECTOR_UNITS))
     return library
 
 
 def packed_activations(bits: Tensor) -> np.ndarray:
-    """bits [C, H, W] bool -> [H, W, words] uint64, the layout of binary_conv.cpp."""
-    h = bits.shape[1]
-    return rearrange(pack_words(rearrange(bits, "c h w -> (h w) c")), "(h w) word -> h w word", h=h)
+    """bits [C, H, W] bool -> [H, W, ⌈C/8⌉] uint8, the layout of kernels.c. It has 4 bytes more on both sides."""
+    packed = np.packbits(rearrange(bits, "c h w -> h w c").numpy(), axis=-1, bitorder="little")
+    room = np.zeros(packed.size + 8, dtype=np.uint8)
+    room[4:-4] = packed.ravel()
+    return room[4:-4].reshape(packed.shape)
+
+
+def aligned(array: np.ndarray) -> np.ndarray:
+    """A copy at an address that is a multiple of 64, as the constants in a C file are."""
+    room = np.empty(array.nbytes + 64, dtype=np.uint8)
+    begin = -room.ctypes.data % 64
+    copy = room[begin : begin + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[:] = array
+    return copy
+
+
+def thresholds(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """The constants `low` and `range` of kernels.c for low ≤ sum ≤ high, int32 [C] -> int32 [C rounded up to 16]."""
+    never = low > high
+    extent = torch.where(never, 0, high - low)
+    low = torch.where(never, 2**30, low)
+    more = (0, -len(low) % 16)
+    return nn.functional.pad(low, more, value=2**30).int(), nn.functional.pad(extent, more).int()
 
 
 def binary_conv2d(
     bits: Tensor, signs: Tensor, *, stride: int = 1, padding: int = 0, mode: int = XNOR, unit: int = 2
 ) -> Tensor:
-    """F.conv2d of one image by the kernel: bits [C, H, W] bool, signs int8 [F, C, k, k] -> int32 [F, H', W'].
+    """F.conv2d of one image by kernels.c: bits [C, H, W] bool, signs int8 [F, C, k, k] -> int32 [F, H', W'].
 
     mode: XNOR or, if some signs are 0, MASKED: a bit is +1 or −1. AND: a bit is 1 or 0.
     unit: an index of VECTOR_UNITS. A machine without it uses the best that it has.
     """
     (c, h, w), (filters, _, k, _) = bits.shape, signs.shape
     shape = ConvShape(h, w, c, filters, k, stride, padding, mode)
-    sums = np.empty((*shape.output_size(), math.ceil(filters / 8) * 8), dtype=np.int32)
-    x, weights = packed_activations(bits), binary_weights(signs)
-    kernel().binary_conv_use(unit)
-    kernel().binary_conv_sums(ctypes.byref(shape), pointer(x), pointer(weights), pointer(sums))
-    kernel().binary_conv_use(len(VECTOR_UNITS))
-    return rearrange(torch.from_numpy(sums[..., :filters]), "h w f -> f h w")
+    sums = np.empty((*shape.output_size(), filters), dtype=np.float32)
+    arrays = [packed_activations(bits), binary_weights(signs), sums, None, None, None]
+    kernel().use_unit(unit)
+    kernel().binary_conv(ctypes.byref(shape), *map(pointer, arrays))
+    kernel().use_unit(len(VECTOR_UNITS))
+    return rearrange(torch.from_numpy(sums), "h w f -> f h w").int()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -846,10 +977,10 @@ def bench_convolutions(ops: list[Op], rounds: int) -> list[dict]:
     for c, side in IMAGENET_LAYERS:
         sizes[side, side, c, c, 3, 1, 1] = None
     lib, peak = kernel(), None
-    unit = VECTOR_UNITS[lib.binary_conv_best()]
+    unit = VECTOR_UNITS[lib.best_unit()]
     if unit == VECTOR_UNITS[-1]:
         n = 10**7
-        peak = n / min(seconds_per_call(lambda: lib.binary_conv_peak(ctypes.c_int64(n))) for _ in range(5))
+        peak = n / min(seconds_per_call(lambda: lib.peak(ctypes.c_int64(n))) for _ in range(5))
     title = f"binary convolutions, {unit}, one core, batch 1 (median of {rounds}, in turn)"
     table = Table(title=title, title_justify="left")
     for column in ("input", "filters", "PyTorch float32 ms", "ours ms", "ratio", "G bit operations/s", "of the peak"):
@@ -890,22 +1021,22 @@ def convolutions_to_time(shape: ConvShape) -> dict:
     c, filters, k = shape.channels, shape.filters, shape.kernel
     bits = torch.rand(c, shape.height, shape.width) < 0.5
     signs = torch.randint(2, (filters, c, k, k), dtype=torch.int8) * 2 - 1
-    low, high = torch.zeros(filters, dtype=torch.int32), torch.full((filters,), 2**30, dtype=torch.int32)
-    arrays = [packed_activations(bits), binary_weights(signs), low, high]
-    arrays.append(np.empty((*shape.output_size(), math.ceil(filters / 64)), dtype=np.uint64))  # the result
+    low, extent = thresholds(torch.zeros(filters, dtype=torch.int32), torch.full((filters,), 2**30, dtype=torch.int32))
+    result = np.empty((*shape.output_size(), math.ceil(filters / 8)), dtype=np.uint8)
+    arrays = [packed_activations(bits), aligned(binary_weights(signs)), None, result, low, extent]
     lib, arguments = kernel(), [ctypes.byref(shape), *map(pointer, arrays)]
     x = (bits[None].float() * 2 - 1).contiguous(memory_format=torch.channels_last)
     w = signs.float().contiguous(memory_format=torch.channels_last)
     return {
         "pytorch": lambda: nn.functional.conv2d(x, w, None, shape.stride, shape.padding),
-        "ours": lambda arrays=arrays: lib.binary_conv_bits(*arguments),  # arrays: to keep them alive
+        "ours": lambda arrays=arrays: lib.binary_conv(*arguments),  # arrays: to keep them alive
     }
 
 
 def vectors_inside(shape: ConvShape) -> int:
-    """How many vectors of 8 filters × 64 channels a convolution counts. Taps outside the image are left out."""
+    """How many vectors of 16 filters × 32 bits a convolution counts. Taps outside the image are left out."""
     taps = []
     for size, out_size in zip((shape.height, shape.width), shape.output_size(), strict=True):
         starts = [o * shape.stride - shape.padding for o in range(out_size)]
         taps.append(sum(0 <= start + tap < size for start in starts for tap in range(shape.kernel)))
-    return math.prod(taps) * math.ceil(shape.filters / 8) * math.ceil(shape.channels / 64)
+    return math.prod(taps) * math.ceil(shape.filters / 16) * math.ceil(shape.channels / 8) / 4

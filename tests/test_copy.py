@@ -55,16 +55,25 @@ COPIES = {
         "import selective_scan as s; print(s.library(6))",
     ),
     "export_c.py": (
-        ["binary_conv.cpp", "models.py", "quantizers.py", "runs.py"],
+        ["kernels.c", "models.py", "quantizers.py", "runs.py"],
         """
         import export_c, torch
         ops = export_c.operations(torch.nn.Sequential(torch.nn.Conv2d(1, 3, 2)).eval(), (1, 4, 4))
         assert "predict" in export_c.c_source(ops, [[1.0], [0.0]], "net")
         """,
     ),
+    "export_bits.py": (
+        ["models.py", "quantizers.py", "runs.py"],
+        """
+        import export_bits, models
+        net, arguments = models.build("resnet8", 10), {"arch": "resnet8", "num_classes": 10}
+        export_bits.save_bits(net, "net.safetensors", build=arguments)
+        print(export_bits.load_bits("net.safetensors"))
+        """,
+    ),
     "export.py": (
         [
-            *("export_c.py", "binary_conv.cpp", "models.py", "quantizers.py", "data.py", "runs.py"),
+            *("export_bits.py", "export_c.py", "kernels.c", "models.py", "quantizers.py", "data.py", "runs.py"),
             *("train_fsg.py", "hypernet.py", "metaquant.py", "gate.py", "fsg_released.py"),
             *("train_sibnn.py", "train_proxconnect.py", "train_bihalf.py"),
         ],
@@ -72,7 +81,7 @@ COPIES = {
         import export, train_fsg
         train_fsg.main("--dataset digits --arch resnet8 --limit-steps 3 --grad ste --act sign --name a".split())
         export.main(["runs/a", "--to", "bits"])
-        print(export.load("runs/a/a.safetensors"))
+        print(export.load_bits("runs/a/a.safetensors"))
         """,
     ),
     "selective_scan_triton.py": (

@@ -42,7 +42,7 @@ def test_binary_convolution_is_conv2d(channels, filters, kernel, stride, padding
     signs.view(-1)[0] = 0 if mode == export_c.MASKED else 1
     x = bits.float() if mode == export_c.AND else bits.float() * 2 - 1
     expected = F.conv2d(x[None], signs.float(), None, stride, padding)[0].int()
-    for unit in range(export_c.kernel().binary_conv_best() + 1):
+    for unit in range(export_c.kernel().best_unit() + 1):
         found = export_c.binary_conv2d(bits, signs, stride=stride, padding=padding, mode=mode, unit=unit)
         assert torch.equal(found, expected), export_c.VECTOR_UNITS[unit]
 
@@ -59,12 +59,13 @@ def test_bits_in_bits_out(filters):
     expected = (sums >= low.view(-1, 1, 1)) & (sums <= high.view(-1, 1, 1))
     shape = export_c.ConvShape(9, 7, 70, filters, 3, 1, 1, export_c.XNOR)
     x, weights, lib = export_c.packed_activations(bits), export_c.binary_weights(signs), export_c.kernel()
-    for unit in range(lib.binary_conv_best() + 1):
-        out = np.empty((9, 7, math.ceil(filters / 64)), dtype=np.uint64)
-        lib.binary_conv_use(unit)
-        lib.binary_conv_bits(ctypes.byref(shape), *map(export_c.pointer, (x, weights, low, high, out)))
+    low, extent = export_c.thresholds(low, high)
+    for unit in range(lib.best_unit() + 1):
+        out = np.empty((9, 7, math.ceil(filters / 8)), dtype=np.uint8)
+        lib.use_unit(unit)
+        lib.binary_conv(ctypes.byref(shape), *map(export_c.pointer, (x, weights, None, out, low, extent)))
         assert np.array_equal(out, export_c.packed_activations(expected)), export_c.VECTOR_UNITS[unit]
-    lib.binary_conv_use(len(export_c.VECTOR_UNITS))
+    lib.use_unit(len(export_c.VECTOR_UNITS))
 
 
 @needs_compiler
@@ -74,7 +75,7 @@ def test_nothing_in_the_comment_of_a_c_file_is_compiled(tmp_path):
     text = export_c.c_source(ops, [[1.0], [0.0]], about)
     (tmp_path / "net.c").write_text(text)
     library = export_c.compile_library(tmp_path / "net.c", tmp_path)
-    assert not hasattr(library, "injected") and hasattr(library, "predict")
+    assert not hasattr(library, "injected") and hasattr(library, "net_predict")
     assert len(text.splitlines()[0]) < 300 and text.splitlines()[0].isascii()
 
 
