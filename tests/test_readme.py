@@ -32,14 +32,13 @@ def test_the_python_code_runs(tmp_path, monkeypatch):
     batches = [(torch.randn(16, 1, 8, 8), torch.randint(4, (16,))) for _ in range(4)]
     names = {"MyNetwork": MyNetwork, "device": "cpu", "total_steps": 100, "batches": batches}
     codes = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(codes) == 3
-    training, checkpoint, scaling = codes
+    assert len(codes) == 2
+    training, checkpoint = codes
     exec(training, names)
     saved = [p.detach().clone() for p in (*names["model"].parameters(), *names["fsg"].parameters())]
     exec(checkpoint, names)
     loaded = [*names["model"].parameters(), *names["fsg"].parameters()]
     assert all(torch.equal(a, b) for a, b in zip(saved, loaded, strict=True))
-    exec(scaling, names)
     assert names["fsg"].history.isfinite().all() and all(p.isfinite().all() for p in names["model"].parameters())
 
 
@@ -47,7 +46,7 @@ def test_a_checkpoint_of_the_readme_resumes_exactly(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     batches = [(torch.randn(16, 1, 8, 8), torch.randint(4, (16,))) for _ in range(6)]
-    training, checkpoint, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    training, checkpoint = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     make, loop = training.split("for images", 1)
     save, load = re.split(r"# Later.*\n", checkpoint)
 
@@ -77,7 +76,7 @@ def test_its_commands_are_accepted():
         commands += re.findall(r"`(python [^`]*)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     commands = [shlex.split(command) for command in commands if command.startswith("python train_")]
     commands = [argv for argv in commands if not set(argv) & {"OPT", "LR", "--help"}]
-    assert len(commands) > 100
+    assert len(commands) > 30
     for _, script, *argv in commands:
         importlib.import_module(script.removesuffix(".py")).flags().parse_args(argv)
 
