@@ -49,12 +49,16 @@ class GatedHistory(Generator):
 
     @torch.no_grad()
     def generate(self) -> None:
-        """`weight.grad` ← G for every layer."""
+        """`weight.grad` ← G for every layer with a gradient.
+
+        If any element of ĝ_t is not finite, h stays as it is, and ĝ_t stays in `weight.grad`.
+        """
         positive = self.latent >= 0  # the signs one step ago; sign(0) is +1
-        self.collect()
+        new = self.collect()
         same_sign = (self.latent >= 0) == positive
-        self.past = self.ghat + torch.where(same_sign, self.memory * self.past, 0)
-        self.hand_back(self.scale() * self.past)
+        past = self.ghat + torch.where(same_sign, self.memory * self.past, 0)
+        self.past = torch.where(new, past, self.past)
+        self.hand_back(torch.where(new, self.scale() * past, self.ghat))
 
     def scale(self) -> Tensor:
         """D / (ε + r): [N]. The threshold is W = 0 under all quantizers."""

@@ -439,12 +439,15 @@ def mamba_ssm_scan():
 class Generator(nn.Module):
     """What all generators share: reading ĝ and W, the calibration, handing G back.
 
-    layers: modules with a `.weight` (the latent weight, on its final device) and a `.quantizer`: 'dorefa', 'bwn',
-        'bwn-f' or 'bwn-l', the same for all. Raises ValueError where there is no layer, or for another quantizer.
+    layers: modules with a `.weight` (the latent weight) and a `.quantizer`: 'dorefa', 'bwn', 'bwn-f' or 'bwn-l', the
+        same for all. A layer that the network gets later is not among them: make a new generator then. Raises
+        ValueError where there is no layer, or for another quantizer.
     sharded: whether the processes of torch.distributed, if there are several, share the work (see Shard). Each process
-        then holds N / world_size weights in every per-weight tensor but G, and all processes call generate(),
-        state_dict() and measure(). A state_dict is of all N weights; any number of processes can load it.
+        then holds N / world_size weights in every per-weight tensor but G, and all processes call generate(), measure()
+        and, before state_dict(), gather(). A state_dict is of all N weights; any number of processes can load it.
     whole_layers: whether a process gets whole layers only.
+
+    The generator follows the network: .to(), .double() and load_state_dict(assign=True) of the network may come later.
     """
 
     keeps_latent = False  # whether a checkpoint needs W of the last step
@@ -459,7 +462,9 @@ class Generator(nn.Module):
         if len(kinds) > 1 or kinds[0] not in known:
             raise ValueError(f"all layers must share one quantizer of {', '.join(known)}; they have {', '.join(kinds)}")
         self.kind = kinds[0]
-        self.weights = [layer.weight for layer in layers]  # a plain list: they are the model's parameters, not ours
+        self.layers = layers  # a plain list: their parameters are the model's, not ours
+        self.shapes = [w.shape for w in self.weights]
+        self.strides = [w.stride() for w in self.weights]  # the order of a weight's elements in a flat tensor
         like = self.weights[0].detach()
         counts = [w.numel() for w in self.weights]
         self.shard = Shard(counts, sharded, whole_layers)
@@ -470,15 +475,63 @@ class Generator(nn.Module):
         self.register_buffer("layer_size", torch.tensor(counts, device=like.device), False)  # of whole layers
         self.register_buffer("latent", like.new_zeros(n), self.keeps_latent)  # W_t
         self.register_buffer("ghat", like.new_zeros(n), False)  # ĝ_t
+        self.given = [False] * len(layers)  # which layers had a gradient in the last step, see collect()
+        self.register_buffer("new", torch.zeros_like(sizes, dtype=torch.bool), False)  # and a finite one, on the device
+        self.gathered = None  # see gather()
 
-    def collect(self) -> None:
-        """Read ĝ_t and W_t of all layers. Raises RuntimeError where a layer has no gradient."""
-        grads = [w.grad for w in self.weights]
-        if any(g is None for g in grads):
-            missing = next(i for i, g in enumerate(grads) if g is None)
-            raise RuntimeError(f"binary layer {missing} has no gradient: call loss.backward() before generate()")
-        self.ghat = self.flatten(grads)
-        self.latent = self.flatten(self.weights)
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """The latent weights of all layers."""
+        return [layer.weight for layer in self.layers]
+
+    def collect(self) -> Tensor:
+        """Read ĝ_t and W_t. Returns whether each weight has a new gradient: [N] bool.
+
+        The weights of a layer have none where `weight.grad` is None or the weight is frozen. No weight has one where
+        any element of ĝ_t, in any process, is not finite or so large that its square is not. `latent` keeps the values
+        of weights without a new gradient, and `ghat` is 0 where there is no gradient at all.
+        Raises RuntimeError where no layer has a gradient since the last generate().
+        """
+        self.follow()
+        weights, self.gathered = self.weights, None
+        made = [w.grad is not None and getattr(w.grad, "version", None) == w.grad._version for w in weights]
+        self.given = [w.grad is not None and w.requires_grad and not m for w, m in zip(weights, made, strict=True)]
+        waiting = [i for i, w in enumerate(weights) if w.requires_grad]
+        if waiting and not any(self.given):
+            raise RuntimeError(
+                f"no binary layer has a gradient{' since the last generate()' if any(made) else ''}, the first of them "
+                f"being layer {waiting[0]}, {self.layers[waiting[0]]}: call loss.backward() before each generate()"
+            )
+        self.ghat = self.flatten(self.gradients())
+        finite = self.shard.all_reduce_sum(self.ghat.square().sum()).isfinite()
+        self.new = finite.repeat(len(weights))  # [layers]
+        for i in (i for i, given in enumerate(self.given) if not given):
+            self.new[i] = False
+        new = self.new[self.layer_of]
+        self.latent = torch.where(new, self.flatten(weights), self.latent)
+        return new
+
+    def follow(self) -> None:
+        """Move to the device and the data type of the weights.
+
+        Raises RuntimeError where they have several, or where the layers are not those that the generator was made for.
+        """
+        weights = self.weights
+        if [w.shape for w in weights] != self.shapes:
+            raise RuntimeError("the binary layers have changed since the gradient generator was made: make a new one")
+        place, *others = dict.fromkeys((w.device, w.dtype) for w in weights)
+        if others:
+            i = next(i for i, w in enumerate(weights) if (w.device, w.dtype) == others[0])
+            raise RuntimeError(
+                f"layer {i}, {self.layers[i]}, is {others[0][1]} on {others[0][0]}, and the first layer is {place[1]} "
+                f"on {place[0]}: move the whole network"
+            )
+        if place != (self.latent.device, self.latent.dtype):
+            self.to(*place)
+
+    def gradients(self) -> list[Tensor | None]:
+        """The `.grad` of each layer's weight; None where the layer had no gradient in the last step."""
+        return [w.grad if given else None for w, given in zip(self.weights, self.given, strict=True)]
 
     def calibrate(self) -> tuple[Tensor, Tensor]:
         """D and W̃ of the latent weights, [N] each: quantizers.calibration and pre_quantize for all layers at once.
@@ -495,20 +548,22 @@ class Generator(nn.Module):
         return (1 - t.square()) / top, t / (2 * top) + 0.5
 
     def hand_back(self, G: Tensor) -> None:
-        """Set every `weight.grad` to its part of G [N], which every process gets whole."""
+        """Set the `weight.grad` of each layer that had one to its part of G [N], which every process gets whole."""
         G = self.shard.all_gather(G)
-        for w, part in zip(self.weights, self.layer_views(G), strict=True):
-            w.grad = part
+        for w, part, given in zip(self.weights, self.layer_views(G), self.given, strict=True):
+            if given:
+                w.grad, part.version = part, part._version  # marks it as made here, until it is written to
 
     def layer_views(self, flat: Tensor) -> list[Tensor]:
-        """The parts of a flat tensor of all weights with the shape and the memory format of each layer's weight."""
-        parts = flat.split([w.numel() for w in self.weights])
-        return [part.as_strided(w.shape, w.stride()) for w, part in zip(self.weights, parts, strict=True)]
+        """The parts of a flat tensor of all weights, each with the shape of its layer's weight."""
+        parts = flat.split(self.shard.counts)
+        return [p.as_strided(*how) for p, *how in zip(parts, self.shapes, self.strides, strict=True)]
 
-    def flatten(self, tensors: list[Tensor]) -> Tensor:
-        """This process's part [N] of all layers' tensors, laid end to end."""
-        flat = self.latent.new_empty(sum(w.numel() for w in self.weights))
-        torch._foreach_copy_(self.layer_views(flat), [t.detach() for t in tensors])
+    def flatten(self, tensors: list[Tensor | None]) -> Tensor:
+        """This process's part [N] of all layers' tensors, laid end to end; 0 for None."""
+        flat = self.latent.new_zeros(self.shard.count)
+        views = [view for view, t in zip(self.layer_views(flat), tensors, strict=True) if t is not None]
+        torch._foreach_copy_(views, [t.detach() for t in tensors if t is not None]) if views else None
         return flat if self.shard.world_size == 1 else flat[self.shard.begin : self.shard.end].clone()
 
     def rms(self, x: Tensor) -> Tensor:
@@ -525,8 +580,8 @@ class Generator(nn.Module):
         cosine: between G and D ⊙ ĝ, the straight-through gradient. step: mean |ΔW| / lr. Where G has two terms (see
         `terms`): fast_rms and slow_rms, the RMS of each, and slow_share, Σ slow² / Σ (slow² + fast²).
         """
-        straight, G = self.calibrate()[0] * self.ghat, self.flatten([w.grad for w in self.weights])
-        change = self.flatten(self.weights) - self.latent
+        straight, G = self.calibrate()[0] * self.ghat, self.flatten(self.gradients())
+        change = (self.flatten(self.weights) - self.latent) * self.new[self.layer_of]
         sums = [(G * straight).sum(), G.square().sum(), straight.square().sum(), change.abs().sum()]
         sums += [term.square().sum() for term in self.terms()]
         dot, ours, theirs, moved, *energy = self.shard.all_reduce_sum(torch.stack(sums)).tolist()
@@ -542,18 +597,39 @@ class Generator(nn.Module):
         """The fast and the slow term of G, [N] each, with all their factors; () where G has one term."""
         return ()
 
+    def gather(self) -> None:
+        """Make the next state_dict() one of all N weights. All processes call it; one alone does not need it.
+
+        It holds until the next generate(). In between any process may call state_dict(), which does not wait.
+        """
+        self.gathered = {n: self.shard.all_gather(self._buffers[n], axis) for n, axis in self._sharded()}
+
+    def _sharded(self) -> list[tuple[str, int]]:
+        """The names and axes of the buffers in a state_dict that hold this process's weights only."""
+        names = self._buffers.keys() - self._non_persistent_buffers_set
+        return [(name, axis) for name, axis in self.SHARDED.items() if name in names]
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, axis in self.SHARDED.items():
-            if prefix + name in destination:
-                destination[prefix + name] = self.shard.all_gather(destination[prefix + name], axis)
+        if self.shard.world_size > 1:
+            if self.gathered is None:
+                raise RuntimeError("a shared gradient generator has a state_dict() once all processes called gather()")
+            destination.update({prefix + name: whole for name, whole in self.gathered.items()})
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        own = dict(state_dict)
-        for name, axis in self.SHARDED.items():
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        if local_metadata.get("assign_to_params_buffers"):
+            raise RuntimeError("load the state of a gradient generator without assign=True")
+        own, self.gathered = dict(state_dict), None
+        for name, axis in self._sharded():
             if prefix + name in own and own[prefix + name].shape[axis] == self.shard.count:
                 own[prefix + name] = own[prefix + name].narrow(axis, self.shard.begin, sum(self.sizes))
-        super()._load_from_state_dict(own, prefix, *args)
+        super()._load_from_state_dict(own, prefix, local_metadata, *args)
+
+    def get_extra_state(self) -> dict:
+        return {"strides": self.strides}
+
+    def set_extra_state(self, state: dict) -> None:
+        self.strides = [tuple(stride) for stride in state["strides"]]
 
 
 class STE(Generator):
@@ -561,10 +637,10 @@ class STE(Generator):
 
     @torch.no_grad()
     def generate(self) -> None:
-        """`weight.grad` ← D ⊙ ĝ for every layer."""
-        self.collect()
+        """`weight.grad` ← D ⊙ ĝ for every layer with a gradient. A ĝ that is not finite stays as it is."""
+        new = self.collect()
         D, _ = self.calibrate()
-        self.hand_back(D * self.ghat)
+        self.hand_back(torch.where(new, D * self.ghat, self.ghat))
 
 
 class Seen(NamedTuple):
@@ -594,18 +670,17 @@ class Learned(Generator):
             raise ValueError(f"length, the number of gradients in the history, must be at least 1; it is {length}")
         super().__init__(layers, sharded=True, whole_layers=whole_layers)
         self.length, self.t = length, 0  # t counts generate() calls
-        self.register_buffer(
-            "history", self.latent.new_zeros(length, len(self.latent))
-        )  # oldest first; starts as zeros
+        # The history starts as zeros and is oldest first. steps [layers]: how many gradients each layer has stored.
+        self.register_buffer("history", self.latent.new_zeros(length, len(self.latent)))
+        self.register_buffer("steps", torch.zeros_like(self.layer_size))
         self.last_G = None  # G_{t−1} [n] with its graph to φ
-        self.sample = None  # the weights that `graph` is of; None: all
-        self.register_load_state_dict_post_hook(lambda self, _: self._rebuild())
+        self.sample = None  # the weights that `last_G` is of; None: all
 
     def start(self) -> None:
         """Call it once φ is made: moves φ to the weights' device and makes φ's optimizer."""
         self.to(device=self.latent.device, dtype=self.latent.dtype)
         self.shard.broadcast(self.parameters())
-        self.optimizer = torch.optim.Adam(self.parameter_groups())
+        self.optimizer = torch.optim.Adam(self.parameter_groups(), fused=True)
 
     def parameter_groups(self) -> list[dict]:
         """φ's parameters and learning rates, for Adam."""
@@ -613,35 +688,63 @@ class Learned(Generator):
 
     @torch.no_grad()
     def generate(self) -> None:
-        """Set every `weight.grad` from ĝ_t to G_t. The first call gives D ⊙ ĝ, as STE does."""
-        self.collect()
-        D, pre = self.calibrate()
-        if self.last_G is not None:
-            self.train_phi(-D * self.ghat)  # 1. train φ: G_{t−1} led to where ĝ_t was measured
-        self.push()  # 2. store ĝ_t in the history
-        self.t += 1
-        if self.t == 1:
-            self.hand_back(D * self.ghat)
-        else:
-            self.hand_back(self.make(D, pre))  # 3. generate G_t, and keep its graph for the next step
+        """Set every `weight.grad` from ĝ_t to G_t. The first gradient of a layer becomes D ⊙ ĝ, as under STE.
 
-    def train_phi(self, v: Tensor) -> None:
+        Call it once after one or several backward(). A layer without a gradient is left out: for it, and for what is
+        kept of it, there is no step t. If any element of ĝ_t is not finite, there is no step t at all, and ĝ_t stays in
+        `weight.grad`. This does not make the host wait for the device.
+        Raises RuntimeError where no layer has had a gradient since the last call.
+        """
+        if self.last_G is None:  # the first steps, or after load_state_dict(), copy.deepcopy() or pickle.load()
+            self.rebuild()
+        new = self.collect()
+        D, pre = self.calibrate()
+        straight = D * self.ghat
+        if self.last_G is not None:
+            learned = self.learned()
+            v = torch.where(learned[self.layer_of], -straight, 0)
+            self.train_phi(v, learned.any())  # 1. train φ: G_{t−1} led to where ĝ_t was measured
+        self.push(new)  # 2. store ĝ_t in the history
+        self.t += 1
+        G = straight
+        if self.t > 1:  # 3. generate G_t, and keep its graph for the next step
+            G = torch.where((self.steps > 1)[self.layer_of], self.make(D, pre), straight)
+        self.hand_back(torch.where(new, G, self.ghat))
+
+    def learned(self) -> Tensor:
+        """[layers] bool: the layers whose G_{t−1} was made by φ, and led to where ĝ_t was measured."""
+        return self.new & (self.steps > 1)
+
+    def rebuild(self) -> None:
+        """Build the graph of G_{t−1} again."""
+        if self.t > 1:
+            self.make(*self.calibrate())
+
+    def train_phi(self, v: Tensor, wanted: Tensor) -> None:
         """One Adam step on φ. v [N] is the loss's gradient with respect to G_{t−1}, up to a positive factor.
 
+        wanted [] bool: without it, φ and the state of Adam stay as they are.
         v is normalised to ‖v‖ = 1: Adam divides out its scale, but Adam's eps does not.
         """
         v = v / self.shard.all_reduce_sum(v.square().sum()).sqrt().clamp_min(torch.finfo(v.dtype).tiny)
         if self.sample is not None:
             v = v[self.sample.at] * self.sample.stands_for
+        self.step_phi(v, wanted)
+
+    def step_phi(self, v: Tensor, wanted: Tensor) -> None:
+        """train_phi for a v that is used as it is."""
         self.optimizer.zero_grad()
         self.last_G.backward(v)
         self.last_G = None
         self.shard.all_reduce_grads(self.parameters())
+        self.optimizer.found_inf = (~wanted).float()  # torch's own switch for a step, as torch.amp.GradScaler uses it
         self.optimizer.step()
 
-    def push(self) -> None:
-        """Store ĝ_t in the history, in place of the oldest gradient."""
-        self.history = torch.cat([self.history[1:], self.ghat.unsqueeze(0)])
+    def push(self, new: Tensor) -> None:
+        """Store ĝ_t in the history, in place of the oldest gradient, of the weights for which `new` [N] is true."""
+        pushed = torch.cat([self.history[1:], self.ghat.unsqueeze(0)])
+        self.history = torch.where(new, pushed, self.history)
+        self.steps = self.steps + self.new
 
     def make(self, D: Tensor, pre: Tensor) -> Tensor:
         """G_t [N]. The graph that made it is kept in `self.last_G`."""
@@ -653,25 +756,23 @@ class Learned(Generator):
         """What G_t of all weights is made of."""
         return Seen(D, pre, self.history[-1], self.history, self.layer_of, self.sizes, self.lengths)
 
-    def _apply(self, fn, recurse=True):  # .to(), .double()
-        if self.t:
-            raise RuntimeError(
-                "move a gradient generator before its first generate(), or load its state into a new one"
-            )
-        return super()._apply(fn, recurse)
-
     @torch.no_grad()
-    def _rebuild(self) -> None:
-        """After loading a checkpoint: the graph of the last step's G."""
-        self.last_G = None
-        if self.t > 1:
-            self.make(*self.calibrate())
+    def _apply(self, fn, recurse=True):  # .to(), .double()
+        super()._apply(fn, recurse)
+        if self.t:
+            self.optimizer.load_state_dict(self.optimizer.state_dict())  # moves Adam's averages
+            self.rebuild()
+        return self
+
+    def __getstate__(self):  # copy.deepcopy(), pickle.dump(): a graph cannot be copied, generate() builds it again
+        return {**self.__dict__, "last_G": None, "sample": None}
 
     def get_extra_state(self) -> dict:
-        return {"t": self.t, "optimizer": self.optimizer.state_dict()}
+        return {**super().get_extra_state(), "t": self.t, "optimizer": self.optimizer.state_dict()}
 
     def set_extra_state(self, state: dict) -> None:
-        self.t = state["t"]
+        super().set_extra_state(state)
+        self.t, self.last_G = state["t"], None  # generate() builds the graph of the last step's G
         self.optimizer.load_state_dict(state["optimizer"])
 
 
@@ -807,8 +908,8 @@ class FSG(Learned):
         """`term` [n], scaled to the RMS of ĝ_t in each layer."""
         return _Balanced.apply(term, self.rms(self.history[-1:]), seen, self.shard)
 
-    def push(self) -> None:
-        super().push()
+    def push(self, new: Tensor) -> None:
+        super().push(new)
         if self.layout == "newest":
             self.history[:-1] = 0
 

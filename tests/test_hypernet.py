@@ -933,18 +933,30 @@ def test_the_authors_adam(eps):
         assert relative(ours, theirs) < 1e-12
 
 
-def test_the_generator_moves_with_its_module():
-    net = network()
-    layers = models.binary_layers(net)
-    gen = small_fsg(layers)
-    net.float()
-    gen.float()
-    for t in range(3):
+@pytest.mark.parametrize("name", [*UNLEARNED, *MAKERS, *RELEASED])
+def test_the_generator_follows_its_network_to_another_dtype(name):
+    """After net.double() it goes on as a new generator for that network with the same state."""
+    net = network(dtype=torch.float32)
+    gen = (UNLEARNED | MAKERS | RELEASED)[name](models.binary_layers(net))
+
+    def step(net, gen, t):
+        if name in RELEASED:
+            gen.look_ahead(0.01)
         backward(net, t)
         gen.generate()
-    with pytest.raises(RuntimeError, match="before its first generate"):
-        gen.double()
-    assert all(x.weight.grad.dtype == torch.float32 and x.weight.grad.abs().max() > 0 for x in layers)
+        for layer in models.binary_layers(net):
+            layer.weight.data -= 0.01 * layer.weight.grad
+
+    for t in range(3):
+        step(net, gen, t)
+    net.double()
+    other = copy.deepcopy(net)
+    new = (UNLEARNED | MAKERS | RELEASED)[name](models.binary_layers(other))
+    new.load_state_dict(copy.deepcopy(gen.state_dict()))
+    for t in range(3, 6):
+        step(net, gen, t), step(other, new, t)
+    for a, b in zip([*net.parameters(), *gen.parameters()], [*other.parameters(), *new.parameters()], strict=True):
+        assert a.dtype == torch.float64 and torch.equal(a, b) and (a.grad is None or a.grad.dtype == torch.float64)
 
 
 def test_zero_gradients_are_harmless():
