@@ -431,7 +431,7 @@ def formula(name, gen, layers, latents, grads, states=None, sampled=None):
         if gen.layout == "newest":
             past = [torch.zeros_like(g)] * (gen.length - 1) + past[-1:]
         past = torch.stack([p.flatten() for p in past])  # [l, n]
-        rms = past.square().mean().sqrt() if gen.normalize == "layer-rms" else torch.ones(())
+        rms = past.square().mean().clamp_min(1e-300).sqrt() if gen.normalize == "layer-rms" else torch.ones(())
         sign = torch.where(g >= 0, 1.0, -1.0).to(g.dtype) if gen.balance == "layer-rms" else torch.ones_like(g)
         past = past / rms * sign.flatten()
         token = gen.lre.weight[i].view(1, 1) if gen.lre is not None else None
@@ -452,7 +452,7 @@ def formula(name, gen, layers, latents, grads, states=None, sampled=None):
 
 def balanced(term, g, at=slice(None)):
     """`term` at the RMS of g, amplified at most a thousandfold."""
-    target, rms = g.square().mean().sqrt(), term[at].square().mean().sqrt()
+    target, rms = (x.square().mean().clamp_min(1e-300).sqrt() for x in (g, term[at]))
     return term * target / torch.maximum(rms, 1e-3 * target)
 
 
