@@ -3,7 +3,7 @@
 Copy this file with hypernet.py. It is used as FSG is:
 
     gate = GatedHistory(layers)                       # models.binary_layers(model)
-    optimizer = torch.optim.Adam(gate.parameter_groups(model.parameters()), 6e-3)
+    optimizer = gate.without_momentum(torch.optim.Adam(model.parameters(), 6e-3))
     …backward(); gate.generate(); optimizer.step()
 """
 
@@ -28,7 +28,7 @@ class GatedHistory(Generator):
     *A flip clears the history.* Averaging over past gradients reduces noise. But gradients from before a flip were
     measured at the weight's other sign. If they were kept, they would push the weight further before anything has been
     measured on the new side.
-    The history acts as momentum, so the optimizer must have none for these weights (`parameter_groups`).
+    The history acts as momentum, so the optimizer must have none for these weights (`without_momentum`).
 
     λ and ε were chosen by comparing whole training runs. FSG's objective would not find them: it asks whether G_{t−1}
     lowers the loss at the very next step, and so prefers small or reversed steps where successive gradients are
@@ -63,12 +63,44 @@ class GatedHistory(Generator):
     def scale(self) -> Tensor:
         """D / (ε + r): [N]. The threshold is W = 0 under all quantizers."""
         D, _ = self.calibrate()
-        r = self.latent.abs() / self.rms(self.latent.unsqueeze(0))[self.layer_of]
+        r = self.latent.abs() / self.spread(self.rms(self.latent.unsqueeze(0)))
         return D / (self.epsilon + r)
 
     def terms(self) -> tuple[Tensor, ...]:
         scale = self.scale()
         return scale * self.ghat, scale * (self.past - self.ghat)
+
+    def without_momentum(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Switch momentum off for the latent weights in an optimizer, and return the optimizer.
+
+        Call it before a learning rate scheduler is made: it gives the latent weights parameter groups of their own.
+        `momentum`, or β₁ of `betas`, is set to 0 in these groups before every step. So a scheduler that changes
+        it, as OneCycleLR does by default, changes it for the other weights only.
+        Raises ValueError where the optimizer has none of the latent weights.
+        """
+
+        def latent(group: dict) -> list[Tensor]:
+            ours = {id(w) for w in self.weights}
+            return [p for p in group["params"] if id(p) in ours]
+
+        def switch_off(optimizer, *_) -> None:
+            for group in filter(latent, optimizer.param_groups):
+                if "momentum" in group:
+                    group["momentum"] = 0.0
+                if "betas" in group:
+                    group["betas"] = (0.0, *group["betas"][1:])
+
+        if not any(map(latent, optimizer.param_groups)):
+            raise ValueError("the optimizer has none of the weights of the gated history's layers: give it those too")
+        for group in list(optimizer.param_groups):
+            ours = latent(group)
+            rest = [p for p in group["params"] if not any(p is w for w in ours)]
+            if ours and rest:
+                group["params"] = rest
+                optimizer.add_param_group({**group, "params": ours})
+        optimizer.register_step_pre_hook(switch_off)
+        switch_off(optimizer)
+        return optimizer
 
     def parameter_groups(self, parameters, betas: tuple[float, float] | None = (0.9, 0.999)) -> list[dict]:
         """A model's parameters for torch.optim, with momentum switched off for the latent weights.

@@ -48,6 +48,7 @@ MetaQuant's generators are in metaquant.py, the gated history in gate.py, the au
 
 import itertools
 import math
+import warnings
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -319,16 +320,15 @@ class SlowMamba(nn.Module):
 
     def unfused_backend(self, device: torch.device) -> str:
         """The scan of `block` on that device: 'mamba-ssm' or 'reference'."""
-        if self.scan == "mamba-ssm":
-            mamba_ssm_scan()  # raises with the package's own message
-            if device.type != "cuda":
-                raise RuntimeError("--scan mamba-ssm runs on CUDA devices only: use --device cuda, or --scan auto")
-            return "mamba-ssm"
-        if self.scan == "auto" and device.type == "cuda":
+        if self.scan == "mamba-ssm" or (self.scan == "auto" and device.type == "cuda"):
             try:
                 mamba_ssm_scan()
             except RuntimeError:
+                if self.scan == "mamba-ssm":
+                    raise
                 return "reference"
+            if device.type != "cuda":
+                raise RuntimeError("--scan mamba-ssm runs on CUDA devices only: use --device cuda, or --scan auto")
             return "mamba-ssm"
         return "reference"
 
@@ -452,6 +452,7 @@ class Generator(nn.Module):
 
     keeps_latent = False  # whether a checkpoint needs W of the last step
     SHARDED: ClassVar = {"latent": 0, "past": 0, "history": 1, "state": 1}  # buffers [.., N, ..], and the axis of N
+    ATTRIBUTES = ("strides",)  # what a state_dict holds besides parameters and buffers
 
     def __init__(self, layers: list[nn.Module], sharded: bool = False, whole_layers: bool = False):
         super().__init__()
@@ -488,27 +489,28 @@ class Generator(nn.Module):
         """Read ĝ_t and W_t. Returns whether each weight has a new gradient: [N] bool.
 
         The weights of a layer have none where `weight.grad` is None or the weight is frozen. No weight has one where
-        any element of ĝ_t, in any process, is not finite or so large that its square is not. `latent` keeps the values
-        of weights without a new gradient, and `ghat` is 0 where there is no gradient at all.
+        any element of ĝ_t, in any process, is not finite or so large that its square is not. `ghat` is 0 where there is
+        no gradient; with `keeps_latent`, `latent` keeps what it is for weights without a new one.
         Raises RuntimeError where no layer has a gradient since the last generate().
         """
         self.follow()
         weights, self.gathered = self.weights, None
-        made = [w.grad is not None and getattr(w.grad, "version", None) == w.grad._version for w in weights]
-        self.given = [w.grad is not None and w.requires_grad and not m for w, m in zip(weights, made, strict=True)]
-        waiting = [i for i, w in enumerate(weights) if w.requires_grad]
-        if waiting and not any(self.given):
-            raise RuntimeError(
-                f"no binary layer has a gradient{' since the last generate()' if any(made) else ''}, the first of them "
-                f"being layer {waiting[0]}, {self.layers[waiting[0]]}: call loss.backward() before each generate()"
-            )
+        made = [getattr(w.grad, "made_at", -1) == getattr(w.grad, "_version", None) for w in weights]
+        self.given = [w.requires_grad and w.grad is not None and not m for w, m in zip(weights, made, strict=True)]
+        if not any(self.given) and any(w.requires_grad for w in weights):
+            i = next(i for i, w in enumerate(weights) if w.requires_grad)
+            since = " since the last generate()" * any(made)
+            what = f"no binary layer has a gradient{since}, the first of them being layer {i}, {self.layers[i]}"
+            raise RuntimeError(f"{what}: call loss.backward() before each generate()")
         self.ghat = self.flatten(self.gradients())
-        finite = self.shard.all_reduce_sum(self.ghat.square().sum()).isfinite()
+        finite = self.shard.all_reduce_sum(torch.linalg.vector_norm(self.ghat)).isfinite()
         self.new = finite.repeat(len(weights))  # [layers]
-        for i in (i for i, given in enumerate(self.given) if not given):
-            self.new[i] = False
-        new = self.new[self.layer_of]
-        self.latent = torch.where(new, self.flatten(weights), self.latent)
+        for i, given in enumerate(self.given):
+            if not given:
+                self.new[i] = False
+        new = self.spread(self.new)
+        W = self.flatten(weights)
+        self.latent = torch.where(new, W, self.latent) if self.keeps_latent else W
         return new
 
     def follow(self) -> None:
@@ -516,18 +518,19 @@ class Generator(nn.Module):
 
         Raises RuntimeError where they have several, or where the layers are not those that the generator was made for.
         """
-        weights = self.weights
-        if [w.shape for w in weights] != self.shapes:
+        places = [(w.device, w.dtype) for w in self.weights]
+        if [w.shape for w in self.weights] != self.shapes:
             raise RuntimeError("the binary layers have changed since the gradient generator was made: make a new one")
-        place, *others = dict.fromkeys((w.device, w.dtype) for w in weights)
-        if others:
-            i = next(i for i, w in enumerate(weights) if (w.device, w.dtype) == others[0])
-            raise RuntimeError(
-                f"layer {i}, {self.layers[i]}, is {others[0][1]} on {others[0][0]}, and the first layer is {place[1]} "
-                f"on {place[0]}: move the whole network"
-            )
-        if place != (self.latent.device, self.latent.dtype):
-            self.to(*place)
+        odd = next((i for i, place in enumerate(places) if place != places[0]), None)
+        if odd is not None:
+            other = f"layer {odd}, {self.layers[odd]}, has another device or data type than the first layer"
+            raise RuntimeError(f"{other}: move the whole network")
+        if places[0] != (self.latent.device, self.latent.dtype):
+            self.to(*places[0])
+
+    def spread(self, values: Tensor) -> Tensor:
+        """values [layers] -> [N], each weight's layer's value."""
+        return values.index_select(0, self.layer_of)
 
     def gradients(self) -> list[Tensor | None]:
         """The `.grad` of each layer's weight; None where the layer had no gradient in the last step."""
@@ -543,7 +546,7 @@ class Generator(nn.Module):
             return torch.ones_like(self.latent), self.latent.clone()
         top = per_layer(self.latent.abs(), self.sizes, self.lengths, "max")
         top = self.shard.all_reduce_max(top).tanh()  # max|tanh W| = tanh(max|W|)
-        top = top.clamp_min(torch.finfo(top.dtype).tiny)[self.layer_of]  # [N]
+        top = self.spread(top.clamp_min(torch.finfo(top.dtype).tiny))  # [N]
         t = torch.tanh(self.latent)
         return (1 - t.square()) / top, t / (2 * top) + 0.5
 
@@ -552,7 +555,7 @@ class Generator(nn.Module):
         G = self.shard.all_gather(G)
         for w, part, given in zip(self.weights, self.layer_views(G), self.given, strict=True):
             if given:
-                w.grad, part.version = part, part._version  # marks it as made here, until it is written to
+                w.grad, part.made_at = part, part._version  # a mark that is valid until something is written to it
 
     def layer_views(self, flat: Tensor) -> list[Tensor]:
         """The parts of a flat tensor of all weights, each with the shape of its layer's weight."""
@@ -581,7 +584,7 @@ class Generator(nn.Module):
         `terms`): fast_rms and slow_rms, the RMS of each, and slow_share, Σ slow² / Σ (slow² + fast²).
         """
         straight, G = self.calibrate()[0] * self.ghat, self.flatten(self.gradients())
-        change = (self.flatten(self.weights) - self.latent) * self.new[self.layer_of]
+        change = (self.flatten(self.weights) - self.latent) * self.spread(self.new)
         sums = [(G * straight).sum(), G.square().sum(), straight.square().sum(), change.abs().sum()]
         sums += [term.square().sum() for term in self.terms()]
         dot, ours, theirs, moved, *energy = self.shard.all_reduce_sum(torch.stack(sums)).tolist()
@@ -602,12 +605,8 @@ class Generator(nn.Module):
 
         It holds until the next generate(). In between any process may call state_dict(), which does not wait.
         """
-        self.gathered = {n: self.shard.all_gather(self._buffers[n], axis) for n, axis in self._sharded()}
-
-    def _sharded(self) -> list[tuple[str, int]]:
-        """The names and axes of the buffers in a state_dict that hold this process's weights only."""
-        names = self._buffers.keys() - self._non_persistent_buffers_set
-        return [(name, axis) for name, axis in self.SHARDED.items() if name in names]
+        buffers = [(name, axis) for name, axis in self.SHARDED.items() if name in self._buffers]
+        self.gathered = {name: self.shard.all_gather(getattr(self, name), axis) for name, axis in buffers}
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -620,16 +619,17 @@ class Generator(nn.Module):
         if local_metadata.get("assign_to_params_buffers"):
             raise RuntimeError("load the state of a gradient generator without assign=True")
         own, self.gathered = dict(state_dict), None
-        for name, axis in self._sharded():
+        for name, axis in self.SHARDED.items():
             if prefix + name in own and own[prefix + name].shape[axis] == self.shard.count:
                 own[prefix + name] = own[prefix + name].narrow(axis, self.shard.begin, sum(self.sizes))
         super()._load_from_state_dict(own, prefix, local_metadata, *args)
 
     def get_extra_state(self) -> dict:
-        return {"strides": self.strides}
+        return {name: getattr(self, name) for name in self.ATTRIBUTES}
 
     def set_extra_state(self, state: dict) -> None:
-        self.strides = [tuple(stride) for stride in state["strides"]]
+        for name in self.ATTRIBUTES:
+            setattr(self, name, state[name])
 
 
 class STE(Generator):
@@ -664,6 +664,7 @@ class Learned(Generator):
     """
 
     keeps_latent = True  # to build the last step's graph again
+    ATTRIBUTES = (*Generator.ATTRIBUTES, "t")
 
     def __init__(self, layers: list[nn.Module], length: int = 1, whole_layers: bool = False):
         if length < 1:
@@ -702,13 +703,13 @@ class Learned(Generator):
         straight = D * self.ghat
         if self.last_G is not None:
             learned = self.learned()
-            v = torch.where(learned[self.layer_of], -straight, 0)
+            v = torch.where(self.spread(learned), -straight, 0)
             self.train_phi(v, learned.any())  # 1. train φ: G_{t−1} led to where ĝ_t was measured
         self.push(new)  # 2. store ĝ_t in the history
         self.t += 1
         G = straight
         if self.t > 1:  # 3. generate G_t, and keep its graph for the next step
-            G = torch.where((self.steps > 1)[self.layer_of], self.make(D, pre), straight)
+            G = torch.where(self.spread(self.steps > 1), self.make(D, pre), straight)
         self.hand_back(torch.where(new, G, self.ghat))
 
     def learned(self) -> Tensor:
@@ -768,11 +769,11 @@ class Learned(Generator):
         return {**self.__dict__, "last_G": None, "sample": None}
 
     def get_extra_state(self) -> dict:
-        return {**super().get_extra_state(), "t": self.t, "optimizer": self.optimizer.state_dict()}
+        return {**super().get_extra_state(), "optimizer": self.optimizer.state_dict()}
 
     def set_extra_state(self, state: dict) -> None:
         super().set_extra_state(state)
-        self.t, self.last_G = state["t"], None  # generate() builds the graph of the last step's G
+        self.last_G = None  # generate() builds it again
         self.optimizer.load_state_dict(state["optimizer"])
 
 
@@ -805,6 +806,8 @@ class FSG(Learned):
     slow-net; with the fused flat scan up to 256 MB more between steps.
     """
 
+    ATTRIBUTES = (*Learned.ATTRIBUTES, "sample_seed")
+
     def __init__(
         self,
         layers: list[nn.Module],
@@ -833,23 +836,16 @@ class FSG(Learned):
         ):
             if value not in known:
                 raise ValueError(f"no {name} is called {value!r}: use {' or '.join(known)}")
-        if not 0 <= beta <= 1:
-            raise ValueError(f"beta is the share of the slow gradient and must lie in [0, 1]; it is {beta}")
-        if hgs == "lstm" and history == "flat":
-            raise ValueError(
-                "an LSTM cannot run over the flat history (one sequence of up to hundreds of thousands of steps): "
-                "use --history per-weight, or --hgs mamba"
-            )
-        if not 0 < hyper_sample <= 1:
-            raise ValueError(
-                f"hyper_sample is the share of weights φ is trained on, above 0 and at most 1; it is {hyper_sample}"
-            )
-        if hyper_sample < 1 and history == "flat":
-            raise ValueError(
-                "a sample of weights cannot be taken from the flat history, where a layer is one sequence: "
-                "use --history per-weight, or --hyper-sample 1"
-            )
-        super().__init__(layers, length, whole_layers=history == "flat")
+        flat, sequence = history == "flat", "the flat history, where a layer is one sequence: use --history per-weight"
+        for wrong, what in (
+            (not 0 <= beta <= 1, f"beta is the share of the slow gradient and must lie in [0, 1]; it is {beta}"),
+            (not 0 < hyper_sample <= 1, f"hyper_sample must be above 0 and at most 1; it is {hyper_sample}"),
+            (flat and hgs == "lstm", f"an LSTM cannot run over {sequence}, or --hgs mamba"),
+            (flat and hyper_sample < 1, f"a sample of weights cannot be taken from {sequence}, or --hyper-sample 1"),
+        ):
+            if wrong:
+                raise ValueError(what)
+        super().__init__(layers, length, whole_layers=flat)
         self.beta, self.layout, self.normalize, self.balance = beta, history, normalize, balance
         self.lr_fast, self.lr_slow = lr_fast, lr_slow
         seed = torch.tensor(torch.initial_seed() % 2**31, device=self.latent.device)
@@ -866,6 +862,9 @@ class FSG(Learned):
             # The balance divides out all that an MLP of one or two factors could learn where W̃ >= 0.
             self.fast.requires_grad_(not (self.fast.collapses and self.kind == "dorefa"))
         self.start()
+        if selective_scan is None and self.latent.dtype == torch.float32 and self.backend() == "reference" != scan:
+            files = "selective_scan.py, selective_scan_cpu.cpp and selective_scan_triton.py"
+            warnings.warn(f"copy {files} beside hypernet.py: without them Mamba is about 30 times slower", stacklevel=2)
 
     def parameter_groups(self) -> list[dict]:
         slow = [*self.slow.parameters(), *(() if self.lre is None else self.lre.parameters())]
@@ -890,7 +889,7 @@ class FSG(Learned):
             sign = torch.where(seen.ghat >= 0, 1.0, -1.0).to(past.dtype)  # [n]
             past = past * sign
         if self.normalize == "layer-rms":
-            rms = self.rms(self.history)[seen.layer_of]  # [n]
+            rms = self.rms(self.history).index_select(0, seen.layer_of)  # [n]
             past = past / rms
         if self.layout == "flat":
             here = [i for i, size in enumerate(seen.sizes) if size]  # one sequence per layer
@@ -944,13 +943,6 @@ class FSG(Learned):
         tokens = None if self.layout == "flat" else self.length + (self.lre is not None)
         return self.latent.device, self.latent.dtype, tokens
 
-    def get_extra_state(self) -> dict:
-        return {**super().get_extra_state(), "sample_seed": self.sample_seed}
-
-    def set_extra_state(self, state: dict) -> None:
-        super().set_extra_state(state)
-        self.sample_seed = state.get("sample_seed", self.sample_seed)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What stands apart from the equations: sums per layer, balancing, sampling, several processes, memory.
@@ -973,7 +965,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values: Tensor, layer_of: Tensor, sizes: list[int], lengths: Tensor) -> Tensor:
         ctx.sizes, ctx.lengths = sizes, lengths
-        return values[layer_of]
+        return values.index_select(0, layer_of)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -994,7 +986,7 @@ class _Balanced(torch.autograd.Function):
         square, count = shard.all_reduce_sum(sums)
         rms, least = (square / count.clamp_min(1)).sqrt(), 1e-3 * target
         scale = target / torch.maximum(rms, least)
-        y = term * scale[seen.layer_of]
+        y = term * scale.index_select(0, seen.layer_of)
         # ⟨y, y⟩ of each layer; infinite where the factor is at its limit, which switches the projection off.
         energy = torch.where(rms > least, target.square() * count, math.inf)
         ctx.save_for_backward(y, scale, energy)
@@ -1006,7 +998,12 @@ class _Balanced(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         (y, scale, energy), seen = ctx.saved_tensors, ctx.seen
         along = ctx.shard.all_reduce_sum(per_layer(grad * y, seen.sizes, seen.lengths)) / energy
-        return (grad - y * along[seen.layer_of]) * scale[seen.layer_of], None, None, None
+        return (
+            (grad - y * along.index_select(0, seen.layer_of)) * scale.index_select(0, seen.layer_of),
+            None,
+            None,
+            None,
+        )
 
 
 class Sample:

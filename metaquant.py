@@ -89,7 +89,7 @@ class LSTMFC(Learned):
 
     def push(self, new: Tensor) -> None:
         if self.next_state is not None:  # of a layer's first step there is none
-            self.state = torch.where(self.learned()[self.layer_of].unsqueeze(1), self.next_state, self.state)
+            self.state = torch.where(self.spread(self.learned()).unsqueeze(1), self.next_state, self.state)
         super().push(new)
 
     def gradient(self, seen: Seen) -> Tensor:
@@ -134,6 +134,9 @@ class LookAhead(Learned):
     """
 
     SHARDED: ClassVar = Generator.SHARDED | {"before": 0}
+    ATTRIBUTES = (*Learned.ATTRIBUTES, "step_size")
+    displaced = None  # the persistent weights and biases, while the model stands at the look-ahead weights
+    undo = ()  # latent, before, bias_before and step_size, as they were before look_ahead()
 
     def __init__(self, layers: list[nn.Module], *arguments, **options):
         super().__init__(layers, *arguments, **options)
@@ -143,8 +146,6 @@ class LookAhead(Learned):
         self.register_buffer("before", torch.zeros_like(self.latent))  # W_{t−1}
         self.register_buffer("bias_before", self.flat_biases(torch.zeros_like))
         self.register_buffer("bias_gradient", self.flat_biases(torch.zeros_like))  # of step 1
-        self.displaced = None  # the persistent weights and biases, while the model stands at the look-ahead weights
-        self.undo = ()  # latent, before, bias_before and step_size, as they were before look_ahead()
 
     @property
     def biases(self) -> list[nn.Parameter]:
@@ -213,7 +214,7 @@ class LookAhead(Learned):
                 self.bias_gradient = self.flat_biases(lambda b: torch.zeros_like(b) if b.grad is None else b.grad)
         else:
             G = self.update()
-            v = torch.where(self.learned()[self.layer_of], -self.step_size * self.derivative() * self.ghat, 0)
+            v = torch.where(self.spread(self.learned()), -self.step_size * self.derivative() * self.ghat, 0)
             self.step_phi(v, self.learned().any())
             torch._foreach_copy_([p.detach() for p in (*self.weights, *self.biases)], self.displaced)
             latent, before, *of_biases = self.undo
@@ -238,7 +239,7 @@ class LookAhead(Learned):
             return self.calibrate()[0]
         size = self.latent.abs()
         mean = self.shard.all_reduce_sum(per_layer(size, self.sizes, self.lengths)) / self.layer_size
-        return mean[self.layer_of] * (size <= 1)
+        return self.spread(mean) * (size <= 1)
 
     def measure(self, lr: float) -> dict[str, float]:
         """Empty: ĝ is measured elsewhere than where the weights are."""
@@ -246,7 +247,6 @@ class LookAhead(Learned):
 
     def rebuild(self) -> None:
         """look_ahead() makes the graph."""
-        self.must_stand_back()
 
     def must_stand_back(self) -> None:
         if self.displaced is not None:
@@ -254,18 +254,21 @@ class LookAhead(Learned):
                 "a released generator can be copied, moved, saved and loaded before look_ahead() or after generate()"
             )
 
+    def _apply(self, fn, recurse=True):
+        self.must_stand_back()
+        return super()._apply(fn, recurse)
+
     def __getstate__(self):
         self.must_stand_back()
         return super().__getstate__()
 
     def get_extra_state(self) -> dict:
         self.must_stand_back()
-        return {**super().get_extra_state(), "step_size": self.step_size}
+        return super().get_extra_state()
 
     def set_extra_state(self, state: dict) -> None:
         self.must_stand_back()
         super().set_extra_state(state)
-        self.step_size = state["step_size"]
 
 
 class ReleasedFCGrad(LookAhead, FCGrad):
