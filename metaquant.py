@@ -266,9 +266,9 @@ class LookAhead(Learned):
         self.must_stand_back()
         return super().get_extra_state()
 
-    def set_extra_state(self, state: dict) -> None:
+    def _load_from_state_dict(self, *args):
         self.must_stand_back()
-        super().set_extra_state(state)
+        super()._load_from_state_dict(*args)
 
 
 class ReleasedFCGrad(LookAhead, FCGrad):
