@@ -1008,3 +1008,38 @@ def test_impossible_layers():
         STE([*a, *b])
     with pytest.raises(RuntimeError, match="backward"):
         STE(a).generate()
+
+
+def test_a_growing_gradient_is_adam_with_shorter_averages_and_a_larger_step():
+    """What a learned scale c_t = c_0·ρ^t of the gradient does under Adam(β₁, β₂) with ε → 0.
+
+    With b₁ = β₁/ρ and b₂ = β₂/ρ², and m′, v′ the averages of Adam(b₁, b₂) on the unscaled gradients g:
+
+        m_t = (1 − β₁) Σ_k β₁^(t−k)·c_k·g_k  = c_t·(1 − β₁) Σ_k b₁^(t−k)·g_k   = c_t·(1 − β₁)/(1 − b₁)·m′_t
+        v_t = (1 − β₂) Σ_k β₂^(t−k)·c_k²·g_k² = c_t²·(1 − β₂) Σ_k b₂^(t−k)·g_k² = c_t²·(1 − β₂)/(1 − b₂)·v′_t
+
+    because c_k = c_t·ρ^(k−t). The bias corrections divide m by 1 − β₁^t, v by 1 − β₂^t, m′ by 1 − b₁^t and v′ by
+    1 − b₂^t. In the step lr·m̂/√v̂ the scale c_t cancels, and what remains is the step of Adam(b₁, b₂) times
+
+        F_t = f_t(β₁, b₁) / √f_t(β₂, b₂)    with    f_t(β, b) = (1 − β)/(1 − b) · (1 − b^t)/(1 − β^t)
+
+    F_1 = 1, and F_t tends to (1 − β₁)/(1 − β₁/ρ)·√((1 − β₂/ρ²)/(1 − β₂)).
+    """
+    torch.manual_seed(0)
+    rho, lr, beta1, beta2 = 1.0135, 1e-3, 0.9, 0.999
+    b1, b2 = beta1 / rho, beta2 / rho**2
+    scaled, plain = (nn.Parameter(torch.zeros(100, dtype=torch.float64)) for _ in range(2))
+    adam = torch.optim.Adam([scaled], lr, betas=(beta1, beta2), eps=0)
+    other = torch.optim.Adam([plain], lr, betas=(b1, b2), eps=0)
+    f = lambda beta, b, t: (1 - beta) / (1 - b) * (1 - b**t) / (1 - beta**t)
+    factor = lambda t: f(beta1, b1, t) / math.sqrt(f(beta2, b2, t))
+    for t in range(1, 51):
+        before = scaled.detach().clone(), plain.detach().clone()
+        g = torch.randn(100, dtype=torch.float64)
+        scaled.grad, plain.grad = 3e-4 * rho**t * g, g
+        adam.step(), other.step()
+        moved, expected = scaled.detach() - before[0], plain.detach() - before[1]
+        assert torch.allclose(moved, factor(t) * expected, rtol=1e-9, atol=1e-15)
+    limit = (1 - beta1) / (1 - b1) * math.sqrt((1 - b2) / (1 - beta2))
+    assert factor(1) == 1 < factor(50) < limit and math.isclose(factor(100_000), limit, rel_tol=1e-12)
+    assert math.isclose(limit, 4.677, rel_tol=1e-3)
