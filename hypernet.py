@@ -167,11 +167,8 @@ class SlowLSTM(nn.Module):
     def last(self, u: Tensor) -> Tensor:
         """u [B, L, 1] -> [B]: the value of `forward(u)[:, -1, 0]`, computed in chunks."""
         elements = 16 * self.lstm.hidden_size * u.shape[1]  # gates and states of a sequence, and their gradients
-        return in_chunks(self._last, elements_at_once(u.device) // elements, self.parameters(), u)
-
-    def _last(self, u: Tensor) -> Tensor:
-        _, (h, _) = self.lstm(u)  # h [1, B, hidden], the hidden state after the last token
-        return self.out(h[0]).squeeze(1)
+        last = lambda u: self.out(self.lstm(u)[1][0][0]).squeeze(1)  # of the hidden state after the last token
+        return in_chunks(last, elements_at_once(u.device) // elements, self.parameters(), u)
 
 
 def selective_scan_loop(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
@@ -275,7 +272,9 @@ class SlowMamba(nn.Module):
         backend = self.backend(u.device, u.dtype, u.shape[1])
         if backend == "fused":
             return selective_scan.last(u.squeeze(-1), *self.in_kernel_order())
-        function = self.last_unrolled if backend == "reference" else lambda u: self.block(u)[:, -1, 0]
+        function = lambda u: self.block(u)[:, -1, 0]
+        if backend == "reference" and selective_scan:
+            function = lambda u: selective_scan.last_unrolled(u, *self.in_kernel_order())
         rows = elements_at_once(u.device) // (u.shape[1] * self.d_inner * self.d_state)
         return in_chunks(function, rows, self.parameters(), u)
 
@@ -338,31 +337,6 @@ class SlowMamba(nn.Module):
         first = (self.in_proj.weight, conv.weight, conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias)
         return *first, self.A_log, self.D, self.out_proj.weight
 
-    # The reference scan, made faster.
-
-    def last_unrolled(self, u: Tensor) -> Tensor:
-        """u [B, L, 1] -> [B]: the last output without the recurrence. The state unrolls to a sum over tokens:
-
-            h_L C_L = Σ_t Δ_t x_t Σ_n exp(A_n S_t) B_tn C_Ln    with   S_t = Δ_{t+1} + … + Δ_L
-
-        Here the sequences run along the last axis (b), so that every operation is one long vector loop.
-        """
-        d, u = self.d_inner, u.squeeze(-1).T.contiguous()  # u [L, b]
-        # A token is one scalar, so in_proj and the convolution are one matrix applied to the d_conv latest tokens.
-        lags = F.pad(u, (0, 0, self.d_conv - 1, 0)).unfold(0, self.d_conv, 1).transpose(1, 2)  # [L, d_conv, b]
-        x = F.silu(self.conv1d.weight[:, 0] * self.in_proj.weight[:d] @ lags + self.conv1d.bias[:, None])  # [L, d, b]
-        dt, B, C = (self.x_proj.weight @ x).split([1, self.d_state, self.d_state], dim=1)  # [L, 1 | n | n, b]
-        delta = F.softplus(self.dt_proj.weight * dt + self.dt_proj.bias[:, None])  # [L, d, b]
-        A = -torch.exp(self.A_log).unsqueeze(-1)  # [d, n, 1]
-        drive, BC = delta * x, B * C[-1]
-        y = drive[-1] * BC[-1].sum(0)  # [d, b]; S_L = 0: no decay
-        S = torch.zeros_like(y)
-        for t in range(len(u) - 2, -1, -1):
-            S = S + delta[t + 1]
-            y = y + drive[t] * (torch.exp(A * S.unsqueeze(1)) * BC[t]).sum(1)  # the sum over n of [d, n, b]
-        z = F.silu(self.in_proj.weight[d:] * u[-1])  # [d, b]
-        return (self.out_proj.weight @ ((y + self.D[:, None] * x[-1]) * z)).squeeze(0)
-
     def scan_in_segments(self, x: Tensor, delta: Tensor, B: Tensor, C: Tensor) -> Tensor:
         """selective_scan_loop for long sequences: segment by segment, each a parallel prefix scan."""
         tokens = elements_at_once(x.device) // (16 * x.shape[0] * self.d_inner * self.d_state)
@@ -389,33 +363,11 @@ class SlowMamba(nn.Module):
     def tail(self, u: Tensor, count: int) -> Tensor:
         """The last `count` outputs of one sequence: u [1, L, 1] -> [count], the value of `forward(u)[0, -count:, 0]`.
 
-        Tokens that have decayed below the floating-point resolution before the first of these outputs are not scanned.
+        Tokens that are forgotten before the first of these outputs are left out, given selective_scan.py.
         """
-        start = self.first_needed(u, u.shape[1] - count)
+        start = selective_scan.first_needed(self, u, u.shape[1] - count) if selective_scan else 0
         # One chunk, so that no [L, d] tensor is kept for the backward pass.
         return in_chunks(lambda u: self.block(u)[:, -count:, 0], 1, self.parameters(), u[:, start:])[0]
-
-    @torch.no_grad()
-    def first_needed(self, u: Tensor, position: int) -> int:
-        """The first token of u [1, L, 1] that influences the outputs from `position` on, for the actual Δ and A.
-
-        Between two tokens the state decays by exp(A Σ Δ). The search walks back from `position` until every state has
-        decayed below the resolution of the data type, with a margin of e⁵.
-        """
-        slowest = torch.exp(self.A_log).amin(dim=1)  # [d]
-        enough = 5 - math.log(torch.finfo(u.dtype).eps)
-        gone = torch.zeros_like(slowest)
-        while position > 0:
-            block = max(0, position - 4096)
-            context = max(0, block - self.d_conv + 1)  # what the convolution looks back to
-            delta = self.project(u[:, context:position])[1][0, block - context :]  # [block, d]
-            decayed = (gone + delta.flip(0).cumsum(0)) * slowest  # [block, d], latest token first
-            enough_at = (decayed.amin(dim=1) > enough).nonzero()
-            if len(enough_at):
-                # The tokens before this one have no influence; the convolution's context is kept.
-                return max(0, position - 1 - int(enough_at[0]) - self.d_conv + 1)
-            gone, position = gone + delta.sum(0), block
-        return 0
 
 
 def mamba_ssm_scan():
@@ -704,7 +656,10 @@ class Learned(Generator):
         if self.last_G is not None:
             learned = self.learned()
             v = torch.where(self.spread(learned), -straight, 0)
-            self.train_phi(v, learned.any())  # 1. train φ: G_{t−1} led to where ĝ_t was measured
+            norm = self.shard.all_reduce_sum(
+                v.square().sum()
+            ).sqrt()  # Adam divides out the scale of v, but its eps not
+            self.train_phi(v / norm.clamp_min(torch.finfo(v.dtype).tiny), learned.any())  # 1. train φ
         self.push(new)  # 2. store ĝ_t in the history
         self.t += 1
         G = straight
@@ -725,17 +680,9 @@ class Learned(Generator):
         """One Adam step on φ. v [N] is the loss's gradient with respect to G_{t−1}, up to a positive factor.
 
         wanted [] bool: without it, φ and the state of Adam stay as they are.
-        v is normalised to ‖v‖ = 1: Adam divides out its scale, but Adam's eps does not.
         """
-        v = v / self.shard.all_reduce_sum(v.square().sum()).sqrt().clamp_min(torch.finfo(v.dtype).tiny)
-        if self.sample is not None:
-            v = v[self.sample.at] * self.sample.stands_for
-        self.step_phi(v, wanted)
-
-    def step_phi(self, v: Tensor, wanted: Tensor) -> None:
-        """train_phi for a v that is used as it is."""
         self.optimizer.zero_grad()
-        self.last_G.backward(v)
+        self.last_G.backward(v if self.sample is None else v[self.sample.at] * self.sample.stands_for)
         self.last_G = None
         self.shard.all_reduce_grads(self.parameters())
         self.optimizer.found_inf = (~wanted).float()  # torch's own switch for a step, as torch.amp.GradScaler uses it
@@ -929,19 +876,17 @@ class FSG(Learned):
 
     def backend(self) -> str:
         """The scan that the slow-net runs, see SlowMamba.backend; 'nn.LSTM' for an LSTM."""
-        return "nn.LSTM" if isinstance(self.slow, SlowLSTM) else self.slow.backend(*self._tensors())
+        return self.backend_and_why().split(" (")[0]
 
     def backend_and_why(self) -> str:
         """`backend()`, with the reason where `scan='auto'` could not take the fused scan."""
-        backend = self.backend()
-        if backend in ("nn.LSTM", "fused") or self.slow.scan != "auto":
-            return backend
-        return f"{backend} ({self.slow.why_not_fused(*self._tensors())})"
-
-    def _tensors(self) -> tuple[torch.device, torch.dtype, int | None]:
-        """What the slow-net runs on: the arguments of SlowMamba.backend."""
+        if isinstance(self.slow, SlowLSTM):
+            return "nn.LSTM"
         tokens = None if self.layout == "flat" else self.length + (self.lre is not None)
-        return self.latent.device, self.latent.dtype, tokens
+        tensors = self.latent.device, self.latent.dtype, tokens
+        backend = self.slow.backend(*tensors)
+        auto = backend != "fused" and self.slow.scan == "auto"
+        return f"{backend} ({self.slow.why_not_fused(*tensors)})" if auto else backend
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -215,7 +215,7 @@ class LookAhead(Learned):
         else:
             G = self.update()
             v = torch.where(self.spread(self.learned()), -self.step_size * self.derivative() * self.ghat, 0)
-            self.step_phi(v, self.learned().any())
+            self.train_phi(v, self.learned().any())
             torch._foreach_copy_([p.detach() for p in (*self.weights, *self.biases)], self.displaced)
             latent, before, *of_biases = self.undo
             self.latent, self.before = torch.where(new, self.latent, latent), torch.where(new, self.before, before)

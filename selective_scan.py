@@ -72,6 +72,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 MOST_TOKENS = 16  # of `last`, because its loops over tokens are unrolled
 MOST_KEPT = 2**26  # elements of h that `tails` saves for its backward pass; if there are more, it recomputes them
@@ -351,3 +352,53 @@ def _call_tails(function: str, past: Tensor, sizes: Tensor, first: Tensor | None
     run = getattr(library(None), function)
     run.restype = ctypes.c_int64
     return run(ctypes.byref(params), ctypes.byref(sequences), *arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where the fused scan cannot run: the same two ideas in plain PyTorch, for any device and data type.
+
+
+def last_unrolled(u: Tensor, *parameters: Tensor) -> Tensor:
+    """`last` without a kernel, for u [B, L, 1]. Returns [B]. Without the recurrence, see "What `last` computes instead".
+
+    Here the sequences run along the last axis (b), so that every operation is one long vector loop.
+    """
+    in_proj, conv, conv_b, x_proj, dt_w, dt_b, A_log, D, out = parameters
+    (d, n), taps, u = A_log.shape, conv.shape[-1], u.squeeze(-1).T.contiguous()  # u [L, b]
+    # A token is one scalar, so in_proj and the convolution are one matrix applied to the latest tokens.
+    lags = F.pad(u, (0, 0, taps - 1, 0)).unfold(0, taps, 1).transpose(1, 2)  # [L, taps, b]
+    x = F.silu(conv[:, 0] * in_proj[:d] @ lags + conv_b[:, None])  # [L, d, b]
+    dt, B, C = (x_proj @ x).split([1, n, n], dim=1)  # [L, 1 | n | n, b]
+    delta = F.softplus(dt_w * dt + dt_b[:, None])  # [L, d, b]
+    A = -torch.exp(A_log).unsqueeze(-1)  # [d, n, 1]
+    drive, BC = delta * x, B * C[-1]
+    y = drive[-1] * BC[-1].sum(0)  # [d, b]; S_L = 0: no decay
+    S = torch.zeros_like(y)
+    for t in range(len(u) - 2, -1, -1):
+        S = S + delta[t + 1]
+        y = y + drive[t] * (torch.exp(A * S.unsqueeze(1)) * BC[t]).sum(1)  # the sum over n of [d, n, b]
+    z = F.silu(in_proj[d:] * u[-1])  # [d, b]
+    return (out @ ((y + D[:, None] * x[-1]) * z)).squeeze(0)
+
+
+@torch.no_grad()
+def first_needed(net, u: Tensor, position: int) -> int:
+    """The first token of u [1, L, 1] that influences the outputs of `net`, a SlowMamba, from `position` on.
+
+    Between two tokens the state decays by exp(A Σ Δ). The search walks back from `position`, with the actual Δ and A,
+    until every state has decayed below the resolution of the data type, with a margin of e⁵.
+    """
+    slowest = torch.exp(net.A_log).amin(dim=1)  # [d]
+    enough = 5 - math.log(torch.finfo(u.dtype).eps)
+    gone = torch.zeros_like(slowest)
+    while position > 0:
+        block = max(0, position - 4096)
+        context = max(0, block - net.d_conv + 1)  # what the convolution looks back to
+        delta = net.project(u[:, context:position])[1][0, block - context :]  # [block, d]
+        decayed = (gone + delta.flip(0).cumsum(0)) * slowest  # [block, d], latest token first
+        enough_at = (decayed.amin(dim=1) > enough).nonzero()
+        if len(enough_at):
+            # The tokens before this one have no influence; the convolution's context is kept.
+            return max(0, position - 1 - int(enough_at[0]) - net.d_conv + 1)
+        gone, position = gone + delta.sum(0), block
+    return 0

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 import hypernet
 import models
 import quantizers
+import selective_scan
 from fsg_released import ReleasedFSG, ReleasedFSGLSTM
 from gate import GatedHistory
 from hypernet import FSG, STE, FastNet, SlowLSTM, SlowMamba
@@ -116,7 +117,7 @@ def test_tail_leaves_out_forgotten_tokens_and_nothing_else():
     net = SlowMamba(d_state=3, d_conv=4, expand=5)
     net.dt_proj.bias.data += 3  # large steps: short memory
     u = torch.randn(1, 3001, 1, requires_grad=True)
-    start = net.first_needed(u, 2900)
+    start = selective_scan.first_needed(net, u, 2900)
     assert 0 < start < 2890, "with this memory most of the sequence is forgotten, but not all before the tail"
     cut, whole = net.tail(u, 101), net(u)[0, -101:, 0]
     assert relative(cut, whole) < 1e-6
@@ -126,7 +127,7 @@ def test_tail_leaves_out_forgotten_tokens_and_nothing_else():
     assert torch.all(a[:start] == 0) and b[:start].abs().max() < 1e-6 * b.abs().max()
     # Another Δ, another cut: the decision comes from the actual values.
     net.dt_proj.bias.data -= 2
-    assert net.first_needed(u, 2900) < start
+    assert selective_scan.first_needed(net, u, 2900) < start
 
 
 def test_the_flat_layout_forgets():
