@@ -1,7 +1,7 @@
 """FSG: Fast and Slow Gradient generation for binary neural networks (AAAI 2025, https://arxiv.org/abs/2412.11777).
 
 Copy this file alone; it needs only torch. Copy selective_scan.py, selective_scan_cpu.cpp and selective_scan_triton.py
-beside it and Mamba runs many times faster. Two lines turn a training loop into FSG's:
+beside it, and Mamba runs many times faster. Two lines turn a training loop into FSG's:
 
     fsg = FSG(layers)                                          # models.binary_layers(model)
     for images, labels in batches:
@@ -10,7 +10,9 @@ beside it and Mamba runs many times faster. Two lines turn a training loop into 
         optimizer.step(), optimizer.zero_grad()                # any torch.optim optimizer
 
 A layer is a module with a `.weight`, a `.quantizer` ('dorefa', 'bwn', …) and a forward pass that computes with the
-binary weights and hands their gradient to `.weight` unchanged, as models.BinaryConv2d does.
+binary weights and hands their gradient to `.weight` unchanged, as models.BinaryConv2d does. `Learned.generate` says how
+it treats micro-batches, frozen layers and gradients that are not finite. With a GradScaler, call
+scaler.unscale_(optimizer) before it. With several processes, all of them call fsg.gather() before fsg.state_dict().
 
 The problem. The optimizer moves latent weights W. The network computes with binary weights Ŵ = Q(W̃), where W̃ = A(W) is
 the pre-quantized weight and Q rounds it to −1 or +1. The derivative of a rounding is zero almost everywhere. The
@@ -29,9 +31,8 @@ The last l gradients of a weight, ĝ_t included, are the historical gradient sto
 embedding (LRE) is one learned value per layer; it is the first token of every sequence and tells the layers apart.
 
 The balance. With `balance='layer-rms'`, the default, both terms are scaled to the RMS of ĝ_t in each layer: β then sets
-the mix of their amplitudes. The slow-net is also made odd: if a weight's whole history changes its sign, so does its
-slow gradient. `balance='none'` is the paper's formula as written. What φ minimises below is linear in G, so a larger
-term always looks better; without the balance the terms grow, and one soon outgrows the other.
+the mix of their amplitudes. `balance='none'` is the paper's formula as written. What φ minimises below is linear in G,
+so a larger term always looks better; without the balance the terms grow, and one soon outgrows the other.
 
 How φ learns. The optimizer moved W by −lr·G_{t−1}, and ĝ_t is measured where that led to. To first order
 
@@ -41,8 +42,8 @@ so the gradient of the loss with respect to G_{t−1} is lr·v with v = −D_t �
 back-propagated through the graph that made G_{t−1}, into φ only. (Under Adam the move has another factor for each
 weight, which FSG ignores.) No second derivative is needed.
 
-`FSG.generate()` is three steps in order: train φ on v, store ĝ_t, generate G_t. In the first step there is no history
-yet, and G_1 is the straight-through gradient; so φ is trained for the first time in step 3.
+`FSG.generate()` is three steps in order: train φ on v, store ĝ_t, generate G_t. G_1, which has no history, is the
+straight-through gradient; so φ is trained for the first time in step 3.
 MetaQuant's generators are in metaquant.py, the gated history in gate.py, the authors' released step in fsg_released.py.
 """
 
@@ -256,10 +257,10 @@ class SlowMamba(nn.Module):
             # Its kernel takes the time axis last: [B, d, L] and [B, n, L].
             x_t, delta_t, B_t, C_t = (v.transpose(1, 2).contiguous() for v in (x, delta, B, C))
             y = mamba_ssm_scan()(x_t, delta_t, A, B_t, C_t, delta_softplus=False).transpose(1, 2)
-        elif u.shape[1] <= 64:
+        elif u.shape[1] <= 64 or selective_scan is None:
             y = selective_scan_loop(x, delta, A, B, C)
         else:
-            y = self.scan_in_segments(x, delta, B, C)
+            y = selective_scan.in_segments(x, delta, A, B, C, elements_at_once(u.device))
         return self.output(y, x, u)
 
     def forward(self, u: Tensor) -> Tensor:
@@ -319,46 +320,23 @@ class SlowMamba(nn.Module):
 
     def unfused_backend(self, device: torch.device) -> str:
         """The scan of `block` on that device: 'mamba-ssm' or 'reference'."""
-        if self.scan == "mamba-ssm" or (self.scan == "auto" and device.type == "cuda"):
-            try:
-                mamba_ssm_scan()
-            except RuntimeError:
-                if self.scan == "mamba-ssm":
-                    raise
-                return "reference"
-            if device.type != "cuda":
-                raise RuntimeError("--scan mamba-ssm runs on CUDA devices only: use --device cuda, or --scan auto")
-            return "mamba-ssm"
-        return "reference"
+        if self.scan == "reference" or (self.scan != "mamba-ssm" and device.type != "cuda"):
+            return "reference"
+        try:
+            mamba_ssm_scan()
+        except RuntimeError:
+            if self.scan == "mamba-ssm":
+                raise
+            return "reference"
+        if device.type != "cuda":
+            raise RuntimeError("--scan mamba-ssm runs on CUDA devices only: use --device cuda, or --scan auto")
+        return "mamba-ssm"
 
     def in_kernel_order(self) -> tuple[Tensor, ...]:
         """The parameters in the order of selective_scan.py."""
         conv, x_proj, dt_proj = self.conv1d, self.x_proj, self.dt_proj
         first = (self.in_proj.weight, conv.weight, conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias)
         return *first, self.A_log, self.D, self.out_proj.weight
-
-    def scan_in_segments(self, x: Tensor, delta: Tensor, B: Tensor, C: Tensor) -> Tensor:
-        """selective_scan_loop for long sequences: segment by segment, each a parallel prefix scan."""
-        tokens = elements_at_once(x.device) // (16 * x.shape[0] * self.d_inner * self.d_state)
-        tokens = min(max(64, tokens), 4096)  # small enough for the cache, long enough for vector loops
-        h = x.new_zeros(x.shape[0], self.d_inner, self.d_state)
-        return _Chunked.apply(self._segment, tokens, 1, 4, h, x, delta, B, C, self.A_log)
-
-    def _segment(self, h: Tensor, x: Tensor, delta: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-        """One segment of T tokens: h [B, d, n] before it -> h after it, y [B, T, d].
-
-        h_t = a_t h_{t−1} + b_t. Two steps combine to one: h_t = (a_t a_{t−1}) h_{t−2} + (a_t b_{t−1} + b_t). Doubling
-        the stride log2(T) times reaches every earlier token.
-        """
-        a = torch.exp(delta.unsqueeze(-1) * -torch.exp(self.A_log))  # [B, T, d, n]
-        b = (delta * x).unsqueeze(-1) * B.unsqueeze(2)  # [B, T, d, n]
-        b = torch.cat([b[:, :1] + a[:, :1] * h.unsqueeze(1), b[:, 1:]], dim=1)
-        stride = 1
-        while stride < x.shape[1]:
-            b = torch.cat([b[:, :stride], torch.addcmul(b[:, stride:], a[:, stride:], b[:, :-stride])], dim=1)
-            a = torch.cat([a[:, :stride], a[:, stride:] * a[:, :-stride]], dim=1)
-            stride *= 2
-        return b[:, -1], torch.einsum("btdn,btn->btd", b, C)
 
     def tail(self, u: Tensor, count: int) -> Tensor:
         """The last `count` outputs of one sequence: u [1, L, 1] -> [count], the value of `forward(u)[0, -count:, 0]`.
@@ -449,8 +427,8 @@ class Generator(nn.Module):
         weights, self.gathered = self.weights, None
         made = [getattr(w.grad, "made_at", -1) == getattr(w.grad, "_version", None) for w in weights]
         self.given = [w.requires_grad and w.grad is not None and not m for w, m in zip(weights, made, strict=True)]
-        if not any(self.given) and any(w.requires_grad for w in weights):
-            i = next(i for i, w in enumerate(weights) if w.requires_grad)
+        i = next((i for i, w in enumerate(weights) if w.requires_grad), None)
+        if i is not None and not any(self.given):
             since = " since the last generate()" * any(made)
             what = f"no binary layer has a gradient{since}, the first of them being layer {i}, {self.layers[i]}"
             raise RuntimeError(f"{what}: call loss.backward() before each generate()")
@@ -523,14 +501,12 @@ class Generator(nn.Module):
 
     def rms(self, x: Tensor) -> Tensor:
         """Root mean square of each layer's part of x [rows, N], over all rows and processes: [layers], above 0."""
-        squares = per_layer(x.square().sum(0), self.sizes, self.lengths)
-        rms = (self.shard.all_reduce_sum(squares) / (len(x) * self.layer_size)).sqrt()
-        return rms.clamp_min(torch.finfo(rms.dtype).tiny)
+        squares = self.shard.all_reduce_sum(per_layer(x.square().sum(0), self.sizes, self.lengths))
+        return (squares / (len(x) * self.layer_size)).sqrt().clamp_min(torch.finfo(x.dtype).tiny)
 
     @torch.no_grad()
     def measure(self, lr: float) -> dict[str, float]:
         """What the last step did. Call it after optimizer.step() and before zero_grad(), with the step's learning rate.
-        Training does not depend on it.
 
         cosine: between G and D ⊙ ĝ, the straight-through gradient. step: mean |ΔW| / lr. Where G has two terms (see
         `terms`): fast_rms and slow_rms, the RMS of each, and slow_share, Σ slow² / Σ (slow² + fast²).
@@ -540,12 +516,12 @@ class Generator(nn.Module):
         sums = [(G * straight).sum(), G.square().sum(), straight.square().sum(), change.abs().sum()]
         sums += [term.square().sum() for term in self.terms()]
         dot, ours, theirs, moved, *energy = self.shard.all_reduce_sum(torch.stack(sums)).tolist()
-        n = sum(w.numel() for w in self.weights)
+        n = self.shard.count
         found = {"cosine": dot / max(math.sqrt(ours * theirs), 1e-300), "step": moved / (n * max(lr, 1e-300))}
         if energy:
             fast, slow = energy
-            found |= {"fast_rms": math.sqrt(fast / n), "slow_rms": math.sqrt(slow / n)}
-            found["slow_share"] = slow / max(fast + slow, 1e-300)
+            share = slow / max(fast + slow, 1e-300)
+            found |= {"fast_rms": math.sqrt(fast / n), "slow_rms": math.sqrt(slow / n), "slow_share": share}
         return found
 
     def terms(self) -> tuple[Tensor, ...]:
@@ -656,10 +632,8 @@ class Learned(Generator):
         if self.last_G is not None:
             learned = self.learned()
             v = torch.where(self.spread(learned), -straight, 0)
-            norm = self.shard.all_reduce_sum(
-                v.square().sum()
-            ).sqrt()  # Adam divides out the scale of v, but its eps not
-            self.train_phi(v / norm.clamp_min(torch.finfo(v.dtype).tiny), learned.any())  # 1. train φ
+            v /= self.shard.all_reduce_sum(v.square().sum()).sqrt().clamp_min(torch.finfo(v.dtype).tiny)
+            self.train_phi(v, learned.any())  # 1. train φ: G_{t−1} led to where ĝ_t was measured
         self.push(new)  # 2. store ĝ_t in the history
         self.t += 1
         G = straight
@@ -679,6 +653,7 @@ class Learned(Generator):
     def train_phi(self, v: Tensor, wanted: Tensor) -> None:
         """One Adam step on φ. v [N] is the loss's gradient with respect to G_{t−1}, up to a positive factor.
 
+        generate() normalises it to ‖v‖ = 1: Adam divides out its scale, but Adam's eps does not.
         wanted [] bool: without it, φ and the state of Adam stay as they are.
         """
         self.optimizer.zero_grad()
@@ -748,9 +723,8 @@ class FSG(Learned):
     hyper_sample: the share of weights that φ is trained on, drawn anew each step (1: all; per-weight layouts only). φ's
         gradient is a sum over all weights, which a sample estimates in less time. Every weight gets its G.
 
-    Attributes: fast (FastNet), slow (SlowMamba or SlowLSTM), lre, history [length, N].
-    Raises ValueError for an impossible argument. Memory: about (3·length + 16) N elements and one chunk of the
-    slow-net; with the fused flat scan up to 256 MB more between steps.
+    Attributes: fast, slow, lre, history [length, N]. Raises ValueError for an impossible argument.
+    Memory: (3·length + 16) N elements and a chunk of the slow-net; with the fused flat scan up to 256 MB more.
     """
 
     ATTRIBUTES = (*Learned.ATTRIBUTES, "sample_seed")
@@ -1034,9 +1008,7 @@ class Shard:
         """Sum the gradients of φ over the processes."""
         grads = [p.grad for p in parameters if p.grad is not None]
         if self.world_size > 1:
-            flat = self.all_reduce_sum(torch.cat([g.flatten() for g in grads]))
-            parts = flat.split([g.numel() for g in grads])
-            torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads, strict=True)])
+            nn.utils.vector_to_parameters(self.all_reduce_sum(nn.utils.parameters_to_vector(grads)), grads)
 
     def broadcast(self, tensors) -> None:
         """Give all processes rank 0's tensors, in place."""
@@ -1044,10 +1016,9 @@ class Shard:
             dist.broadcast(p.detach(), 0)
 
 
-# Memory. N is 270,000 for a ResNet-20 and 11 million for a ResNet-18, and a Mamba of the paper's size has 1,600 state
-# elements per token. So the nets above run chunk by chunk, keep no intermediate tensor of a chunk, and compute it again
-# in the backward pass. (torch.utils.checkpoint in a loop does the same, but the small tensors that it keeps between
-# large freed blocks fragment the CPU's heap by gigabytes.)
+# Memory. N is 270,000 for a ResNet-20, and a Mamba of the paper's size has 1,600 state elements per token. So the nets
+# above run chunk by chunk, and compute the tensors of a chunk again in the backward pass. (torch.utils.checkpoint does
+# so too, but the small tensors that it keeps between large freed blocks fragment the CPU's heap by gigabytes.)
 
 
 def elements_at_once(device: torch.device) -> int:
@@ -1055,48 +1026,37 @@ def elements_at_once(device: torch.device) -> int:
     return 2**21 if device.type == "cpu" else 2**27
 
 
-class _Chunked(torch.autograd.Function):
-    """carry, out_k = function(carry, *chunk_k) for k = 0, 1, …; see `in_chunks`."""
+class _InChunks(torch.autograd.Function):
+    """See `in_chunks`."""
 
     @staticmethod
-    def forward(ctx, function, size, dim, count, carry, *tensors):
-        # tensors: `count` inputs, to be cut along `dim`, then the parameters that `function` uses.
-        inputs, length = tensors[:count], tensors[0].shape[dim]
-        starts, out = range(0, max(1, length), size), None  # at least one chunk, so that there is an output
-        carries = carry.new_empty(len(starts), *carry.shape)  # before each chunk
-        for k, i in enumerate(starts):
-            carries[k] = carry
-            carry, part = function(carry, *(x.narrow(dim, i, min(size, length - i)) for x in inputs))
-            if out is None:
-                out = part.new_empty(*part.shape[:dim], length, *part.shape[dim + 1 :])
-            out.narrow(dim, i, part.shape[dim]).copy_(part)
-        ctx.save_for_backward(carries, *tensors)
-        ctx.function, ctx.size, ctx.dim, ctx.count = function, size, dim, count
+    def forward(ctx, function, size, count, *tensors):
+        inputs, out = tensors[:count], None  # then the parameters that `function` uses
+        for i in range(0, max(1, len(inputs[0])), size):  # at least one chunk, so that there is an output
+            part = function(*(x[i : i + size] for x in inputs))
+            out = part.new_empty(len(inputs[0]), *part.shape[1:]) if out is None else out
+            out[i : i + size] = part
+        ctx.save_for_backward(*tensors)
+        ctx.function, ctx.size, ctx.count = function, size, count
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        carries, *tensors = ctx.saved_tensors
-        inputs, parameters = tensors[: ctx.count], tensors[ctx.count :]
-        wanted = ctx.needs_input_grad[5:]
-        length, grad_carry = inputs[0].shape[ctx.dim], torch.zeros_like(carries[0])
-        grads = [torch.zeros_like(t) if w else None for t, w in zip(tensors, wanted, strict=True)]
-        for k in reversed(range(len(carries))):
-            at = ctx.dim, k * ctx.size, min(ctx.size, length - k * ctx.size)
-            chunk = [x.narrow(*at).detach().requires_grad_(w) for x, w in zip(inputs, wanted, strict=False)]
-            carry = carries[k].detach().requires_grad_()
+        inputs, parameters = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        wanted = ctx.needs_input_grad[3:]
+        grads = [torch.zeros_like(t) if w else None for t, w in zip(ctx.saved_tensors, wanted, strict=True)]
+        for i in range(0, len(inputs[0]), ctx.size):
+            at = slice(i, i + ctx.size)
+            chunk = [x[at].detach().requires_grad_(w) for x, w in zip(inputs, wanted, strict=False)]
             with torch.enable_grad():
-                outputs = ctx.function(carry, *chunk)
+                part = ctx.function(*chunk)
             sources = [t for t, w in zip([*chunk, *parameters], wanted, strict=True) if w]
-            found = torch.autograd.grad(
-                outputs, [carry, *sources], (grad_carry, grad.narrow(*at)), allow_unused=True, materialize_grads=True
-            )
-            grad_carry, found = found[0], iter(found[1:])
-            for j, g in enumerate(grads):
-                if g is not None:
-                    (g.narrow(*at) if j < ctx.count else g).add_(next(found))
-        return None, None, None, None, None, *grads
+            found = iter(torch.autograd.grad(part, sources, grad[at], allow_unused=True, materialize_grads=True))
+            for k, total in enumerate(grads):
+                if total is not None:
+                    (total[at] if k < ctx.count else total).add_(next(found))
+        return None, None, None, *grads
 
 
 def in_chunks(function, size: int, parameters, *inputs: Tensor) -> Tensor:
@@ -1104,6 +1064,4 @@ def in_chunks(function, size: int, parameters, *inputs: Tensor) -> Tensor:
 
     parameters: the tensors that `function` uses besides its arguments and that may need a gradient.
     """
-    none = inputs[0].new_empty(0)
-    step = lambda carry, *chunk: (carry, function(*chunk))
-    return _Chunked.apply(step, max(1, size), 0, len(inputs), none, *inputs, *parameters)
+    return _InChunks.apply(function, max(1, size), len(inputs), *inputs, *parameters)

@@ -359,9 +359,9 @@ def _call_tails(function: str, past: Tensor, sizes: Tensor, first: Tensor | None
 
 
 def last_unrolled(u: Tensor, *parameters: Tensor) -> Tensor:
-    """`last` without a kernel, for u [B, L, 1]. Returns [B]. Without the recurrence, see "What `last` computes instead".
+    """`last` without a kernel, for u [B, L, 1]: [B]. See "What `last` computes instead".
 
-    Here the sequences run along the last axis (b), so that every operation is one long vector loop.
+    The sequences run along the last axis (b), so that every operation is one long vector loop.
     """
     in_proj, conv, conv_b, x_proj, dt_w, dt_b, A_log, D, out = parameters
     (d, n), taps, u = A_log.shape, conv.shape[-1], u.squeeze(-1).T.contiguous()  # u [L, b]
@@ -402,3 +402,62 @@ def first_needed(net, u: Tensor, position: int) -> int:
             return max(0, position - 1 - int(enough_at[0]) - net.d_conv + 1)
         gone, position = gone + delta.sum(0), block
     return 0
+
+
+def in_segments(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, elements: int) -> Tensor:
+    """hypernet.selective_scan_loop for long sequences: segment by segment, each a parallel prefix scan.
+
+    elements: about how many the largest tensors may have.
+    """
+    tokens = elements // (16 * x.shape[0] * A.numel())
+    return _Segments.apply(min(max(64, tokens), 4096), x, delta, B, C, A)  # in the cache, and long vector loops
+
+
+def _segment(h: Tensor, x: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """One segment of T tokens: h [B, d, n] before it -> h after it, y [B, T, d].
+
+    h_t = a_t h_{t−1} + b_t. Two steps combine to one: h_t = (a_t a_{t−1}) h_{t−2} + (a_t b_{t−1} + b_t). Doubling the
+    stride log2(T) times reaches every earlier token.
+    """
+    a = torch.exp(delta.unsqueeze(-1) * A)  # [B, T, d, n]
+    b = (delta * x).unsqueeze(-1) * B.unsqueeze(2)  # [B, T, d, n]
+    b = torch.cat([b[:, :1] + a[:, :1] * h.unsqueeze(1), b[:, 1:]], dim=1)
+    stride = 1
+    while stride < x.shape[1]:
+        b = torch.cat([b[:, :stride], torch.addcmul(b[:, stride:], a[:, stride:], b[:, :-stride])], dim=1)
+        a = torch.cat([a[:, :stride], a[:, stride:] * a[:, :-stride]], dim=1)
+        stride *= 2
+    return b[:, -1], torch.einsum("btdn,btn->btd", b, C)
+
+
+class _Segments(torch.autograd.Function):
+    """Keeps the h before each segment, and computes everything else again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, tokens: int, *tensors: Tensor) -> Tensor:
+        x, A = tensors[0], tensors[-1]
+        h, y = x.new_zeros(-(-x.shape[1] // tokens), x.shape[0], *A.shape), torch.empty_like(x)
+        for k in range(len(h)):
+            at = slice(k * tokens, (k + 1) * tokens)
+            after, y[:, at] = _segment(h[k], *(v[:, at] for v in tensors[:-1]), A)
+            if k + 1 < len(h):
+                h[k + 1] = after
+        ctx.save_for_backward(h, *tensors)
+        ctx.tokens = tokens
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        h, *tensors = ctx.saved_tensors
+        grads, grad_h = [torch.zeros_like(v) for v in tensors], torch.zeros_like(h[0])
+        for k in reversed(range(len(h))):
+            at = slice(k * ctx.tokens, (k + 1) * ctx.tokens)
+            inputs = [v.detach().requires_grad_() for v in (h[k], *(v[:, at] for v in tensors[:-1]), tensors[-1])]
+            with torch.enable_grad():
+                outputs = _segment(*inputs)
+            grad_h, *parts, grad_A = torch.autograd.grad(outputs, inputs, (grad_h, grad[:, at]))
+            for total, part in zip(grads[:-1], parts, strict=True):
+                total[:, at] = part
+            grads[-1] += grad_A
+        return None, *grads
