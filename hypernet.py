@@ -451,10 +451,10 @@ class Generator(nn.Module):
         places = [(w.device, w.dtype) for w in self.weights]
         if [w.shape for w in self.weights] != self.shapes:
             raise RuntimeError("the binary layers have changed since the gradient generator was made: make a new one")
-        odd = next((i for i, place in enumerate(places) if place != places[0]), None)
-        if odd is not None:
-            other = f"layer {odd}, {self.layers[odd]}, has another device or data type than the first layer"
-            raise RuntimeError(f"{other}: move the whole network")
+        for i, place in enumerate(places):
+            if place != places[0]:
+                what = f"layer {i}, {self.layers[i]}, has another device or data type than the first layer"
+                raise RuntimeError(f"{what}: move the whole network")
         if places[0] != (self.latent.device, self.latent.dtype):
             self.to(*places[0])
 
@@ -602,8 +602,7 @@ class Learned(Generator):
         # The history starts as zeros and is oldest first. steps [layers]: how many gradients each layer has stored.
         self.register_buffer("history", self.latent.new_zeros(length, len(self.latent)))
         self.register_buffer("steps", torch.zeros_like(self.layer_size))
-        self.last_G = None  # G_{t−1} [n] with its graph to φ
-        self.sample = None  # the weights that `last_G` is of; None: all
+        self.last_G = self.sample = None  # G_{t−1} [n] with its graph to φ, and the weights that it is of; None: all
 
     def start(self) -> None:
         """Call it once φ is made: moves φ to the weights' device and makes φ's optimizer."""
