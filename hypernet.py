@@ -393,7 +393,7 @@ class Generator(nn.Module):
         if len(kinds) > 1 or kinds[0] not in known:
             raise ValueError(f"all layers must share one quantizer of {', '.join(known)}; they have {', '.join(kinds)}")
         self.kind = kinds[0]
-        self.layers = layers  # a plain list: their parameters are the model's, not ours
+        self.layers = layers if isinstance(layers, list) else list(layers)  # their parameters are the model's, not ours
         self.shapes = [w.shape for w in self.weights]
         self.strides = [w.stride() for w in self.weights]  # the order of a weight's elements in a flat tensor
         like = self.weights[0].detach()
@@ -618,9 +618,9 @@ class Learned(Generator):
     def generate(self) -> None:
         """Set every `weight.grad` from ĝ_t to G_t. The first gradient of a layer becomes D ⊙ ĝ, as under STE.
 
-        Call it once after one or several backward(). A layer without a gradient is left out: for it, and for what is
-        kept of it, there is no step t. If any element of ĝ_t is not finite, there is no step t at all, and ĝ_t stays in
-        `weight.grad`. This does not make the host wait for the device.
+        Call it once after one or several backward(); optimizer.step() may be skipped. A layer without a gradient is
+        left out: what is kept of it stays as it is. If any element of ĝ_t is not finite, all that is kept stays, φ
+        included, and ĝ_t stays in `weight.grad`. This does not make the host wait for the device.
         Raises RuntimeError where no layer has had a gradient since the last call.
         """
         if self.last_G is None:  # the first steps, or after load_state_dict(), copy.deepcopy() or pickle.load()

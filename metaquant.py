@@ -127,8 +127,8 @@ class LookAhead(Learned):
     their own refined gradient, in step 2 along the gradient itself. Other parameters do not.
     Step 1 is at the weights as they are. Nothing may be updated after it: call optimizer.step() only where t > 1.
     φ starts at random, as torch.nn starts it.
-    If any element of ĝ_t is not finite, generate() moves the weights back and changes nothing else. The host waits for
-    the device to know it.
+    If any element of ĝ_t is not finite, generate() moves the weights back and changes nothing else. To know it, the
+    host waits for the device.
 
     Attributes: t, the number of generate() calls with a finite ĝ. Memory: about 5 N elements more than the simple form.
     """
@@ -210,8 +210,8 @@ class LookAhead(Learned):
         if self.displaced is None:
             D, _ = self.calibrate()
             G = D * self.ghat
-            if finite:
-                self.bias_gradient = self.flat_biases(lambda b: torch.zeros_like(b) if b.grad is None else b.grad)
+            self.bias_gradient = self.flat_biases(lambda b: torch.zeros_like(b) if b.grad is None else b.grad)
+            finite = finite and bool(self.bias_gradient.isfinite().all())
         else:
             G = self.update()
             v = torch.where(self.spread(self.learned()), -self.step_size * self.derivative() * self.ghat, 0)

@@ -15,6 +15,7 @@ from test_distributed import launch
 from test_hypernet import MAKERS, RELEASED, UNLEARNED, backward, formula, network, relative, small_fsg
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hypernet
 import models
@@ -286,6 +287,29 @@ def test_a_gradient_scaler_changes_nothing(name):
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
+class NoWaiting(TorchDispatchMode):
+    """Refuses the operations for which the host waits for the device: .item(), bool(), indexing with a mask."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "masked_select"), function
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [*UNLEARNED, *(name for name in MAKERS if name not in ("fsg-flat", "fsg-sampled"))])
+def test_generate_does_not_wait_for_the_device(name):
+    """Neither with finite gradients nor without; the flat reference scan and sampling need numbers on the host."""
+    net = network()
+    gen = ALL[name](models.binary_layers(net))
+    for t in range(6):
+        backward(net, t)
+        gen.weights[t % 3].grad.view(-1)[0] *= float("inf") if t in (0, 4) else 1.0
+        gen.weights[1].grad = None if t == 3 else gen.weights[1].grad
+        with NoWaiting():
+            gen.generate()
+    with pytest.raises(AssertionError), NoWaiting():
+        bool(gen.ghat.any())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Copies, other layers, wrong calls.
 
@@ -418,6 +442,13 @@ def test_a_network_that_does_not_fit_any_more():
     layers.append(copy.deepcopy(layers[0]))
     with pytest.raises(RuntimeError, match=r"layers have changed since .*: make a new one"):
         gen.generate()
+
+
+def test_layers_may_be_a_module_list():
+    layers = nn.ModuleList(models.binary_layers(network()))
+    gen = FSG(layers, expand=2, d_state=1)
+    weights = {id(layer.weight) for layer in layers}
+    assert not any(id(p) in weights for p in gen.parameters()), "they are the model's"
 
 
 def test_mamba_without_its_kernels_says_so_once(monkeypatch):
