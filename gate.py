@@ -98,6 +98,7 @@ class GatedHistory(Generator):
             if ours and rest:
                 group["params"] = rest
                 optimizer.add_param_group({**group, "params": ours})
+        optimizer.param_groups.sort(key=lambda group: not latent(group))  # the latent weights first
         optimizer.register_step_pre_hook(switch_off)
         switch_off(optimizer)
         return optimizer
