@@ -237,10 +237,10 @@ class SlowMamba(nn.Module):
 
     def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The inputs of the scan: u [B, L, 1] -> x [B, L, d], Δ [B, L, d], B [B, L, n], C [B, L, n]."""
-        length = u.shape[1]
-        x = F.linear(u, self.in_proj.weight[: self.d_inner])  # [B, L, d]
-        x = self.conv1d(x.transpose(1, 2))[..., :length]  # padded on both sides; the cut keeps it causal
-        x = F.silu(x).transpose(1, 2)
+        # A token is one scalar, so in_proj and the convolution are one matrix applied to the d_conv latest tokens.
+        latest = F.pad(u.squeeze(-1), (self.d_conv - 1, 0)).unfold(1, self.d_conv, 1)  # [B, L, d_conv]
+        both = self.conv1d.weight[:, 0] * self.in_proj.weight[: self.d_inner]  # [d, d_conv]
+        x = F.silu(F.linear(latest, both, self.conv1d.bias))
         dt, B, C = self.x_proj(x).split([1, self.d_state, self.d_state], dim=-1)
         return x, F.softplus(self.dt_proj(dt)), B, C
 
@@ -784,7 +784,7 @@ class FSG(Learned):
         self.start()
         if selective_scan is None and self.latent.dtype == torch.float32 and self.backend() == "reference" != scan:
             files = "selective_scan.py, selective_scan_cpu.cpp and selective_scan_triton.py"
-            warnings.warn(f"copy {files} beside hypernet.py: without them Mamba is about 30 times slower", stacklevel=2)
+            warnings.warn(f"copy {files} beside hypernet.py: without them Mamba is 30 to 60 times slower", stacklevel=2)
 
     def parameter_groups(self) -> list[dict]:
         slow = [*self.slow.parameters(), *(() if self.lre is None else self.lre.parameters())]

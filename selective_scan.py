@@ -3,10 +3,12 @@
 Copy this file next to hypernet.py, together with selective_scan_cpu.cpp (for CPUs) and selective_scan_triton.py (for
 CUDA GPUs). hypernet.py imports it if it is there and uses plain PyTorch if it is not.
 
-There are two functions, one for each of FSG's history layouts:
+There are two fused functions, one for each of FSG's history layouts:
 
     last     per-weight: many short sequences; returns the last output of each. SlowMamba.last
     tails    flat: a few sequences of up to millions of tokens; returns the last outputs of each. SlowMamba.tails
+
+At the end of the file are `last_unrolled`, `first_needed` and `in_segments`: the same ideas in plain PyTorch.
 
 The definition (Mamba, https://arxiv.org/abs/2312.00752)
 --------------------------------------------------------
