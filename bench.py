@@ -222,10 +222,10 @@ def make_step(grad: str, arch: str, args, device: torch.device):
     if grad in OURS:  # as in train_fsg.py
         net = models.build(arch, 10, "none" if grad == "plain" else "dorefa").to(device)
         generator, parameters = make_generator(grad, models.binary_layers(net), args), net.parameters()
-        if isinstance(generator, gate.GatedHistory):
-            parameters = generator.parameter_groups(parameters)
         flags = argparse.Namespace(opt="adam", lr=1e-3, betas=None, weight_decay=0.0)
         optimizer = runs.make_optimizer(parameters, flags)
+        if isinstance(generator, gate.GatedHistory):
+            generator.without_momentum(optimizer)
         finite = runs.FiniteCheck(net, generator, device)
     else:
         net, optimizer = other_network(grad, arch, device)

@@ -3,7 +3,7 @@
 Copy this file with hypernet.py. It is used as FSG is:
 
     gate = GatedHistory(layers)                       # models.binary_layers(model)
-    optimizer = torch.optim.Adam(gate.parameter_groups(model.parameters()), 6e-3)
+    optimizer = gate.without_momentum(torch.optim.Adam(model.parameters(), 6e-3))
     …backward(); gate.generate(); optimizer.step()
 """
 
@@ -28,7 +28,7 @@ class GatedHistory(Generator):
     *A flip clears the history.* Averaging over past gradients reduces noise. But gradients from before a flip were
     measured at the weight's other sign. If they were kept, they would push the weight further before anything has been
     measured on the new side.
-    The history acts as momentum, so the optimizer must have none for these weights (`parameter_groups`).
+    The history acts as momentum, so the optimizer must have none for these weights (`without_momentum`).
 
     λ and ε were chosen by comparing whole training runs. FSG's objective would not find them: it asks whether G_{t−1}
     lowers the loss at the very next step, and so prefers small or reversed steps where successive gradients are
@@ -49,29 +49,56 @@ class GatedHistory(Generator):
 
     @torch.no_grad()
     def generate(self) -> None:
-        """`weight.grad` ← G for every layer."""
+        """`weight.grad` ← G for every layer with a gradient.
+
+        If any element of ĝ_t is not finite, h stays as it is, and ĝ_t stays in `weight.grad`.
+        """
         positive = self.latent >= 0  # the signs one step ago; sign(0) is +1
-        self.collect()
+        new = self.collect()
         same_sign = (self.latent >= 0) == positive
-        self.past = self.ghat + torch.where(same_sign, self.memory * self.past, 0)
-        self.hand_back(self.scale() * self.past)
+        past = self.ghat + torch.where(same_sign, self.memory * self.past, 0)
+        self.past = torch.where(new, past, self.past)
+        self.hand_back(torch.where(new, self.scale() * past, self.ghat))
 
     def scale(self) -> Tensor:
         """D / (ε + r): [N]. The threshold is W = 0 under all quantizers."""
         D, _ = self.calibrate()
-        r = self.latent.abs() / self.rms(self.latent.unsqueeze(0))[self.layer_of]
+        r = self.latent.abs() / self.spread(self.rms(self.latent.unsqueeze(0)))
         return D / (self.epsilon + r)
 
     def terms(self) -> tuple[Tensor, ...]:
         scale = self.scale()
         return scale * self.ghat, scale * (self.past - self.ghat)
 
-    def parameter_groups(self, parameters, betas: tuple[float, float] | None = (0.9, 0.999)) -> list[dict]:
-        """A model's parameters for torch.optim, with momentum switched off for the latent weights.
+    def without_momentum(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Switch momentum off for the latent weights in an optimizer, and return the optimizer.
 
-        betas: those of Adam or AdamW, of which the latent weights get (0, β₂). None: for SGD (momentum 0).
+        Call it before a learning rate scheduler is made: it gives the latent weights parameter groups of their own.
+        `momentum`, or β₁ of `betas`, is set to 0 in these groups before every step. So a scheduler that changes
+        it, as OneCycleLR does by default, changes it for the other weights only.
+        Raises ValueError where the optimizer has none of the latent weights.
         """
-        ours = {id(w) for w in self.weights}
-        rest = [p for p in parameters if id(p) not in ours]
-        without = {"momentum": 0.0} if betas is None else {"betas": (0.0, betas[1])}
-        return [{"params": self.weights, **without}, {"params": rest}]
+
+        def latent(group: dict) -> list[Tensor]:
+            ours = {id(w) for w in self.weights}
+            return [p for p in group["params"] if id(p) in ours]
+
+        def switch_off(optimizer, *_) -> None:
+            for group in filter(latent, optimizer.param_groups):
+                if "momentum" in group:
+                    group["momentum"] = 0.0
+                if "betas" in group:
+                    group["betas"] = (0.0, *group["betas"][1:])
+
+        if not any(map(latent, optimizer.param_groups)):
+            raise ValueError("the optimizer has none of the weights of the gated history's layers: give it those too")
+        for group in list(optimizer.param_groups):
+            ours = latent(group)
+            rest = [p for p in group["params"] if not any(p is w for w in ours)]
+            if ours and rest:
+                group["params"] = rest
+                optimizer.add_param_group({**group, "params": ours})
+        optimizer.param_groups.sort(key=lambda group: not latent(group))  # the latent weights first
+        optimizer.register_step_pre_hook(switch_off)
+        switch_off(optimizer)
+        return optimizer

@@ -1,7 +1,7 @@
 """FSG: Fast and Slow Gradient generation for binary neural networks (AAAI 2025, https://arxiv.org/abs/2412.11777).
 
 Copy this file alone; it needs only torch. Copy selective_scan.py, selective_scan_cpu.cpp and selective_scan_triton.py
-beside it and Mamba runs many times faster. Two lines turn a training loop into FSG's:
+beside it, and Mamba runs many times faster. Two lines turn a training loop into FSG's:
 
     fsg = FSG(layers)                                          # models.binary_layers(model)
     for images, labels in batches:
@@ -10,7 +10,9 @@ beside it and Mamba runs many times faster. Two lines turn a training loop into 
         optimizer.step(), optimizer.zero_grad()                # any torch.optim optimizer
 
 A layer is a module with a `.weight`, a `.quantizer` ('dorefa', 'bwn', …) and a forward pass that computes with the
-binary weights and hands their gradient to `.weight` unchanged, as models.BinaryConv2d does.
+binary weights and hands their gradient to `.weight` unchanged, as models.BinaryConv2d does. `Learned.generate` says how
+it treats micro-batches, frozen layers and gradients that are not finite. With a GradScaler, call
+scaler.unscale_(optimizer) before it. With several processes, all of them call fsg.gather() before fsg.state_dict().
 
 The problem. The optimizer moves latent weights W. The network computes with binary weights Ŵ = Q(W̃), where W̃ = A(W) is
 the pre-quantized weight and Q rounds it to −1 or +1. The derivative of a rounding is zero almost everywhere. The
@@ -29,9 +31,8 @@ The last l gradients of a weight, ĝ_t included, are the historical gradient sto
 embedding (LRE) is one learned value per layer; it is the first token of every sequence and tells the layers apart.
 
 The balance. With `balance='layer-rms'`, the default, both terms are scaled to the RMS of ĝ_t in each layer: β then sets
-the mix of their amplitudes. The slow-net is also made odd: if a weight's whole history changes its sign, so does its
-slow gradient. `balance='none'` is the paper's formula as written. What φ minimises below is linear in G, so a larger
-term always looks better; without the balance the terms grow, and one soon outgrows the other.
+the mix of their amplitudes. `balance='none'` is the paper's formula as written. What φ minimises below is linear in G,
+so a larger term always looks better; without the balance the terms grow, and one soon outgrows the other.
 
 How φ learns. The optimizer moved W by −lr·G_{t−1}, and ĝ_t is measured where that led to. To first order
 
@@ -41,13 +42,14 @@ so the gradient of the loss with respect to G_{t−1} is lr·v with v = −D_t �
 back-propagated through the graph that made G_{t−1}, into φ only. (Under Adam the move has another factor for each
 weight, which FSG ignores.) No second derivative is needed.
 
-`FSG.generate()` is three steps in order: train φ on v, store ĝ_t, generate G_t. In the first step there is no history
-yet, and G_1 is the straight-through gradient; so φ is trained for the first time in step 3.
+`FSG.generate()` is three steps in order: train φ on v, store ĝ_t, generate G_t. G_1, which has no history, is the
+straight-through gradient; so φ is trained for the first time in step 3.
 MetaQuant's generators are in metaquant.py, the gated history in gate.py, the authors' released step in fsg_released.py.
 """
 
 import itertools
 import math
+import warnings
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -166,11 +168,8 @@ class SlowLSTM(nn.Module):
     def last(self, u: Tensor) -> Tensor:
         """u [B, L, 1] -> [B]: the value of `forward(u)[:, -1, 0]`, computed in chunks."""
         elements = 16 * self.lstm.hidden_size * u.shape[1]  # gates and states of a sequence, and their gradients
-        return in_chunks(self._last, elements_at_once(u.device) // elements, self.parameters(), u)
-
-    def _last(self, u: Tensor) -> Tensor:
-        _, (h, _) = self.lstm(u)  # h [1, B, hidden], the hidden state after the last token
-        return self.out(h[0]).squeeze(1)
+        last = lambda u: self.out(self.lstm(u)[1][0][0]).squeeze(1)  # of the hidden state after the last token
+        return in_chunks(last, elements_at_once(u.device) // elements, self.parameters(), u)
 
 
 def selective_scan_loop(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
@@ -238,10 +237,10 @@ class SlowMamba(nn.Module):
 
     def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The inputs of the scan: u [B, L, 1] -> x [B, L, d], Δ [B, L, d], B [B, L, n], C [B, L, n]."""
-        length = u.shape[1]
-        x = F.linear(u, self.in_proj.weight[: self.d_inner])  # [B, L, d]
-        x = self.conv1d(x.transpose(1, 2))[..., :length]  # padded on both sides; the cut keeps it causal
-        x = F.silu(x).transpose(1, 2)
+        # A token is one scalar, so in_proj and the convolution are one matrix applied to the d_conv latest tokens.
+        latest = F.pad(u.squeeze(-1), (self.d_conv - 1, 0)).unfold(1, self.d_conv, 1)  # [B, L, d_conv]
+        both = self.conv1d.weight[:, 0] * self.in_proj.weight[: self.d_inner]  # [d, d_conv]
+        x = F.silu(F.linear(latest, both, self.conv1d.bias))
         dt, B, C = self.x_proj(x).split([1, self.d_state, self.d_state], dim=-1)
         return x, F.softplus(self.dt_proj(dt)), B, C
 
@@ -258,10 +257,10 @@ class SlowMamba(nn.Module):
             # Its kernel takes the time axis last: [B, d, L] and [B, n, L].
             x_t, delta_t, B_t, C_t = (v.transpose(1, 2).contiguous() for v in (x, delta, B, C))
             y = mamba_ssm_scan()(x_t, delta_t, A, B_t, C_t, delta_softplus=False).transpose(1, 2)
-        elif u.shape[1] <= 64:
+        elif u.shape[1] <= 64 or selective_scan is None:
             y = selective_scan_loop(x, delta, A, B, C)
         else:
-            y = self.scan_in_segments(x, delta, B, C)
+            y = selective_scan.in_segments(x, delta, A, B, C, elements_at_once(u.device))
         return self.output(y, x, u)
 
     def forward(self, u: Tensor) -> Tensor:
@@ -274,7 +273,9 @@ class SlowMamba(nn.Module):
         backend = self.backend(u.device, u.dtype, u.shape[1])
         if backend == "fused":
             return selective_scan.last(u.squeeze(-1), *self.in_kernel_order())
-        function = self.last_unrolled if backend == "reference" else lambda u: self.block(u)[:, -1, 0]
+        function = lambda u: self.block(u)[:, -1, 0]
+        if backend == "reference" and selective_scan:
+            function = lambda u: selective_scan.last_unrolled(u, *self.in_kernel_order())
         rows = elements_at_once(u.device) // (u.shape[1] * self.d_inner * self.d_state)
         return in_chunks(function, rows, self.parameters(), u)
 
@@ -319,18 +320,17 @@ class SlowMamba(nn.Module):
 
     def unfused_backend(self, device: torch.device) -> str:
         """The scan of `block` on that device: 'mamba-ssm' or 'reference'."""
-        if self.scan == "mamba-ssm":
-            mamba_ssm_scan()  # raises with the package's own message
-            if device.type != "cuda":
-                raise RuntimeError("--scan mamba-ssm runs on CUDA devices only: use --device cuda, or --scan auto")
-            return "mamba-ssm"
-        if self.scan == "auto" and device.type == "cuda":
-            try:
-                mamba_ssm_scan()
-            except RuntimeError:
-                return "reference"
-            return "mamba-ssm"
-        return "reference"
+        if self.scan == "reference" or (self.scan != "mamba-ssm" and device.type != "cuda"):
+            return "reference"
+        try:
+            mamba_ssm_scan()
+        except RuntimeError:
+            if self.scan == "mamba-ssm":
+                raise
+            return "reference"
+        if device.type != "cuda":
+            raise RuntimeError("--scan mamba-ssm runs on CUDA devices only: use --device cuda, or --scan auto")
+        return "mamba-ssm"
 
     def in_kernel_order(self) -> tuple[Tensor, ...]:
         """The parameters in the order of selective_scan.py."""
@@ -338,84 +338,14 @@ class SlowMamba(nn.Module):
         first = (self.in_proj.weight, conv.weight, conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias)
         return *first, self.A_log, self.D, self.out_proj.weight
 
-    # The reference scan, made faster.
-
-    def last_unrolled(self, u: Tensor) -> Tensor:
-        """u [B, L, 1] -> [B]: the last output without the recurrence. The state unrolls to a sum over tokens:
-
-            h_L C_L = Σ_t Δ_t x_t Σ_n exp(A_n S_t) B_tn C_Ln    with   S_t = Δ_{t+1} + … + Δ_L
-
-        Here the sequences run along the last axis (b), so that every operation is one long vector loop.
-        """
-        d, u = self.d_inner, u.squeeze(-1).T.contiguous()  # u [L, b]
-        # A token is one scalar, so in_proj and the convolution are one matrix applied to the d_conv latest tokens.
-        lags = F.pad(u, (0, 0, self.d_conv - 1, 0)).unfold(0, self.d_conv, 1).transpose(1, 2)  # [L, d_conv, b]
-        x = F.silu(self.conv1d.weight[:, 0] * self.in_proj.weight[:d] @ lags + self.conv1d.bias[:, None])  # [L, d, b]
-        dt, B, C = (self.x_proj.weight @ x).split([1, self.d_state, self.d_state], dim=1)  # [L, 1 | n | n, b]
-        delta = F.softplus(self.dt_proj.weight * dt + self.dt_proj.bias[:, None])  # [L, d, b]
-        A = -torch.exp(self.A_log).unsqueeze(-1)  # [d, n, 1]
-        drive, BC = delta * x, B * C[-1]
-        y = drive[-1] * BC[-1].sum(0)  # [d, b]; S_L = 0: no decay
-        S = torch.zeros_like(y)
-        for t in range(len(u) - 2, -1, -1):
-            S = S + delta[t + 1]
-            y = y + drive[t] * (torch.exp(A * S.unsqueeze(1)) * BC[t]).sum(1)  # the sum over n of [d, n, b]
-        z = F.silu(self.in_proj.weight[d:] * u[-1])  # [d, b]
-        return (self.out_proj.weight @ ((y + self.D[:, None] * x[-1]) * z)).squeeze(0)
-
-    def scan_in_segments(self, x: Tensor, delta: Tensor, B: Tensor, C: Tensor) -> Tensor:
-        """selective_scan_loop for long sequences: segment by segment, each a parallel prefix scan."""
-        tokens = elements_at_once(x.device) // (16 * x.shape[0] * self.d_inner * self.d_state)
-        tokens = min(max(64, tokens), 4096)  # small enough for the cache, long enough for vector loops
-        h = x.new_zeros(x.shape[0], self.d_inner, self.d_state)
-        return _Chunked.apply(self._segment, tokens, 1, 4, h, x, delta, B, C, self.A_log)
-
-    def _segment(self, h: Tensor, x: Tensor, delta: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-        """One segment of T tokens: h [B, d, n] before it -> h after it, y [B, T, d].
-
-        h_t = a_t h_{t−1} + b_t. Two steps combine to one: h_t = (a_t a_{t−1}) h_{t−2} + (a_t b_{t−1} + b_t). Doubling
-        the stride log2(T) times reaches every earlier token.
-        """
-        a = torch.exp(delta.unsqueeze(-1) * -torch.exp(self.A_log))  # [B, T, d, n]
-        b = (delta * x).unsqueeze(-1) * B.unsqueeze(2)  # [B, T, d, n]
-        b = torch.cat([b[:, :1] + a[:, :1] * h.unsqueeze(1), b[:, 1:]], dim=1)
-        stride = 1
-        while stride < x.shape[1]:
-            b = torch.cat([b[:, :stride], torch.addcmul(b[:, stride:], a[:, stride:], b[:, :-stride])], dim=1)
-            a = torch.cat([a[:, :stride], a[:, stride:] * a[:, :-stride]], dim=1)
-            stride *= 2
-        return b[:, -1], torch.einsum("btdn,btn->btd", b, C)
-
     def tail(self, u: Tensor, count: int) -> Tensor:
         """The last `count` outputs of one sequence: u [1, L, 1] -> [count], the value of `forward(u)[0, -count:, 0]`.
 
-        Tokens that have decayed below the floating-point resolution before the first of these outputs are not scanned.
+        Tokens that are forgotten before the first of these outputs are left out, given selective_scan.py.
         """
-        start = self.first_needed(u, u.shape[1] - count)
+        start = selective_scan.first_needed(self, u, u.shape[1] - count) if selective_scan else 0
         # One chunk, so that no [L, d] tensor is kept for the backward pass.
         return in_chunks(lambda u: self.block(u)[:, -count:, 0], 1, self.parameters(), u[:, start:])[0]
-
-    @torch.no_grad()
-    def first_needed(self, u: Tensor, position: int) -> int:
-        """The first token of u [1, L, 1] that influences the outputs from `position` on, for the actual Δ and A.
-
-        Between two tokens the state decays by exp(A Σ Δ). The search walks back from `position` until every state has
-        decayed below the resolution of the data type, with a margin of e⁵.
-        """
-        slowest = torch.exp(self.A_log).amin(dim=1)  # [d]
-        enough = 5 - math.log(torch.finfo(u.dtype).eps)
-        gone = torch.zeros_like(slowest)
-        while position > 0:
-            block = max(0, position - 4096)
-            context = max(0, block - self.d_conv + 1)  # what the convolution looks back to
-            delta = self.project(u[:, context:position])[1][0, block - context :]  # [block, d]
-            decayed = (gone + delta.flip(0).cumsum(0)) * slowest  # [block, d], latest token first
-            enough_at = (decayed.amin(dim=1) > enough).nonzero()
-            if len(enough_at):
-                # The tokens before this one have no influence; the convolution's context is kept.
-                return max(0, position - 1 - int(enough_at[0]) - self.d_conv + 1)
-            gone, position = gone + delta.sum(0), block
-        return 0
 
 
 def mamba_ssm_scan():
@@ -439,16 +369,20 @@ def mamba_ssm_scan():
 class Generator(nn.Module):
     """What all generators share: reading ĝ and W, the calibration, handing G back.
 
-    layers: modules with a `.weight` (the latent weight, on its final device) and a `.quantizer`: 'dorefa', 'bwn',
-        'bwn-f' or 'bwn-l', the same for all. Raises ValueError where there is no layer, or for another quantizer.
+    layers: modules with a `.weight` (the latent weight) and a `.quantizer`: 'dorefa', 'bwn', 'bwn-f' or 'bwn-l', the
+        same for all. A layer that the network gets later is not among them: make a new generator then. Raises
+        ValueError where there is no layer, or for another quantizer.
     sharded: whether the processes of torch.distributed, if there are several, share the work (see Shard). Each process
-        then holds N / world_size weights in every per-weight tensor but G, and all processes call generate(),
-        state_dict() and measure(). A state_dict is of all N weights; any number of processes can load it.
+        then holds N / world_size weights in every per-weight tensor but G, and all processes call generate(), measure()
+        and, before state_dict(), gather(). A state_dict is of all N weights; any number of processes can load it.
     whole_layers: whether a process gets whole layers only.
+
+    The generator follows the network: .to(), .double() and load_state_dict(assign=True) of the network may come later.
     """
 
     keeps_latent = False  # whether a checkpoint needs W of the last step
     SHARDED: ClassVar = {"latent": 0, "past": 0, "history": 1, "state": 1}  # buffers [.., N, ..], and the axis of N
+    ATTRIBUTES = ("strides",)  # what a state_dict holds besides parameters and buffers
 
     def __init__(self, layers: list[nn.Module], sharded: bool = False, whole_layers: bool = False):
         super().__init__()
@@ -459,7 +393,9 @@ class Generator(nn.Module):
         if len(kinds) > 1 or kinds[0] not in known:
             raise ValueError(f"all layers must share one quantizer of {', '.join(known)}; they have {', '.join(kinds)}")
         self.kind = kinds[0]
-        self.weights = [layer.weight for layer in layers]  # a plain list: they are the model's parameters, not ours
+        self.layers = layers if isinstance(layers, list) else list(layers)  # their parameters are the model's, not ours
+        self.shapes = [w.shape for w in self.weights]
+        self.strides = [w.stride() for w in self.weights]  # the order of a weight's elements in a flat tensor
         like = self.weights[0].detach()
         counts = [w.numel() for w in self.weights]
         self.shard = Shard(counts, sharded, whole_layers)
@@ -470,15 +406,65 @@ class Generator(nn.Module):
         self.register_buffer("layer_size", torch.tensor(counts, device=like.device), False)  # of whole layers
         self.register_buffer("latent", like.new_zeros(n), self.keeps_latent)  # W_t
         self.register_buffer("ghat", like.new_zeros(n), False)  # ĝ_t
+        self.given = [False] * len(layers)  # which layers had a gradient in the last step, see collect()
+        self.register_buffer("new", torch.zeros_like(sizes, dtype=torch.bool), False)  # and a finite one, on the device
+        self.gathered = None  # see gather()
 
-    def collect(self) -> None:
-        """Read ĝ_t and W_t of all layers. Raises RuntimeError where a layer has no gradient."""
-        grads = [w.grad for w in self.weights]
-        if any(g is None for g in grads):
-            missing = next(i for i, g in enumerate(grads) if g is None)
-            raise RuntimeError(f"binary layer {missing} has no gradient: call loss.backward() before generate()")
-        self.ghat = self.flatten(grads)
-        self.latent = self.flatten(self.weights)
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """The latent weights of all layers."""
+        return [layer.weight for layer in self.layers]
+
+    def collect(self) -> Tensor:
+        """Read ĝ_t and W_t. Returns whether each weight has a new gradient: bool [N], or [] if the answer is one.
+
+        The weights of a layer have none where `weight.grad` is None or the weight is frozen. No weight has one where
+        any element of ĝ_t, in any process, is not finite or so large that its square is not. `ghat` is 0 where there is
+        no gradient; with `keeps_latent`, `latent` keeps what it is for weights without a new one.
+        Raises RuntimeError where no layer has a gradient since the last generate().
+        """
+        self.follow()
+        weights, self.gathered = self.weights, None
+        made = [getattr(w.grad, "made_at", -1) == getattr(w.grad, "_version", None) for w in weights]
+        self.given = [w.requires_grad and w.grad is not None and not m for w, m in zip(weights, made, strict=True)]
+        i = next((i for i, w in enumerate(weights) if w.requires_grad), None)
+        if i is not None and not any(self.given):
+            since = " since the last generate()" * any(made)
+            what = f"no binary layer has a gradient{since}, the first of them being layer {i}, {self.layers[i]}"
+            raise RuntimeError(f"{what}: call loss.backward() before each generate()")
+        self.ghat = self.flatten(self.gradients())
+        finite = self.shard.all_reduce_sum(torch.linalg.vector_norm(self.ghat)).isfinite()
+        self.new = finite.repeat(len(weights))  # [layers]
+        for i, given in enumerate(self.given):
+            if not given:
+                self.new[i] = False
+        new = finite if all(self.given) else self.spread(self.new)
+        W = self.flatten(weights)
+        self.latent = torch.where(new, W, self.latent) if self.keeps_latent else W
+        return new
+
+    def follow(self) -> None:
+        """Move to the device and the data type of the weights.
+
+        Raises RuntimeError where they have several, or where the layers are not those that the generator was made for.
+        """
+        places = [(w.device, w.dtype) for w in self.weights]
+        if [w.shape for w in self.weights] != self.shapes:
+            raise RuntimeError("the binary layers have changed since the gradient generator was made: make a new one")
+        for i, place in enumerate(places):
+            if place != places[0]:
+                what = f"layer {i}, {self.layers[i]}, has another device or data type than the first layer"
+                raise RuntimeError(f"{what}: move the whole network")
+        if places[0] != (self.latent.device, self.latent.dtype):
+            self.to(*places[0])
+
+    def spread(self, values: Tensor) -> Tensor:
+        """values [layers] -> [N], each weight's layer's value."""
+        return values.index_select(0, self.layer_of)
+
+    def gradients(self) -> list[Tensor | None]:
+        """The `.grad` of each layer's weight; None where the layer had no gradient in the last step."""
+        return [w.grad if given else None for w, given in zip(self.weights, self.given, strict=True)]
 
     def calibrate(self) -> tuple[Tensor, Tensor]:
         """D and W̃ of the latent weights, [N] each: quantizers.calibration and pre_quantize for all layers at once.
@@ -491,71 +477,89 @@ class Generator(nn.Module):
             return torch.ones_like(self.latent), self.latent.clone()
         top = per_layer(self.latent.abs(), self.sizes, self.lengths, "max")
         top = self.shard.all_reduce_max(top).tanh()  # max|tanh W| = tanh(max|W|)
-        bounded = torch.where(top < 1e-3, 1, top)[self.layer_of]  # [N]
-        top = top.clamp_min(torch.finfo(top.dtype).tiny)[self.layer_of]  # [N]
+        bounded = self.spread(torch.where(top < 1e-3, 1, top))  # [N]
+        top = self.spread(top.clamp_min(torch.finfo(top.dtype).tiny))  # [N]
         t = torch.tanh(self.latent)
         return (1 - t.square()) / bounded, t / (2 * top) + 0.5
 
     def hand_back(self, G: Tensor) -> None:
-        """Set every `weight.grad` to its part of G [N], which every process gets whole."""
+        """Set the `weight.grad` of each layer that had one to its part of G [N], which every process gets whole."""
         G = self.shard.all_gather(G)
-        for w, part in zip(self.weights, self.layer_views(G), strict=True):
-            w.grad = part
+        for w, part, given in zip(self.weights, self.layer_views(G), self.given, strict=True):
+            if given:
+                w.grad, part.made_at = part, part._version  # a mark that is valid until something is written to it
 
     def layer_views(self, flat: Tensor) -> list[Tensor]:
-        """The parts of a flat tensor of all weights with the shape and the memory format of each layer's weight."""
-        parts = flat.split([w.numel() for w in self.weights])
-        return [part.as_strided(w.shape, w.stride()) for w, part in zip(self.weights, parts, strict=True)]
+        """The parts of a flat tensor of all weights, each with the shape of its layer's weight."""
+        parts = flat.split(self.shard.counts)
+        return [p.as_strided(*how) for p, *how in zip(parts, self.shapes, self.strides, strict=True)]
 
-    def flatten(self, tensors: list[Tensor]) -> Tensor:
-        """This process's part [N] of all layers' tensors, laid end to end."""
-        flat = self.latent.new_empty(sum(w.numel() for w in self.weights))
-        torch._foreach_copy_(self.layer_views(flat), [t.detach() for t in tensors])
+    def flatten(self, tensors: list[Tensor | None]) -> Tensor:
+        """This process's part [N] of all layers' tensors, laid end to end; 0 for None."""
+        flat = self.latent.new_zeros(self.shard.count)
+        views = [view for view, t in zip(self.layer_views(flat), tensors, strict=True) if t is not None]
+        torch._foreach_copy_(views, [t.detach() for t in tensors if t is not None]) if views else None
         return flat if self.shard.world_size == 1 else flat[self.shard.begin : self.shard.end].clone()
 
     def rms(self, x: Tensor) -> Tensor:
         """Root mean square of each layer's part of x [rows, N], over all rows and processes: [layers], above 0."""
-        squares = per_layer(x.square().sum(0), self.sizes, self.lengths)
-        rms = (self.shard.all_reduce_sum(squares) / (len(x) * self.layer_size)).sqrt()
-        return rms.clamp_min(torch.finfo(rms.dtype).tiny)
+        squares = self.shard.all_reduce_sum(per_layer(x.square().sum(0), self.sizes, self.lengths))
+        return (squares / (len(x) * self.layer_size)).sqrt().clamp_min(torch.finfo(x.dtype).tiny)
 
     @torch.no_grad()
     def measure(self, lr: float) -> dict[str, float]:
         """What the last step did. Call it after optimizer.step() and before zero_grad(), with the step's learning rate.
-        Training does not depend on it.
 
         cosine: between G and D ⊙ ĝ, the straight-through gradient. step: mean |ΔW| / lr. Where G has two terms (see
         `terms`): fast_rms and slow_rms, the RMS of each, and slow_share, Σ slow² / Σ (slow² + fast²).
         """
-        straight, G = self.calibrate()[0] * self.ghat, self.flatten([w.grad for w in self.weights])
-        change = self.flatten(self.weights) - self.latent
+        straight, G = self.calibrate()[0] * self.ghat, self.flatten(self.gradients())
+        change = (self.flatten(self.weights) - self.latent) * self.spread(self.new)
         sums = [(G * straight).sum(), G.square().sum(), straight.square().sum(), change.abs().sum()]
         sums += [term.square().sum() for term in self.terms()]
         dot, ours, theirs, moved, *energy = self.shard.all_reduce_sum(torch.stack(sums)).tolist()
-        n = sum(w.numel() for w in self.weights)
+        n = self.shard.count
         found = {"cosine": dot / max(math.sqrt(ours * theirs), 1e-300), "step": moved / (n * max(lr, 1e-300))}
         if energy:
             fast, slow = energy
-            found |= {"fast_rms": math.sqrt(fast / n), "slow_rms": math.sqrt(slow / n)}
-            found["slow_share"] = slow / max(fast + slow, 1e-300)
+            share = slow / max(fast + slow, 1e-300)
+            found |= {"fast_rms": math.sqrt(fast / n), "slow_rms": math.sqrt(slow / n), "slow_share": share}
         return found
 
     def terms(self) -> tuple[Tensor, ...]:
         """The fast and the slow term of G, [N] each, with all their factors; () where G has one term."""
         return ()
 
+    def gather(self) -> None:
+        """Make the next state_dict() one of all N weights. All processes call it; one alone does not need it.
+
+        It holds until the next generate(). In between any process may call state_dict(), which does not wait.
+        """
+        buffers = [(name, axis) for name, axis in self.SHARDED.items() if name in self._buffers]
+        self.gathered = {name: self.shard.all_gather(getattr(self, name), axis) for name, axis in buffers}
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, axis in self.SHARDED.items():
-            if prefix + name in destination:
-                destination[prefix + name] = self.shard.all_gather(destination[prefix + name], axis)
+        if self.shard.world_size > 1:
+            if self.gathered is None:
+                raise RuntimeError("a shared gradient generator has a state_dict() once all processes called gather()")
+            destination.update({prefix + name: whole for name, whole in self.gathered.items()})
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        own = dict(state_dict)
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        if local_metadata.get("assign_to_params_buffers"):
+            raise RuntimeError("load the state of a gradient generator without assign=True")
+        own, self.gathered = dict(state_dict), None
         for name, axis in self.SHARDED.items():
             if prefix + name in own and own[prefix + name].shape[axis] == self.shard.count:
                 own[prefix + name] = own[prefix + name].narrow(axis, self.shard.begin, sum(self.sizes))
-        super()._load_from_state_dict(own, prefix, *args)
+        super()._load_from_state_dict(own, prefix, local_metadata, *args)
+
+    def get_extra_state(self) -> dict:
+        return {name: getattr(self, name) for name in self.ATTRIBUTES}
+
+    def set_extra_state(self, state: dict) -> None:
+        for name in self.ATTRIBUTES:
+            setattr(self, name, state[name])
 
 
 class STE(Generator):
@@ -563,10 +567,10 @@ class STE(Generator):
 
     @torch.no_grad()
     def generate(self) -> None:
-        """`weight.grad` ← D ⊙ ĝ for every layer."""
-        self.collect()
+        """`weight.grad` ← D ⊙ ĝ for every layer with a gradient. A ĝ that is not finite stays as it is."""
+        new = self.collect()
         D, _ = self.calibrate()
-        self.hand_back(D * self.ghat)
+        self.hand_back(torch.where(new, D * self.ghat, self.ghat))
 
 
 class Seen(NamedTuple):
@@ -590,24 +594,23 @@ class Learned(Generator):
     """
 
     keeps_latent = True  # to build the last step's graph again
+    ATTRIBUTES = (*Generator.ATTRIBUTES, "t")
 
     def __init__(self, layers: list[nn.Module], length: int = 1, whole_layers: bool = False):
         if length < 1:
             raise ValueError(f"length, the number of gradients in the history, must be at least 1; it is {length}")
         super().__init__(layers, sharded=True, whole_layers=whole_layers)
         self.length, self.t = length, 0  # t counts generate() calls
-        self.register_buffer(
-            "history", self.latent.new_zeros(length, len(self.latent))
-        )  # oldest first; starts as zeros
-        self.last_G = None  # G_{t−1} [n] with its graph to φ
-        self.sample = None  # the weights that `graph` is of; None: all
-        self.register_load_state_dict_post_hook(lambda self, _: self._rebuild())
+        # The history starts as zeros and is oldest first. steps [layers]: how many gradients each layer has stored.
+        self.register_buffer("history", self.latent.new_zeros(length, len(self.latent)))
+        self.register_buffer("steps", torch.zeros_like(self.layer_size))
+        self.last_G = self.sample = None  # G_{t−1} [n] with its graph to φ, and the weights that it is of; None: all
 
     def start(self) -> None:
         """Call it once φ is made: moves φ to the weights' device and makes φ's optimizer."""
         self.to(device=self.latent.device, dtype=self.latent.dtype)
         self.shard.broadcast(self.parameters())
-        self.optimizer = torch.optim.Adam(self.parameter_groups())
+        self.optimizer = torch.optim.Adam(self.parameter_groups(), fused=True)
 
     def parameter_groups(self) -> list[dict]:
         """φ's parameters and learning rates, for Adam."""
@@ -615,35 +618,57 @@ class Learned(Generator):
 
     @torch.no_grad()
     def generate(self) -> None:
-        """Set every `weight.grad` from ĝ_t to G_t. The first call gives D ⊙ ĝ, as STE does."""
-        self.collect()
-        D, pre = self.calibrate()
-        if self.last_G is not None:
-            self.train_phi(-D * self.ghat)  # 1. train φ: G_{t−1} led to where ĝ_t was measured
-        self.push()  # 2. store ĝ_t in the history
-        self.t += 1
-        if self.t == 1:
-            self.hand_back(D * self.ghat)
-        else:
-            self.hand_back(self.make(D, pre))  # 3. generate G_t, and keep its graph for the next step
+        """Set every `weight.grad` from ĝ_t to G_t. The first gradient of a layer becomes D ⊙ ĝ, as under STE.
 
-    def train_phi(self, v: Tensor) -> None:
+        Call it once after one or several backward(); optimizer.step() may be skipped. A layer without a gradient is
+        left out: what is kept of it stays as it is. If any element of ĝ_t is not finite, all that is kept stays, φ
+        included, and ĝ_t stays in `weight.grad`. This does not make the host wait for the device.
+        Raises RuntimeError where no layer has had a gradient since the last call.
+        """
+        if self.last_G is None:  # the first steps, or after load_state_dict(), copy.deepcopy() or pickle.load()
+            self.rebuild()
+        new = self.collect()
+        D, pre = self.calibrate()
+        straight = D * self.ghat
+        if self.last_G is not None:
+            learned = self.learned()
+            v = torch.where(self.spread(learned), -straight, 0)
+            v /= self.shard.all_reduce_sum(v.square().sum()).sqrt().clamp_min(torch.finfo(v.dtype).tiny)
+            self.train_phi(v, learned.any())  # 1. train φ: G_{t−1} led to where ĝ_t was measured
+        self.push(new)  # 2. store ĝ_t in the history
+        self.t += 1
+        G = straight
+        if self.t > 1:  # 3. generate G_t, and keep its graph for the next step
+            G = torch.where(self.spread(self.steps > 1), self.make(D, pre), straight)
+        self.hand_back(torch.where(new, G, self.ghat))
+
+    def learned(self) -> Tensor:
+        """[layers] bool: the layers whose G_{t−1} was made by φ, and led to where ĝ_t was measured."""
+        return self.new & (self.steps > 1)
+
+    def rebuild(self) -> None:
+        """Build the graph of G_{t−1} again."""
+        if self.t > 1:
+            self.make(*self.calibrate())
+
+    def train_phi(self, v: Tensor, wanted: Tensor) -> None:
         """One Adam step on φ. v [N] is the loss's gradient with respect to G_{t−1}, up to a positive factor.
 
-        v is normalised to ‖v‖ = 1: Adam divides out its scale, but Adam's eps does not.
+        generate() normalises it to ‖v‖ = 1: Adam divides out its scale, but Adam's eps does not.
+        wanted [] bool: without it, φ and the state of Adam stay as they are.
         """
-        v = v / self.shard.all_reduce_sum(v.square().sum()).sqrt().clamp_min(torch.finfo(v.dtype).tiny)
-        if self.sample is not None:
-            v = v[self.sample.at] * self.sample.stands_for
         self.optimizer.zero_grad()
-        self.last_G.backward(v)
+        self.last_G.backward(v if self.sample is None else v[self.sample.at] * self.sample.stands_for)
         self.last_G = None
         self.shard.all_reduce_grads(self.parameters())
+        self.optimizer.found_inf = (~wanted).float()  # torch's own switch for a step, as torch.amp.GradScaler uses it
         self.optimizer.step()
 
-    def push(self) -> None:
-        """Store ĝ_t in the history, in place of the oldest gradient."""
-        self.history = torch.cat([self.history[1:], self.ghat.unsqueeze(0)])
+    def push(self, new: Tensor) -> None:
+        """Store ĝ_t in the history, in place of the oldest gradient, of the weights for which `new` [N] is true."""
+        pushed = torch.cat([self.history[1:], self.ghat.unsqueeze(0)])
+        self.history = torch.where(new, pushed, self.history)
+        self.steps = self.steps + self.new
 
     def make(self, D: Tensor, pre: Tensor) -> Tensor:
         """G_t [N]. The graph that made it is kept in `self.last_G`."""
@@ -655,25 +680,23 @@ class Learned(Generator):
         """What G_t of all weights is made of."""
         return Seen(D, pre, self.history[-1], self.history, self.layer_of, self.sizes, self.lengths)
 
-    def _apply(self, fn, recurse=True):  # .to(), .double()
-        if self.t:
-            raise RuntimeError(
-                "move a gradient generator before its first generate(), or load its state into a new one"
-            )
-        return super()._apply(fn, recurse)
-
     @torch.no_grad()
-    def _rebuild(self) -> None:
-        """After loading a checkpoint: the graph of the last step's G."""
-        self.last_G = None
-        if self.t > 1:
-            self.make(*self.calibrate())
+    def _apply(self, fn, recurse=True):  # .to(), .double()
+        super()._apply(fn, recurse)
+        if self.t:
+            self.optimizer.load_state_dict(self.optimizer.state_dict())  # moves Adam's averages
+            self.rebuild()
+        return self
+
+    def __getstate__(self):  # copy.deepcopy(), pickle.dump(): a graph cannot be copied, generate() builds it again
+        return {**self.__dict__, "last_G": None, "sample": None}
 
     def get_extra_state(self) -> dict:
-        return {"t": self.t, "optimizer": self.optimizer.state_dict()}
+        return {**super().get_extra_state(), "optimizer": self.optimizer.state_dict()}
 
     def set_extra_state(self, state: dict) -> None:
-        self.t = state["t"]
+        super().set_extra_state(state)
+        self.last_G = None  # generate() builds it again
         self.optimizer.load_state_dict(state["optimizer"])
 
 
@@ -701,10 +724,11 @@ class FSG(Learned):
     hyper_sample: the share of weights that φ is trained on, drawn anew each step (1: all; per-weight layouts only). φ's
         gradient is a sum over all weights, which a sample estimates in less time. Every weight gets its G.
 
-    Attributes: fast (FastNet), slow (SlowMamba or SlowLSTM), lre, history [length, N].
-    Raises ValueError for an impossible argument. Memory: about (3·length + 16) N elements and one chunk of the
-    slow-net; with the fused flat scan up to 256 MB more between steps.
+    Attributes: fast, slow, lre, history [length, N]. Raises ValueError for an impossible argument.
+    Memory: (3·length + 16) N elements and a chunk of the slow-net; with the fused flat scan up to 256 MB more.
     """
+
+    ATTRIBUTES = (*Learned.ATTRIBUTES, "sample_seed")
 
     def __init__(
         self,
@@ -734,23 +758,16 @@ class FSG(Learned):
         ):
             if value not in known:
                 raise ValueError(f"no {name} is called {value!r}: use {' or '.join(known)}")
-        if not 0 <= beta <= 1:
-            raise ValueError(f"beta is the share of the slow gradient and must lie in [0, 1]; it is {beta}")
-        if hgs == "lstm" and history == "flat":
-            raise ValueError(
-                "an LSTM cannot run over the flat history (one sequence of up to hundreds of thousands of steps): "
-                "use --history per-weight, or --hgs mamba"
-            )
-        if not 0 < hyper_sample <= 1:
-            raise ValueError(
-                f"hyper_sample is the share of weights φ is trained on, above 0 and at most 1; it is {hyper_sample}"
-            )
-        if hyper_sample < 1 and history == "flat":
-            raise ValueError(
-                "a sample of weights cannot be taken from the flat history, where a layer is one sequence: "
-                "use --history per-weight, or --hyper-sample 1"
-            )
-        super().__init__(layers, length, whole_layers=history == "flat")
+        flat, sequence = history == "flat", "the flat history, where a layer is one sequence: use --history per-weight"
+        for wrong, what in (
+            (not 0 <= beta <= 1, f"beta is the share of the slow gradient and must lie in [0, 1]; it is {beta}"),
+            (not 0 < hyper_sample <= 1, f"hyper_sample must be above 0 and at most 1; it is {hyper_sample}"),
+            (flat and hgs == "lstm", f"an LSTM cannot run over {sequence}, or --hgs mamba"),
+            (flat and hyper_sample < 1, f"a sample of weights cannot be taken from {sequence}, or --hyper-sample 1"),
+        ):
+            if wrong:
+                raise ValueError(what)
+        super().__init__(layers, length, whole_layers=flat)
         self.beta, self.layout, self.normalize, self.balance = beta, history, normalize, balance
         self.lr_fast, self.lr_slow = lr_fast, lr_slow
         seed = torch.tensor(torch.initial_seed() % 2**31, device=self.latent.device)
@@ -767,6 +784,9 @@ class FSG(Learned):
             # The balance divides out all that an MLP of one or two factors could learn where W̃ >= 0.
             self.fast.requires_grad_(not (self.fast.collapses and self.kind == "dorefa"))
         self.start()
+        if selective_scan is None and self.latent.dtype == torch.float32 and self.backend() == "reference" != scan:
+            files = "selective_scan.py, selective_scan_cpu.cpp and selective_scan_triton.py"
+            warnings.warn(f"copy {files} beside hypernet.py: without them Mamba is 30 to 60 times slower", stacklevel=2)
 
     def parameter_groups(self) -> list[dict]:
         slow = [*self.slow.parameters(), *(() if self.lre is None else self.lre.parameters())]
@@ -791,7 +811,7 @@ class FSG(Learned):
             sign = torch.where(seen.ghat >= 0, 1.0, -1.0).to(past.dtype)  # [n]
             past = past * sign
         if self.normalize == "layer-rms":
-            rms = self.rms(self.history)[seen.layer_of]  # [n]
+            rms = self.rms(self.history).index_select(0, seen.layer_of)  # [n]
             past = past / rms
         if self.layout == "flat":
             here = [i for i, size in enumerate(seen.sizes) if size]  # one sequence per layer
@@ -809,8 +829,8 @@ class FSG(Learned):
         """`term` [n], scaled to the RMS of ĝ_t in each layer."""
         return _Balanced.apply(term, self.rms(self.history[-1:]), seen, self.shard)
 
-    def push(self) -> None:
-        super().push()
+    def push(self, new: Tensor) -> None:
+        super().push(new)
         if self.layout == "newest":
             self.history[:-1] = 0
 
@@ -831,26 +851,17 @@ class FSG(Learned):
 
     def backend(self) -> str:
         """The scan that the slow-net runs, see SlowMamba.backend; 'nn.LSTM' for an LSTM."""
-        return "nn.LSTM" if isinstance(self.slow, SlowLSTM) else self.slow.backend(*self._tensors())
+        return self.backend_and_why().split(" (")[0]
 
     def backend_and_why(self) -> str:
         """`backend()`, with the reason where `scan='auto'` could not take the fused scan."""
-        backend = self.backend()
-        if backend in ("nn.LSTM", "fused") or self.slow.scan != "auto":
-            return backend
-        return f"{backend} ({self.slow.why_not_fused(*self._tensors())})"
-
-    def _tensors(self) -> tuple[torch.device, torch.dtype, int | None]:
-        """What the slow-net runs on: the arguments of SlowMamba.backend."""
+        if isinstance(self.slow, SlowLSTM):
+            return "nn.LSTM"
         tokens = None if self.layout == "flat" else self.length + (self.lre is not None)
-        return self.latent.device, self.latent.dtype, tokens
-
-    def get_extra_state(self) -> dict:
-        return {**super().get_extra_state(), "sample_seed": self.sample_seed}
-
-    def set_extra_state(self, state: dict) -> None:
-        super().set_extra_state(state)
-        self.sample_seed = state.get("sample_seed", self.sample_seed)
+        tensors = self.latent.device, self.latent.dtype, tokens
+        backend = self.slow.backend(*tensors)
+        auto = backend != "fused" and self.slow.scan == "auto"
+        return f"{backend} ({self.slow.why_not_fused(*tensors)})" if auto else backend
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -874,7 +885,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values: Tensor, layer_of: Tensor, sizes: list[int], lengths: Tensor) -> Tensor:
         ctx.sizes, ctx.lengths = sizes, lengths
-        return values[layer_of]
+        return values.index_select(0, layer_of)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -895,7 +906,7 @@ class _Balanced(torch.autograd.Function):
         square, count = shard.all_reduce_sum(sums)
         rms, least = (square / count.clamp_min(1)).sqrt(), 1e-3 * target
         scale = target / torch.maximum(rms, least)
-        y = term * scale[seen.layer_of]
+        y = term * scale.index_select(0, seen.layer_of)
         # ⟨y, y⟩ of each layer; infinite where the factor is at its limit, which switches the projection off.
         energy = torch.where(rms > least, target.square() * count, math.inf)
         ctx.save_for_backward(y, scale, energy)
@@ -907,7 +918,12 @@ class _Balanced(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         (y, scale, energy), seen = ctx.saved_tensors, ctx.seen
         along = ctx.shard.all_reduce_sum(per_layer(grad * y, seen.sizes, seen.lengths)) / energy
-        return (grad - y * along[seen.layer_of]) * scale[seen.layer_of], None, None, None
+        return (
+            (grad - y * along.index_select(0, seen.layer_of)) * scale.index_select(0, seen.layer_of),
+            None,
+            None,
+            None,
+        )
 
 
 class Sample:
@@ -993,9 +1009,7 @@ class Shard:
         """Sum the gradients of φ over the processes."""
         grads = [p.grad for p in parameters if p.grad is not None]
         if self.world_size > 1:
-            flat = self.all_reduce_sum(torch.cat([g.flatten() for g in grads]))
-            parts = flat.split([g.numel() for g in grads])
-            torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads, strict=True)])
+            nn.utils.vector_to_parameters(self.all_reduce_sum(nn.utils.parameters_to_vector(grads)), grads)
 
     def broadcast(self, tensors) -> None:
         """Give all processes rank 0's tensors, in place."""
@@ -1003,10 +1017,9 @@ class Shard:
             dist.broadcast(p.detach(), 0)
 
 
-# Memory. N is 270,000 for a ResNet-20 and 11 million for a ResNet-18, and a Mamba of the paper's size has 1,600 state
-# elements per token. So the nets above run chunk by chunk, keep no intermediate tensor of a chunk, and compute it again
-# in the backward pass. (torch.utils.checkpoint in a loop does the same, but the small tensors that it keeps between
-# large freed blocks fragment the CPU's heap by gigabytes.)
+# Memory. N is 270,000 for a ResNet-20, and a Mamba of the paper's size has 1,600 state elements per token. So the nets
+# above run chunk by chunk, and compute the tensors of a chunk again in the backward pass. (torch.utils.checkpoint does
+# so too, but the small tensors that it keeps between large freed blocks fragment the CPU's heap by gigabytes.)
 
 
 def elements_at_once(device: torch.device) -> int:
@@ -1014,48 +1027,37 @@ def elements_at_once(device: torch.device) -> int:
     return 2**21 if device.type == "cpu" else 2**27
 
 
-class _Chunked(torch.autograd.Function):
-    """carry, out_k = function(carry, *chunk_k) for k = 0, 1, …; see `in_chunks`."""
+class _InChunks(torch.autograd.Function):
+    """See `in_chunks`."""
 
     @staticmethod
-    def forward(ctx, function, size, dim, count, carry, *tensors):
-        # tensors: `count` inputs, to be cut along `dim`, then the parameters that `function` uses.
-        inputs, length = tensors[:count], tensors[0].shape[dim]
-        starts, out = range(0, max(1, length), size), None  # at least one chunk, so that there is an output
-        carries = carry.new_empty(len(starts), *carry.shape)  # before each chunk
-        for k, i in enumerate(starts):
-            carries[k] = carry
-            carry, part = function(carry, *(x.narrow(dim, i, min(size, length - i)) for x in inputs))
-            if out is None:
-                out = part.new_empty(*part.shape[:dim], length, *part.shape[dim + 1 :])
-            out.narrow(dim, i, part.shape[dim]).copy_(part)
-        ctx.save_for_backward(carries, *tensors)
-        ctx.function, ctx.size, ctx.dim, ctx.count = function, size, dim, count
+    def forward(ctx, function, size, count, *tensors):
+        inputs, out = tensors[:count], None  # then the parameters that `function` uses
+        for i in range(0, max(1, len(inputs[0])), size):  # at least one chunk, so that there is an output
+            part = function(*(x[i : i + size] for x in inputs))
+            out = part.new_empty(len(inputs[0]), *part.shape[1:]) if out is None else out
+            out[i : i + size] = part
+        ctx.save_for_backward(*tensors)
+        ctx.function, ctx.size, ctx.count = function, size, count
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        carries, *tensors = ctx.saved_tensors
-        inputs, parameters = tensors[: ctx.count], tensors[ctx.count :]
-        wanted = ctx.needs_input_grad[5:]
-        length, grad_carry = inputs[0].shape[ctx.dim], torch.zeros_like(carries[0])
-        grads = [torch.zeros_like(t) if w else None for t, w in zip(tensors, wanted, strict=True)]
-        for k in reversed(range(len(carries))):
-            at = ctx.dim, k * ctx.size, min(ctx.size, length - k * ctx.size)
-            chunk = [x.narrow(*at).detach().requires_grad_(w) for x, w in zip(inputs, wanted, strict=False)]
-            carry = carries[k].detach().requires_grad_()
+        inputs, parameters = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        wanted = ctx.needs_input_grad[3:]
+        grads = [torch.zeros_like(t) if w else None for t, w in zip(ctx.saved_tensors, wanted, strict=True)]
+        for i in range(0, len(inputs[0]), ctx.size):
+            at = slice(i, i + ctx.size)
+            chunk = [x[at].detach().requires_grad_(w) for x, w in zip(inputs, wanted, strict=False)]
             with torch.enable_grad():
-                outputs = ctx.function(carry, *chunk)
+                part = ctx.function(*chunk)
             sources = [t for t, w in zip([*chunk, *parameters], wanted, strict=True) if w]
-            found = torch.autograd.grad(
-                outputs, [carry, *sources], (grad_carry, grad.narrow(*at)), allow_unused=True, materialize_grads=True
-            )
-            grad_carry, found = found[0], iter(found[1:])
-            for j, g in enumerate(grads):
-                if g is not None:
-                    (g.narrow(*at) if j < ctx.count else g).add_(next(found))
-        return None, None, None, None, None, *grads
+            found = iter(torch.autograd.grad(part, sources, grad[at], allow_unused=True, materialize_grads=True))
+            for k, total in enumerate(grads):
+                if total is not None:
+                    (total[at] if k < ctx.count else total).add_(next(found))
+        return None, None, None, *grads
 
 
 def in_chunks(function, size: int, parameters, *inputs: Tensor) -> Tensor:
@@ -1063,6 +1065,4 @@ def in_chunks(function, size: int, parameters, *inputs: Tensor) -> Tensor:
 
     parameters: the tensors that `function` uses besides its arguments and that may need a gradient.
     """
-    none = inputs[0].new_empty(0)
-    step = lambda carry, *chunk: (carry, function(*chunk))
-    return _Chunked.apply(step, max(1, size), 0, len(inputs), none, *inputs, *parameters)
+    return _InChunks.apply(function, max(1, size), len(inputs), *inputs, *parameters)

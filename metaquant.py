@@ -79,7 +79,7 @@ class LSTMFC(Learned):
         self.make_nets(hidden)
         # The state before the last step. The state after it is `next_state`; it can be computed again from this one.
         self.register_buffer("state", self.latent.new_zeros(2, len(self.latent), hidden))
-        self.next_state = self.state
+        self.next_state = None
         self.start()
 
     def make_nets(self, hidden: int) -> None:
@@ -87,10 +87,10 @@ class LSTMFC(Learned):
         self.out = nn.Linear(hidden, 1)
         nn.init.ones_(self.out.bias)
 
-    def push(self) -> None:
-        super().push()
-        if self.next_state is not self.state:
-            self.state.copy_(self.next_state)
+    def push(self, new: Tensor) -> None:
+        if self.next_state is not None:  # of a layer's first step there is none
+            self.state = torch.where(self.spread(self.learned()).unsqueeze(1), self.next_state, self.state)
+        super().push(new)
 
     def gradient(self, seen: Seen) -> Tensor:
         return seen.D * seen.ghat * self.lstm(seen.pre)
@@ -127,21 +127,29 @@ class LookAhead(Learned):
     their own refined gradient, in step 2 along the gradient itself. Other parameters do not.
     Step 1 is at the weights as they are. Nothing may be updated after it: call optimizer.step() only where t > 1.
     φ starts at random, as torch.nn starts it.
+    If any element of ĝ_t is not finite, generate() moves the weights back and changes nothing else. To know it, the
+    host waits for the device.
 
-    Attributes: t, the number of generate() calls. Memory: about 3 N elements more than the simple form.
+    Attributes: t, the number of generate() calls with a finite ĝ. Memory: about 5 N elements more than the simple form.
     """
 
     SHARDED: ClassVar = Generator.SHARDED | {"before": 0}
+    ATTRIBUTES = (*Learned.ATTRIBUTES, "step_size")
+    displaced = None  # the persistent weights and biases, while the model stands at the look-ahead weights
+    undo = ()  # latent, before, bias_before and step_size, as they were before look_ahead()
 
     def __init__(self, layers: list[nn.Module], *arguments, **options):
         super().__init__(layers, *arguments, **options)
-        biases = [getattr(layer, "bias", None) for layer in layers]
-        self.biases = [b for b in biases if b is not None and b.requires_grad]
+        has_bias = lambda layer: getattr(layer, "bias", None) is not None and layer.bias.requires_grad
+        self.with_bias = [layer for layer in layers if has_bias(layer)]
         self.step_size = 0.0  # lr of the last step
         self.register_buffer("before", torch.zeros_like(self.latent))  # W_{t−1}
         self.register_buffer("bias_before", self.flat_biases(torch.zeros_like))
         self.register_buffer("bias_gradient", self.flat_biases(torch.zeros_like))  # of step 1
-        self.displaced = None  # the persistent weights and biases, while the model stands at the look-ahead weights
+
+    @property
+    def biases(self) -> list[nn.Parameter]:
+        return [layer.bias for layer in self.with_bias]
 
     def flat_biases(self, of) -> Tensor:
         """of(bias) of all biases of binary layers, laid end to end."""
@@ -156,8 +164,10 @@ class LookAhead(Learned):
         """
         if self.displaced is not None:
             raise RuntimeError("look_ahead() was called twice: call it once before each forward pass")
+        self.follow()
         if self.t == 0:
             return
+        self.gathered, self.undo = None, (self.latent, self.before, self.bias_before, self.step_size)
         _, pre = self.calibrate()  # of the weights where ĝ_{t−1} was measured
         self.latent = self.flatten(self.weights)
         D, _ = self.calibrate()
@@ -195,27 +205,30 @@ class LookAhead(Learned):
         """
         if self.t and self.displaced is None:
             raise RuntimeError("a released generator wants look_ahead(lr) before every forward pass")
-        self.collect()  # ĝ, and the look-ahead weights where it was measured
+        new = self.collect()  # ĝ, and the look-ahead weights where it was measured
+        finite = bool(self.new.any())
         if self.displaced is None:
             D, _ = self.calibrate()
             G = D * self.ghat
             self.bias_gradient = self.flat_biases(lambda b: torch.zeros_like(b) if b.grad is None else b.grad)
+            finite = finite and bool(self.bias_gradient.isfinite().all())
         else:
             G = self.update()
-            self.train_phi(-self.step_size * self.derivative() * self.ghat)
+            v = torch.where(self.spread(self.learned()), -self.step_size * self.derivative() * self.ghat, 0)
+            self.train_phi(v, self.learned().any())
             torch._foreach_copy_([p.detach() for p in (*self.weights, *self.biases)], self.displaced)
-            self.displaced = None
-        self.push()
-        self.t += 1
-        self.hand_back(G)
+            latent, before, *of_biases = self.undo
+            self.latent, self.before = torch.where(new, self.latent, latent), torch.where(new, self.before, before)
+            if not finite:
+                self.bias_before, self.step_size = of_biases
+            self.displaced, self.undo = None, ()
+        if finite:
+            self.push(new)
+            self.t += 1
+            self.hand_back(G)
 
-    def train_phi(self, v: Tensor) -> None:
-        """One Adam step on φ. v [n] is the loss's gradient with respect to the direction of the look-ahead."""
-        self.optimizer.zero_grad()
-        self.last_G.backward(v)
-        self.last_G = None
-        self.shard.all_reduce_grads(self.parameters())
-        self.optimizer.step()
+    def learned(self) -> Tensor:
+        return self.new & (self.steps > 0)
 
     def derivative(self) -> Tensor:
         """∂Ŵ/∂W straight through the sign, at the weights where ĝ was measured: [n].
@@ -226,21 +239,36 @@ class LookAhead(Learned):
             return self.calibrate()[0]
         size = self.latent.abs()
         mean = self.shard.all_reduce_sum(per_layer(size, self.sizes, self.lengths)) / self.layer_size
-        return mean[self.layer_of] * (size <= 1)
+        return self.spread(mean) * (size <= 1)
 
     def measure(self, lr: float) -> dict[str, float]:
         """Empty: ĝ is measured elsewhere than where the weights are."""
         return {}
 
-    def _rebuild(self) -> None:
+    def rebuild(self) -> None:
         """look_ahead() makes the graph."""
 
-    def get_extra_state(self) -> dict:
-        return {**super().get_extra_state(), "step_size": self.step_size}
+    def must_stand_back(self) -> None:
+        if self.displaced is not None:
+            raise RuntimeError(
+                "a released generator can be copied, moved, saved and loaded before look_ahead() or after generate()"
+            )
 
-    def set_extra_state(self, state: dict) -> None:
-        super().set_extra_state(state)
-        self.step_size = state["step_size"]
+    def _apply(self, fn, recurse=True):
+        self.must_stand_back()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self):
+        self.must_stand_back()
+        return super().__getstate__()
+
+    def get_extra_state(self) -> dict:
+        self.must_stand_back()
+        return super().get_extra_state()
+
+    def _load_from_state_dict(self, *args):
+        self.must_stand_back()
+        super()._load_from_state_dict(*args)
 
 
 class ReleasedFCGrad(LookAhead, FCGrad):

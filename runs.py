@@ -1192,6 +1192,9 @@ class Run:
         """Write last.pt: everything that the rest of the run depends on, with these rows. Call it in all processes."""
         self.check_finite()
         checkpoint = self._model()
+        for part in self.state.values():
+            if hasattr(part, "gather"):  # a generator that several processes share
+                part.gather()
         checkpoint |= {name: part.state_dict() for name, part in self.state.items()}
         checkpoint |= {k: getattr(self, k) for k in ("epoch", "batch", "seconds", "bits")}
         checkpoint |= {"rows": rows, "totals": all_reduce_sum(self.sums.clone()), "rng": torch.get_rng_state()}

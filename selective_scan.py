@@ -3,10 +3,12 @@
 Copy this file next to hypernet.py, together with selective_scan_cpu.cpp (for CPUs) and selective_scan_triton.py (for
 CUDA GPUs). hypernet.py imports it if it is there and uses plain PyTorch if it is not.
 
-There are two functions, one for each of FSG's history layouts:
+There are two fused functions, one for each of FSG's history layouts:
 
     last     per-weight: many short sequences; returns the last output of each. SlowMamba.last
     tails    flat: a few sequences of up to millions of tokens; returns the last outputs of each. SlowMamba.tails
+
+At the end of the file are `last_unrolled`, `first_needed` and `in_segments`: the same ideas in plain PyTorch.
 
 The definition (Mamba, https://arxiv.org/abs/2312.00752)
 --------------------------------------------------------
@@ -72,6 +74,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 MOST_TOKENS = 16  # of `last`, because its loops over tokens are unrolled
 MOST_KEPT = 2**26  # elements of h that `tails` saves for its backward pass; if there are more, it recomputes them
@@ -351,3 +354,112 @@ def _call_tails(function: str, past: Tensor, sizes: Tensor, first: Tensor | None
     run = getattr(library(None), function)
     run.restype = ctypes.c_int64
     return run(ctypes.byref(params), ctypes.byref(sequences), *arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where the fused scan cannot run: the same two ideas in plain PyTorch, for any device and data type.
+
+
+def last_unrolled(u: Tensor, *parameters: Tensor) -> Tensor:
+    """`last` without a kernel, for u [B, L, 1]: [B]. See "What `last` computes instead".
+
+    The sequences run along the last axis (b), so that every operation is one long vector loop.
+    """
+    in_proj, conv, conv_b, x_proj, dt_w, dt_b, A_log, D, out = parameters
+    (d, n), taps, u = A_log.shape, conv.shape[-1], u.squeeze(-1).T.contiguous()  # u [L, b]
+    # A token is one scalar, so in_proj and the convolution are one matrix applied to the latest tokens.
+    lags = F.pad(u, (0, 0, taps - 1, 0)).unfold(0, taps, 1).transpose(1, 2)  # [L, taps, b]
+    x = F.silu(conv[:, 0] * in_proj[:d] @ lags + conv_b[:, None])  # [L, d, b]
+    dt, B, C = (x_proj @ x).split([1, n, n], dim=1)  # [L, 1 | n | n, b]
+    delta = F.softplus(dt_w * dt + dt_b[:, None])  # [L, d, b]
+    A = -torch.exp(A_log).unsqueeze(-1)  # [d, n, 1]
+    drive, BC = delta * x, B * C[-1]
+    y = drive[-1] * BC[-1].sum(0)  # [d, b]; S_L = 0: no decay
+    S = torch.zeros_like(y)
+    for t in range(len(u) - 2, -1, -1):
+        S = S + delta[t + 1]
+        y = y + drive[t] * (torch.exp(A * S.unsqueeze(1)) * BC[t]).sum(1)  # the sum over n of [d, n, b]
+    z = F.silu(in_proj[d:] * u[-1])  # [d, b]
+    return (out @ ((y + D[:, None] * x[-1]) * z)).squeeze(0)
+
+
+@torch.no_grad()
+def first_needed(net, u: Tensor, position: int) -> int:
+    """The first token of u [1, L, 1] that influences the outputs of `net`, a SlowMamba, from `position` on.
+
+    Between two tokens the state decays by exp(A Σ Δ). The search walks back from `position`, with the actual Δ and A,
+    until every state has decayed below the resolution of the data type, with a margin of e⁵.
+    """
+    slowest = torch.exp(net.A_log).amin(dim=1)  # [d]
+    enough = 5 - math.log(torch.finfo(u.dtype).eps)
+    gone = torch.zeros_like(slowest)
+    while position > 0:
+        block = max(0, position - 4096)
+        context = max(0, block - net.d_conv + 1)  # what the convolution looks back to
+        delta = net.project(u[:, context:position])[1][0, block - context :]  # [block, d]
+        decayed = (gone + delta.flip(0).cumsum(0)) * slowest  # [block, d], latest token first
+        enough_at = (decayed.amin(dim=1) > enough).nonzero()
+        if len(enough_at):
+            # The tokens before this one have no influence; the convolution's context is kept.
+            return max(0, position - 1 - int(enough_at[0]) - net.d_conv + 1)
+        gone, position = gone + delta.sum(0), block
+    return 0
+
+
+def in_segments(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, elements: int) -> Tensor:
+    """hypernet.selective_scan_loop for long sequences: segment by segment, each a parallel prefix scan.
+
+    elements: about how many the largest tensors may have.
+    """
+    tokens = elements // (16 * x.shape[0] * A.numel())
+    return _Segments.apply(min(max(64, tokens), 4096), x, delta, B, C, A)  # in the cache, and long vector loops
+
+
+def _segment(h: Tensor, x: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """One segment of T tokens: h [B, d, n] before it -> h after it, y [B, T, d].
+
+    h_t = a_t h_{t−1} + b_t. Two steps combine to one: h_t = (a_t a_{t−1}) h_{t−2} + (a_t b_{t−1} + b_t). Doubling the
+    stride log2(T) times reaches every earlier token.
+    """
+    a = torch.exp(delta.unsqueeze(-1) * A)  # [B, T, d, n]
+    b = (delta * x).unsqueeze(-1) * B.unsqueeze(2)  # [B, T, d, n]
+    b = torch.cat([b[:, :1] + a[:, :1] * h.unsqueeze(1), b[:, 1:]], dim=1)
+    stride = 1
+    while stride < x.shape[1]:
+        b = torch.cat([b[:, :stride], torch.addcmul(b[:, stride:], a[:, stride:], b[:, :-stride])], dim=1)
+        a = torch.cat([a[:, :stride], a[:, stride:] * a[:, :-stride]], dim=1)
+        stride *= 2
+    return b[:, -1], torch.einsum("btdn,btn->btd", b, C)
+
+
+class _Segments(torch.autograd.Function):
+    """Keeps the h before each segment, and computes everything else again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, tokens: int, *tensors: Tensor) -> Tensor:
+        x, A = tensors[0], tensors[-1]
+        h, y = x.new_zeros(-(-x.shape[1] // tokens), x.shape[0], *A.shape), torch.empty_like(x)
+        for k in range(len(h)):
+            at = slice(k * tokens, (k + 1) * tokens)
+            after, y[:, at] = _segment(h[k], *(v[:, at] for v in tensors[:-1]), A)
+            if k + 1 < len(h):
+                h[k + 1] = after
+        ctx.save_for_backward(h, *tensors)
+        ctx.tokens = tokens
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        h, *tensors = ctx.saved_tensors
+        grads, grad_h = [torch.zeros_like(v) for v in tensors], torch.zeros_like(h[0])
+        for k in reversed(range(len(h))):
+            at = slice(k * ctx.tokens, (k + 1) * ctx.tokens)
+            inputs = [v.detach().requires_grad_() for v in (h[k], *(v[:, at] for v in tensors[:-1]), tensors[-1])]
+            with torch.enable_grad():
+                outputs = _segment(*inputs)
+            grad_h, *parts, grad_A = torch.autograd.grad(outputs, inputs, (grad_h, grad[:, at]))
+            for total, part in zip(grads[:-1], parts, strict=True):
+                total[:, at] = part
+            grads[-1] += grad_A
+        return None, *grads

@@ -281,14 +281,13 @@ def main(argv=None) -> int:
 
     # Gradient generator: turns ĝ, the gradient at the binary weights, into G, the gradient of the latent weights.
     generator = make_generator(args, layers)
-    params = net.parameters()
-    if isinstance(generator, GatedHistory):  # its history is the momentum of the latent weights
-        params = generator.parameter_groups(params, betas=getattr(args, "betas", None))
     released = isinstance(generator, LookAhead)  # --preset released
     if released and args.opt == "adam":
-        optimizer = AuthorsAdam(params, args.lr, betas=args.betas, weight_decay=args.weight_decay)
+        optimizer = AuthorsAdam(net.parameters(), args.lr, betas=args.betas, weight_decay=args.weight_decay)
     else:
-        optimizer = runs.make_optimizer(params, args)
+        optimizer = runs.make_optimizer(net.parameters(), args)
+    if isinstance(generator, GatedHistory):  # its history is the momentum of the latent weights
+        generator.without_momentum(optimizer)
 
     # The run, from its start or from the checkpoint on.
     kind = "fp32" if generator is None else f"fsg-{args.hgs}" if args.grad == "fsg" else args.grad

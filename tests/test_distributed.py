@@ -66,6 +66,7 @@ GENERATOR = """
         optimizer = torch.optim.SGD([layer.weight for layer in layers], 0.05)
         for t in range(11):
             if t == 6:
+                generator.gather()
                 sixth = generator.state_dict()
                 generator = make()
                 generator.load_state_dict(copy.deepcopy(before or sixth))
@@ -79,6 +80,7 @@ GENERATOR = """
         grads = torch.cat([layer.weight.grad.flatten() for layer in layers])
         weights = [layer.weight.detach() for layer in layers]
         found = {"measured": generator.measure(0.05), "G": grads, "weights": weights}
+        generator.gather()
         return {**found, "state": generator.state_dict(), "sixth": sixth}
 
     before = torch.load(saved) if world > 1 else {}

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 import hypernet
 import models
 import quantizers
+import selective_scan
 from fsg_released import ReleasedFSG, ReleasedFSGLSTM
 from gate import GatedHistory
 from hypernet import FSG, STE, FastNet, SlowLSTM, SlowMamba
@@ -116,7 +117,7 @@ def test_tail_leaves_out_forgotten_tokens_and_nothing_else():
     net = SlowMamba(d_state=3, d_conv=4, expand=5)
     net.dt_proj.bias.data += 3  # large steps: short memory
     u = torch.randn(1, 3001, 1, requires_grad=True)
-    start = net.first_needed(u, 2900)
+    start = selective_scan.first_needed(net, u, 2900)
     assert 0 < start < 2890, "with this memory most of the sequence is forgotten, but not all before the tail"
     cut, whole = net.tail(u, 101), net(u)[0, -101:, 0]
     assert relative(cut, whole) < 1e-6
@@ -126,7 +127,7 @@ def test_tail_leaves_out_forgotten_tokens_and_nothing_else():
     assert torch.all(a[:start] == 0) and b[:start].abs().max() < 1e-6 * b.abs().max()
     # Another Δ, another cut: the decision comes from the actual values.
     net.dt_proj.bias.data -= 2
-    assert net.first_needed(u, 2900) < start
+    assert selective_scan.first_needed(net, u, 2900) < start
 
 
 def test_the_flat_layout_forgets():
@@ -431,7 +432,7 @@ def formula(name, gen, layers, latents, grads, states=None, sampled=None):
         if gen.layout == "newest":
             past = [torch.zeros_like(g)] * (gen.length - 1) + past[-1:]
         past = torch.stack([p.flatten() for p in past])  # [l, n]
-        rms = past.square().mean().sqrt() if gen.normalize == "layer-rms" else torch.ones(())
+        rms = past.square().mean().clamp_min(1e-300).sqrt() if gen.normalize == "layer-rms" else torch.ones(())
         sign = torch.where(g >= 0, 1.0, -1.0).to(g.dtype) if gen.balance == "layer-rms" else torch.ones_like(g)
         past = past / rms * sign.flatten()
         token = gen.lre.weight[i].view(1, 1) if gen.lre is not None else None
@@ -452,7 +453,7 @@ def formula(name, gen, layers, latents, grads, states=None, sampled=None):
 
 def balanced(term, g, at=slice(None)):
     """`term` at the RMS of g, amplified at most a thousandfold."""
-    target, rms = g.square().mean().sqrt(), term[at].square().mean().sqrt()
+    target, rms = (x.square().mean().clamp_min(1e-300).sqrt() for x in (g, term[at]))
     return term * target / torch.maximum(rms, 1e-3 * target)
 
 
@@ -933,18 +934,30 @@ def test_the_authors_adam(eps):
         assert relative(ours, theirs) < 1e-12
 
 
-def test_the_generator_moves_with_its_module():
-    net = network()
-    layers = models.binary_layers(net)
-    gen = small_fsg(layers)
-    net.float()
-    gen.float()
-    for t in range(3):
+@pytest.mark.parametrize("name", [*UNLEARNED, *MAKERS, *RELEASED])
+def test_the_generator_follows_its_network_to_another_dtype(name):
+    """After net.double() it goes on as a new generator for that network with the same state."""
+    net = network(dtype=torch.float32)
+    gen = (UNLEARNED | MAKERS | RELEASED)[name](models.binary_layers(net))
+
+    def step(net, gen, t):
+        if name in RELEASED:
+            gen.look_ahead(0.01)
         backward(net, t)
         gen.generate()
-    with pytest.raises(RuntimeError, match="before its first generate"):
-        gen.double()
-    assert all(x.weight.grad.dtype == torch.float32 and x.weight.grad.abs().max() > 0 for x in layers)
+        for layer in models.binary_layers(net):
+            layer.weight.data -= 0.01 * layer.weight.grad
+
+    for t in range(3):
+        step(net, gen, t)
+    net.double()
+    other = copy.deepcopy(net)
+    new = (UNLEARNED | MAKERS | RELEASED)[name](models.binary_layers(other))
+    new.load_state_dict(copy.deepcopy(gen.state_dict()))
+    for t in range(3, 6):
+        step(net, gen, t), step(other, new, t)
+    for a, b in zip([*net.parameters(), *gen.parameters()], [*other.parameters(), *new.parameters()], strict=True):
+        assert a.dtype == torch.float64 and torch.equal(a, b) and (a.grad is None or a.grad.dtype == torch.float64)
 
 
 def test_zero_gradients_are_harmless():
@@ -996,3 +1009,38 @@ def test_impossible_layers():
         STE([*a, *b])
     with pytest.raises(RuntimeError, match="backward"):
         STE(a).generate()
+
+
+def test_a_growing_gradient_is_adam_with_shorter_averages_and_a_larger_step():
+    """What a learned scale c_t = c_0·ρ^t of the gradient does under Adam(β₁, β₂) with ε → 0.
+
+    With b₁ = β₁/ρ and b₂ = β₂/ρ², and m′, v′ the averages of Adam(b₁, b₂) on the unscaled gradients g:
+
+        m_t = (1 − β₁) Σ_k β₁^(t−k)·c_k·g_k  = c_t·(1 − β₁) Σ_k b₁^(t−k)·g_k   = c_t·(1 − β₁)/(1 − b₁)·m′_t
+        v_t = (1 − β₂) Σ_k β₂^(t−k)·c_k²·g_k² = c_t²·(1 − β₂) Σ_k b₂^(t−k)·g_k² = c_t²·(1 − β₂)/(1 − b₂)·v′_t
+
+    because c_k = c_t·ρ^(k−t). The bias corrections divide m by 1 − β₁^t, v by 1 − β₂^t, m′ by 1 − b₁^t and v′ by
+    1 − b₂^t. In the step lr·m̂/√v̂ the scale c_t cancels, and what remains is the step of Adam(b₁, b₂) times
+
+        F_t = f_t(β₁, b₁) / √f_t(β₂, b₂)    with    f_t(β, b) = (1 − β)/(1 − b) · (1 − b^t)/(1 − β^t)
+
+    F_1 = 1, and F_t tends to (1 − β₁)/(1 − β₁/ρ)·√((1 − β₂/ρ²)/(1 − β₂)).
+    """
+    torch.manual_seed(0)
+    rho, lr, beta1, beta2 = 1.0135, 1e-3, 0.9, 0.999
+    b1, b2 = beta1 / rho, beta2 / rho**2
+    scaled, plain = (nn.Parameter(torch.zeros(100, dtype=torch.float64)) for _ in range(2))
+    adam = torch.optim.Adam([scaled], lr, betas=(beta1, beta2), eps=0)
+    other = torch.optim.Adam([plain], lr, betas=(b1, b2), eps=0)
+    f = lambda beta, b, t: (1 - beta) / (1 - b) * (1 - b**t) / (1 - beta**t)
+    factor = lambda t: f(beta1, b1, t) / math.sqrt(f(beta2, b2, t))
+    for t in range(1, 51):
+        before = scaled.detach().clone(), plain.detach().clone()
+        g = torch.randn(100, dtype=torch.float64)
+        scaled.grad, plain.grad = 3e-4 * rho**t * g, g
+        adam.step(), other.step()
+        moved, expected = scaled.detach() - before[0], plain.detach() - before[1]
+        assert torch.allclose(moved, factor(t) * expected, rtol=1e-9, atol=1e-15)
+    limit = (1 - beta1) / (1 - b1) * math.sqrt((1 - b2) / (1 - beta2))
+    assert factor(1) == 1 < factor(50) < limit and math.isclose(factor(100_000), limit, rel_tol=1e-12)
+    assert math.isclose(limit, 4.677, rel_tol=1e-3)
