@@ -132,14 +132,14 @@ def test_the_default_schedules_are_those_that_the_help_shows(tmp_path):
 
 def test_parq_clips_each_filter_at_its_mean_magnitude():
     w = torch.tensor([[-3.0, -1.0, 0.0, 0.5, 1.5], [10.0, 0.0, 0.0, 0.0, -2.5]], requires_grad=True)  # means 1.2, 2.5
-    soft = train_proxconnect.parq(w, torch.tensor(0.5))
+    soft = quantizers.parq(w, torch.tensor(0.5))
     assert torch.equal(soft, torch.tensor([[-1.2, -1.2, 0.0, 1.0, 1.2], [2.5, 0.0, 0.0, 0.0, -2.5]]))
     grad = torch.randn(2, 5)
     soft.backward(grad)
     assert torch.equal(w.grad, grad)
-    assert torch.equal(train_proxconnect.parq(w, 1.0)[0], w[0].clamp(-1.2, 1.2))
-    hard = train_proxconnect.parq(w)
-    assert torch.equal(hard, quantizers.bwn_f(w)) and torch.equal(hard, train_proxconnect.parq(w, torch.tensor(0.0)))
+    assert torch.equal(quantizers.parq(w, 1.0)[0], w[0].clamp(-1.2, 1.2))
+    hard = quantizers.parq(w)
+    assert torch.equal(hard, quantizers.bwn_f(w)) and torch.equal(hard, quantizers.parq(w, torch.tensor(0.0)))
 
 
 def test_parq_is_binary_from_90_percent_of_the_run_on(tmp_path, monkeypatch):
@@ -177,7 +177,7 @@ def test_parq_equals_torchaos():
             one.zero_grad()
             F.mse_loss(value, target, reduction="sum").backward()
             one.step()
-        w = train_proxconnect.parq(latent, train_proxconnect.inverse_slope(step / steps / train_proxconnect.PARQ_END))
+        w = quantizers.parq(latent, train_proxconnect.inverse_slope(step / steps / train_proxconnect.PARQ_END))
         assert torch.allclose(w, p, rtol=1e-5, atol=1e-6), step
     assert (w.flatten(1).abs().std(1) < 1e-6).all()
 
