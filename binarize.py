@@ -42,10 +42,7 @@ class ModelError(ValueError):
 
 
 class _ForwardPasses(threading.local):
-    """depth: how many calls of `forward` of modules with binary layers are under way in this thread."""
-
-    def __init__(self):
-        self.depth = 0
+    depth = 0  # how many calls of `forward` of modules with binary layers are under way in this thread
 
 
 _passes = _ForwardPasses()
@@ -250,12 +247,6 @@ def _new(mixin: type, cls: type) -> nn.Module:
 def plain_class(module: nn.Module) -> type:
     """The class of a module without the mixins of this file."""
     return getattr(type(module), "plain", type(module))
-
-
-def calls_layers(forward: Callable) -> Callable:
-    """Decorator of a `forward` that calls its layers and reads no weight: `binarize_` keeps the class of its module."""
-    forward.calls_layers = True
-    return forward
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -490,7 +481,10 @@ def _normalised_layers(model: nn.Module) -> set[nn.Module]:
 
 
 def _let_read(module: nn.Module, act: str) -> None:
-    """Let `weight` be Ŵ within the module's forward, unless it has no binary layers or is known to call them."""
+    """Let `weight` be Ŵ within the module's forward, unless it has no binary layers or is known to call them.
+
+    A `forward` with the attribute `calls_layers` calls its layers and does not read their weights (models.py).
+    """
     calls_them = plain_class(module) in (nn.Sequential, nn.ModuleList, nn.ModuleDict) or isinstance(module, _Binary)
     if calls_them or hasattr(module.forward, "calls_layers") or not named_binary_layers(module):
         return

@@ -1,10 +1,8 @@
-"""The networks of the papers, with binary layers.
+"""The networks of the papers, and the public names of binarize.py, such as `binarize_` for your own networks.
 
-    model = build("resnet20", num_classes=10)                     # a CIFAR ResNet with binary weights
+    model = build("resnet20", num_classes=10)  # a CIFAR ResNet with binary weights
 
 `python models.py resnet20` prints the layers of a network: weights, memory, operations, and what is binary.
-
-This file also has the public names of binarize.py, such as `binarize_`, which makes your own network binary.
 
 Copy with: binarize.py, quantizers.py.
 """
@@ -27,7 +25,6 @@ from binarize import (  # noqa: F401 (some are for users of this file)
     binarize_,
     binary_layer_names,
     binary_layers,
-    calls_layers,
     count_macs,
     describe,
     has_inputs_first,
@@ -103,7 +100,6 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(c_out)
         self.downsample = make_shortcut(shortcut, c_in, c_out, stride)
 
-    @calls_layers
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu(self.bn1(self.conv1(x)))
         return self.relu(self.bn2(self.conv2(y)) + self.downsample(x))
@@ -118,7 +114,6 @@ class IRNetBlock(BasicBlock):
     Qin et al., CVPR 2020, https://arxiv.org/abs/1909.10788
     """
 
-    @calls_layers
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)) + self.downsample(x))
         return self.relu(self.bn2(self.conv2(x)) + x)
@@ -145,7 +140,6 @@ class BiRealBlock(nn.Module):
         self.relu2, self.bn2 = nonlinearity(c_out), nn.BatchNorm2d(c_out)
         self.downsample = make_shortcut(shortcut, c_in, c_out, stride)
 
-    @calls_layers
     def forward(self, x: Tensor) -> Tensor:
         x = self.bn1(self.relu1(self.conv1(x))) + self.downsample(x)
         return self.bn2(self.relu2(self.conv2(x))) + x
@@ -160,7 +154,6 @@ class EqualBitsBlock(BasicBlock):
     Li et al., AAAI 2022, https://arxiv.org/abs/2112.03406
     """
 
-    @calls_layers
     def forward(self, x: Tensor) -> Tensor:
         x = self.bn1(self.relu(self.conv1(x))) + self.downsample(x)
         return self.bn2(self.relu(self.conv2(x))) + x
@@ -187,7 +180,6 @@ class SiBNNBlock(nn.Module):
         self.bn4 = nn.BatchNorm2d(c_out)
         self.downsample = make_shortcut(shortcut, c_in, c_out, stride)
 
-    @calls_layers
     def forward(self, x: Tensor) -> Tensor:
         x = self.bn2(self.conv1(self.relu1(self.bn1(x)))) + self.downsample(x)
         return self.bn4(self.conv2(self.relu2(self.bn3(x)))) + x
@@ -203,8 +195,6 @@ class ResNet(nn.Module):
     last_nonlinearity: before the average pool.
     norm_fc: whether a BatchNorm1d precedes the classifier. fc_nonlinearity: behind it.
     """
-
-    default_scale = 1.0  # see `binarize_`: the papers multiply their binary weights by no constant
 
     def __init__(
         self,
@@ -246,7 +236,6 @@ class ResNet(nn.Module):
         self.relu_fc = fc_nonlinearity(c_in)
         self.fc = nn.Linear(c_in, num_classes)
 
-    @calls_layers
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x)
         x = self.bn1(self.relu(x)) if self.nonlinearity_first else self.relu(self.bn1(x))
@@ -277,8 +266,6 @@ class PlainNet(nn.Module):
     hidden: widths of the fully connected layers before the classifier.
     norm: whether a BatchNorm follows each layer; without it the layers have a bias.
     """
-
-    default_scale = 1.0
 
     def __init__(
         self,
@@ -316,7 +303,6 @@ class PlainNet(nn.Module):
             inputs = width
         self.classifier.append(nn.Linear(inputs, num_classes))
 
-    @calls_layers
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.pool(self.features(x)).flatten(1))
 
@@ -335,6 +321,11 @@ PLAIN_NETS = {  # features, side, hidden, norm
     "conv6": ([64, 64, "M", 128, 128, "M", 256, 256, "M"], 4, [256, 256], False),
     "conv8": ([64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M"], 2, [256, 256], False),
 }
+
+# What `binarize_` cannot see: the papers multiply binary weights by no constant, and `forward` only calls its layers.
+for kind in (BasicBlock, IRNetBlock, BiRealBlock, EqualBitsBlock, SiBNNBlock, ResNet, PlainNet):
+    kind.default_scale, kind.forward.calls_layers = 1.0, True
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Networks by name.

@@ -232,10 +232,10 @@ def build_transformer(args, num_classes: int, quantizer: str, shape: tuple, pret
     try:
         net = import_timm(args.arch).create_model(args.arch, pretrained, **sizes)
         models.binarize_(net, quantizer, args.act, first=args.binarize_all, last=args.binarize_all)
-        with torch.no_grad():
-            net.eval()(torch.zeros(1, *shape))
-    except models.ModelError as e:
-        raise models.ModelError(f"timm's {args.arch} with --act {args.act}: {e}") from None
+        with true_signs(models.binary_layers(net)), torch.no_grad():
+            net.eval()(torch.randn(1, *shape, generator=torch.Generator()))
+    except models.ModelError as e:  # nothing to binarize, or --act sign with a layer that is not called
+        raise runs.RunError(f"choose another network than timm's {args.arch}, or --act none: {e}") from None
     except Exception as e:  # timm raises many types: no img_size, a patch that does not fit, no connection, …
         reason = " ".join(str(e).split())[:150]
         weights = " with its weights" if pretrained else ""

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import functools
 import math
 import random
 import sys
@@ -295,6 +296,30 @@ def test_transformers(tmp_path, monkeypatch, timm):
     assert "with its weights" in says and "no route to host" in says and "leave out --pretrained-timm" in says
     monkeypatch.setitem(sys.modules, "timm", None)
     assert "pip install timm" in sentence([*SMALL, *vit, "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "arch, sizes, heads",
+    [
+        ("swinv2_tiny_window8_256", {"embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2)}, ["head.fc"]),
+        ("beit_base_patch16_224", {"embed_dim": 16, "depth": 1, "num_heads": 2}, ["head"]),
+        ("deit_tiny_distilled_patch16_224", {"embed_dim": 16, "depth": 1, "num_heads": 2}, ["head", "head_dist"]),
+    ],
+)
+def test_transformers_that_read_weights_or_have_two_heads(tmp_path, monkeypatch, timm, arch, sizes, heads):
+    monkeypatch.setattr("timm.create_model", functools.partial(timm.create_model, **sizes))
+    small = ["--arch", arch, "--patch-size", "2", "--limit-steps", "3", "--lr", "0.02"]
+    assert train(tmp_path, "run", *small)[-1]["flip_ratio"] > 0
+    net = network(tmp_path / "run")
+    linear = [name for name, m in net.named_modules() if isinstance(m, torch.nn.Linear)]
+    assert models.binary_layer_names(net) == [name for name in linear if name not in heads]
+    with train_proxconnect.true_signs(models.binary_layers(net)):
+        assert not models.latent_readers(net, torch.randn(2, 1, 8, 8))
+    if len(heads) == 1:
+        with pytest.raises(runs.RunError, match=rf"{arch}, or --act none.*qkv without calling"):
+            train(tmp_path, "sign", *small, "--act", "sign")
+    else:
+        train(tmp_path, "sign", *small, "--act", "sign")
 
 
 def completed(*argv):
