@@ -26,7 +26,7 @@ from quantizers import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS, per_filter, ste
 
 
 class ModelError(ValueError):
-    """The network cannot be built. The message is one sentence that says why and what to do."""
+    """The network cannot be built or made binary. The message is one sentence that says why and what to do."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,10 +144,6 @@ class _Binary:
 class _Summing(_Binary):
     """nn.Linear, nn.Conv1d, nn.Conv2d and nn.Conv3d, which sum exactly in eval mode."""
 
-    def per_channel(self, v: Tensor) -> Tensor:
-        """One value per channel, [C], in a shape that broadcasts with the layer's output."""
-        return v.view(-1, *[1] * (self.latent().dim() - 2))
-
     def forward(self, x: Tensor) -> Tensor:
         """The convolution or matrix product of the binary input with Ŵ.
 
@@ -164,8 +160,9 @@ class _Summing(_Binary):
         exact = torch.promote_types(w.dtype, torch.float32)  # bfloat16 cannot represent large sums exactly
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             outputs = function(x.to(exact), (w / per_filter(scale, w)).to(exact), None)
-        outputs = outputs * self.per_channel(scale)
-        return (outputs if self.bias is None else outputs + self.per_channel(self.bias)).to(w.dtype)
+        per_channel = (-1, *[1] * (w.dim() - 2))  # this shape broadcasts with the outputs
+        outputs = outputs * scale.view(per_channel)
+        return (outputs if self.bias is None else outputs + self.bias.view(per_channel)).to(w.dtype)
 
 
 class BinaryConv2d(_Summing, nn.Conv2d):

@@ -326,7 +326,6 @@ PLAIN_NETS = {  # features, side, hidden, norm
 for kind in (BasicBlock, IRNetBlock, BiRealBlock, EqualBitsBlock, SiBNNBlock, ResNet, PlainNet):
     kind.default_scale, kind.forward.calls_layers = 1.0, True
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Networks by name.
 
@@ -344,18 +343,9 @@ ARCHS_IN_SHORT = (  # for messages
 )
 MULTI_SHORTCUT_NETS = [*IRNET_NETS, *SIBNN_NETS, *EQUALBITS_NETS, *BIREAL_NETS]  # a shortcut around each convolution
 
-
-def relu(channels: int) -> nn.Module:
-    return nn.ReLU(inplace=True)
-
-
-def hardtanh(channels: int) -> nn.Module:
-    return nn.Hardtanh(inplace=True)
-
-
-def no_nonlinearity(channels: int) -> nn.Module:
-    return nn.Identity()
-
+relu: Nonlinearity = lambda channels: nn.ReLU(inplace=True)
+hardtanh: Nonlinearity = lambda channels: nn.Hardtanh(inplace=True)
+no_nonlinearity: Nonlinearity = lambda channels: nn.Identity()
 
 # The nonlinearity between the layers, by activation quantizer. The sign of a ReLU's output is always +1, so networks
 # with sign activations use the hard tanh. Si-BNN's step already is a nonlinearity.
