@@ -24,8 +24,8 @@ in full precision, so `ste` − `plain` is the cost of binary weights. Three var
 
 The last two need their packages. They run only if --grads names them.
 
-Copy with: models.py, quantizers.py, hypernet.py, metaquant.py, gate.py, data.py, runs.py, selective_scan.py,
-selective_scan_cpu.cpp, selective_scan_triton.py.
+Copy with: models.py, binarize.py, quantizers.py, hypernet.py, metaquant.py, gate.py, data.py, runs.py,
+selective_scan.py, selective_scan_cpu.cpp, selective_scan_triton.py.
 """
 
 import argparse

@@ -17,8 +17,8 @@ validation and the test accuracy, the test accuracy with BatchNorm statistics of
 signs that flipped; then the seconds of training. A run that diverged has "nan". results/NAME.md has one row per
 command, with the mean ± standard deviation over its seeds.
 
-Copy with: plot.py, runs.py, and the trainers of the grid with their files: for train_fsg.py models.py, quantizers.py,
-hypernet.py, metaquant.py, gate.py, fsg_released.py, data.py.
+Copy with: plot.py, runs.py, and the trainers of the grid with their files: for train_fsg.py models.py, binarize.py,
+quantizers.py, hypernet.py, metaquant.py, gate.py, fsg_released.py, data.py.
 """
 
 import argparse

@@ -19,9 +19,9 @@ predict the same (ONNX and C: for 99.9 % of the images, because rounding can cha
 Instead of a run's folder (its best.pt), give any checkpoint, or a .safetensors file of packed bits. The exported
 network is the one that the trainer tests; for ProxConnect++'s methods, the one with true signs.
 
-Copy this file with export_bits.py, export_c.py, kernels.c, models.py, quantizers.py, data.py, runs.py and the
-trainers whose runs you export: train_fsg.py (with hypernet.py, metaquant.py, gate.py, fsg_released.py), train_sibnn.py,
-train_proxconnect.py, train_bihalf.py.
+Copy this file with export_bits.py, export_c.py, kernels.c, models.py, binarize.py, quantizers.py, data.py, runs.py
+and the trainers whose runs you export: train_fsg.py (with hypernet.py, metaquant.py, gate.py, fsg_released.py),
+train_sibnn.py, train_proxconnect.py, train_bihalf.py.
 """
 
 import argparse

@@ -31,7 +31,7 @@ strings; all but format and checksum are JSON:
                        "name dtype shape\n", such as "fc.bias float32 [10]\n", and its bytes (little-endian)
 BatchNorm computes (x − running_mean) / √(running_var + eps) · weight + bias.
 
-Copy with: models.py, quantizers.py, runs.py.
+Copy with: models.py, binarize.py, quantizers.py, runs.py.
 """
 
 import copy

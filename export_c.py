@@ -6,8 +6,8 @@
     library = compile_library(file, folder)             # needs a C compiler
     logits = predict(library, images, num_classes)
 
-The command line is in export.py, which imports this file. Copy this file with kernels.c, models.py, quantizers.py and
-runs.py.
+The command line is in export.py, which imports this file. Copy this file with kernels.c, models.py, binarize.py,
+quantizers.py and runs.py.
 """
 
 import ctypes

@@ -4,7 +4,7 @@
     bits = dorefa(w)                  # same shape, every element is -1 or +1
     bits.sum().backward()             # w.grad is the gradient with respect to `bits`
 
-Copy this file alone (it needs torch and einops), or together with models.py.
+Copy this file alone (it needs torch and einops), or together with binarize.py.
 
 Notation of all files:
 
@@ -126,6 +126,23 @@ def bwn_l(w: Tensor) -> Tensor:
     """
     scale = w.detach().abs().mean()
     return straight_through(w, torch.where(w >= 0, scale, -scale))
+
+
+def parq(w: Tensor, inverse_slope: float | Tensor = 0.0) -> Tensor:
+    """PARQ with 1 bit: the proximal map of a piecewise affine regularizer. It becomes steeper during training.
+
+        α_f = mean|W_f|                              the mean over filter f; constant in the backward pass
+        Ŵ_f = clip(W_f / r, −α_f, α_f)               α_f sign(W_f) where r = 0
+        ∂L/∂W := ∂L/∂Ŵ
+
+    w: [C_out, ...], the result has its shape. inverse_slope: r in [0, 1]; it may be a 0-dimensional tensor.
+
+    Jin et al., ICML 2025, https://arxiv.org/abs/2503.15748
+    """
+    u = w.detach()
+    scale = per_filter(_mean_of_each_filter(u.abs()), u)
+    magnitude = torch.where(u.abs() < inverse_slope * scale, u.abs() / inverse_slope, scale)
+    return straight_through(w, torch.where(u >= 0, magnitude, -magnitude))
 
 
 def sibnn(w: Tensor) -> Tensor:
@@ -296,7 +313,7 @@ def identity(w: Tensor) -> Tensor:
     return w
 
 
-# The names that layers use (models.py). Arguments after w, such as ratio and mu, are the layer's `options`.
+# The names that layers use (binarize.py). Arguments after w, such as ratio and mu, are the layer's `options`.
 # 'bwn' has no scale, as in FSG's code. 'bwn-l' is MetaQuant's BWN.
 WEIGHT_QUANTIZERS = {
     "dorefa": dorefa,
@@ -310,6 +327,7 @@ WEIGHT_QUANTIZERS = {
     "bnn+": sign_with_swish_gradient,
     "bnn++": sign_swish,
     "pc": linear_quantizer,
+    "parq": parq,
     "identity": identity,
 }
 
@@ -403,5 +421,5 @@ def step_activation(x: Tensor, theta: Tensor, delta: Tensor, rho: float) -> Tens
     return straight_through(y, (y >= 0).to(y.dtype), mask=(y > -rho) & (y < 1))
 
 
-# The names that layers use. 'si' is `step_activation`; θ and Δ are parameters of the layer (models.py).
+# The names that layers use. 'si' is `step_activation`; θ and Δ are parameters of the layer (binarize.py).
 ACTIVATION_QUANTIZERS = {"none": identity, "sign": sign_activation, "si": step_activation}

@@ -29,7 +29,7 @@ the weights in the middle to 0. The bits of each layer are multiplied by the con
 
     flags → data → network → optimizer → the training loop → evaluation
 
-Copy with: models.py, quantizers.py, data.py, runs.py.
+Copy with: models.py, binarize.py, quantizers.py, data.py, runs.py.
 """
 
 import itertools

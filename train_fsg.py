@@ -29,8 +29,8 @@ hypernet.py holds all of it. In the training loop it is one line between backwar
 
     flags → data → network → gradient generator → optimizer → the training loop → evaluation
 
-Copy with: models.py, quantizers.py, hypernet.py, metaquant.py, gate.py, fsg_released.py, data.py, runs.py; for speed
-selective_scan.py and its kernels.
+Copy with: models.py, binarize.py, quantizers.py, hypernet.py, metaquant.py, gate.py, fsg_released.py, data.py, runs.py;
+for speed selective_scan.py and its kernels.
 """
 
 import torch

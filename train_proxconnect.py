@@ -52,7 +52,7 @@ DeiT (RandAugment and random erasing; no Mixup, CutMix or repeated augmentation)
 
     flags → data → network → optimizer → the training loop → evaluation
 
-Copy with: models.py, quantizers.py, data.py, runs.py.
+Copy with: models.py, binarize.py, quantizers.py, data.py, runs.py.
 """
 
 import contextlib
@@ -68,7 +68,7 @@ import models
 import quantizers
 import runs
 
-METHODS = {  # the quantizer in models.py of each method
+METHODS = {  # the quantizer of each method (quantizers.py)
     "fp": "none",
     "bc": "bwn",
     "bnn": "bnn",
@@ -92,40 +92,6 @@ SWISH_LR = 10  # bnn+ and bnn++ divide the learning rate by it: their gradient i
 FINE_TUNING = 0.1  # factor of the learning rate when training starts from --pretrained weights
 PARQ_END = 0.9  # parq's weights are binary from this share of the run on
 PARQ_STEEPNESS = 10  # of its schedule, the default of torchao's ProxPARQ
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# PARQ.
-
-
-def parq(w: torch.Tensor, inverse_slope: float | torch.Tensor = 0.0) -> torch.Tensor:
-    """PARQ with 1 bit: the proximal map of a piecewise affine regularizer. It becomes steeper during training.
-
-        α_f = mean|W_f|                              the mean over filter f; constant in the backward pass
-        Ŵ_f = clip(W_f / r, −α_f, α_f)               α_f sign(W_f) where r = 0
-        ∂L/∂W := ∂L/∂Ŵ
-
-    w: [C_out, ...], the result has its shape. inverse_slope: r in [0, 1]; it may be a 0-dimensional tensor.
-
-    Jin et al., ICML 2025, https://arxiv.org/abs/2503.15748
-    """
-    u = w.detach()
-    scale = quantizers.per_filter(u.flatten(1).abs().mean(1), u)
-    magnitude = torch.where(u.abs() < inverse_slope * scale, u.abs() / inverse_slope, scale)
-    return quantizers.straight_through(w, torch.where(u >= 0, magnitude, -magnitude))
-
-
-quantizers.WEIGHT_QUANTIZERS["parq"] = parq  # the name that the layers use
-
-
-def inverse_slope(progress: float) -> float:
-    """PARQ's r: a sigmoid that falls from 1 (progress 0) to 0 (progress 1 and above).
-
-    r(p) = (σ(s (½ − p)) − σ(−s/2)) / (σ(s/2) − σ(−s/2))            s = PARQ_STEEPNESS
-    """
-    sigmoid = lambda x: 1 / (1 + math.exp(-x))
-    low, high = sigmoid(-PARQ_STEEPNESS / 2), sigmoid(PARQ_STEEPNESS / 2)
-    return (sigmoid(PARQ_STEEPNESS * (0.5 - min(progress, 1.0))) - low) / (high - low)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -263,15 +229,13 @@ def build_transformer(args, num_classes: int, quantizer: str, shape: tuple, pret
     sizes = {"num_classes": num_classes, "in_chans": shape[0], "img_size": shape[1]}
     if args.patch_size:
         sizes["patch_size"] = args.patch_size
-    called = set()
     try:
         net = import_timm(args.arch).create_model(args.arch, pretrained, **sizes)
-        hooks = [m.register_forward_hook(lambda m, *_: called.add(m)) for m in net.modules()]
-        with torch.no_grad():
-            net.eval()(torch.zeros(1, *shape))
-        for hook in hooks:
-            hook.remove()
         models.binarize_(net, quantizer, args.act, first=args.binarize_all, last=args.binarize_all)
+        with true_signs(models.binary_layers(net)), torch.no_grad():
+            net.eval()(torch.randn(1, *shape, generator=torch.Generator()))
+    except models.ModelError as e:  # nothing to binarize, or --act sign with a layer that is not called
+        raise runs.RunError(f"choose another network than timm's {args.arch}, or --act none: {e}") from None
     except Exception as e:  # timm raises many types: no img_size, a patch that does not fit, no connection, …
         reason = " ".join(str(e).split())[:150]
         weights = " with its weights" if pretrained else ""
@@ -280,13 +244,17 @@ def build_transformer(args, num_classes: int, quantizer: str, shape: tuple, pret
             f"timm's {args.arch} cannot be made{weights} for images of {shape[1]} pixels ({reason}): {advice} "
             "another vision transformer or --patch-size"
         ) from None
-    # Swin v2 and BEiT use qkv.weight without calling the layer, so binarize_() has no effect on it.
-    if not called.issuperset(models.binary_layers(net)) or isinstance(net.get_classifier(), tuple):
-        raise runs.RunError(
-            f"timm's {args.arch} does not call all its linear layers, or has two heads: use a ViT, or a DeiT that is "
-            "not distilled"
-        )
     return net
+
+
+def inverse_slope(progress: float) -> float:
+    """PARQ's r: a sigmoid that falls from 1 (progress 0) to 0 (progress 1 and above).
+
+    r(p) = (σ(s (½ − p)) − σ(−s/2)) / (σ(s/2) − σ(−s/2))            s = PARQ_STEEPNESS
+    """
+    sigmoid = lambda x: 1 / (1 + math.exp(-x))
+    low, high = sigmoid(-PARQ_STEEPNESS / 2), sigmoid(PARQ_STEEPNESS / 2)
+    return (sigmoid(PARQ_STEEPNESS * (0.5 - min(progress, 1.0))) - low) / (high - low)
 
 
 def hardness_at(args, progress: float) -> float:

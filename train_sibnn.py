@@ -30,7 +30,7 @@ of 256. The default is the paper's because its published accuracies were trained
 
     flags → data → network → optimizer → the training loop → evaluation
 
-Copy with: models.py, quantizers.py, data.py, runs.py.
+Copy with: models.py, binarize.py, quantizers.py, data.py, runs.py.
 """
 
 import contextlib

@@ -16,7 +16,7 @@ THEIR_LOOP = """
     import torch
     from torch import nn
     from hypernet import FSG
-    from models import binarize_, binary_layers
+    from binarize import binarize_, binary_layers
 
     torch.manual_seed(0)
     x = torch.randn(512, 16)
@@ -36,6 +36,7 @@ THEIR_LOOP = """
 
 FSG_FILES = [
     "models.py",
+    "binarize.py",
     "quantizers.py",
     "hypernet.py",
     "metaquant.py",
@@ -46,7 +47,16 @@ FSG_FILES = [
 ]
 COPIES = {
     "quantizers.py": ([], "import torch, quantizers; print(quantizers.dorefa(torch.randn(3, 3)))"),
-    "models.py": (["quantizers.py"], "import models; print(models.build('resnet20', 10))"),
+    "binarize.py": (
+        ["quantizers.py"],
+        """
+        import binarize, torch
+        block = lambda: [torch.nn.Linear(4, 4), torch.nn.ReLU()]
+        net = binarize.binarize_(torch.nn.Sequential(*block(), *block(), *block()))
+        print(binarize.binary_layers(net), net(torch.randn(2, 4)))
+        """,
+    ),
+    "models.py": (["binarize.py", "quantizers.py"], "import models; print(models.build('resnet20', 10))"),
     "data.py": ([], "import data; train, val, test = data.load('digits'); print(next(iter(train.epoch()))[0].shape)"),
     "runs.py": ([], "import runs; print(runs.common_flags('x.py', '').parse_args([]))"),
     "plot.py": ([], "import plot; print(plot)"),
@@ -55,7 +65,7 @@ COPIES = {
         "import selective_scan as s; print(s.library(6))",
     ),
     "export_c.py": (
-        ["kernels.c", "models.py", "quantizers.py", "runs.py"],
+        ["kernels.c", "models.py", "binarize.py", "quantizers.py", "runs.py"],
         """
         import export_c, torch
         ops = export_c.operations(torch.nn.Sequential(torch.nn.Conv2d(1, 3, 2)).eval(), (1, 4, 4))
@@ -63,7 +73,7 @@ COPIES = {
         """,
     ),
     "export_bits.py": (
-        ["models.py", "quantizers.py", "runs.py"],
+        ["models.py", "binarize.py", "quantizers.py", "runs.py"],
         """
         import export_bits, models
         net, arguments = models.build("resnet8", 10), {"arch": "resnet8", "num_classes": 10}
@@ -73,8 +83,8 @@ COPIES = {
     ),
     "export.py": (
         [
-            *("export_bits.py", "export_c.py", "kernels.c", "models.py", "quantizers.py", "data.py", "runs.py"),
-            *("train_fsg.py", "hypernet.py", "metaquant.py", "gate.py", "fsg_released.py"),
+            *("export_bits.py", "export_c.py", "kernels.c", "models.py", "binarize.py", "quantizers.py"),
+            *("data.py", "runs.py", "train_fsg.py", "hypernet.py", "metaquant.py", "gate.py", "fsg_released.py"),
             *("train_sibnn.py", "train_proxconnect.py", "train_bihalf.py"),
         ],
         """
@@ -103,7 +113,7 @@ COPIES = {
     ),
     **{
         f"{trainer}.py": (
-            ["models.py", "quantizers.py", "data.py", "runs.py"],
+            ["models.py", "binarize.py", "quantizers.py", "data.py", "runs.py"],
             f"import {trainer}; {trainer}.main('--dataset digits --arch resnet8 --limit-steps 3'.split())",
         )
         for trainer in ("train_sibnn", "train_proxconnect", "train_bihalf")
@@ -119,7 +129,7 @@ def test_bench_measures_and_writes_json(tmp_path):
         bench.main(["scan", "--lstm", *small])
         bench.main(["quantizers", *small])
     """
-    files = ["data.py", "models.py", "quantizers.py", "hypernet.py", "metaquant.py", "gate.py", "runs.py"]
+    files = [file for file in FSG_FILES if file != "fsg_released.py"]
     scan = ["selective_scan.py", "selective_scan_cpu.cpp", "selective_scan_triton.py"]
     result = run_alone(tmp_path, ["bench.py", *files, *scan], code)
     assert result.returncode == 0, result.stderr
@@ -157,7 +167,7 @@ def test_a_file_works_with_the_files_it_names_alone(tmp_path, file):
 @pytest.mark.parametrize("hgs", ["mamba", "lstm"])
 def test_fsg_in_someone_elses_loop(tmp_path, hgs):
     code = THEIR_LOOP.replace("HGS", f"hgs='{hgs}', expand=8, d_state=4, hidden=16")
-    result = run_alone(tmp_path, ["hypernet.py", "models.py", "quantizers.py"], code)
+    result = run_alone(tmp_path, ["hypernet.py", "binarize.py", "quantizers.py"], code)
     assert result.returncode == 0, result.stderr
     first, last = (float(line.split()[1]) for line in result.stdout.splitlines())
     assert first > 0.6 and last < 0.25 * first
@@ -173,7 +183,7 @@ GENERATORS = {
 
 @pytest.mark.parametrize("file", GENERATORS)
 def test_generators_need_torch_and_hypernet_alone(tmp_path, file):
-    """Without our models.py: layers are whatever has a weight and the name of a quantizer."""
+    """Without our binarize.py: layers are whatever has a weight and the name of a quantizer."""
     code = f"""
         import sys, torch, {file.removesuffix(".py")}
         layer = torch.nn.Linear(5, 3)

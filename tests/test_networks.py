@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
+import binarize
 import models
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,7 +328,7 @@ def outputs_of(net, example, training, grad):
     """All floating-point outputs. Dropout draws the same numbers each time."""
     torch.manual_seed(1)
     with torch.set_grad_enabled(grad):
-        return [t for t in models._call(net.train(training), example) if t.is_floating_point()]
+        return [t for t in binarize._call(net.train(training), example) if t.is_floating_point()]
 
 
 MODES = [(False, False), (False, True), (True, True)]
@@ -394,7 +395,7 @@ def test_networks(name, capsys):
         assert models.binarize_(net, "dorefa", example=known) is net
         layers, said = models.binary_layers(net), capsys.readouterr().err
         ends = ENDS.get(name, 2) + AND_WITH_EXAMPLE.get(name, 0) * (known is not None)
-        assert len(models._candidates(net)) - len(layers) == ends, said
+        assert len(binarize._candidates(net)) - len(layers) == ends, said
         # The share of binary weights is as stated, and no weight counts twice.
         count = sum(layer.weight.numel() for layer in layers)
         total = sum(p.numel() for p in net.parameters())

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import functools
 import math
 import random
 import sys
@@ -132,14 +133,14 @@ def test_the_default_schedules_are_those_that_the_help_shows(tmp_path):
 
 def test_parq_clips_each_filter_at_its_mean_magnitude():
     w = torch.tensor([[-3.0, -1.0, 0.0, 0.5, 1.5], [10.0, 0.0, 0.0, 0.0, -2.5]], requires_grad=True)  # means 1.2, 2.5
-    soft = train_proxconnect.parq(w, torch.tensor(0.5))
+    soft = quantizers.parq(w, torch.tensor(0.5))
     assert torch.equal(soft, torch.tensor([[-1.2, -1.2, 0.0, 1.0, 1.2], [2.5, 0.0, 0.0, 0.0, -2.5]]))
     grad = torch.randn(2, 5)
     soft.backward(grad)
     assert torch.equal(w.grad, grad)
-    assert torch.equal(train_proxconnect.parq(w, 1.0)[0], w[0].clamp(-1.2, 1.2))
-    hard = train_proxconnect.parq(w)
-    assert torch.equal(hard, quantizers.bwn_f(w)) and torch.equal(hard, train_proxconnect.parq(w, torch.tensor(0.0)))
+    assert torch.equal(quantizers.parq(w, 1.0)[0], w[0].clamp(-1.2, 1.2))
+    hard = quantizers.parq(w)
+    assert torch.equal(hard, quantizers.bwn_f(w)) and torch.equal(hard, quantizers.parq(w, torch.tensor(0.0)))
 
 
 def test_parq_is_binary_from_90_percent_of_the_run_on(tmp_path, monkeypatch):
@@ -177,7 +178,7 @@ def test_parq_equals_torchaos():
             one.zero_grad()
             F.mse_loss(value, target, reduction="sum").backward()
             one.step()
-        w = train_proxconnect.parq(latent, train_proxconnect.inverse_slope(step / steps / train_proxconnect.PARQ_END))
+        w = quantizers.parq(latent, train_proxconnect.inverse_slope(step / steps / train_proxconnect.PARQ_END))
         assert torch.allclose(w, p, rtol=1e-5, atol=1e-6), step
     assert (w.flatten(1).abs().std(1) < 1e-6).all()
 
@@ -295,6 +296,30 @@ def test_transformers(tmp_path, monkeypatch, timm):
     assert "with its weights" in says and "no route to host" in says and "leave out --pretrained-timm" in says
     monkeypatch.setitem(sys.modules, "timm", None)
     assert "pip install timm" in sentence([*SMALL, *vit, "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "arch, sizes, heads",
+    [
+        ("swinv2_tiny_window8_256", {"embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2)}, ["head.fc"]),
+        ("beit_base_patch16_224", {"embed_dim": 16, "depth": 1, "num_heads": 2}, ["head"]),
+        ("deit_tiny_distilled_patch16_224", {"embed_dim": 16, "depth": 1, "num_heads": 2}, ["head", "head_dist"]),
+    ],
+)
+def test_transformers_that_read_weights_or_have_two_heads(tmp_path, monkeypatch, timm, arch, sizes, heads):
+    monkeypatch.setattr("timm.create_model", functools.partial(timm.create_model, **sizes))
+    small = ["--arch", arch, "--patch-size", "2", "--limit-steps", "3", "--lr", "0.02"]
+    assert train(tmp_path, "run", *small)[-1]["flip_ratio"] > 0
+    net = network(tmp_path / "run")
+    linear = [name for name, m in net.named_modules() if isinstance(m, torch.nn.Linear)]
+    assert models.binary_layer_names(net) == [name for name in linear if name not in heads]
+    with train_proxconnect.true_signs(models.binary_layers(net)):
+        assert not models.latent_readers(net, torch.randn(2, 1, 8, 8))
+    if len(heads) == 1:
+        with pytest.raises(runs.RunError, match=rf"{arch}, or --act none.*qkv without calling"):
+            train(tmp_path, "sign", *small, "--act", "sign")
+    else:
+        train(tmp_path, "sign", *small, "--act", "sign")
 
 
 def completed(*argv):
