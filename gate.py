@@ -2,7 +2,7 @@
 
 Copy this file with hypernet.py. It is used as FSG is:
 
-    gate = GatedHistory(layers)                       # models.binary_layers(model)
+    gate = GatedHistory(layers)                       # binarize.binary_layers(model)
     optimizer = gate.without_momentum(torch.optim.Adam(model.parameters(), 6e-3))
     …backward(); gate.generate(); optimizer.step()
 """

@@ -3,7 +3,7 @@
 Copy this file alone; it needs only torch. Copy selective_scan.py, selective_scan_cpu.cpp and selective_scan_triton.py
 beside it, and Mamba runs many times faster. Two lines turn a training loop into FSG's:
 
-    fsg = FSG(layers)                                          # models.binary_layers(model)
+    fsg = FSG(layers)                                          # binarize.binary_layers(model)
     for images, labels in batches:
         F.cross_entropy(model(images), labels).backward()      # w.grad = ĝ, the gradient at the binary weight
         fsg.generate()                                         # w.grad = G, the gradient for the latent weight
@@ -705,7 +705,7 @@ class FSG(Learned):
 
         fast = ĝ ⊙ MLP(W̃)      slow = SlowNet(LRE, history)      G = D ⊙ ((1 − β)·fast + β·slow)
 
-    layers: modules with `.weight` and `.quantizer`, e.g. models.binary_layers(model), on their final device.
+    layers: modules with `.weight` and `.quantizer`, e.g. binarize.binary_layers(model), on their final device.
     hgs: the slow-net, 'mamba' or 'lstm'. length: l, gradients of history per weight. beta: β in [0, 1].
     history: the layout. 'per-weight': every weight is one sequence [LRE, ĝ_{t−l+1}, …, ĝ_t]; the slow gradient is the
         slow-net's last output. 'flat' (as released, Mamba only): every layer is one sequence, [LRE, all n gradients of

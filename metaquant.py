@@ -2,7 +2,7 @@
 
 Copy this file with hypernet.py. They are used as FSG is, and their φ is trained as FSG's is:
 
-    generator = MultiFC(layers)                       # models.binary_layers(model)
+    generator = MultiFC(layers)                       # binarize.binary_layers(model)
     …backward(); generator.generate(); optimizer.step()
 
 These are the simple form: G_t is made of the gradient ĝ_t that was measured at the present weights, and φ starts so
