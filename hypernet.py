@@ -435,9 +435,8 @@ class Generator(nn.Module):
         self.ghat = self.flatten(self.gradients())
         finite = self.shard.all_reduce_sum(torch.linalg.vector_norm(self.ghat)).isfinite()
         self.new = finite.repeat(len(weights))  # [layers]
-        for i, given in enumerate(self.given):
-            if not given:
-                self.new[i] = False
+        for i in [i for i, given in enumerate(self.given) if not given]:
+            self.new[i] = False
         new = finite if all(self.given) else self.spread(self.new)
         W = self.flatten(weights)
         self.latent = torch.where(new, W, self.latent) if self.keeps_latent else W
