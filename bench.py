@@ -636,7 +636,7 @@ def main(argv=None) -> int:
         parser.error(f"--processes must be at least 1; it is {min(args.processes)}")
     if args.rounds < 1:
         parser.error(f"--rounds must be at least 1; it is {args.rounds}")
-    device, file = torch.device(args.device), Path(args.json or f"runs/bench-{args.benchmark}.json")
+    device, file = runs.pick_device(args.device), Path(args.json or f"runs/bench-{args.benchmark}.json")
     result = {"torch": torch.__version__, "machine": describe(device), **vars(args)}
     if args.benchmark == "scan":
         result |= bench_scan(args, device)
@@ -655,5 +655,5 @@ def main(argv=None) -> int:
 if __name__ == "__main__":
     try:
         raise SystemExit(main())
-    except (ValueError, RuntimeError) as e:
+    except (ValueError, RuntimeError, runs.RunError) as e:
         raise SystemExit(f"error: {e}") from None
