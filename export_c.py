@@ -37,6 +37,7 @@ import runs
 from runs import RunError
 
 KERNELS = Path(__file__).with_name("kernels.c")
+XNOR, AND, MASKED, FLOAT, SIGN, SIGN_OR_0 = range(6)  # kinds of convolutions, see kernels.c
 
 
 def pack_words(bits: np.ndarray | Tensor) -> np.ndarray:
@@ -387,6 +388,7 @@ def c_source(ops: list[Op], normalisation: list[list[float]], about: str, name: 
 */
 #define {upper}_RAM_BYTES {writer.ram}
 #define {upper}_CONSTANT_BYTES {writer.flash}
+#define BNN_KINDS {sum(1 << kind for kind in writer.kinds)}
 #define BNN_ONE_ROUNDING {int(any(op.sums_bits for op in ops))}
 """
     text = "\n".join([header, KERNELS.read_text(), *writer.functions(), *writer.definitions, writer.predict()])
@@ -428,6 +430,7 @@ class CWriter:
         self.ops, self.uses = ops, consumers(ops)
         self.normalisation = normalisation
         self.definitions, self.code = [], []
+        self.kinds = set()  # of convolutions: XNOR, AND, …
         self.chains = {}  # kinds of elementwise operations -> the name of the function that computes them
         self.buffers = []
         self.buffer_of = {}  # operation -> the buffer of its result
@@ -626,7 +629,9 @@ class CWriter:
         (c, h, w), x = op.inputs[0].shape, self.buffer_of[op.inputs[0]].name
         is_binary = op.weight.dtype == torch.int8
         has_zeros = is_binary and bool((op.weight == 0).any())
-        mode = "BNN_AND" if op.inputs[0].kind == "step" else "BNN_MASKED" if has_zeros else "BNN_XNOR"
+        mode = AND if op.inputs[0].kind == "step" else MASKED if has_zeros else XNOR
+        weights = SIGN_OR_0 if has_zeros else SIGN if is_binary else FLOAT
+        self.kinds.add(mode if op.sums_bits else weights)
         sizes = f"{h}, {w}, {c}, {op.shape[0]}, {op.kernel}, {op.stride}, {op.padding}, {mode}"
         self.definitions.append(f"static const bnn_Conv bnn_{op.name}_shape = {{{sizes}}};")
         of_rows = f"{y}, {rows}" if y == "0" else f"{y}, {y} + {rows}"
@@ -815,7 +820,6 @@ def predict(library: ctypes.CDLL, images: Tensor, num_classes: int, name: str = 
 # ---------------------------------------------------------------------------------------------------------------------
 # The kernels alone.
 
-XNOR, AND, MASKED = range(3)
 VECTOR_UNITS = ("portable", "AVX2", "AVX-512 VPOPCNTDQ")
 CALL_KERNELS = """
 int best_unit(void);

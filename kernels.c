@@ -40,6 +40,7 @@
 #if defined(__clang__) /* BNN_INDEPENDENT: no round of the loop needs the results of another one */
 #define BNN_UNROLL
 #define BNN_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#pragma clang diagnostic ignored "-Wpass-failed" /* that a loop of a few elements is not vectorized */
 #elif defined(__GNUC__)
 #define BNN_UNROLL _Pragma("GCC unroll 8")
 #define BNN_INDEPENDENT _Pragma("GCC ivdep")
@@ -63,6 +64,14 @@
 #endif
 
 enum { BNN_PLAIN, BNN_WITH_AVX2, BNN_WITH_AVX512 };
+
+/* What a network's convolutions are: modes of bits (see above), and of what the weights of the others are. What is not in
+   BNN_KINDS is not compiled. */
+enum { BNN_XNOR, BNN_AND, BNN_MASKED, BNN_FLOAT, BNN_SIGN, BNN_SIGN_OR_0 };
+#ifndef BNN_KINDS
+#define BNN_KINDS 63
+#endif
+#define BNN_HAS(kind) (BNN_KINDS >> (kind) & 1)
 
 /* The best unit of this machine. */
 BNN_FUNCTION int bnn_best_unit(void) {
@@ -125,8 +134,6 @@ typedef struct {
     int filters, kernel, stride, padding; /* filters: the channels of the output */
     int mode;                             /* what the bits mean: BNN_XNOR, BNN_AND or BNN_MASKED */
 } bnn_Conv;
-
-enum { BNN_XNOR, BNN_AND, BNN_MASKED };
 
 BNN_FUNCTION int bnn_output_size(const bnn_Conv *s, int size) {
     return (size + 2 * s->padding - s->kernel) / s->stride + 1;
@@ -292,9 +299,9 @@ BNN_FUNCTION void bnn_bits_plain(const bnn_Bits *r, int block, int blocks) {
             for (int p = 0; p < r->pixels; p++) {
                 const uint8_t *x = r->x + line * r->x_line + p * r->x_pixel;
                 const ptrdiff_t out = line * r->out_line + p * r->out_pixel;
-                if (r->mode == BNN_XNOR) bnn_tile_plain(BNN_XNOR, r, b, x, out);
-                if (r->mode == BNN_AND) bnn_tile_plain(BNN_AND, r, b, x, out);
-                if (r->mode == BNN_MASKED) bnn_tile_plain(BNN_MASKED, r, b, x, out);
+                if (BNN_HAS(BNN_XNOR) && r->mode == BNN_XNOR) bnn_tile_plain(BNN_XNOR, r, b, x, out);
+                if (BNN_HAS(BNN_AND) && r->mode == BNN_AND) bnn_tile_plain(BNN_AND, r, b, x, out);
+                if (BNN_HAS(BNN_MASKED) && r->mode == BNN_MASKED) bnn_tile_plain(BNN_MASKED, r, b, x, out);
             }
 }
 
@@ -482,20 +489,21 @@ BNN_FEW_WORDS(BNN_AND, 0, 6)
 
 BNN_FUNCTION void bnn_region_avx512(const bnn_Bits *r, int block, int blocks) {
     void (*few)(const bnn_Bits *, int) = NULL;
-    const int xnor = r->mode == BNN_XNOR;
-    if (r->rows == 3 && r->mode != BNN_MASKED && r->pixels > 1) {
-        if (r->masked && r->words == 2) few = xnor ? BNN_XNOR_1_2_words_avx512 : BNN_AND_1_2_words_avx512;
-        if (!r->masked && r->words == 3) few = xnor ? BNN_XNOR_0_3_words_avx512 : BNN_AND_0_3_words_avx512;
-        if (!r->masked && r->words == 6) few = xnor ? BNN_XNOR_0_6_words_avx512 : BNN_AND_0_6_words_avx512;
+    const int has_three_rows = r->rows == 3 && r->pixels > 1;
+    if (BNN_HAS(BNN_XNOR) && r->mode == BNN_XNOR) {
+        if (has_three_rows && r->masked && r->words == 2) few = BNN_XNOR_1_2_words_avx512;
+        if (has_three_rows && !r->masked && r->words == 3) few = BNN_XNOR_0_3_words_avx512;
+        if (has_three_rows && !r->masked && r->words == 6) few = BNN_XNOR_0_6_words_avx512;
+        if (!few) (r->masked ? BNN_XNOR_1_avx512 : BNN_XNOR_0_avx512)(r, block, blocks);
     }
-    if (few)
-        for (int b = block; b < block + blocks; b++) few(r, b);
-    else if (r->mode == BNN_MASKED)
-        BNN_MASKED_1_avx512(r, block, blocks);
-    else if (r->masked)
-        (xnor ? BNN_XNOR_1_avx512 : BNN_AND_1_avx512)(r, block, blocks);
-    else
-        (xnor ? BNN_XNOR_0_avx512 : BNN_AND_0_avx512)(r, block, blocks);
+    if (BNN_HAS(BNN_AND) && r->mode == BNN_AND) {
+        if (has_three_rows && r->masked && r->words == 2) few = BNN_AND_1_2_words_avx512;
+        if (has_three_rows && !r->masked && r->words == 3) few = BNN_AND_0_3_words_avx512;
+        if (has_three_rows && !r->masked && r->words == 6) few = BNN_AND_0_6_words_avx512;
+        if (!few) (r->masked ? BNN_AND_1_avx512 : BNN_AND_0_avx512)(r, block, blocks);
+    }
+    if (BNN_HAS(BNN_MASKED) && r->mode == BNN_MASKED) BNN_MASKED_1_avx512(r, block, blocks);
+    for (int b = block; few && b < block + blocks; b++) few(r, b);
 }
 
 BNN_FUNCTION BNN_AVX512 void bnn_bits_avx512(const bnn_Bits *region, int block, int blocks) {
@@ -620,14 +628,10 @@ BNN_INLINE BNN_AVX2 void bnn_mode_avx2(const int mode, const int masked, const b
 }
 
 BNN_FUNCTION BNN_AVX2 void bnn_bits_avx2(const bnn_Bits *r, int block, int blocks) {
-    if (r->mode == BNN_MASKED)
-        bnn_mode_avx2(BNN_MASKED, 1, r, block, blocks);
-    else if (r->mode == BNN_AND)
-        bnn_mode_avx2(BNN_AND, 1, r, block, blocks);
-    else if (r->masked)
-        bnn_mode_avx2(BNN_XNOR, 1, r, block, blocks);
-    else
-        bnn_mode_avx2(BNN_XNOR, 0, r, block, blocks);
+    if (BNN_HAS(BNN_MASKED) && r->mode == BNN_MASKED) bnn_mode_avx2(BNN_MASKED, 1, r, block, blocks);
+    if (BNN_HAS(BNN_AND) && r->mode == BNN_AND) bnn_mode_avx2(BNN_AND, 1, r, block, blocks);
+    if (BNN_HAS(BNN_XNOR) && r->mode == BNN_XNOR && r->masked) bnn_mode_avx2(BNN_XNOR, 1, r, block, blocks);
+    if (BNN_HAS(BNN_XNOR) && r->mode == BNN_XNOR && !r->masked) bnn_mode_avx2(BNN_XNOR, 0, r, block, blocks);
 }
 #endif
 
@@ -688,14 +692,10 @@ BNN_INLINE void bnn_mode_neon(const int mode, const int masked, const bnn_Bits *
 }
 
 BNN_FUNCTION void bnn_bits_neon(const bnn_Bits *r, int block, int blocks) {
-    if (r->mode == BNN_MASKED)
-        bnn_mode_neon(BNN_MASKED, 1, r, block, blocks);
-    else if (r->mode == BNN_AND)
-        bnn_mode_neon(BNN_AND, 1, r, block, blocks);
-    else if (r->masked)
-        bnn_mode_neon(BNN_XNOR, 1, r, block, blocks);
-    else
-        bnn_mode_neon(BNN_XNOR, 0, r, block, blocks);
+    if (BNN_HAS(BNN_MASKED) && r->mode == BNN_MASKED) bnn_mode_neon(BNN_MASKED, 1, r, block, blocks);
+    if (BNN_HAS(BNN_AND) && r->mode == BNN_AND) bnn_mode_neon(BNN_AND, 1, r, block, blocks);
+    if (BNN_HAS(BNN_XNOR) && r->mode == BNN_XNOR && r->masked) bnn_mode_neon(BNN_XNOR, 1, r, block, blocks);
+    if (BNN_HAS(BNN_XNOR) && r->mode == BNN_XNOR && !r->masked) bnn_mode_neon(BNN_XNOR, 0, r, block, blocks);
 }
 #endif
 
@@ -791,8 +791,6 @@ BNN_FUNCTION void bnn_floats_plain(const bnn_Floats *r, int block) {
     }
 }
 
-enum { BNN_FLOAT, BNN_SIGN, BNN_SIGN_OR_0 }; /* what the weights are */
-
 #ifdef BNN_X86
 /* B blocks of filters by P pixels. */
 BNN_INLINE BNN_AVX512 void bnn_floats_tile_avx512(
@@ -871,7 +869,9 @@ BNN_SEPARATE BNN_AVX512 void bnn_floats_2_avx512(const bnn_Floats *r, int block,
 }
 
 BNN_FUNCTION void bnn_floats_avx512(const bnn_Floats *r, int block, int blocks) {
-    (r->weights ? bnn_floats_0_avx512 : r->present ? bnn_floats_2_avx512 : bnn_floats_1_avx512)(r, block, blocks);
+    if (BNN_HAS(BNN_FLOAT) && r->weights) bnn_floats_0_avx512(r, block, blocks);
+    if (BNN_HAS(BNN_SIGN) && r->bits && !r->present) bnn_floats_1_avx512(r, block, blocks);
+    if (BNN_HAS(BNN_SIGN_OR_0) && r->bits && r->present) bnn_floats_2_avx512(r, block, blocks);
 }
 
 /* 8 elements, all bits set where bit 0 to 7 is. */
@@ -922,12 +922,9 @@ BNN_INLINE BNN_AVX2 void bnn_floats_kind_avx2(const int kind, const bnn_Floats *
 }
 
 BNN_FUNCTION BNN_AVX2 void bnn_floats_avx2(const bnn_Floats *r, int block, int blocks) {
-    if (r->weights)
-        bnn_floats_kind_avx2(BNN_FLOAT, r, block, blocks);
-    else if (r->present)
-        bnn_floats_kind_avx2(BNN_SIGN_OR_0, r, block, blocks);
-    else
-        bnn_floats_kind_avx2(BNN_SIGN, r, block, blocks);
+    if (BNN_HAS(BNN_FLOAT) && r->weights) bnn_floats_kind_avx2(BNN_FLOAT, r, block, blocks);
+    if (BNN_HAS(BNN_SIGN) && r->bits && !r->present) bnn_floats_kind_avx2(BNN_SIGN, r, block, blocks);
+    if (BNN_HAS(BNN_SIGN_OR_0) && r->bits && r->present) bnn_floats_kind_avx2(BNN_SIGN_OR_0, r, block, blocks);
 }
 #endif
 
@@ -973,12 +970,9 @@ BNN_INLINE void bnn_floats_kind_neon(const int kind, const bnn_Floats *r, int bl
 }
 
 BNN_FUNCTION void bnn_floats_neon(const bnn_Floats *r, int block) {
-    if (r->weights)
-        bnn_floats_kind_neon(BNN_FLOAT, r, block);
-    else if (r->present)
-        bnn_floats_kind_neon(BNN_SIGN_OR_0, r, block);
-    else
-        bnn_floats_kind_neon(BNN_SIGN, r, block);
+    if (BNN_HAS(BNN_FLOAT) && r->weights) bnn_floats_kind_neon(BNN_FLOAT, r, block);
+    if (BNN_HAS(BNN_SIGN) && r->bits && !r->present) bnn_floats_kind_neon(BNN_SIGN, r, block);
+    if (BNN_HAS(BNN_SIGN_OR_0) && r->bits && r->present) bnn_floats_kind_neon(BNN_SIGN_OR_0, r, block);
 }
 #endif
 
