@@ -75,9 +75,7 @@ enum { BNN_XNOR, BNN_AND, BNN_MASKED, BNN_FLOAT, BNN_SIGN, BNN_SIGN_OR_0 };
 
 /* The best unit of this machine. */
 BNN_FUNCTION int bnn_best_unit(void) {
-#if defined(BNN_X86) && defined(BNN_UNIT) /* for tests: a unit, whatever the machine has */
-    return BNN_UNIT;
-#elif defined(BNN_X86)
+#ifdef BNN_X86
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
