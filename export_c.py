@@ -698,16 +698,20 @@ class CWriter:
             passed = "".join(f", {name}" for name in names)
             lines = "\n".join(f"        {line}" for line in body)
             texts.append(f"""
-/* {", ".join(kinds)}, of n channels from channel `from` on, element `at`. `out` may be `in`. */
+/* {", ".join(kinds)}, of n <= 16 channels from channel `from` on, element `at`. `out` may be `in`: all are read before
+   the first one is written. */
 BNN_INLINE void {function}_part(const int unit, const int n, int at, int from, {pointers}) {{
+    float values[16];
     (void)unit;
-    BNN_INDEPENDENT for (int f = 0; f < n; f++) {{
+    for (int f = 0; f < n; f++) values[f] = in[at + f];
+    for (int f = 0; f < n; f++) {{
         const int i = at + f, c = from + f;
-        float v = in[i];
+        float v = values[f];
 {lines}
-        out[i] = v;
-        (void)c;
+        values[f] = v;
+        (void)i, (void)c;
     }}
+    for (int f = 0; f < n; f++) out[at + f] = values[f];
 }}
 
 BNN_INLINE void {function}_on(const int unit, {parameters}) {{

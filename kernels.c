@@ -37,16 +37,10 @@
 #define BNN_FUNCTION static
 #define BNN_INLINE static inline
 #endif
-#if defined(__clang__) /* BNN_INDEPENDENT: no round of the loop needs the results of another one */
-#define BNN_UNROLL
-#define BNN_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
-#pragma clang diagnostic ignored "-Wpass-failed" /* that a loop of a few elements is not vectorized */
-#elif defined(__GNUC__)
+#if defined(__GNUC__) && !defined(__clang__)
 #define BNN_UNROLL _Pragma("GCC unroll 8")
-#define BNN_INDEPENDENT _Pragma("GCC ivdep")
 #else
 #define BNN_UNROLL
-#define BNN_INDEPENDENT
 #endif
 
 #if defined(__GNUC__) && defined(__x86_64__)
