@@ -357,6 +357,8 @@ BNN_INLINE BNN_AVX512 __m512i bnn_count_avx512(const int mode, const int masked,
     return _mm512_popcnt_epi32(masked ? _mm512_and_si512(v, mask) : v);
 }
 
+enum { BNN_AHEAD = 16 }; /* words that are fetched into the cache before they are needed */
+
 /* B blocks of filters by P pixels, all of whose counts are kept in registers. The pixels are neighbours in a line or, if
    square, 2 x 2. masked: r->masked. */
 BNN_INLINE BNN_AVX512 void bnn_tile_avx512(const int mode, const int masked, const int B, const int P, const int square,
@@ -377,6 +379,7 @@ BNN_INLINE BNN_AVX512 void bnn_tile_avx512(const int mode, const int masked, con
             __m512i weight[4], mask[4];
             BNN_UNROLL for (int b = 0; b < B; b++) {
                 weight[b] = _mm512_loadu_si512(w + b * w_block);
+                if (P == 4) _mm_prefetch((const char *)(w + b * w_block + 16 * BNN_AHEAD), _MM_HINT_T0);
                 mask[b] = _mm512_set1_epi32(masked ? (int)bnn_mask(r, i) : 0);
                 if (mode == BNN_MASKED) {
                     mask[b] = _mm512_and_si512(mask[b], _mm512_loadu_si512(w + b * w_block + 16));
@@ -514,18 +517,20 @@ BNN_FUNCTION BNN_AVX512 void bnn_bits_avx512(const bnn_Bits *region, int block, 
             r.sums = region->sums ? region->sums + out * r.filters : NULL;
             r.bits = region->bits ? region->bits + out * r.bits_pixel : NULL;
             r.pixels = region->pixels - from < MOST ? region->pixels - from : MOST;
+            const uint32_t not_first = r.masked ? ~bnn_mask(&r, 0) : 0, not_last = r.masked ? ~bnn_mask(&r, r.words - 1) : 0;
             for (int p = 0; p < r.pixels; p++) {
                 int64_t n = 0;
-                for (int row = 0; row < r.rows; row++) {
+                for (int row = 0; row < r.rows && r.words > 0; row++) {
                     const uint8_t *x = r.x + p * r.x_pixel + row * r.x_row;
                     int i = 0;
                     for (; i + 2 <= r.words; i += 2) {
-                        const uint64_t mask = (uint64_t)bnn_mask(&r, i + 1) << 32 | bnn_mask(&r, i);
                         uint64_t v;
                         memcpy(&v, x + 4 * i, 8);
-                        n += _mm_popcnt_u64(v & mask);
+                        n += _mm_popcnt_u64(v);
                     }
-                    if (i < r.words) n += _mm_popcnt_u32(bnn_load32(x + 4 * i) & bnn_mask(&r, i));
+                    if (i < r.words) n += _mm_popcnt_u32(bnn_load32(x + 4 * i));
+                    if (not_first) n -= _mm_popcnt_u32(bnn_load32(x) & not_first);
+                    if (not_last && r.words > 1) n -= _mm_popcnt_u32(bnn_load32(x + 4 * (r.words - 1)) & not_last);
                 }
                 bases[p] = (int32_t)-n;
             }
@@ -704,9 +709,13 @@ BNN_FUNCTION void bnn_binary_conv(const bnn_Conv *s, const uint8_t *x, const uin
     r.x_pixel = (ptrdiff_t)s->stride * pixel, r.x_line = s->stride * r.x_row, r.out_pixel = 1, r.out_line = width;
     r.mode = s->mode, r.filters = s->filters, r.bits_pixel = (s->filters + 7) / 8;
     r.low = low, r.range = range, r.bases = NULL;
-    for (int block = 0; block < blocks; block += 4) { /* outermost, so that their weights stay in the cache */
+    /* Blocks are outermost, so that their weights stay in the cache. They come there with the region inside, whose tiles
+       compute longest with each weight. The regions at the edges follow. */
+    for (int i = 0; i < (blocks + 3) / 4 * 2; i++) {
+        const int block = i / 2 * 4, is_inside = i % 2 == 0;
         bnn_Region g = bnn_before(s, y0, y1);
         while (bnn_next(s, &g)) {
+            if ((g.ky1 - g.ky0 == s->kernel && g.kx1 - g.kx0 == s->kernel) != is_inside) continue;
             const int from = g.kx0 * pixel, to = g.kx1 * pixel, word = from / 4; /* from, to: bytes of a row */
             const int top = g.y * s->stride - s->padding + g.ky0, left = g.x * s->stride - s->padding;
             const ptrdiff_t at = (ptrdiff_t)(g.y - y0) * width + g.x;
@@ -1074,32 +1083,46 @@ BNN_INLINE void bnn_window(const bnn_Pool *s, int at, int *from, int *to) {
     }
 }
 
+/* n <= 16 channels of a window of x, from the channel at x on. */
+BNN_INLINE void bnn_maximum_part(const bnn_Pool *s, const int n, const float *x, int rows, int from, int to, float *out) {
+    float most[16];
+    for (int f = 0; f < n; f++) most[f] = x[from * s->channels + f];
+    for (int y = 0; y < rows; y++)
+        for (int i = from; i < to; i++) {
+            const float *v = x + ((ptrdiff_t)y * s->width + i) * s->channels;
+            for (int f = 0; f < n; f++) most[f] = v[f] > most[f] ? v[f] : most[f];
+        }
+    for (int f = 0; f < n; f++) out[f] = most[f];
+}
+
+BNN_INLINE void bnn_average_part(const bnn_Pool *s, const int n, const float *x, int rows, int from, int to, float *out) {
+    float sum[16];
+    for (int f = 0; f < n; f++) sum[f] = 0;
+    for (int y = 0; y < rows; y++)
+        for (int i = from; i < to; i++) {
+            const float *v = x + ((ptrdiff_t)y * s->width + i) * s->channels;
+            for (int f = 0; f < n; f++) sum[f] += v[f];
+        }
+    for (int f = 0; f < n; f++) out[f] = sum[f] / (float)(rows * (to - from));
+}
+
 BNN_INLINE void bnn_maximum_on(const int unit, const bnn_Pool *s, const float *x, int rows, float *out) {
     (void)unit;
     for (int at = 0; at < s->out_width; at++, out += s->channels) {
-        int from, to;
+        int from, to, c = 0;
         bnn_window(s, at, &from, &to);
-        for (int c = 0; c < s->channels; c++) out[c] = x[from * s->channels + c];
-        for (int y = 0; y < rows; y++)
-            for (int i = from; i < to; i++) {
-                const float *v = x + ((ptrdiff_t)y * s->width + i) * s->channels;
-                for (int c = 0; c < s->channels; c++) out[c] = v[c] > out[c] ? v[c] : out[c];
-            }
+        for (; c + 16 <= s->channels; c += 16) bnn_maximum_part(s, 16, x + c, rows, from, to, out + c);
+        if (c < s->channels) bnn_maximum_part(s, s->channels - c, x + c, rows, from, to, out + c);
     }
 }
 
 BNN_INLINE void bnn_average_on(const int unit, const bnn_Pool *s, const float *x, int rows, float *out) {
     (void)unit;
     for (int at = 0; at < s->out_width; at++, out += s->channels) {
-        int from, to;
+        int from, to, c = 0;
         bnn_window(s, at, &from, &to);
-        for (int c = 0; c < s->channels; c++) out[c] = 0;
-        for (int y = 0; y < rows; y++)
-            for (int i = from; i < to; i++) {
-                const float *v = x + ((ptrdiff_t)y * s->width + i) * s->channels;
-                for (int c = 0; c < s->channels; c++) out[c] += v[c];
-            }
-        for (int c = 0; c < s->channels; c++) out[c] /= (float)(rows * (to - from));
+        for (; c + 16 <= s->channels; c += 16) bnn_average_part(s, 16, x + c, rows, from, to, out + c);
+        if (c < s->channels) bnn_average_part(s, s->channels - c, x + c, rows, from, to, out + c);
     }
 }
 
