@@ -436,7 +436,7 @@ class CWriter:
         self.buffer_of = {}  # operation -> the buffer of its result
         self.flash = 0
         groups = fuse(ops)
-        self.host_of = {op: group for group in groups for op in group.ops}
+        self.group_of = {group.result: group for group in groups}
         inside = {inner for inner in map(self.pooled, groups) if inner}  # these are computed by the pooling after them
         steps = [group for group in groups if group not in inside]
         self.last_use = {}  # operation -> the last step that needs its result
@@ -454,8 +454,8 @@ class CWriter:
         pool = group.ops[0]
         if pool.kind not in ("maxpool", "avgpool") or not pool.kernel or pool.kernel != pool.stride or pool.padding:
             return None
-        inner = self.host_of.get(pool.inputs[0])
-        is_only_use = inner and inner.result is pool.inputs[0] and self.uses[inner.result] == [pool]
+        inner = self.group_of.get(pool.inputs[0])
+        is_only_use = inner and self.uses[inner.result] == [pool]
         return inner if is_only_use and inner.ops[0].kind not in ("maxpool", "avgpool", "image") else None
 
     # Constants.
