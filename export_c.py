@@ -310,7 +310,7 @@ def interval(group: Group, activation: Op) -> tuple[Tensor, Tensor] | None:
 # group of operations is one loop over the rows of its result. If only binary activations follow, it stores their bits
 # and nothing else.
 
-ELEMENTWISE_C = {  # what follows the name of each constant is {0}, {1}: an element of the operation's constants
+ELEMENTWISE_C = {  # of v, channel c of element i. {0}, {1}: the operation's constants or, of 'add', the other summand
     "scale": "v *= {0}[c];",
     "bias": "v += {0}[c];",
     "batchnorm": "v = bnn_muladd(unit, v, {0}[c], {1}[c]);",
@@ -323,15 +323,12 @@ ELEMENTWISE_C = {  # what follows the name of each constant is {0}, {1}: an elem
     "step_by_element": "v = (v - {0}[i]) * {1}[i];",
     "interval": "const float d = {1}[c] - v; v = v - {0}[c] < d ? v - {0}[c] : d;",
 }
-ROWS_AT_ONCE = 4096  # bytes of result after which the first operation of a group makes way for the next ones
-LARGE_WEIGHTS = 32768  # bytes of weights that are read only once for all rows
+ROWS_AT_ONCE = (
+    4096  # bytes of rows that an operation of a group makes before the next one takes them, or an eighth of all
+)
+LARGE_WEIGHTS = 32768  # with more bytes of weights all rows are made at once, so that the weights are read only once
 NOT_PLAIN = re.compile(r"[^A-Za-z0-9 .,:;+_-]")
 IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
-
-
-def row_words(channels: int, kernel: int) -> int:
-    """Words of 32 bits under one row of a kernel."""
-    return math.ceil(kernel * math.ceil(channels / 8) / 4)
 
 
 def binary_weights(signs: Tensor) -> np.ndarray:
@@ -381,10 +378,12 @@ def c_source(ops: list[Op], normalisation: list[list[float]], about: str, name: 
 
    image: [{c}][{h}][{w}] (channel, row, column), pixels from 0 to 255 as in the image file. They are normalised here.
    logits: [{ops[-1].shape[0]}]. The index of the largest one is the predicted class.
-   The constants take {writer.flash:,} bytes of flash, besides the code, and {upper}_RAM_BYTES of RAM are static:
-   do not call the functions from several threads at once. The file is C99 and needs libc and libm:
+   The constants take {writer.flash:,} bytes of flash, besides the code. The buffers take {writer.ram:,} bytes of RAM
+   and are static: do not call the functions from several threads at once. The file is C99 and needs libc and libm:
 
        cc -O3 -std=c99 -c FILE.c
+
+   On x86-64 the functions for AVX-512, AVX2 or neither are chosen when the program runs.
 */
 #define {upper}_RAM_BYTES {writer.ram}
 #define {upper}_CONSTANT_BYTES {writer.flash}
@@ -525,14 +524,16 @@ class CWriter:
         intervals = [interval(group, op) for op in activations] if only_bits_are_needed else [None]
         sums_are_compared = all(intervals)
         if sums_are_compared and first.sums_bits and len(activations) == 1:
-            lines = [f"/* {', '.join(op.name for op in [*group.ops, *activations])}: {h} x {w} x {c} */"]
             low, extent = thresholds(*intervals[0])
             bounds = [
                 self.define("int32_t", f"{activations[0].name}_low", low),
                 self.define("uint32_t", f"{activations[0].name}_range", extent),
             ]
             bits = self.buffer("bits", h * w * math.ceil(c / 8), activations[0])
-            self.code += [*lines, self.convolution(first, "0", h, f"NULL, {bits}, {', '.join(bounds)}")]
+            self.code += [
+                f"/* {', '.join(op.name for op in [*group.ops, *activations])}: {h} x {w} x {c} */",
+                self.convolution(first, "0", h, f"NULL, {bits}, {', '.join(bounds)}"),
+            ]
             return
 
         chain = [] if sums_are_compared else self.chain_of(group)
@@ -771,7 +772,7 @@ def window(op: Op, index: str, size: int, out_size: int) -> tuple[str, str]:
 
 
 def memory(ops: list[Op], normalisation: list[list[float]]) -> tuple[int, int]:
-    """Bytes that the C file of a network needs of flash, besides its code, and of RAM, besides the stack."""
+    """Bytes that the C file of a network needs: its constants (flash, besides the code) and its buffers (RAM)."""
     writer = CWriter(ops, normalisation)
     return writer.flash, writer.ram
 

@@ -2,8 +2,8 @@
 
    export_c.py copies this text into every C file that it writes, with the network's name in place of "bnn", so several
    networks can be parts of one program. It is C99. On x86-64 (gcc and clang) what takes time exists three times, for
-   AVX-512 with VPOPCNTDQ, for AVX2 and in plain C, and bnn_unit says which is called. On 64-bit ARM it uses NEON, on all
-   other machines plain C. Every unit computes the same bits.
+   AVX-512 with VPOPCNTDQ, for AVX2 and in plain C, and bnn_unit says which is called. 64-bit ARM uses NEON, all other
+   machines plain C. Every unit computes the same bits.
 
    Bits       [height][width][bytes]: channel c of a pixel is bit c % 8 of byte c / 8. Bits past the last channel are 0.
    Floats     [height][width][channels].
@@ -59,8 +59,8 @@
 
 enum { BNN_PLAIN, BNN_WITH_AVX2, BNN_WITH_AVX512 };
 
-/* What a network's convolutions are: modes of bits (see above), and of what the weights of the others are. What is not in
-   BNN_KINDS is not compiled. */
+/* The kinds of convolutions: the modes of bits (see above), and what the weights of the others are. Only those in
+   BNN_KINDS are compiled. */
 enum { BNN_XNOR, BNN_AND, BNN_MASKED, BNN_FLOAT, BNN_SIGN, BNN_SIGN_OR_0 };
 #ifndef BNN_KINDS
 #define BNN_KINDS 63
@@ -243,8 +243,8 @@ BNN_INLINE void bnn_write(const bnn_Bits *r, int block, ptrdiff_t pixel, const i
     }
 }
 
-/* Plain C. The popcounts of 16 filters are collected in bytes: three words at a time are reduced to two by a full adder,
-   and at most ten times three words of 24 bits fit in a byte. */
+/* Plain C. A full adder reduces three words to two. The popcounts of 16 filters are collected in bytes: the 24 bits in
+   the same byte of three words can be added ten times. */
 BNN_INLINE void bnn_tile_plain(const int mode, const bnn_Bits *r, int block, const uint8_t *x0, ptrdiff_t out) {
     int32_t sum[16];
     const int32_t base = mode == BNN_AND ? -bnn_ones(r, x0) : r->base, sign = mode == BNN_AND ? 2 : -2;
@@ -256,7 +256,8 @@ BNN_INLINE void bnn_tile_plain(const int mode, const bnn_Bits *r, int block, con
             uint32_t bytes[16] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
             for (int n = 0; n < 10 && i < r->words; n++) {
                 if (mode != BNN_MASKED && i + 3 <= r->words) {
-                    const uint32_t a = bnn_load32(x + 4 * i), b = bnn_load32(x + 4 * i + 4), c = bnn_load32(x + 4 * i + 8);
+                    const uint8_t *at = x + 4 * i;
+                    const uint32_t a = bnn_load32(at), b = bnn_load32(at + 4), c = bnn_load32(at + 8);
                     const uint32_t am = bnn_mask(r, i), bm = bnn_mask(r, i + 1), cm = bnn_mask(r, i + 2);
                     for (int f = 0; f < 16; f++) {
                         const uint32_t u = (mode == BNN_AND ? a & w[f] : a ^ w[f]) & am;
@@ -318,8 +319,8 @@ BNN_INLINE BNN_AVX512 bnn_Limits_avx512 bnn_limits_avx512(const int mode, const 
     return limits;
 }
 
-/* The results of a block for one pixel. count: the popcounts, from limits.start on. present, in mode BNN_MASKED: those of
-   the mask. */
+/* The results of a block for one pixel. count: the popcounts, from limits.start on. present: those of the mask, in mode
+   BNN_MASKED. */
 BNN_INLINE BNN_AVX512 void bnn_write_avx512(const int mode, const bnn_Bits *r, int block, ptrdiff_t out, int32_t base,
                                             __m512i count, __m512i present, __m512i most) {
     const int from = 16 * block, n = r->filters - from;
@@ -359,8 +360,8 @@ BNN_INLINE BNN_AVX512 __m512i bnn_count_avx512(const int mode, const int masked,
 
 enum { BNN_AHEAD = 16 }; /* words that are fetched into the cache before they are needed */
 
-/* B blocks of filters by P pixels, all of whose counts are kept in registers. The pixels are neighbours in a line or, if
-   square, 2 x 2. masked: r->masked. */
+/* B blocks of filters by P pixels, all of whose counts are kept in registers. The pixels are neighbours in a line or,
+   if square, 2 x 2. masked: r->masked. */
 BNN_INLINE BNN_AVX512 void bnn_tile_avx512(const int mode, const int masked, const int B, const int P, const int square,
                                            const bnn_Bits *r, int block, int line, int pixel,
                                            const bnn_Limits_avx512 *limits) {
@@ -443,7 +444,8 @@ BNN_INLINE BNN_AVX512 void bnn_blocks_avx512(
     line = 0;
     if (r->pixels & 2) {
         if (mode != BNN_AND) /* whose lines come one by one */
-            for (; line + 2 <= r->lines; line += 2) bnn_tile_avx512(mode, masked, B, 4, 1, r, block, line, rest, limits);
+            for (; line + 2 <= r->lines; line += 2)
+                bnn_tile_avx512(mode, masked, B, 4, 1, r, block, line, rest, limits);
         for (; line < r->lines; line++) bnn_tile_avx512(mode, masked, B, 2, 0, r, block, line, rest, limits);
     }
     if (r->pixels & 1)
@@ -517,7 +519,8 @@ BNN_FUNCTION BNN_AVX512 void bnn_bits_avx512(const bnn_Bits *region, int block, 
             r.sums = region->sums ? region->sums + out * r.filters : NULL;
             r.bits = region->bits ? region->bits + out * r.bits_pixel : NULL;
             r.pixels = region->pixels - from < MOST ? region->pixels - from : MOST;
-            const uint32_t not_first = r.masked ? ~bnn_mask(&r, 0) : 0, not_last = r.masked ? ~bnn_mask(&r, r.words - 1) : 0;
+            const uint32_t not_first = r.masked ? ~bnn_mask(&r, 0) : 0;
+            const uint32_t not_last = r.masked ? ~bnn_mask(&r, r.words - 1) : 0;
             for (int p = 0; p < r.pixels; p++) {
                 int64_t n = 0;
                 for (int row = 0; row < r.rows && r.words > 0; row++) {
@@ -540,8 +543,8 @@ BNN_FUNCTION BNN_AVX512 void bnn_bits_avx512(const bnn_Bits *region, int block, 
 
 /* AVX2 has no popcount. Two table look-ups count the bits of each byte. A block of filters takes two registers. */
 BNN_INLINE BNN_AVX2 __m256i bnn_popcount_avx2(__m256i v) {
-    const __m256i table =
-        _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+    const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,
+                                           0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
     const __m256i low = _mm256_and_si256(v, _mm256_set1_epi8(15));
     const __m256i high = _mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi8(15));
     return _mm256_add_epi8(_mm256_shuffle_epi8(table, low), _mm256_shuffle_epi8(table, high));
@@ -697,7 +700,8 @@ BNN_FUNCTION void bnn_bits_neon(const bnn_Bits *r, int block, int blocks) {
 #endif
 
 /* Rows [y0, y1) of a convolution of bits: sums [y1 - y0][width][filters] or, where sums is NULL, the bits of the binary
-   activation that follows, [y1 - y0][width][bytes]. low, range: see bnn_Bits. */
+   activation that follows, [y1 - y0][width][bytes]. low, range: see bnn_Bits.
+   Four bytes before and after x must be readable, because a word that counts only in part is read whole. */
 BNN_FUNCTION void bnn_binary_conv(const bnn_Conv *s, const uint8_t *x, const uint32_t *w, int y0, int y1, float *sums,
                                   uint8_t *bits, const int32_t *low, const uint32_t *range) {
     const int pixel = (s->channels + 7) / 8, blocks = (s->filters + 15) / 16, width = bnn_output_size(s, s->width);
@@ -709,8 +713,8 @@ BNN_FUNCTION void bnn_binary_conv(const bnn_Conv *s, const uint8_t *x, const uin
     r.x_pixel = (ptrdiff_t)s->stride * pixel, r.x_line = s->stride * r.x_row, r.out_pixel = 1, r.out_line = width;
     r.mode = s->mode, r.filters = s->filters, r.bits_pixel = (s->filters + 7) / 8;
     r.low = low, r.range = range, r.bases = NULL;
-    /* Blocks are outermost, so that their weights stay in the cache. They come there with the region inside, whose tiles
-       compute longest with each weight. The regions at the edges follow. */
+    /* Blocks are outermost, so that their weights stay in the cache. The region inside comes first: its tiles compute
+       longest with each weight, which gives time to fetch the next ones. */
     for (int i = 0; i < (blocks + 3) / 4 * 2; i++) {
         const int block = i / 2 * 4, is_inside = i % 2 == 0;
         bnn_Region g = bnn_before(s, y0, y1);
@@ -1084,7 +1088,8 @@ BNN_INLINE void bnn_window(const bnn_Pool *s, int at, int *from, int *to) {
 }
 
 /* n <= 16 channels of a window of x, from the channel at x on. */
-BNN_INLINE void bnn_maximum_part(const bnn_Pool *s, const int n, const float *x, int rows, int from, int to, float *out) {
+BNN_INLINE void bnn_maximum_part(
+    const bnn_Pool *s, const int n, const float *x, int rows, int from, int to, float *out) {
     float most[16];
     for (int f = 0; f < n; f++) most[f] = x[from * s->channels + f];
     for (int y = 0; y < rows; y++)
@@ -1095,7 +1100,8 @@ BNN_INLINE void bnn_maximum_part(const bnn_Pool *s, const int n, const float *x,
     for (int f = 0; f < n; f++) out[f] = most[f];
 }
 
-BNN_INLINE void bnn_average_part(const bnn_Pool *s, const int n, const float *x, int rows, int from, int to, float *out) {
+BNN_INLINE void bnn_average_part(
+    const bnn_Pool *s, const int n, const float *x, int rows, int from, int to, float *out) {
     float sum[16];
     for (int f = 0; f < n; f++) sum[f] = 0;
     for (int y = 0; y < rows; y++)
