@@ -2,6 +2,7 @@
 
     python bench.py step                                        # ResNet-20, batch 128, every generator
     python bench.py step --arch resnet20 resnet56 resnet110 --grads ste fsg-mamba fsg-flat --rounds 7
+    python bench.py step --grads pytorch ste gate brevitas parq # compared with other people's code
     python bench.py step --device cuda --grads ste ste+amp ste+compile fsg-mamba fsg-mamba+amp+compile
     python bench.py scan                                        # Mamba alone, on ResNet-20's weights: ten minutes
     python bench.py quantizers                                  # every weight quantizer on one large layer
@@ -9,11 +10,21 @@
 
 The variants take turns, one step each per round, so a change in the machine's speed affects all of them alike. (`scan`
 measures the variants of one layout before those of the next.) The tables give medians over the rounds. The column
-`ratio` is the median, over the rounds, of a variant's time divided by the first row's time in the same round (`ste` or
-`fused`). `plain` is the same network with ordinary nn.Conv2d layers, so `ste` − `plain` is the cost of binary weights.
-Memory is the peak of one more step, less what is held between steps. The results are also written to a JSON file.
+`ratio` is the median, over the rounds, of a variant's time divided by the baseline's time in the same round. The
+baseline is `pytorch` (without it `ste`) or `fused`. Memory is the peak of one more step, less what is held between
+steps. The results are also written to a JSON file.
 
-Copy with: models.py, quantizers.py, hypernet.py, metaquant.py, gate.py, data.py, selective_scan.py,
+The variants of `step` are those of train_fsg.py, with its optimizer, metrics and check for NaN. `plain` is its network
+in full precision, so `ste` − `plain` is the cost of binary weights. Three variants are not ours:
+
+    pytorch     the straight-through estimator as one writes it by hand, w + (sign(w) − w).detach(), in a bare loop,
+                with channels_last and the fused Adam
+    brevitas    brevitas' binary layers (SignedBinaryWeightPerTensorConst) in the loop of `pytorch`
+    parq        torchao's PARQ, per channel, in the loop of `pytorch`
+
+The last two need their packages. They run only if --grads names them.
+
+Copy with: models.py, quantizers.py, hypernet.py, metaquant.py, gate.py, data.py, runs.py, selective_scan.py,
 selective_scan_cpu.cpp, selective_scan_triton.py.
 """
 
@@ -32,6 +43,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 from torch.nn import functional as F
 
 import data
@@ -39,6 +51,7 @@ import gate
 import hypernet
 import metaquant
 import models
+import runs
 import selective_scan
 
 try:
@@ -49,7 +62,9 @@ except ImportError:
 
 # fsg-sampled is fsg-mamba with --hyper-sample, fsg-flat is fsg-mamba with --history flat. The suffixes +amp and
 # +compile stand for the trainers' flags of these names.
-GRADS = ("plain", "ste", "fcgrad", "multifc", "lstmfc", "gate", "fsg-lstm", "fsg-mamba", "fsg-sampled", "fsg-flat")
+OURS = ("plain", "ste", "fcgrad", "multifc", "lstmfc", "gate", "fsg-lstm", "fsg-mamba", "fsg-sampled", "fsg-flat")
+GRADS = ("pytorch", *OURS)
+PACKAGES = {"brevitas": "brevitas", "parq": "torchao"}  # variants that need a package, and run only if they are named
 console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
 
 
@@ -117,8 +132,11 @@ def table(title: str, rows: dict[str, dict], **columns: str) -> None:
 # Whole training steps.
 
 
+PARTS = ("data", "network", "generator", "optimizer", "checks")  # of a step; checks: metrics, and the check for NaN
+
+
 def make_generator(grad: str, layers, args):
-    """The gradient generator that `grad`, one of GRADS, names; None for 'plain'."""
+    """The gradient generator that `grad`, one of OURS, names; None for 'plain'."""
     mamba = dict(d_state=args.d_state, d_conv=args.d_conv, expand=args.expand, hidden=args.hidden, scan=args.scan)
     makers = {
         "plain": lambda: None,
@@ -135,37 +153,127 @@ def make_generator(grad: str, layers, args):
     return makers[grad]()
 
 
-def make_step(grad: str, arch: str, args, device):
-    """A function that takes one training step as train_fsg.py does and returns the seconds of each part of the step."""
+class HandWrittenConv2d(nn.Conv2d):
+    """A convolution with binary weights as one writes it by hand."""
+
+    def forward(self, x):
+        return self._conv_forward(x, hand_written_ste(self.weight), self.bias)
+
+
+class HandWrittenLinear(nn.Linear):
+    """A linear layer with binary weights as one writes it by hand."""
+
+    def forward(self, x):
+        return F.linear(x, hand_written_ste(self.weight), self.bias)
+
+
+def hand_written_ste(w: torch.Tensor) -> torch.Tensor:
+    return w + (torch.where(w >= 0, 1.0, -1.0) - w).detach()
+
+
+def layers_to_binarize(net: nn.Module) -> dict[str, nn.Module]:
+    """By name, the layers that models.binarize_() makes binary: all Conv2d and Linear layers but the first and last."""
+    layers = [(name, m) for name, m in net.named_modules() if type(m) in (nn.Conv2d, nn.Linear)]
+    return dict(layers[1:-1])
+
+
+def brevitas_layer(layer: nn.Module) -> nn.Module:
+    """brevitas' binary layer of the same shape."""
+    import brevitas.nn
+    from brevitas.quant.binary import SignedBinaryWeightPerTensorConst as quantizer
+
+    bias = layer.bias is not None
+    if isinstance(layer, nn.Linear):
+        return brevitas.nn.QuantLinear(layer.in_features, layer.out_features, bias, weight_quant=quantizer)
+    sizes = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+    channels = layer.in_channels, layer.out_channels
+    return brevitas.nn.QuantConv2d(*channels, layer.kernel_size, **sizes, bias=bias, weight_quant=quantizer)
+
+
+def other_network(grad: str, arch: str, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The network and the optimizer of 'pytorch', 'brevitas' or 'parq'. Raises ImportError without their package."""
+    net = models.build(arch, 10, "none")
+    layers = layers_to_binarize(net)
+    for name, layer in layers.items():
+        if grad == "pytorch":
+            layer.__class__ = HandWrittenLinear if isinstance(layer, nn.Linear) else HandWrittenConv2d
+        elif grad == "brevitas":
+            net.set_submodule(name, brevitas_layer(layer))
+    net = net.to(device, memory_format=torch.channels_last)
+    if grad != "parq":
+        return net, torch.optim.Adam(net.parameters(), 1e-3, fused=True)
+    from torchao.prototype.parq.optim import ProxPARQ, QuantOptimizer
+    from torchao.prototype.parq.quant import LSBQuantizer
+
+    latent = {layer.weight for layer in layers.values()}
+    groups = [{"params": list(latent), "quant_bits": 1}, {"params": [p for p in net.parameters() if p not in latent]}]
+    adam = torch.optim.Adam(groups, 1e-3, fused=True)
+    return net, QuantOptimizer(adam, LSBQuantizer(), ProxPARQ(0, 1_000_000), quant_per_channel=True)
+
+
+def make_step(grad: str, arch: str, args, device: torch.device):
+    """A function that takes one training step and returns the seconds of each part of the step.
+
+    Raises ImportError if the variant's package is missing.
+    """
     torch.manual_seed(0)
     grad, *suffixes = grad.split("+")
-    net = models.build(arch, 10, "none" if grad == "plain" else "dorefa").to(device)
+    generator, finite = None, None
+    if grad in OURS:  # as in train_fsg.py
+        net = models.build(arch, 10, "none" if grad == "plain" else "dorefa").to(device)
+        generator, parameters = make_generator(grad, models.binary_layers(net), args), net.parameters()
+        if isinstance(generator, gate.GatedHistory):
+            parameters = generator.parameter_groups(parameters)
+        flags = argparse.Namespace(opt="adam", lr=1e-3, betas=None, weight_decay=0.0)
+        optimizer = runs.make_optimizer(parameters, flags)
+        finite = runs.FiniteCheck(net, generator, device)
+    else:
+        net, optimizer = other_network(grad, arch, device)
     mode = "reduce-overhead" if device.type == "cuda" else "default"  # the modes that runs.py uses
     model = torch.compile(net, mode=mode) if "compile" in suffixes else net
-    generator = make_generator(grad, models.binary_layers(net), args)
-    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
 
     def step(images, labels):
         watch = Stopwatch(device)
         optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled="amp" in suffixes):
             logits = model(images)
-        F.cross_entropy(logits.float(), labels).backward()
+        loss = F.cross_entropy(logits.float(), labels)
+        loss.backward()
         watch.lap("network")
         if generator:
             generator.generate()
         watch.lap("generator")
         optimizer.step()
         watch.lap("optimizer")
+        if finite:  # as runs.Run does
+            correct = (logits.argmax(1) == labels).sum()
+            sums.add_(torch.stack([loss.detach() * len(labels), correct, torch.full_like(correct, len(labels))]))
+            finite.watch(sums[0], 1)
+        watch.lap("checks")
         return watch.laps
 
     return step
 
 
+def make_steps(arch: str, args, device: torch.device) -> dict:
+    """By name, the steps of --grads. Prints a sentence for each that is skipped. Raises ValueError if none is left."""
+    steps = {}
+    for grad in args.grads:
+        try:
+            steps[grad] = make_step(grad, arch, args, device)
+        except ImportError as e:
+            package = PACKAGES[grad.split("+")[0]]
+            console.print(f"{grad}: skipped, {package} cannot be imported ({e}): pip install {package}")
+    if not steps:
+        raise ValueError("none of the variants in --grads can run: name others, or install their packages")
+    return steps
+
+
 def bench_step(arch: str, args, device: torch.device) -> dict:
     """Time training steps of one network with every variant of --grads; print the table and return its values.
 
-    The times are medians in milliseconds; the parts (data, network, generator, optimizer) are also given as fractions.
+    The times are medians in milliseconds; the parts (PARTS) are also given as fractions.
     """
     images = torch.randint(256, (50_000, 3, 32, 32), dtype=torch.uint8, device=device)  # the size of CIFAR-10
     labels = torch.randint(10, (50_000,), device=device)
@@ -181,7 +289,7 @@ def bench_step(arch: str, args, device: torch.device) -> dict:
         crop=4,
         flip=True,
     )
-    steps = {grad: make_step(grad, arch, args, device) for grad in args.grads}
+    steps = make_steps(arch, args, device)
     stream = (batch for number in itertools.count() for batch in batches.epoch(number))
     rounds, began = [], time.perf_counter()
     warm_up = 3  # only from its third step on does a generator do all of its work
@@ -191,39 +299,54 @@ def bench_step(arch: str, args, device: torch.device) -> dict:
         watch = Stopwatch(device)
         images, labels = next(stream)
         watch.lap("data")
-        laps = {grad: step(images, labels) for grad, step in steps.items()}
+        order = list(steps) if len(rounds) % 2 else list(reversed(steps))  # no variant always follows the same one
+        laps = {grad: steps[grad](images, labels) for grad in order}
         rounds.append({"data": watch.laps["data"]} | laps)
     rounds = rounds[warm_up:]
 
-    base = "ste" if "ste" in args.grads else args.grads[0]
+    base = next((grad for grad in ("pytorch", "ste") if grad in steps), next(iter(steps)))
     rows = {}
-    for grad in args.grads:
+    for grad in steps:
         total = [sum(r[grad].values()) + r["data"] for r in rounds]
         row = rows[grad] = {"ms": 1e3 * statistics.median(total)}
         row["ratio"] = statistics.median(sum(r[grad].values()) / sum(r[base].values()) for r in rounds)
-        for part in ("data", "network", "generator", "optimizer"):
+        for part in PARTS:
             seconds = [r[part] if part == "data" else r[grad][part] for r in rounds]
             row[f"{part}_ms"] = 1e3 * statistics.median(seconds)
             row[part] = statistics.median(s / t for s, t in zip(seconds, total, strict=True))
         row["MB"] = peak_memory(device, lambda step=steps[grad]: step(images, labels))
     title = f"{arch}, batch {args.batch_size}, {describe(device)}: one step, median of {len(rounds)}, ratio to {base}"
-    parts = {"data": ".2%", "network": ".1%", "generator": ".1%", "optimizer": ".1%"}
-    table(title, rows, ms=".1f", ratio=".3f", generator_ms=".1f", **parts, MB=".0f")
+    columns = {"ms": ".1f", "ratio": ".3f"} | {f"{part}_ms": ".1f" for part in PARTS} | {"MB": ".0f"}
+    table(title, rows, **columns)
     return {"rounds": len(rounds), "variants": rows}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The slow-nets alone.
 
-if triton:
+if triton:  # one program computes COUNT exponentials, or 4 · COUNT multiply-adds, in each of its 1024 lanes
 
     @triton.jit
-    def _exponentials(out, COUNT: tl.constexpr):
+    def exponentials(out, COUNT: tl.constexpr):
         lane = tl.program_id(0) * 1024 + tl.arange(0, 1024)
         x = lane * 1e-9
         for _ in range(COUNT):
             x = tl.exp2(-x)
         tl.store(out + lane, x)
+
+    @triton.jit
+    def multiply_adds(out, COUNT: tl.constexpr):
+        lane = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+        a = lane * 1e-9
+        b = a + 1.0
+        c = a + 2.0
+        d = a + 3.0
+        for _ in range(COUNT):
+            a = a * 0.999 + 0.001
+            b = b * 0.999 + 0.001
+            c = c * 0.999 + 0.001
+            d = d * 0.999 + 0.001
+        tl.store(out + lane, a + b + c + d)
 
 
 def peak_rate(device: torch.device) -> float | None:
@@ -245,7 +368,7 @@ def peak_rate(device: torch.device) -> float | None:
     if device.type == "cuda" and triton:
         programs, count = 64 * torch.cuda.get_device_properties(device).multi_processor_count, 2000
         out = torch.empty(programs * 1024, device=device)
-        return best(lambda: _exponentials[(programs,)](out, count), programs * 1024 * count)
+        return best(lambda: exponentials[(programs,)](out, count), programs * 1024 * count)
     library = selective_scan.library(6) if device.type == "cpu" else ""
     if isinstance(library, str):
         return None
@@ -480,13 +603,14 @@ def main(argv=None) -> int:
     parser.add_argument("--d-conv", type=int, default=8, help="Mamba: taps of the convolution (default: %(default)s)")
     parser.add_argument("--expand", type=int, default=100, help="Mamba: channels (default: %(default)s)")
     parser.add_argument("--length", type=int, default=5, help="scan: past gradients per weight (default: %(default)s)")
-    variants = [f"{grad}{suffix}" for suffix in ("", "+amp", "+compile", "+amp+compile") for grad in GRADS]
+    suffixes = ("", "+amp", "+compile", "+amp+compile")
+    variants = [f"{grad}{suffix}" for suffix in suffixes for grad in (*GRADS, *PACKAGES)]
     parser.add_argument(
         "--grads",
         nargs="+",
         choices=variants,
         metavar="GRAD",
-        help=f"step, scale: {', '.join(GRADS)}; for step also with the suffixes +amp and +compile",
+        help=f"step, scale: {', '.join((*GRADS, *PACKAGES))}; for step also with the suffixes +amp and +compile",
     )
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2, 4], help="scale: numbers of processes")
     parser.add_argument(
@@ -506,7 +630,7 @@ def main(argv=None) -> int:
     args.grads = args.grads or (learned if args.benchmark == "scale" else list(GRADS))
     args.rounds = (5 if args.benchmark == "scan" else 20) if args.rounds is None else args.rounds
     for grad in args.grads if args.benchmark == "scale" else ():
-        if grad not in GRADS or grad in ("plain", "ste"):
+        if grad not in OURS or grad in ("plain", "ste"):
             parser.error(f"scale cannot divide {grad} over processes: use generators such as {', '.join(learned)}")
     if min(args.processes) < 1:
         parser.error(f"--processes must be at least 1; it is {min(args.processes)}")

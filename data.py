@@ -1,6 +1,6 @@
 """Image data sets in batches, on the training device.
 
-    train, test = load("cifar10", "data", device="cuda", batch_size=128, seed=0)
+    train, val, test = load("cifar10", "data", device="cuda", batch_size=128, seed=0, val=5000)
     for images, labels in train.epoch(0): ...    # images [B, C, H, W] float32, channels_last; labels [B] int64
 
 Copy this file alone. It needs torch, einops and Pillow, torchvision for CIFAR, MNIST and large images, and scikit-learn
@@ -15,12 +15,14 @@ The batches are reproducible. Epoch e of seed s has the same order, crops and fl
 start at any batch.
 """
 
+import collections
 import contextlib
-import copy
 import hashlib
 import importlib
+import multiprocessing
 import os
 import signal
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,7 +35,7 @@ from torch.nn import functional as F
 DATASETS = ("cifar10", "cifar100", "mnist", "digits", "imagenet", "folder")
 RESIDENT_UP_TO = 96  # height and width in pixels up to which images are kept on the device: 100,000 of them are 2.8 GB
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 
 
 class DataError(Exception):
@@ -51,6 +53,7 @@ def load(
     *,
     batch_size: int = 128,
     seed: int = 0,
+    val: int = 0,
     crop: bool = True,
     flip: bool = True,
     image_size: int | None = None,
@@ -61,25 +64,29 @@ def load(
     log=print,
     rank: int = 0,
     world_size: int = 1,
-) -> tuple["ResidentBatches | StreamedBatches", "ResidentBatches | StreamedBatches"]:
-    """Return the training and the test batches of a data set.
+) -> tuple["Batches", "Batches | None", "Batches"]:
+    """Return the training, validation and test batches of a data set. Without `val`, the validation batches are None.
 
     name: 'cifar10', 'cifar100' and 'mnist' are read from data_dir, and downloaded there by torchvision if missing.
         'digits' is scikit-learn's set of handwritten 8×8 digits and needs no download. 'imagenet' and 'folder' are
-        images in data_dir/train/CLASS/ and data_dir/test/CLASS/ (or data_dir/val/CLASS/).
+        images in data_dir/train/CLASS/ and data_dir/test/CLASS/ (or data_dir/val/CLASS/). Their classes are the names
+        of the folders in ascending order. Hidden files and folders, and folders in a class folder, are ignored. The
+        images become RGB: they are turned as their EXIF orientation says, transparent ones are put on white, 16-bit
+        grey is scaled to 8 bits, and of several frames the first one is taken.
     batch_size: images per batch, over all processes.
+    val: how many training images are held out for validation. Each class gives its proportional share, and the seed
+        alone decides which images it gives. Training, and the default mean and std, use the remaining images only.
     crop, flip: augmentation of the training images. crop pads by H/8 pixels (4 for CIFAR) and crops at random. flip
         mirrors half of the images; digits and MNIST are never mirrored. Large images are always cropped, by
         RandomResizedCrop.
-    image_size: height and width in pixels, to which images are resized. Default: for 'folder', the size of its first
-        image if that is square and at most 96, else 224; for 'imagenet', 224; for the others, their own size. The
-        others can have at most 96.
+    image_size: height and width in pixels, to which images are resized. Default: for 'folder', see `choose_size`; for
+        'imagenet', 224; for the others, their own size. The others can have at most 96.
     workers: DataLoader workers for large images.
     mean, std: of each channel, for pixels from 0 to 1; the images are normalised with them. Three values for grey
         images stand for their average. Default: those of the training images; for large images, ImageNet's.
     transforms: for training and for testing, functions of a PIL image that return a normalised tensor
         [3, image_size, image_size]. They replace crop, flip and normalisation of large images.
-    log: called with a message when images are decoded.
+    log: called with a message when images are decoded or files ignored, and when the image size was chosen.
     rank, world_size: of torch.distributed. Each process gets its own part of every batch.
 
     Raises DataError if the data cannot be used, ValueError for an unknown name.
@@ -89,46 +96,86 @@ def load(
     data_dir, is_folder = Path(data_dir), name in ("imagenet", "folder")
     options = dict(seed=seed, rank=rank, world_size=world_size)
     if is_folder:
-        classes, splits = scan_folder(data_dir)
-        num_classes = len(classes)
+        classes, splits = scan_folder(data_dir, log)
         if image_size is None:
-            image_size = 224 if name == "imagenet" else natural_size(splits["train"][0][0])
+            image_size = 224 if name == "imagenet" else choose_size(data_dir, splits["train"][0], log)
         if image_size > RESIDENT_UP_TO:
-            options |= dict(num_classes=num_classes, image_size=image_size, batch_size=batch_size, flip=flip)
-            options |= dict(device=device, workers=workers, transforms=transforms)
+            options |= dict(classes=classes, image_size=image_size, batch_size=batch_size, device=device)
+            options |= dict(workers=workers, transforms=transforms, flip=flip)
             options |= dict(mean=mean or IMAGENET_MEAN, std=std or IMAGENET_STD)
-            train = StreamedBatches(*splits["train"], train=True, **options)
-            return train, StreamedBatches(*splits["test"], train=False, **options)
+            files, labels = splits["train"]
+
+            def part(indices: Tensor, train: bool) -> StreamedBatches:
+                chosen = indices.tolist()
+                return StreamedBatches([files[i] for i in chosen], [labels[i] for i in chosen], train=train, **options)
+
+            train_indices, val_indices = hold_out(torch.tensor(labels), classes, val, seed)
+            test = StreamedBatches(*splits["test"], train=False, **options)
+            return part(train_indices, True), part(val_indices, False) if val else None, test
 
     if rank > 0:
         torch.distributed.barrier()  # wait until rank 0 has downloaded and decoded everything
     if is_folder:
-        train = decode_all(data_dir, "train", *splits["train"], image_size, log)
-        test = decode_all(data_dir, "test", *splits["test"], image_size, log)
-    elif name == "digits":
-        train, test = digits()
-        num_classes = 10
+        broken = []
+        train, test = (decode_all(data_dir, d, *splits[d], image_size, log, broken) for d in ("train", "test"))
+        if broken:
+            raise unreadable(sorted(broken, key=lambda pair: pair[0]))
     else:
-        train, test = downloaded(name, data_dir)
-        num_classes = 100 if name == "cifar100" else 10
+        train, test, classes = digits() if name == "digits" else downloaded(name, data_dir)
     if rank == 0 and world_size > 1:
         torch.distributed.barrier()
 
     (train_images, train_labels), (test_images, test_labels) = train, test
     if image_size not in (None, train_images.shape[-1]):  # a folder's images already have this size
         train_images, test_images = resize(train_images, image_size, name), resize(test_images, image_size, name)
+    train_indices, val_indices = hold_out(train_labels, classes, val, seed)
+    val_images, val_labels = train_images[val_indices], train_labels[val_indices]
+    if val:
+        train_images, train_labels = train_images[train_indices], train_labels[train_indices]
     own_mean, own_std = channel_statistics(train_images)
     mean = own_mean if mean is None else given_statistic(mean, len(own_mean))
     std = own_std if std is None else given_statistic(std, len(own_std))
-    options |= dict(num_classes=num_classes, mean=mean.to(device), std=std.to(device))
+    options |= dict(classes=classes, num_classes=len(classes), mean=mean.to(device), std=std.to(device))
     options |= dict(
         crop=max(1, train_images.shape[-1] // 8) if crop else 0, flip=flip and name not in ("digits", "mnist")
     )
-    train_images, train_labels = train_images.to(device), train_labels.to(device)
-    test_images, test_labels = test_images.to(device), test_labels.to(device)
-    train = ResidentBatches(train_images, train_labels, batch_size=batch_size, train=True, **options)
-    batch_size = max(batch_size, 500)  # testing needs less memory than training
-    return train, ResidentBatches(test_images, test_labels, batch_size=batch_size, train=False, **options)
+
+    def batches(images: Tensor, labels: Tensor, train: bool) -> ResidentBatches:
+        size = batch_size if train else max(batch_size, 500)  # testing needs less memory than training
+        return ResidentBatches(images.to(device), labels.to(device), batch_size=size, train=train, **options)
+
+    return (
+        batches(train_images, train_labels, True),
+        batches(val_images, val_labels, False) if val else None,
+        batches(test_images, test_labels, False),
+    )
+
+
+def hold_out(labels: Tensor, classes: list[str], val: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Choose `val` of the images with these labels, [N] int64, for validation.
+
+    Returns the indices of the remaining images, [N - val], and of the validation images, [val], both ascending. Each
+    class gives its proportional share, rounded by the method of largest remainders, and keeps at least one image.
+    """
+    counts = torch.bincount(labels, minlength=len(classes)).tolist()
+    limit = sum(max(count - 1, 0) for count in counts)
+    if not 0 <= val <= limit:
+        raise DataError(
+            f"--val {val} cannot be held out of {len(labels)} training images, since each of the {len(classes)} "
+            f"classes must keep one: use 0 to {limit}"
+        )
+    given = [val * count // len(labels) for count in counts]
+    for _ in range(val - sum(given)):
+        # The remainder of a class is val · count / N - given. Multiplied by N, it is an exact integer.
+        open_classes = [c for c, count in enumerate(counts) if given[c] + 1 < count]
+        given[max(open_classes, key=lambda c: val * counts[c] - given[c] * len(labels))] += 1
+    rng = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"validation {seed}".encode()).digest()[:8]))
+    shuffled = torch.randperm(len(labels), generator=rng)
+    by_class = shuffled[labels[shuffled].argsort(stable=True)].split(counts)
+    is_held_out = torch.zeros(len(labels), dtype=torch.bool)
+    for members, number in zip(by_class, given, strict=True):
+        is_held_out[members[:number]] = True
+    return (~is_held_out).nonzero()[:, 0], is_held_out.nonzero()[:, 0]
 
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,8 +201,8 @@ def resize(images: Tensor, size: int, name: str) -> Tensor:
     return torch.cat([F.interpolate(x, (size, size), mode="bilinear", antialias=True) for x in images.split(1000)])
 
 
-def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """scikit-learn's 1,797 handwritten 8×8 digits. Every fifth one is a test image."""
+def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], list[str]]:
+    """scikit-learn's 1,797 handwritten 8×8 digits, like `downloaded`. Every fifth one is a test image."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -164,7 +211,7 @@ def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     images = rearrange(torch.from_numpy(pixels), "n (h w) -> n 1 h w", h=8).mul(255 / 16).round().to(torch.uint8)
     labels = torch.from_numpy(labels).long()
     is_test = torch.arange(len(labels)) % 5 == 4
-    return (images[~is_test], labels[~is_test]), (images[is_test], labels[is_test])
+    return (images[~is_test], labels[~is_test]), (images[is_test], labels[is_test]), list("0123456789")
 
 
 def torchvision_module(name: str):
@@ -178,8 +225,8 @@ def torchvision_module(name: str):
         ) from None
 
 
-def downloaded(name: str, data_dir: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """CIFAR-10, CIFAR-100 or MNIST from torchvision.datasets: (images, labels) for training and for testing."""
+def downloaded(name: str, data_dir: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], list[str]]:
+    """CIFAR-10, CIFAR-100 or MNIST from torchvision: (images, labels) for training and for testing, and the classes."""
     dataset = getattr(torchvision_module("datasets"), {"mnist": "MNIST"}.get(name, name.upper()))
     splits = []
     for train in (True, False):
@@ -196,12 +243,12 @@ def downloaded(name: str, data_dir: Path) -> tuple[tuple[Tensor, Tensor], tuple[
         images = torch.as_tensor(split.data)
         pattern = "n h w -> n 1 h w" if images.dim() == 3 else "n h w c -> n c h w"
         splits.append((rearrange(images, pattern).contiguous(), torch.as_tensor(split.targets)))
-    return splits[0], splits[1]
+    return *splits, list("0123456789") if name == "mnist" else list(split.classes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Batches. Both classes have num_classes, shape (C, H, W), size (number of images), len() (batches per epoch), epoch(),
-# and scale and shift [C, 1, 1], which normalise pixels of 0...255: pixels · scale + shift.
+# Batches. Both kinds have classes (their names), num_classes, shape (C, H, W), size (number of images), len() (batches
+# per epoch), epoch(), and scale and shift [C, 1, 1], which normalise pixels of 0...255: pixels · scale + shift.
 
 
 def check_batch_size(batch_size: int, world_size: int) -> None:
@@ -228,6 +275,7 @@ class ResidentBatches:
     train: shuffle, augment, and leave out the last batch if it is incomplete (unless it is the only one). Otherwise
         the images come in order, all of them.
     crop: zero padding of the random crop in pixels; 0 means no crop. flip: whether to mirror half of the images.
+    classes: the names of the num_classes classes. Default: '0', '1', ...
     """
 
     def __init__(
@@ -244,8 +292,10 @@ class ResidentBatches:
         flip: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        classes: list[str] | None = None,
     ):
         self.images, self.labels = images, labels
+        self.classes = classes or [str(c) for c in range(num_classes)]
         self.scale, self.shift = rearrange(1 / std, "c -> c 1 1"), rearrange(-mean / std, "c -> c 1 1")
         self.num_classes, self.shape, self.size = num_classes, tuple(images.shape[1:]), len(images)
         self.batch_size = min(batch_size, self.size)
@@ -257,12 +307,6 @@ class ResidentBatches:
 
     def __len__(self) -> int:
         return self.size // self.batch_size if self.train else -(-self.size // self.batch_size)
-
-    def unaugmented(self) -> "ResidentBatches":
-        """The same images in the same order, neither cropped nor mirrored."""
-        twin = copy.copy(self)
-        twin.crop, twin.flip = 0, False
-        return twin
 
     def epoch(self, number: int = 0, skip: int = 0):
         """Yield the batches (images, labels) of an epoch, starting at batch `skip`."""
@@ -299,7 +343,7 @@ def random_crop(images: Tensor, pad: int, dy: Tensor, dx: Tensor) -> Tensor:
 class StreamedBatches:
     """Large images that DataLoader workers decode. The interface is that of ResidentBatches.
 
-    files, labels: lists of the same length.
+    files, labels: paths and integers, lists of the same length.
     image_size: height and width S in pixels. Training takes a RandomResizedCrop to S×S and a random flip. Testing
         resizes the short side to S·8/7 and cuts the centre. The crop of an image depends only on the seed, the epoch
         and the image.
@@ -308,10 +352,10 @@ class StreamedBatches:
 
     def __init__(
         self,
-        files: list[Path],
+        files: list[str],
         labels: list[int],
         *,
-        num_classes: int,
+        classes: list[str],
         image_size: int,
         batch_size: int,
         train: bool,
@@ -325,57 +369,83 @@ class StreamedBatches:
         rank: int = 0,
         world_size: int = 1,
     ):
-        self.files, self.labels, self.num_classes, self.size = files, labels, num_classes, len(files)
+        self.files, self.labels, self.size = Strings(files), torch.tensor(labels), len(files)
+        self.classes, self.num_classes = classes, len(classes)
         self.shape, self.batch_size = (3, image_size, image_size), min(batch_size, len(files))
         self.train, self.device, self.seed, self.workers = train, torch.device(device), seed, workers
         self.rank, self.world_size = rank, world_size
         if train:
             check_batch_size(self.batch_size, world_size)
-        self.transforms = transforms or default_transforms(image_size, flip, mean, std)
-        self.transform = self.transforms[0 if train else 1]
+        transforms = transforms or default_transforms(image_size, flip, mean, std)
+        self.transform = transforms[0 if train else 1]
         mean, std = 255 * torch.tensor(mean), 255 * torch.tensor(std)
         self.scale, self.shift = rearrange(1 / std, "c -> c 1 1"), rearrange(-mean / std, "c -> c 1 1")
 
     def __len__(self) -> int:
         return self.size // self.batch_size if self.train else -(-self.size // self.batch_size)
 
-    def unaugmented(self) -> "StreamedBatches":
-        """The same images in the same order, transformed as for testing."""
-        twin = copy.copy(self)
-        twin.transform = self.transforms[1]
-        return twin
-
-    def __getitem__(self, index: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, index: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """(epoch, image) -> the transformed image and its label. The DataLoader workers call this."""
         number, i = index
+        try:
+            image = decode(self.files[i])
+        except Exception as e:
+            raise unreadable([(self.files[i], e)]) from None
         with torch.random.fork_rng(devices=[]):
             key = hashlib.sha256(f"{self.seed} {number} {i}".encode()).digest()[:8]
             torch.random.default_generator.manual_seed(int.from_bytes(key))
-            return self.transform(decode(self.files[i])), self.labels[i]
+            return self.transform(image), self.labels[i]
 
     def epoch(self, number: int = 0, skip: int = 0):
         """Yield the batches (images, labels) of an epoch, starting at batch `skip`."""
         rng = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-        order = (torch.randperm(self.size, generator=rng) if self.train else torch.arange(self.size)).tolist()
-        slices = [
-            batch_slice(batch, self.batch_size, self.size, self.rank, self.world_size)
-            for batch in range(skip, len(self))
-        ]
+        order = torch.randperm(self.size, generator=rng) if self.train else torch.arange(self.size)
+        slices = (
+            batch_slice(b, self.batch_size, self.size, self.rank, self.world_size) for b in range(skip, len(self))
+        )
         loader = torch.utils.data.DataLoader(
             self,
-            batch_sampler=[[(number, i) for i in order[at]] for at in slices if at.start < at.stop],
+            batch_sampler=([(number, i) for i in order[at].tolist()] for at in slices if at.start < at.stop),
             num_workers=self.workers,
-            worker_init_fn=ignore_ctrl_c,
+            worker_init_fn=leave_signals_to_the_trainer,
             generator=rng,  # otherwise the loader draws the seed of its workers from the global generator
             pin_memory=self.device.type == "cuda",
         )
+        batches = None
         try:
-            for images, labels in loader:
+            batches = start_workers(loader)
+            for images, labels in batches:
                 images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
                 yield images, labels.to(self.device, non_blocking=True)
-        except DataError as e:  # a worker's error contains its traceback; the last line is our message
+        except (DataError, RuntimeError, OSError, MemoryError) as e:
+            # A worker's error contains its traceback, whose last line is the kind of the error and its own message.
+            reason = (str(e).strip() or repr(e)).splitlines()[-1].split(f"{type(e).__name__}: ")[-1]
+            if isinstance(e, DataError):
+                error = DataError(reason)
+            elif any(words in reason for words in OUT_OF_MEMORY):
+                error = DataError(
+                    f"the DataLoader workers failed, probably for lack of memory ({reason}): use fewer --workers, a "
+                    "smaller --image-size or --batch-size, or more memory (in a container, also for /dev/shm)"
+                )
+            else:
+                raise
             e.__traceback__ = None  # it refers to the loader and would keep its workers alive
-            raise DataError(str(e).strip().splitlines()[-1].split("DataError: ")[-1]) from None
+            raise error from None
+        finally:
+            batches = None  # ends the workers
+
+
+class Strings:
+    """Many strings in two tensors. A list of 1.28 million paths would take 400 MB in each DataLoader worker."""
+
+    def __init__(self, strings: list[str]):
+        encoded = [os.fsencode(string) for string in strings]
+        self.bytes = torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)
+        self.ends = torch.tensor([0, *map(len, encoded)]).cumsum(0)
+
+    def __getitem__(self, i: int) -> str:
+        begin, end = self.ends[i : i + 2].tolist()
+        return os.fsdecode(bytes(self.bytes[begin:end].tolist()))
 
 
 def default_transforms(size: int, flip: bool, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple:
@@ -389,85 +459,200 @@ def default_transforms(size: int, flip: bool, mean: tuple[float, ...], std: tupl
     return tuple(transforms.Compose([*steps, *to_float]) for steps in (train, test))
 
 
-def ignore_ctrl_c(worker: int) -> None:
-    """Let only the training process handle Ctrl-C: it finishes its step and saves, and needs its workers until then."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+# What the DataLoader says if a worker was killed, or if memory, processes or open files have run out.
+OUT_OF_MEMORY = ("exited unexpectedly", "killed by signal", "shared memory", "No space left", "allocate memory")
+OUT_OF_MEMORY += ("MemoryError", "Bus error", "Resource temporarily unavailable", "Too many open files", "ancdata")
 
+
+def start_workers(loader: torch.utils.data.DataLoader):
+    """iter(loader), without its SIGCHLD handler.
+
+    The handler raises the error of a dead worker in whatever line the training process executes. Without it, the
+    iterator raises the error where a batch is missing, between two steps.
+    """
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        return iter(loader)
+    finally:
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+
+
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """Let a DataLoader worker ignore Ctrl-C and SIGTERM, which terminals and launchers send to all processes.
+
+    The training process handles them: it finishes its step and saves, and needs its workers until then. A worker ends
+    if the training process ends or sends it SIGTERM. (macOS does not tell who sent a signal. There, any SIGTERM does.)
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigtimedwait"):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    trainer, parent = multiprocessing.parent_process().pid, os.getppid()
+
+    def wait():
+        while os.getppid() == parent:
+            sent = signal.sigtimedwait({signal.SIGTERM}, 1)  # None after a second
+            if sent and sent.si_pid == trainer:
+                break
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+Batches = ResidentBatches | StreamedBatches
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Folders of images.
 
 
-def scan_folder(root: Path) -> tuple[list[str], dict[str, tuple[list[Path], list[int]]]]:
+def scan_folder(root: Path, log) -> tuple[list[str], dict[str, tuple[list[str], list[int]]]]:
     """Return the class names, and {"train": (files, labels), "test": (files, labels)}.
 
-    The files are root/train/CLASS/* and root/test/CLASS/* (or root/val/CLASS/*). Raises DataError if the folder does
-    not have this layout.
+    The files are root/train/CLASS/* and root/test/CLASS/* (or root/val/CLASS/*). A message says what is ignored. Raises
+    DataError if the folder does not have this layout.
     """
-    held_out = next((d for d in ("test", "val") if any(e.is_dir() for e in (root / d).glob("*"))), None)
-    if not (root / "train").is_dir() or held_out is None:
+    ignored = collections.defaultdict(list)  # the reason -> paths
+    try:
+        images = {"train": scan_split(root / "train", ignored), "test": scan_split(root / "test", ignored)}
+        held_out, other = "test", "val"
+        if not images["test"]:  # ImageNet's test images have no classes
+            images["val"] = scan_split(root / "val", ignored)
+            held_out, other = other, held_out
+    except OSError as e:
+        raise DataError(f"the folder {e.filename} cannot be read ({e.strerror}): make it readable") from None
+    if not images["train"] or not images[held_out]:
         raise DataError(
-            f"no images in {root}: it must hold train/CLASS/*.png (or .jpg) and test/CLASS/* (or val/CLASS/*); "
-            "say where with --data-dir"
+            f"no images in {root}: put them into class folders, {root / 'train'}/CLASS and {root / 'test'}/CLASS (or "
+            "val/CLASS), or say with --data-dir where they are"
         )
-    names = {d: sorted(e.name for e in os.scandir(root / d) if e.is_dir()) for d in ("train", held_out)}
-    if not names["train"]:
-        raise DataError(f"{root / 'train'} holds no class folders: put each class's images in a folder of its own")
+    ignored[f"beside train/ and {held_out}/"].append(str(root / other))
+    counts = {why: sum(map(count_files, paths)) for why, paths in ignored.items()}
+    if any(counts.values()):
+        kinds = [f"{n:,} {why} (such as {os.path.relpath(min(ignored[why]), root)})" for why, n in counts.items() if n]
+        log(f"ignoring {sum(counts.values()):,} files of {root}: {', '.join(kinds)}")
+    classes = list(images["train"])
     for has, lacks in (("train", held_out), (held_out, "train")):
-        missing = sorted(set(names[has]) - set(names[lacks]))
+        missing = [name for name in images[has] if name not in images[lacks]]
         if missing:
             raise DataError(
                 f"{root / has} has the class {missing[0]!r} and {root / lacks} does not: "
                 "both must hold the same class folders"
             )
+        empty = [name for name, files in images[has].items() if not files]
+        if empty:
+            raise DataError(
+                f"{root / has / empty[0]} holds no images ({', '.join(SUFFIXES)}): add some or delete the class"
+            )
+    if len(classes) == 1:
+        raise DataError(f"{root} has only the class {classes[0]!r}: put the images of other classes beside it")
     splits = {}
     for split, d in (("train", "train"), ("test", held_out)):
-        files, labels = [], []
-        for label, name in enumerate(names["train"]):
-            with os.scandir(root / d / name) as entries:
-                found = sorted(e.path for e in entries if e.name.lower().endswith(SUFFIXES))
-            if not found:
-                raise DataError(
-                    f"{root / d / name} holds no images ({', '.join(SUFFIXES)}): add some or delete the class"
-                )
-            files += map(Path, found)
-            labels += [label] * len(found)
-        splits[split] = files, labels
-    return names["train"], splits
+        files = [file for name in classes for file in images[d][name]]
+        splits[split] = files, [label for label, name in enumerate(classes) for _ in images[d][name]]
+    return classes, splits
 
 
-def decode(file: Path):
-    """Read a file as a PIL image in RGB. Raises DataError, which names the file."""
+def scan_split(folder: Path, ignored: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The images of each class in folder/CLASS/. Adds the paths of what is not read to `ignored`, by the reason."""
+    entries = list(os.scandir(folder)) if folder.is_dir() else []
+    images = {name: [] for name in sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))}
+    for e in entries if images else []:
+        if e.name not in images:
+            ignored["hidden" if e.name.startswith(".") else "outside the class folders"].append(e.path)
+    for name, files in images.items():
+        for e in os.scandir(folder / name):
+            if e.name.startswith("."):
+                ignored["hidden"].append(e.path)
+            elif not e.name.lower().endswith(SUFFIXES):
+                ignored["in nested folders" if os.path.isdir(e) else "with other suffixes"].append(e.path)
+            elif e.is_file(follow_symlinks=False) or os.path.isfile(e) or os.path.isdir(e) or not os.path.exists(e):
+                files.append(e.path)  # reading fails, with a message, if it is a folder or a broken link
+            else:
+                ignored["that are pipes, sockets or devices"].append(e.path)  # reading could wait forever
+        files.sort()
+    return images
+
+
+def count_files(path: str) -> int:
+    """The number of files in a folder and the folders in it; 1 for a file."""
+    return sum(len(files) for _, _, files in os.walk(path)) if os.path.isdir(path) else int(os.path.lexists(path))
+
+
+def decode(file: str):
+    """Read a file as a PIL image in RGB, as `load` describes. PIL raises errors of many kinds for a damaged file."""
+    from PIL import Image, ImageOps
+
+    with Image.open(file) as image:
+        image.load()
+        with contextlib.suppress(Exception):  # of a damaged EXIF block
+            ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+            image = image.convert("I").point(lambda v: v / 256).convert("L")  # convert() alone would clip above 255
+        elif image.mode in ("I", "F"):
+            raise ValueError("the range of its 32-bit pixels is not known, save it with 8 or 16 bits")
+        elif image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return image.convert("RGB")
+
+
+def unreadable(broken: list[tuple[str, Exception]]) -> DataError:
+    """The error that names images that cannot be read, given with the error of each."""
+    names = [file if file.isprintable() else repr(file) for file, _ in broken[:5]]
+    reason = " ".join(str(broken[0][1]).split()) or type(broken[0][1]).__name__
+    if len(broken) == 1:
+        return DataError(f"the image {names[0]} cannot be read ({reason}): replace or delete it")
+    names += ["..."] if len(broken) > 5 else []
+    return DataError(
+        f"{len(broken):,} images cannot be read (the first: {reason}): replace or delete {', '.join(names)}"
+    )
+
+
+def choose_size(root: Path, files: list[str], log) -> int:
+    """The height and width in pixels to which the images of a folder are resized, if the user does not say.
+
+    The median width and height decide. If both are at most RESIDENT_UP_TO and they differ by less than a fifth, it is
+    the larger one. Otherwise it is 224: larger images and oblong ones are cropped. The medians are those of all
+    training images, or of 1,000 random ones. Only their headers are read.
+    """
     from PIL import Image
 
-    try:
-        with Image.open(file) as image:
-            if image.mode.startswith("I;16"):  # convert() alone would clip every value above 255
-                image = image.convert("I").point(lambda v: v / 256).convert("L")
-            return image.convert("RGB")
-    except Exception as e:  # PIL raises OSError, SyntaxError, ValueError or struct.error for damaged files
-        raise DataError(f"the image {file} cannot be read ({e}): replace or delete it") from None
+    sizes, broken = [], []
+    for i in torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:1000].tolist():
+        try:
+            with Image.open(files[i]) as image:
+                sizes.append(image.size)
+        except Exception as e:
+            broken.append((files[i], e))
+    if not sizes:
+        raise unreadable(broken)
+    width, height = (sorted(side)[len(sizes) // 2] for side in zip(*sizes, strict=True))
+    size = max(width, height)
+    if size > RESIDENT_UP_TO or 5 * abs(width - height) >= size:
+        size = 224
+    if set(sizes) != {(size, size)}:
+        log(f"{root}: the median image has {width}×{height} pixels; all are used at {size}×{size} (see --image-size)")
+    return size
 
 
-def natural_size(file: Path) -> int:
-    """The width of an image that is square and at most RESIDENT_UP_TO pixels wide, else 224."""
-    width, height = decode(file).size
-    return width if width == height <= RESIDENT_UP_TO else 224
-
-
-def decode_all(root: Path, split: str, files: list[Path], labels: list[int], size: int, log) -> tuple[Tensor, Tensor]:
+def decode_all(
+    root: Path, split: str, files: list[str], labels: list[int], size: int, log, broken: list[tuple[str, Exception]]
+) -> tuple[Tensor, Tensor]:
     """Decode all images of a split: images [N, 3, size, size] uint8, and labels [N] int64.
 
     Images of another size are resized. The result is cached in root/.SPLIT-SIZE.pt, and reused as long as the names,
-    sizes and modification times of the files stay the same.
+    sizes and modification times of the files stay the same. Images that cannot be read are added to `broken`, each with
+    its error. While there are any, nothing is cached.
     """
-    fingerprint = hashlib.sha256()
+    fingerprint = hashlib.sha256(b"2\n")  # of the files and of what decode() does: number its versions
     for file in files:
         try:
-            stat = file.stat()
-        except OSError as e:
-            raise DataError(f"the image {file} cannot be read ({e}): replace or delete it") from None
-        fingerprint.update(os.fsencode(f"{file.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}\n"))
+            stat = os.stat(file)
+            state = f"{stat.st_size} {stat.st_mtime_ns}"
+        except OSError:  # decode() fails too
+            state = "unreadable"
+        fingerprint.update(os.fsencode(f"{'/'.join(file.split(os.sep)[-3:])} {state}\n"))
     fingerprint, cache = fingerprint.hexdigest(), root / f".{split}-{size}.pt"
     try:
         cached = torch.load(cache, weights_only=True)
@@ -477,16 +662,24 @@ def decode_all(root: Path, split: str, files: list[Path], labels: list[int], siz
         pass
     log(f"decoding {len(files):,} {split} images of {root} at {size}×{size} (only once: {cache.name} keeps them)")
 
-    def pixels(file: Path) -> Tensor:
-        image = decode(file)
+    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+
+    def fill(i: int) -> None:
+        try:
+            image = decode(files[i])
+        except Exception as e:
+            broken.append((files[i], e))
+            return
         if image.size != (size, size):
             image = image.resize((size, size), resample=2)  # bilinear
-        return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        images[i] = rearrange(pixels, "(h w c) -> c h w", h=size, w=size)
 
     with ThreadPoolExecutor() as threads:  # PIL releases the GIL while it decodes
-        images = torch.stack(list(threads.map(pixels, files)))
-    images = rearrange(images, "n (h w c) -> n c h w", h=size, w=size).contiguous()
+        list(threads.map(fill, range(len(files))))
     labels = torch.tensor(labels)
+    if broken:
+        return images, labels
     temporary = cache.with_suffix(f".{os.getpid()}")
     try:
         torch.save({"fingerprint": fingerprint, "images": images, "labels": labels}, temporary)

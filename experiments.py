@@ -1,20 +1,24 @@
-"""Experiments: grids of train_fsg.py commands, and tables of their results.
+"""Experiments: grids of training commands, and tables of their results.
 
-    python experiments.py rates                       # run the grid `rates`; writes results/rates.csv and rates.md
-    python experiments.py rates --list                # print its commands and which of them are done; run nothing
-    python experiments.py rates -- --dataset folder --data-dir my/cifar10       # add flags to all of its commands
+    python experiments.py protocol                    # run the grid; writes results/protocol.csv and protocol.md
+    python experiments.py protocol --list             # print its commands and which of them are done; run nothing
+    # Add flags to all commands of a grid: the papers start from a full-precision network.
+    python experiments.py protocol -- --dataset folder --data-dir my/cifar10 --pretrained runs/fp32/best.pt
 
-A grid is a list of command lines; add your own to GRIDS. A command whose row is in the CSV file is not run again, and
-an interrupted run resumes where it stopped, so the same command can be repeated until the grid is complete. On CPUs two
-runs at a time share the cores (--jobs); on GPUs each GPU takes one run. When a run fails, the others continue, the
-error is reported at the end and the exit code is 1. For other images or flags choose another --results folder.
+A grid is a list of searches; add your own to GRIDS. A search trains one method at each of its learning rates with seed
+0. The learning rate with the best validation accuracy at the end of the run is then trained with the other seeds. The
+test images choose nothing. A command whose row is in the CSV file is not run again, and an interrupted run resumes
+where it stopped, so the same command can be repeated until the grid is complete. On CPUs two runs at a time share the
+cores (--jobs); on GPUs each GPU takes one run. When a run fails, the others continue, the error is reported at the end
+and the exit code is 1. For other images or flags choose another --results folder.
 
-results/NAME.csv has one row per run: the exact command, its seed, the best and the last test accuracy, the training
-loss of the last epoch ("nan" for a run that diverged) and the seconds of training. results/NAME.md has one row per
+results/NAME.csv has one row per run: the exact command, its seed, and of the last epoch the training loss, the
+validation and the test accuracy, the test accuracy with BatchNorm statistics of the last weights, and the share of the
+signs that flipped; then the seconds of training. A run that diverged has "nan". results/NAME.md has one row per
 command, with the mean ± standard deviation over its seeds.
 
-Copy with: plot.py, and train_fsg.py with its files: models.py, quantizers.py, hypernet.py, metaquant.py, gate.py,
-fsg_released.py, data.py, runs.py.
+Copy with: plot.py, runs.py, and the trainers of the grid with their files: for train_fsg.py models.py, quantizers.py,
+hypernet.py, metaquant.py, gate.py, fsg_released.py, data.py.
 """
 
 import argparse
@@ -30,6 +34,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -37,68 +42,82 @@ import plot
 from runs import RunError, replacing
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The grids: lists of flags for train_fsg.py.
-
-SHORT = "--arch resnet20 --epochs 2 --schedule cosine"  # 780 steps on CIFAR-10
-SMALL = f"{SHORT} --image-size 16"  # the network costs a quarter
-LONG = "--arch resnet20 --epochs 6 --schedule cosine --image-size 16"
-GATE = ("--grad ste", "--grad gate", "--grad gate --memory 0")  # --memory 0: the gate without a history
-METAQUANT = ("--grad multifc", "--grad fcgrad")
-# FSG's formula as written in the paper: the scales of its two terms are not balanced.
-MAMBA = "--hgs mamba --balance none --hyper-sample 0.125"  # φ is trained on an eighth of the weights in each step
-FLAT = "--hgs mamba --balance none --history flat"
-SMALL_MAMBA = "--hgs mamba --balance none --expand 16 --hyper-sample 0.125"  # 16 channels instead of 100
-LSTMS = ("--hgs lstm --balance none --hidden 16 --hyper-sample 0.125", "--grad lstmfc --hidden 16")
-EXPENSIVE = (MAMBA, FLAT, *LSTMS, "--preset released")
+# The grids: lists of searches.
 
 
-def grid(budget: str, methods, lrs=(None,), seeds=(0,)) -> list[str]:
-    """One command for each method, learning rate (None: the method's default) and seed."""
-    rates = [f" --lr {lr}" if lr else "" for lr in lrs]
-    return [f"{budget} {method}{rate} --seed {seed}" for seed in seeds for rate in rates for method in methods]
+class Search(NamedTuple):
+    """A method, and how its learning rate is found."""
 
+    command: str  # the trainer and the flags of the method
+    rates: tuple[str, ...]  # values of --lr, tried with the first seed
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+    def at(self, rate: str, seed: int) -> str:
+        return f"{self.command} --lr {rate} --seed {seed}"
+
+
+# 702 steps on CIFAR-10, of which 5,000 images are held out.
+BUDGET = "--arch resnet20 --epochs 2 --schedule cosine --val 5000 --bn-batches 32"
+FSG, PROX, BIHALF = (f"train_{name}.py {BUDGET}" for name in ("fsg", "proxconnect", "bihalf"))
+SAMPLED = "--hyper-sample 0.125"  # φ is trained on an eighth of the weights in each step
+ADAM, SGD = ("1e-3", "3e-4", "3e-3"), ("0.1", "0.03", "0.3")
+
+# The gradient generators. --balance none is FSG's formula as written in the paper.
+GENERATORS = (
+    "--grad ste",
+    f"--grad fsg --hgs mamba {SAMPLED}",
+    "--grad gate",
+    "--grad multifc",
+    "--grad fcgrad",
+    f"--grad fsg --hgs lstm --hidden 16 {SAMPLED}",
+    f"--grad fsg --hgs mamba --balance none {SAMPLED}",
+    "--grad lstmfc --hidden 16",
+    "--grad fsg --hgs mamba --history flat",
+    "--grad fsg --hgs mamba --preset released",
+    "--grad multifc --preset released",
+    "--grad fcgrad --preset released",
+    "--grad lstmfc --preset released",
+)
+METHODS = ("bc", "bnn+", "bnn++", "pc")
 
 GRIDS = {
-    # FSG and MetaQuant with Adam, at several learning rates.
-    "rates": [
-        *grid(SMALL, ("--grad ste", *METAQUANT, SMALL_MAMBA), ("6e-3", "3e-3", "1.2e-2", "1e-3")),
-        *grid(SMALL, EXPENSIVE, ("1e-3", "3e-3", "3e-4")),
-        *grid(SMALL, LSTMS, ("6e-3",)),
-        *grid(SMALL, (f"{MAMBA} --lr-slow 1e-5",), ("3e-3",)),  # control: the slow-net hardly learns
-        *grid(SHORT, ("--grad ste", *METAQUANT, MAMBA, FLAT), ("1e-3",)),  # at 32×32 pixels
-        *grid(SHORT, ("--grad ste",), ("3e-3",)),
+    # Adam, from a full-precision network.
+    "protocol": [
+        Search(f"{FSG} --grad ste", ADAM),
+        Search(f"{FSG} --grad ste --betas 0.9 0.97", ADAM),
+        *(Search(f"{FSG} {generator}", ADAM) for generator in GENERATORS[1:]),
+        *(Search(f"{PROX} --opt adam --method {method}", ADAM) for method in METHODS),
+        Search(f"{BIHALF} --opt adam --weight-decay 0", ADAM),
     ],
-    # The same with plain SGD, and the gate.
-    "rates-sgd": [
-        *grid(SMALL, [f"{method} --opt sgd" for method in (*GATE, *METAQUANT, SMALL_MAMBA)], ("1", "0.3", "3", "0.1")),
-        *grid(SMALL, [f"{method} --opt sgd" for method in EXPENSIVE], ("1", "0.3", "3")),
+    # The same with plain SGD.
+    "protocol-sgd": [
+        *(Search(f"{FSG} --opt sgd {generator}", SGD) for generator in GENERATORS),
+        *(Search(f"{PROX} --opt sgd --method {method}", ("1e-2", "1e-3", "1e-1")) for method in METHODS),
+        Search(f"{BIHALF} --opt sgd --weight-decay 0", SGD),
     ],
-    # The gate, STE and the gate without a history: three learning rates, then two more seeds at the best.
-    "gate": [*grid(SHORT, GATE, ("6e-3", "1.2e-2", "3e-3")), *grid(SHORT, GATE, ("6e-3",), seeds=(1, 2))],
-    # The same for 2,340 steps at 16×16 pixels, where the gate without a history is best at twice the learning rate.
-    "long": [
-        *grid(LONG, GATE, ("6e-3", "3e-3", "1.2e-2")),
-        *grid(LONG, GATE[:2], ("6e-3",), seeds=(1, 2)),
-        *grid(LONG, GATE[2:], ("1.2e-2",), seeds=(1, 2)),
-        *grid(LONG, GATE[2:], ("2.4e-2",)),
-        *grid(LONG, (METAQUANT[0], SMALL_MAMBA), ("6e-3",), seeds=(0, 1, 2)),  # the best two of "rates"
+    # Binary activations too, in networks made for them.
+    "w1a1": [
+        Search(f"train_fsg.py {BUDGET.replace('resnet20', 'birealnet20')} --act sign --grad {grad}", ADAM)
+        for grad in ("ste", "gate")
+    ]
+    + [
+        Search(f"train_sibnn.py {BUDGET.replace('resnet20', 'birealnet20')}", ADAM),
+        Search(f"train_bihalf.py {BUDGET.replace('resnet20', 'birealnet20')} --act sign", ADAM),
     ],
-    # The paper's ablations: the share β of the slow gradient (default 0.9), the length of the history (default 5), the
-    # layer embedding and the history itself.
-    "ablations": grid(
-        SMALL,
-        [
-            SMALL_MAMBA,
-            *(f"{SMALL_MAMBA} --beta {beta}" for beta in (0.1, 0.3, 0.5, 0.7)),
-            *(f"{SMALL_MAMBA} --length {length}" for length in (3, 4, 6, 7)),
-            f"{SMALL_MAMBA} --no-lre",
-            f"{SMALL_MAMBA} --history newest",
-        ],
-        seeds=(0, 1, 2),
-    ),
+    # The paper's ablations of FSG: the share β of the slow gradient (default 0.9), the length of the history (default
+    # 5), the layer embedding and the history itself.
+    "ablations": [
+        Search(f"{FSG} {SAMPLED} {flags}".strip(), ("1e-3",))
+        for flags in (
+            "",
+            *(f"--beta {beta}" for beta in (0, 0.5, 1)),
+            *(f"--length {length}" for length in (3, 7)),
+            "--no-lre",
+            "--history newest",
+        )
+    ],
 }
-TRAIN = "python train_fsg.py "
-COLUMNS = ("command", "seed", "best_test_acc", "test_acc", "train_loss", "seconds")
+COLUMNS = ("command", "seed", "train_loss", "val_acc", "test_acc", "test_acc_bn", "flip_ratio", "seconds")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -161,11 +180,12 @@ class Slots:
 
 def run_one(command: str, out: Path, slots: Slots) -> dict:
     """Run a command, or resume it if it was interrupted. Returns its row of the CSV file."""
-    flags = command.removeprefix(TRAIN)
-    name = re.sub(r"[^\w.]+", "-", flags)[:150].strip("-") + "-" + hashlib.sha256(flags.encode()).hexdigest()[:8]
+    trainer, _, flags = command.removeprefix("python ").partition(" ")
+    hashed = hashlib.sha256(command.encode()).hexdigest()[:8]
+    name = re.sub(r"[^\w.]+", "-", flags)[:150].strip("-") + "-" + hashed
     started = (out / name / "last.pt").exists()
     argv = ["--resume", str(out / name)] if started else [*shlex.split(flags), "--name", name, "--out", str(out)]
-    code, error = slots.run([sys.executable, str(Path(__file__).with_name("train_fsg.py")), *argv])
+    code, error = slots.run([sys.executable, str(Path(__file__).with_name(trainer)), *argv])
     if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
         raise Interrupted
     diverged = "became NaN or infinite" in error
@@ -175,41 +195,75 @@ def run_one(command: str, out: Path, slots: Slots) -> dict:
     row = {"command": command, "seed": re.search(r"--seed (\d+)", flags)[1]}
     if diverged:
         return {**row, **dict.fromkeys(COLUMNS[2:], "nan")}
-    curves = plot.read_run(out / name)
-    accuracies = curves["test_acc"]
-    row |= {"best_test_acc": f"{accuracies.max():.4f}", "test_acc": f"{accuracies[-1]:.4f}"}
-    return row | {"train_loss": f"{curves['train_loss'][-1]:.4f}", "seconds": f"{curves['time'][-1]:.0f}"}
+    try:
+        with open(out / name / "metrics.csv", newline="") as f:
+            epochs = list(csv.DictReader(f))
+        values = {column: float(epochs[-1].get(column) or "nan") for column in COLUMNS[2:-1]}
+        seconds = sum(float(epoch["seconds"]) for epoch in epochs)
+    except (OSError, ValueError, LookupError) as e:
+        raise RunError(
+            f"{out / name} has no complete metrics.csv ({e}): delete it, and its command runs again"
+        ) from None
+    return row | {k: f"{v:.4f}" for k, v in values.items()} | {"seconds": f"{seconds:.0f}"}
 
 
-def run_grid(name: str, commands: list[str], results: Path, out: Path, jobs: int | None) -> None:
+def best_rate(search: Search, rows: dict[str, dict], command) -> str | None:
+    """The learning rate with the best validation accuracy at the first seed. None if some have not been tried.
+
+    command: turns flags into the command line under which `rows` has them.
+    """
+    tried = {rate: rows.get(command(search.at(rate, search.seeds[0]))) for rate in search.rates}
+    if not all(tried.values()):
+        return None
+    accuracies = {rate: float(row["val_acc"]) for rate, row in tried.items()}
+    known = {rate: accuracy for rate, accuracy in accuracies.items() if accuracy == accuracy}  # not NaN
+    return max(known, key=known.get) if known else search.rates[0] if len(search.rates) == 1 else None
+
+
+def commands_of(grid: list[Search], rows: dict[str, dict], command) -> list[str]:
+    """The commands of a grid, as far as they are known: the other seeds need the best learning rate."""
+    commands = [command(search.at(rate, search.seeds[0])) for search in grid for rate in search.rates]
+    for search in grid:
+        rate = best_rate(search, rows, command)
+        commands += [command(search.at(rate, seed)) for seed in search.seeds[1:] if rate]
+    return commands
+
+
+def run_grid(name: str, grid: list[Search], command, results: Path, out: Path, jobs: int | None) -> None:
     """Run the commands that are not in the grid's CSV file yet. Both files are written after each run.
 
     Raises RunError for the commands that failed, after all others have run.
     """
     file = results / f"{name}.csv"
-    rows, slots, failed = read_results(file), Slots(jobs), []
+    rows, slots, failed, lock = read_results(file), Slots(jobs), {}, threading.Lock()
+
+    def run_search(search: Search) -> None:
+        while commands := [c for c in commands_of([search], rows, command) if c not in rows and c not in failed]:
+            try:
+                row = run_one(commands[0], out / name, slots)
+            except RunError as e:
+                print(f"failed: {e}", flush=True)
+                failed[commands[0]] = str(e)
+                continue
+            with lock:
+                rows[row["command"]] = row
+                write(file, rows.values())
+                print(f"{len(rows)} done: {row['command']}: {row['test_acc']}", flush=True)
+
     with concurrent.futures.ThreadPoolExecutor(slots.jobs) as pool:
-        waiting = [pool.submit(run_one, command, out / name, slots) for command in commands if command not in rows]
+        waiting = [pool.submit(run_search, search) for search in grid]
         try:
             for done in concurrent.futures.as_completed(waiting):
-                try:
-                    row = done.result()
-                except (RunError, plot.PlotError) as e:
-                    print(f"failed: {e}", flush=True)
-                    failed.append(str(e))
-                    continue
-                rows[row["command"]] = row
-                write(file, rows.values(), commands)
-                print(f"{len(rows)} done: {row['command']}: {row['test_acc']}", flush=True)
+                done.result()
         except BaseException:
             slots.stop()
             for future in waiting:
                 future.cancel()
             raise
-    write(file, rows.values(), commands)
+    write(file, rows.values())
     if failed:
-        others = f"; {len(failed) - 1} more cannot" if failed[1:] else ""
-        raise RunError(failed[0] + others)
+        others = f"; {len(failed) - 1} more cannot" if len(failed) > 1 else ""
+        raise RunError(next(iter(failed.values())) + others)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -227,9 +281,10 @@ def read_results(file: Path) -> dict[str, dict]:
     return {row["command"]: row for row in rows}
 
 
-def write(file: Path, rows, commands: list[str]) -> None:
-    """Write the CSV file and, beside it, the Markdown table. The rows are in the grid's order."""
-    rows = sorted(rows, key=lambda row: commands.index(row["command"]) if row["command"] in commands else len(commands))
+def write(file: Path, rows) -> None:
+    """Write the CSV file and, beside it, the Markdown table. The runs of a command stand together."""
+    order = list(dict.fromkeys(without_seed(row) for row in rows))
+    rows = sorted(rows, key=lambda row: (order.index(without_seed(row)), int(row["seed"])))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -242,16 +297,27 @@ def write(file: Path, rows, commands: list[str]) -> None:
         f.write(table(rows))
 
 
+def without_seed(row: dict) -> str:
+    return re.sub(r" --seed \d+", "", row["command"])
+
+
 def table(rows: list[dict]) -> str:
     """A Markdown table with one row per command: mean ± standard deviation over its seeds, accuracies in %."""
     groups = {}
     for row in rows:
-        groups.setdefault(re.sub(r" --seed \d+", "", row["command"]), []).append(row)
-    lines = ["| command | seeds | best test acc. % | test acc. % | training loss | seconds |", "| --- " * 6 + "|"]
+        groups.setdefault(without_seed(row), []).append(row)
+    columns = {
+        "training loss": ("train_loss", 1, 3),
+        "validation acc. %": ("val_acc", 100, 1),
+        "test acc. %": ("test_acc", 100, 1),
+        "the same, BatchNorm re-estimated": ("test_acc_bn", 100, 1),
+        "flips in the last epoch, %": ("flip_ratio", 100, 1),
+        "seconds": ("seconds", 1, 0),
+    }
+    lines = [f"| command | seeds | {' | '.join(columns)} |", "| --- " * (2 + len(columns)) + "|"]
     for command, group in groups.items():
         cells = [f"`{command}`", str(len(group))]
-        columns = (("best_test_acc", 100, 1), ("test_acc", 100, 1), ("train_loss", 1, 3), ("seconds", 1, 0))
-        for name, factor, digits in columns:
+        for name, factor, digits in columns.values():
             cells.append(plot.mean_and_spread([factor * float(row[name]) for row in group], digits))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -273,7 +339,8 @@ def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     end = argv.index("--") if "--" in argv else len(argv)
     args, added_flags = parser.parse_args(argv[:end]), argv[end + 1 :]
-    commands = [TRAIN + shlex.join([*shlex.split(flags), *added_flags]) for flags in GRIDS[args.grid]]
+    grid = GRIDS[args.grid]
+    command = lambda flags: "python " + shlex.join([*shlex.split(flags), *added_flags])
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if "--seed" in added_flags:
@@ -282,14 +349,14 @@ def main(argv=None) -> int:
             raise RunError(f"--jobs must be at least 1; it is {args.jobs}")
         if args.list:
             done = read_results(Path(args.results, f"{args.grid}.csv"))
-            for command in commands:
-                print("done" if command in done else "    ", command)
+            for line in commands_of(grid, done, command):
+                print("done" if line in done else "    ", line)
             return 0
-        run_grid(args.grid, commands, Path(args.results), Path(args.out).resolve(), args.jobs)
+        run_grid(args.grid, grid, command, Path(args.results), Path(args.out).resolve(), args.jobs)
     except (KeyboardInterrupt, Interrupted):
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    except (RunError, plot.PlotError) as e:
+    except RunError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
     print(Path(args.results, f"{args.grid}.md").read_text(), end="")

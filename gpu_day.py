@@ -56,7 +56,6 @@ from pathlib import Path
 
 try:
     import triton
-    import triton.language as tl
 except ImportError:
     triton = None
 
@@ -755,40 +754,18 @@ def steps(dry: bool, scratch: Path, arch: str, size: int, ways: list, seconds: f
                 say(**where, **row, warm_up_seconds=first)
 
 
-if triton:
-
-    @triton.jit
-    def _exponentials(out, COUNT: tl.constexpr):
-        lane = tl.program_id(0) * 1024 + tl.arange(0, 1024)
-        x = lane * 1e-9
-        for _ in range(COUNT):
-            x = tl.exp2(-x)
-        tl.store(out + lane, x)
-
-    @triton.jit
-    def _multiply_adds(out, COUNT: tl.constexpr):
-        lane = tl.program_id(0) * 1024 + tl.arange(0, 1024)
-        a = lane * 1e-9
-        b = a + 1.0
-        c = a + 2.0
-        d = a + 3.0
-        for _ in range(COUNT):
-            a = a * 0.999 + 0.001
-            b = b * 0.999 + 0.001
-            c = c * 0.999 + 0.001
-            d = d * 0.999 + 0.001
-        tl.store(out + lane, a + b + c + d)
-
-
 def peak_rates(device: str) -> dict[str, float]:
     """Exponentials a second of the special function units, and multiply-adds a second in float32, measured."""
     import torch
+
+    import bench
 
     cuda = device == "cuda"
     programs = 64 * torch.cuda.get_device_properties(0).multi_processor_count if cuda else 1
     count, rates = 2000 if cuda else 5, {}
     out = torch.empty(programs * 1024, device=device)
-    for name, kernel, operations in (("exponentials", _exponentials, 1), ("multiply_adds", _multiply_adds, 4)):
+    kernels = {"exponentials": (bench.exponentials, 1), "multiply_adds": (bench.multiply_adds, 4)}
+    for name, (kernel, operations) in kernels.items():
         kernel[(programs,)](out, count)
         ms = milliseconds(lambda kernel=kernel: kernel[(programs,)](out, count), device, 0.1 if cuda else 0)["ms_min"]
         rates[name] = operations * count * programs * 1024 / ms * 1e3

@@ -484,15 +484,17 @@ class Generator(nn.Module):
         """D and W̃ of the latent weights, [N] each: quantizers.calibration and pre_quantize for all layers at once.
 
         dorefa:      D = (1 − tanh² W) / max|tanh W|,   W̃ = tanh W / (2 max|tanh W|) + ½      (max over the layer)
+                     D = 1 − tanh² W                    where the maximum is below 0.001, so that D is bounded
         bwn, -f, -l: D = 1,                             W̃ = W
         """
         if self.kind != "dorefa":
             return torch.ones_like(self.latent), self.latent.clone()
         top = per_layer(self.latent.abs(), self.sizes, self.lengths, "max")
         top = self.shard.all_reduce_max(top).tanh()  # max|tanh W| = tanh(max|W|)
+        bounded = torch.where(top < 1e-3, 1, top)[self.layer_of]  # [N]
         top = top.clamp_min(torch.finfo(top.dtype).tiny)[self.layer_of]  # [N]
         t = torch.tanh(self.latent)
-        return (1 - t.square()) / top, t / (2 * top) + 0.5
+        return (1 - t.square()) / bounded, t / (2 * top) + 0.5
 
     def hand_back(self, G: Tensor) -> None:
         """Set every `weight.grad` to its part of G [N], which every process gets whole."""

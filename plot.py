@@ -1,18 +1,36 @@
-"""Compare runs: a figure of training loss, test accuracy and sign flips, or a table.
+"""Compare runs: a figure of training loss, test accuracy and sign flips, a table, or heat maps of the layers.
 
     python plot.py runs/A runs/B                              # writes runs/curves.png
     python plot.py runs/*/ --out compare.png --title "CIFAR-10, ResNet-20, Adam"
+    python plot.py runs/A runs/B --x step                     # by optimizer step instead of by epoch
+    python plot.py --layers runs/A                            # writes runs/layers.png: flips and bits of each layer
     python plot.py --table runs/*                             # Markdown: mean ± standard deviation over the seeds
+    python plot.py --table runs/* --baseline ste              # the same, and the differences to ste, paired by seed
 
-The left column of the figure is by epoch, the right one by training time: a method that learns its gradients costs more
-per step, so it may win by epoch and lose by time. Training time is the sum of the epochs' training seconds, without the
-evaluation after each epoch. The bottom row shows the share of the binary weights whose sign changed in the epoch. A
-full-precision run has none, and no curve there.
+The left column of the figure is by epoch (or step), the right one by training time: a method that learns its gradients
+costs more per step, so it may win by epoch and lose by time. Training time is the sum of the epochs' training seconds,
+without the evaluation after each epoch. The bottom row shows the share of the binary weights whose sign changed in the
+epoch. A full-precision run has none, and no curve there.
 
 Runs that differ only in --seed (according to their args.json) form a group: one curve, their mean, with a band of ± one
 standard deviation, and one row of the table. A group extends to the last epoch that all of its runs have reached.
 
-The figure needs matplotlib. This file reads metrics.csv and args.json only. It can be copied alone, and it can be used
+The table has three measures of the spread: ± one standard deviation over the seeds, the 95 % confidence interval of the
+mean accuracy (Student's t), and with --baseline the mean difference to that row with its 95 % confidence interval. The
+difference is taken seed by seed, so what the seed does to both methods cancels. The table leaves out a run that has not
+reached the last epoch of its --epochs, and says so.
+
+A RUN is the folder of a run, or a CSV file with the following columns, in any order. Other columns are not used.
+
+    epoch, seconds, train_loss, test_acc, flip_ratio      needed
+    step                                                  for --x step
+    val_loss, val_acc                                     drawn dotted; the table adds the test accuracy of the epoch
+                                                          with the best val_acc
+    test_acc_bn                                           test accuracy with re-estimated BatchNorm statistics: drawn
+                                                          dashed, and a column of the table
+    flips/LAYER, plus/LAYER                               for --layers: flip_ratio of one layer, and its share of +1
+
+The figure needs matplotlib. This file reads CSV files and args.json only. It can be copied alone, and it can be used
 while the runs are still training.
 """
 
@@ -28,7 +46,9 @@ from pathlib import Path
 
 import numpy as np
 
-COLUMNS = ("epoch", "seconds", "train_loss", "test_acc", "flip_ratio")  # the columns of metrics.csv that are used
+COLUMNS = ("epoch", "seconds", "train_loss", "test_acc", "flip_ratio")
+OPTIONAL = ("step", "val_loss", "val_acc", "test_acc_bn")
+OF_LAYERS = ("flips/", "plus/")  # how the columns of single layers begin
 
 # Runs of one experiment may differ in these flags.
 NOT_THE_EXPERIMENT = {"seed", "name", "out", "resume", "eval_only", "workers", "save_every", "device"}
@@ -39,6 +59,13 @@ LAST = 10  # the table averages the test accuracy over this many epochs at the e
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
 FEW = 25  # curves of at most this many points have markers, so that a run of one epoch is visible
+
+# Further curves of a run: the row of the figure, the line style, and what they are.
+THIN = {
+    "val_loss": (0, "dotted", "validation"),
+    "val_acc": (1, "dotted", "validation"),
+    "test_acc_bn": (1, "dashed", "test, BatchNorm re-estimated"),
+}
 
 WIDTH, HEIGHT = 11.0, 8.5  # inches, without the legend
 DPI = 150
@@ -52,7 +79,26 @@ class PlotError(Exception):
 # Reading.
 
 
-def read_run(folder: Path | str) -> dict[str, np.ndarray]:
+class Unfinished(PlotError):
+    """A run that cannot be used yet."""
+
+
+def run_path(name: str) -> Path:
+    """The path that stands for a run: its folder, or its CSV file. runs/A/metrics.csv stands for the folder runs/A."""
+    path = Path(name)
+    return path.parent if path.name == "metrics.csv" and path.is_file() else path
+
+
+def read_flags(path: Path) -> dict:
+    """The run's args.json; {} if there is none that can be read."""
+    try:
+        flags = json.loads((path / "args.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return flags if isinstance(flags, dict) else {}
+
+
+def read_run(path: Path | str) -> dict[str, np.ndarray]:
     """Read the curves of one run: a dictionary of float64 arrays [epochs].
 
     epoch       1, 2, …
@@ -60,56 +106,73 @@ def read_run(folder: Path | str) -> dict[str, np.ndarray]:
     train_loss  mean cross-entropy over the epoch
     test_acc    0 to 1
     flip_ratio  share of the binary weights that changed sign in the epoch, 0 to 1; nan for a full-precision run
+    step, val_loss, val_acc, test_acc_bn, flips/LAYER, plus/LAYER: only if the file has them; nan where a field is empty
 
-    Raises PlotError if there is no such run, if it has no epoch yet, or if metrics.csv is damaged.
+    path: the run's folder, or a CSV file. Raises Unfinished if it has no epoch yet, and PlotError if there is no such
+    run or if the file is damaged.
     """
-    folder = Path(folder)
-    path = folder / "metrics.csv"
-    if not folder.is_dir():
-        raise PlotError(f"there is no run folder {folder}: give the folder of a run, such as runs/NAME")
-    if not path.is_file():
-        raise PlotError(f"{folder} has no metrics.csv, so it is not a run: give the folder of a run, such as runs/NAME")
+    path = Path(path)
+    if not path.exists():
+        raise PlotError(f"there is no run {path}: give the folder of a run, such as runs/NAME, or a CSV file")
+    file = path / "metrics.csv" if path.is_dir() else path
+    if not file.is_file():
+        raise PlotError(f"{path} has no metrics.csv, so it is not a run: give the folder of a run, such as runs/NAME")
     try:
-        with open(path, newline="", encoding="utf-8-sig") as f:
-            reader = csv.DictReader(f)
-            missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+        with open(file, newline="", encoding="utf-8-sig") as f:
+            reader = csv.DictReader(f, skipinitialspace=True)
+            found = reader.fieldnames or ()
+            missing = [name for name in COLUMNS if name not in found]
             if missing:
                 raise ValueError(f"without the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
-            rows = [numbers(row, reader.line_num) for row in reader]
+            optional = [name for name in found if name in OPTIONAL or name.startswith(OF_LAYERS)]
+            rows = [numbers(row, reader.line_num, optional) for row in reader]
         if not rows:
-            raise PlotError(f"{path} has no epoch yet: try again when the run's first epoch is over, or leave it out")
-        run = dict(zip(COLUMNS, np.array(rows).T, strict=True))
+            raise Unfinished(f"{file} has no epoch yet: try again when the run's first epoch is over, or leave it out")
+        run = dict(zip((*COLUMNS, *optional), np.array(rows).T, strict=True))
         if not np.all(np.diff(run["epoch"], prepend=0) > 0):
             raise ValueError("its epochs are not in order")
         if not np.all(np.isfinite(run["seconds"]) & (run["seconds"] >= 0)):
             raise ValueError("an epoch's seconds are not a time")
     except OSError as e:
-        raise PlotError(f"{path} cannot be read ({e.strerror or e}): make it readable, or leave this run out") from None
+        raise PlotError(f"{file} cannot be read ({e.strerror or e}): make it readable, or leave this run out") from None
     except (ValueError, csv.Error) as e:  # UnicodeDecodeError, from a binary file, is a ValueError
         reason = "not a text file" if isinstance(e, UnicodeError) else e
-        raise PlotError(
-            f"{path} is damaged ({reason}): leave this run out, or resume it (--resume), which writes the file anew"
-        ) from None
+        advice = "or resume it (--resume), which writes the file anew" if path.is_dir() else "or correct the file"
+        raise PlotError(f"{file} is damaged ({reason}): leave this run out, {advice}") from None
     run["time"] = np.cumsum(run.pop("seconds"))
     return run
 
 
-def numbers(row: dict, line: int) -> list[float]:
-    """The COLUMNS of one row as floats. Raises ValueError for a wrong number of fields or a field that is no number."""
+def numbers(row: dict, line: int, optional: list[str]) -> list[float]:
+    """The COLUMNS and the optional columns of one row as floats; an empty optional field is nan.
+
+    Raises ValueError for a wrong number of fields or a field that is no number.
+    """
     if None in row or None in row.values():  # csv.DictReader's mark for surplus and missing fields
         raise ValueError(f"line {line} has not as many fields as the first")
     try:
-        return [float(row[name]) for name in COLUMNS]
+        return [float(row[name]) for name in COLUMNS] + [float(row[name].strip() or "nan") for name in optional]
     except ValueError:
         raise ValueError(f"line {line} has a field that is not a number") from None
+
+
+def check_finished(path: Path, run: dict[str, np.ndarray], flags: dict) -> None:
+    """Raise Unfinished if the run has fewer epochs than its flags say. A CSV file without flags is finished."""
+    epochs, limit = flags.get("epochs"), flags.get("limit_steps")
+    done = run["epoch"][-1]
+    if isinstance(epochs, int) and done < epochs and not (limit and run.get("step", [limit])[-1] >= limit):
+        raise Unfinished(
+            f"{path} is not finished ({done:.0f} of {epochs} epochs): resume it, or draw it without --table"
+        )
 
 
 def label_runs(folders: list[Path]) -> list[str]:
     """A unique label for each folder: its name, preceded by as many parent folders as are needed.
 
-    a/ste, b/ste, b/fsg  →  'a/ste', 'b/ste', 'fsg'
+    a/ste, b/ste, b/fsg  →  'a/ste', 'b/ste', 'fsg'. A CSV file goes by its name without the ending.
     """
-    paths = [Path(os.path.abspath(folder)).parts for folder in folders]
+    paths = [Path(os.path.abspath(folder)) for folder in folders]
+    paths = [(path.with_suffix("") if path.is_file() else path).parts for path in paths]
     labels = []
     for path in paths:
         n = 1
@@ -130,13 +193,11 @@ def group_runs(folders: list[Path]) -> list[list[int]]:
     """
     groups, seen = {}, {}
     for i, folder in enumerate(folders):
-        try:
-            flags = json.loads((folder / "args.json").read_text())
-            experiment = json.dumps({k: v for k, v in flags.items() if k not in NOT_THE_EXPERIMENT}, sort_keys=True)
-            repeats = seen.setdefault(
-                (experiment, flags.get("seed")), []
-            )  # runs with the same seed go to different groups
-        except (OSError, ValueError, AttributeError):
+        flags = read_flags(folder)
+        experiment = json.dumps({k: v for k, v in flags.items() if k not in NOT_THE_EXPERIMENT}, sort_keys=True)
+        if flags:
+            repeats = seen.setdefault((experiment, str(flags.get("seed"))), [])  # runs with the same seed are apart
+        else:
             experiment, repeats = f"{i}", []
         groups.setdefault((experiment, len(repeats)), []).append(i)
         repeats.append(i)
@@ -153,15 +214,16 @@ def label_group(labels: list[str]) -> str:
 
 
 def average(runs: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The mean of the curves of runs read by read_run(), as long as the shortest run.
+    """The mean of the curves of runs read by read_run(), as long as the shortest run, of the columns that all have.
 
-    For more than one run, `NAME_sd` holds the standard deviation of the curve NAME.
+    For more than one run, `NAME_sd` holds the standard deviation of the curve NAME, except for the columns of layers.
     """
     epochs = min(len(run["epoch"]) for run in runs)
-    stacks = {name: np.stack([run[name][:epochs] for run in runs]) for name in runs[0]}
+    common = [name for name in runs[0] if all(name in run for run in runs)]
+    stacks = {name: np.stack([run[name][:epochs] for run in runs]) for name in common}
     mean = {name: stack.mean(0) for name, stack in stacks.items()}
     if len(runs) > 1:
-        mean |= {f"{name}_sd": stack.std(0, ddof=1) for name, stack in stacks.items()}
+        mean |= {f"{name}_sd": stack.std(0, ddof=1) for name, stack in stacks.items() if "/" not in name}
     return mean
 
 
@@ -171,22 +233,79 @@ def mean_and_spread(values: list[float], digits: int) -> str:
     return f"{np.mean(values):.{digits}f}{spread}"
 
 
-def table(groups: dict[str, list[dict]]) -> str:
-    """A Markdown table with one row per group {label: [read_run(folder), …]}, accuracies in %."""
+def half_width(values: list[float]) -> float:
+    """Half the width of the 95 % confidence interval of the mean (Student's t), for at least two values."""
+    n = len(values)
+    # For θ = arctan(t / √(n−1)), the density of |t| is proportional to cos^(n−2) θ, with θ from 0 to π/2.
+    theta = np.linspace(0, np.pi / 2, 100_001)
+    density = np.cos(theta) ** (n - 2)
+    share = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
+    t = np.sqrt(n - 1) * np.tan(np.interp(0.95, share / share[-1], theta))
+    return t * np.std(values, ddof=1) / np.sqrt(n)
+
+
+def accuracy_at_the_end(run: dict, epochs: int, column: str = "test_acc") -> float:
+    """Mean test accuracy in % over the last LAST of that many epochs."""
+    return 100 * run[column][:epochs][-LAST:].mean()
+
+
+def difference(ours: dict, baseline: dict) -> str:
+    """Mean difference of the accuracy at the end, in %, paired by seed: '+1.20 ± 0.35 (3)'. Groups: {seed: run}.
+
+    Only the epochs that all of these runs have count. '–' if the groups have no seed in common.
+    """
+    pairs = [(run, baseline[seed]) for seed, run in ours.items() if seed in baseline]
+    if not pairs:
+        return "–"
+    epochs = min(len(run["epoch"]) for pair in pairs for run in pair)
+    values = [accuracy_at_the_end(a, epochs) - accuracy_at_the_end(b, epochs) for a, b in pairs]
+    spread = f" ± {half_width(values):.2f}" if len(values) > 1 else ""
+    return f"{np.mean(values):+.2f}{spread} ({len(values)})"
+
+
+def table(groups: dict[str, list[dict]], seeds: dict[str, list], baseline: str | None = None) -> str:
+    """A Markdown table with one row per group {label: [read_run(folder), …]}, accuracies in %.
+
+    seeds: the seed of each run, {label: [0, 1, …]}; None for an unknown one. baseline: the label of the group that the
+    others are compared with. Raises PlotError if no group has that label.
+    """
+    if baseline is not None and baseline not in groups:
+        raise PlotError(f"--baseline {baseline} is none of the rows: give one of {', '.join(groups)}")
+    has = lambda column: any(column in run for runs in groups.values() for run in runs)
+    by_seed = {
+        label: {seed: run for seed, run in zip(seeds[label], runs, strict=True) if seed is not None}
+        for label, runs in groups.items()
+    }
     rows, last = [], 1
     for label, runs in groups.items():
         epochs = min(len(run["epoch"]) for run in runs)
-        runs = [{name: curve[:epochs] for name, curve in run.items()} for run in runs]
         last = max(last, min(LAST, epochs))
-        best = mean_and_spread([100 * run["test_acc"].max() for run in runs], 2)
-        end = mean_and_spread([100 * run["test_acc"][-LAST:].mean() for run in runs], 2)
-        loss = mean_and_spread([run["train_loss"][-1] for run in runs], 4)
-        hours = np.mean([run["time"][-1] for run in runs]) / 3600
-        label = label.replace("|", "\\|")
-        rows.append(f"| {label} | {len(runs)} | {epochs} | {best} | {end} | {loss} | {hours:.2f} |")
-    ending = f"last {last} epochs %" if last > 1 else "last epoch %"
-    head = f"| run | seeds | epochs | best test acc. % | {ending} | training loss | hours |"
-    return "\n".join([head, "| --- " * 7 + "|", *rows])
+        end = [accuracy_at_the_end(run, epochs) for run in runs]
+        row = {"run": label.replace("|", "\\|"), "seeds": f"{len(runs)}", "epochs": f"{epochs}"}
+        row["best test acc. %"] = mean_and_spread([100 * run["test_acc"][:epochs].max() for run in runs], 2)
+        row["end"] = mean_and_spread(end, 2)
+        row["training loss"] = mean_and_spread([run["train_loss"][epochs - 1] for run in runs], 4)
+        low, high = (np.mean(end) + sign * half_width(end) for sign in (-1, 1)) if len(runs) > 1 else (0, 0)
+        row["95 % interval"] = f"{low:.2f} to {high:.2f}" if len(runs) > 1 else "–"
+        if has("val_acc"):
+            known = all("val_acc" in run and np.isfinite(run["val_acc"][:epochs]).any() for run in runs)
+            chosen = [100 * run["test_acc"][np.nanargmax(run["val_acc"][:epochs])] for run in runs] if known else []
+            row["at best validation %"] = mean_and_spread(chosen, 2) if known else "–"
+        if has("test_acc_bn"):
+            known = all("test_acc_bn" in run for run in runs)
+            found = [accuracy_at_the_end(run, epochs, "test_acc_bn") for run in runs] if known else []
+            row["BatchNorm re-estimated %"] = mean_and_spread(found, 2) if known else "–"
+        if baseline is not None:
+            known = label != baseline
+            row[f"difference to {baseline} (seeds)"] = difference(by_seed[label], by_seed[baseline]) if known else "–"
+        row["hours"] = f"{np.mean([run['time'][epochs - 1] for run in runs]) / 3600:.2f}"
+        rows.append(row)
+    head = [name.replace("|", "\\|") for name in rows[0]]
+    ending = f"last {last} epochs" if last > 1 else "last epoch"
+    head[head.index("end")] = f"{ending} %"
+    head[head.index("95 % interval")] = f"95 % interval, {ending}"
+    lines = [head, ["---"] * len(head), *(row.values() for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,25 +321,35 @@ def time_unit(seconds: float) -> tuple[str, float]:
     return "hours", 3600.0
 
 
-def draw(runs: dict[str, dict], title: str = ""):
+def new_figure(width: float, height: float):
+    """An empty matplotlib Figure. Raises PlotError if matplotlib is missing."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no screen
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise PlotError(f"plot.py needs matplotlib ({e}): pip install matplotlib") from None
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # inches
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def draw(runs: dict[str, dict], title: str = "", x: str = "epoch"):
     """Draw the groups {label: average([read_run(folder), …])}; returns a matplotlib Figure.
 
-    The axes [3, 2] have one row each for loss, accuracy and flips. The left column is by epoch, the right one by time.
-    Raises PlotError if matplotlib is missing or if there are more groups than line styles.
+    The axes [3, 2] have one row each for loss, accuracy and flips. The left column is by epoch or, with x="step", by
+    step; the right one is by time. Raises PlotError if matplotlib is missing, if there are more groups than line
+    styles, or if a group has no steps.
     """
     if len(runs) > len(COLORS) * len(STYLES):
         most = len(COLORS) * len(STYLES)
         raise PlotError(f"{len(runs)} runs cannot be told apart in one figure: give at most {most}")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no screen
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError as e:
-        raise PlotError(f"plot.py needs matplotlib ({e}): pip install matplotlib") from None
+    for label, run in runs.items():
+        if x not in run:
+            raise PlotError(f"{label} has no column {x}: leave this run out, or leave out --x")
+    figure = new_figure(WIDTH, HEIGHT)
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # inches
-    FigureCanvasAgg(figure)
     axes = figure.subplots(3, 2, sharex="col", sharey="row")
     unit, unit_seconds = time_unit(max(run["time"][-1] for run in runs.values()))
     for i, run in enumerate(runs.values()):
@@ -228,8 +357,17 @@ def draw(runs: dict[str, dict], title: str = ""):
             y, spread = factor * run[name], run.get(f"{name}_sd")
             if row == 0:
                 y = np.where(np.isfinite(y) & (y > 0), y, np.nan)  # a log scale shows only these
-            for column, x in enumerate((run["epoch"], run["time"] / unit_seconds)):
-                draw_curve(axes[row, column], x, y, i, None if spread is None else factor * spread)
+            for column, at in enumerate((run[x], run["time"] / unit_seconds)):
+                draw_curve(axes[row, column], at, y, i, None if spread is None else factor * spread)
+    for name, (row, linestyle, what) in THIN.items():
+        having = [(i, run) for i, run in enumerate(runs.values()) if name in run]
+        for i, run in having:
+            y = 100 * run[name] if row == 1 else np.where(run[name] > 0, run[name], np.nan)
+            for ax, at in zip(axes[row], (run[x], run["time"] / unit_seconds), strict=True):
+                ax.plot(at, y, color=COLORS[i % len(COLORS)], linestyle=linestyle, linewidth=1.0)
+        if having:  # each kind has its place above the panel
+            place = "right" if name == "test_acc_bn" else "left"
+            axes[row, 0].set_title(f"{linestyle}: {what}", loc=place, fontsize="small", color="0.3")
 
     set_log_scale(axes[0, 0])
     if not any(np.isfinite(run["flip_ratio"]).any() for run in runs.values()):
@@ -241,7 +379,7 @@ def draw(runs: dict[str, dict], title: str = ""):
     axes[0, 0].set_ylabel("training loss (log scale)")
     axes[1, 0].set_ylabel("test accuracy (%)")
     axes[2, 0].set_ylabel("weights flipped (% per epoch)")
-    axes[2, 0].set_xlabel("epoch")
+    axes[2, 0].set_xlabel(x)
     axes[2, 1].set_xlabel(f"training time ({unit})")
     axes[2, 0].xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
     for ax in axes.flat:
@@ -251,7 +389,7 @@ def draw(runs: dict[str, dict], title: str = ""):
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelleft=True)  # repeat the numbers of the left column in the right one
     figure.align_ylabels(axes[:, 0])
-    add_legend(figure, axes[0, 0].get_lines(), list(runs), title)
+    add_legend(figure, axes[0, 0].get_lines()[: len(runs)], list(runs), title)
     return figure
 
 
@@ -305,6 +443,63 @@ def add_legend(figure, lines: list, labels: list[str], title: str) -> None:
     figure.set_size_inches(WIDTH, HEIGHT + box.height / DPI)
 
 
+MOST_LAYERS = 40  # names of layers on an axis; with more layers, only some are named
+
+
+def draw_layers(runs: dict[str, dict], title: str = ""):
+    """Heat maps of every layer over the epochs, for the groups {label: average([…])}; returns a matplotlib Figure.
+
+    The axes [2, groups] show the share of a layer's weights that changed sign in the epoch, and its share of +1.
+    Raises PlotError if matplotlib is missing, for more than four groups, and if a group has no columns of layers.
+    """
+    if len(runs) > 4:
+        raise PlotError(f"{len(runs)} runs do not fit beside each other: give at most 4 with --layers")
+    layers = {label: layer_names(label, run) for label, run in runs.items()}
+    most = min(MOST_LAYERS, max(map(len, layers.values())))
+    figure = new_figure(3.0 + 3.7 * len(runs), 2.5 + 2 * max(2.1, 0.13 * most))  # inches
+    axes = figure.subplots(2, len(runs), squeeze=False)
+    for row, prefix in enumerate(OF_LAYERS):
+        maps = {label: 100 * np.stack([run[prefix + name] for name in layers[label]]) for label, run in runs.items()}
+        known = np.concatenate([values[np.isfinite(values)] for values in maps.values()])
+        if prefix == "flips/":
+            options = {"cmap": "viridis", "vmin": 0, "vmax": max(known, default=0) or 1}
+        else:  # white: half of the weights are +1
+            widest = max(abs(known - 50), default=0) or 1
+            options = {"cmap": "PuOr", "vmin": 50 - widest, "vmax": 50 + widest}
+        for ax, (label, run) in zip(axes[row], runs.items(), strict=True):
+            image = draw_heat_map(ax, run["epoch"], layers[label], maps[label], options)
+        figure.colorbar(image, ax=axes[row], label=("weights flipped (% per epoch)", "weights that are +1 (%)")[row])
+    for ax, label in zip(axes[0], runs, strict=True):
+        ax.set_title("\n".join(textwrap.wrap(label, 40)), fontsize="medium", parse_math=False)
+    for ax in axes[1]:
+        ax.set_xlabel("epoch")
+    figure.suptitle("\n".join(textwrap.wrap(title, 70)), parse_math=False)
+    return figure
+
+
+def layer_names(label: str, run: dict) -> list[str]:
+    """The layers that the run has columns of. Raises PlotError if there is none."""
+    names = [name.removeprefix("plus/") for name in run if name.startswith("plus/")]
+    names = [name for name in names if f"flips/{name}" in run]
+    if not names:
+        raise PlotError(f"{label} has no columns flips/LAYER and plus/LAYER: leave it out, or leave out --layers")
+    return names
+
+
+def draw_heat_map(ax, epochs: np.ndarray, names: list[str], values: np.ndarray, options: dict):
+    """Draw values [layers, epochs], the first layer on top and nan in grey; returns what a colour bar needs."""
+    from matplotlib.ticker import MaxNLocator
+
+    edges = np.append(epochs - 0.5, epochs[-1] + 0.5)
+    image = ax.pcolormesh(edges, np.arange(len(names) + 1) - 0.5, values, **options)
+    ax.set_facecolor("0.85")
+    ax.invert_yaxis()
+    every = -(-len(names) // MOST_LAYERS)
+    ax.set_yticks(range(0, len(names), every), names[::every], fontsize=7, parse_math=False)
+    ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
+    return image
+
+
 def save(figure, path: Path) -> None:
     """Write the figure in the format given by the path's suffix. Raises PlotError if it cannot be written."""
     image = io.BytesIO()  # the file is written only after drawing has succeeded, so a failure keeps the old file
@@ -326,37 +521,74 @@ def flags():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, such as runs/NAME")
-    parser.add_argument("--out", metavar="FILE.png", help="file to write (default: curves.png beside the first run)")
-    parser.add_argument("--table", action="store_true", help="print a Markdown table and draw nothing")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, such as runs/NAME, or a CSV file")
+    out = "file to write (default: curves.png, with --layers layers.png, beside the first run)"
+    parser.add_argument("--out", metavar="FILE.png", help=out)
+    parser.add_argument("--x", choices=["epoch", "step"], default="epoch", help="left column of the figure")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--layers", action="store_true", help="draw heat maps of the layers' flips and bits")
+    what.add_argument("--table", action="store_true", help="print a Markdown table and draw nothing")
+    baseline = "--table: the row that the others are compared with, by its name in the table"
+    parser.add_argument("--baseline", metavar="NAME", help=baseline)
     parser.add_argument("--title", metavar="TEXT", default="", help="title of the figure")
     return parser
+
+
+def read_groups(paths: list[Path], finished: bool) -> tuple[dict[str, list[dict]], dict[str, list]]:
+    """The runs {label: [read_run(path), …]} of each group, and their seeds {label: [0, …]} (None: not known).
+
+    Leaves out runs without an epoch and, if `finished`, those that have not reached their last one; a note on standard
+    error says so. Raises Unfinished if no run is left, and PlotError for a run that cannot be read.
+    """
+    runs, left_out = {}, []
+    for path in paths:
+        try:
+            run = read_run(path)
+            if finished:
+                check_finished(path, run, read_flags(path))
+            runs[path] = run
+        except Unfinished as e:
+            left_out.append(e)
+    if not runs:
+        raise left_out[0]
+    for e in left_out:
+        print(f"note: left out: {e}", file=sys.stderr)
+    paths = list(runs)
+    labels, groups, seeds = label_runs(paths), {}, {}
+    for group in group_runs(paths):
+        label = label_group([labels[i] for i in group])
+        if label in groups or (len(group) > 1 and label in labels):  # the label is taken
+            label = labels[group[0]]
+        groups[label] = [runs[paths[i]] for i in group]
+        found = [read_flags(paths[i]).get("seed") for i in group]
+        seeds[label] = [seed if isinstance(seed, int) else None for seed in found]
+    return groups, seeds
 
 
 def main(argv=None) -> int:
     """Returns the exit code: 0, or 1 after one sentence on standard error."""
     args = flags().parse_args(argv)
     try:
-        # The pattern `runs/*` may also match an earlier figure and bench.py's JSON files. A folder counts once.
-        names = [name for name in args.runs if not (name.endswith((".png", ".json")) and os.path.isfile(name))]
-        folders = list({os.path.abspath(name): Path(name) for name in names}.values())
-        if not folders:
+        if args.baseline is not None and not args.table:
+            raise PlotError("--baseline is for --table: add --table, or leave it out")
+        if args.x != "epoch" and (args.table or args.layers):
+            raise PlotError("--x is for the curves: leave it out with --table and --layers")
+        # The pattern `runs/*` may also match an earlier figure and bench.py's JSON files. A run counts once.
+        figures = (".png", ".pdf", ".svg", ".json")
+        names = [run_path(name) for name in args.runs if not (name.endswith(figures) and os.path.isfile(name))]
+        paths = list({os.path.abspath(path): path for path in names}.values())
+        if not paths:
             raise PlotError("there is no run to draw: give the folder of a run, such as runs/NAME")
-        out = Path(args.out or os.path.normpath(folders[0] / ".."))  # `..` rather than .parent: RUN may be "."
+        out = Path(args.out or os.path.normpath(paths[0] / ".."))  # `..` rather than .parent: RUN may be "."
         if out.is_dir():
-            out = out / "curves.png"
-        labels, runs = label_runs(folders), [read_run(folder) for folder in folders]
-        groups = {}
-        for group in group_runs(folders):
-            label = label_group([labels[i] for i in group])
-            if label in groups or (len(group) > 1 and label in labels):  # the label is taken
-                label = labels[group[0]]
-            groups[label] = [runs[i] for i in group]
+            out = out / ("layers.png" if args.layers else "curves.png")
+        groups, seeds = read_groups(paths, finished=args.table)
         if args.table:
-            print(table(groups))
+            print(table(groups, seeds, args.baseline))
             return 0
-        seeds = {label: f", {len(group)} seeds" if len(group) > 1 else "" for label, group in groups.items()}
-        save(draw({f"{label}{seeds[label]}": average(group) for label, group in groups.items()}, args.title), out)
+        counts = {label: f", {len(group)} seeds" if len(group) > 1 else "" for label, group in groups.items()}
+        means = {f"{label}{counts[label]}": average(group) for label, group in groups.items()}
+        save(draw_layers(means, args.title) if args.layers else draw(means, args.title, args.x), out)
     except PlotError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1

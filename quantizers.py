@@ -337,18 +337,26 @@ def pre_quantize(w: Tensor, kind: str) -> Tensor:
     return w.detach()
 
 
+SMALLEST_MAXIMUM = 1e-3  # of |tanh(W)| in a layer; the networks of models.py start at 1e-3 and above
+
+
 @torch.no_grad()
 def calibration(w: Tensor, kind: str) -> Tensor:
     """D = ∂Ŵ/∂W with Q replaced by the identity; same shape as w, no gradient.
 
-        kind 'dorefa'           D = 2 ∂A/∂W = (1 − tanh²(W)) / max|tanh(W)|, with the maximum held constant
+        kind 'dorefa'           D = 2 ∂A/∂W = (1 − tanh²(W)) / m,   m = max|tanh(W)| held constant
+                                D = 1 − tanh²(W)                    where m < 0.001
         kind 'bwn…'             D = 1
 
-    w is the weight of one layer, over which the maximum is taken. Raises ValueError for another kind.
+    w is the weight of one layer, over which the maximum is taken. As W tends to 0, 1/m grows without bound, and a layer
+    of zeros would either stay there or explode. The second line bounds D by 1000: such a layer learns as with 'bwn'
+    until its weights are of a usual size.
+    Raises ValueError for another kind.
     """
     if kind == "dorefa":
         t = torch.tanh(w)
-        return (1 - t.square()) / t.abs().max().clamp_min(torch.finfo(w.dtype).tiny)
+        m = t.abs().max()
+        return (1 - t.square()) / torch.where(m < SMALLEST_MAXIMUM, 1, m)
     _check_kind(kind)
     return torch.ones_like(w)
 

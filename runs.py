@@ -2,10 +2,11 @@
 
 Needs no other file of this repository; copy it with any train_*.py. A run writes the folder runs/NAME/:
 
-    args.json     the flags that the run used
+    args.json     the flags that the run used, and under "environment" the versions, the commit, the device, the command
+    log.txt       what the run printed
     metrics.csv   one row per epoch, with the columns METRICS below and the trainer's own
     last.pt       the whole state of the run; --resume continues from it bit for bit
-    best.pt       the network with the best test accuracy so far
+    best.pt       the network to use: with --val the one with the best validation accuracy, otherwise the last one
 
 A checkpoint is complete at any moment, even if the process is killed: it is written to a temporary file, which then
 replaces the old checkpoint.
@@ -14,13 +15,18 @@ replaces the old checkpoint.
 import argparse
 import contextlib
 import csv
+import ctypes
 import itertools
 import json
 import math
 import os
+import platform
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
+import threading
 import time
 import uuid
 import warnings
@@ -37,7 +43,28 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.nn import functional as F
 
-console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)  # a name may contain [ ] and :x:
+
+class Terminal(Console):
+    """The console. It also keeps the printed lines until the run folder has them in log.txt."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.unsaved: list[str] = []
+
+    def print(self, *objects, **options):
+        super().print(*objects, **options)
+        if objects and isinstance(objects[0], str):
+            self.unsaved.append(" ".join(map(str, objects)) + "\n")
+
+    def save(self, file: Path) -> None:
+        """Append the new lines to the file. A full disk is reported by the next checkpoint."""
+        lines, self.unsaved = self.unsaved, []
+        with contextlib.suppress(OSError), open(file, "a") as f:
+            f.writelines(lines)
+
+
+MANY_FLIPS = 0.02  # share of the signs that flip in an epoch, above which BatchNorm's running statistics lag behind
+console = Terminal(highlight=False, markup=False, emoji=False, soft_wrap=True)  # a name may contain [ ] and :x:
 
 
 class RunError(Exception):
@@ -51,10 +78,13 @@ def command(main, *errors: type[Exception]) -> None:
     except (RunError, *errors) as e:
         code = f"error: {e}"
     except Exception as e:
-        if not type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise
         reason = " ".join(str(e).split())[:150]
-        code = f"error: --compile failed ({reason}): leave it out; it needs a C++ compiler, on a GPU Triton"
+        if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in reason:
+            code = f"error: out of memory ({reason}): use a smaller --batch-size, or --accumulate 2 with the same one"
+        elif type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            code = f"error: --compile failed ({reason}): leave it out; it needs a C++ compiler, on a GPU Triton"
+        else:
+            raise
     except KeyboardInterrupt:  # before training, or the second Ctrl-C: last.pt is the last one that was saved
         code = 128 + signal.SIGINT
     if isinstance(code, str):
@@ -70,10 +100,14 @@ def command(main, *errors: type[Exception]) -> None:
 # The flags that may change when a run is resumed. A change of any other flag would make it a different run.
 MAY_CHANGE = {
     *("epochs", "limit_steps", "lr", "schedule", "milestones", "data_dir", "workers", "device", "compile"),
-    *("accumulate", "save_every", "out", "name", "resume", "eval_only", "pretrained"),
+    *("bn_batches", "tensorboard", "wandb", "deterministic", "accumulate", "save_every", "out", "name", "resume"),
+    *("eval_only", "pretrained"),
 }
 SMALLEST = {"epochs": 1, "batch_size": 2, "limit_steps": 1, "image_size": 8, "accumulate": 1}  # 0 for the flags below
-NOT_NEGATIVE = ("workers", "seed", "save_every", "weight_decay", "warmup", "lr", "lr_fast", "lr_slow")
+NOT_NEGATIVE = (
+    *("val", "bn_batches", "workers", "seed", "save_every", "weight_decay", "warmup"),
+    *("lr", "lr_fast", "lr_slow"),
+)
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -101,6 +135,8 @@ def common_flags(script: str, description: str, **defaults) -> argparse.Argument
     add("--dataset", default="cifar10", choices=datasets, help=folder)
     add("--data-dir", default="data", help="the folder with the images, or to download them to")
     add("--image-size", type=int, help="width and height in pixels (default: the images' own; 224 for large images)")
+    held_out = "hold N training images out for validation, which then chooses best.pt (default: %(default)s)"
+    add("--val", type=int, default=0, metavar="N", help=held_out)
     add("--no-crop", action="store_true", help="no random crops of training images (images of up to 96 pixels)")
     add("--no-flip", action="store_true", help="no horizontal flips of training images")
     add("--workers", type=int, default=8, help="number of processes that decode large images")
@@ -122,12 +158,24 @@ def common_flags(script: str, description: str, **defaults) -> argparse.Argument
     add("--warmup", type=float, default=0.0, metavar="EPOCHS", help=warmup)
     milestones = "epochs at which --schedule step divides the learning rate (default: %(default)s)"
     add("--milestones", type=int, nargs="*", default=[30, 60, 90], help=milestones)
+    smoothing = "share of the target that is spread evenly over all classes (default: %(default)s)"
+    add("--label-smoothing", type=float, default=0.0, metavar="SHARE", help=smoothing)
+    clip = "scale the gradients down to this norm, over all weights together (default: no limit)"
+    add("--clip", type=float, metavar="NORM", help=clip)
+    ema = "test, and keep in best.pt, an exponential moving average of the weights with this decay per step"
+    add("--ema", type=float, metavar="DECAY", help=ema + " (default: off)")
     add("--seed", type=int, default=0, help="seed of the weights, the order of the images and the augmentation")
     add("--pretrained", metavar="FILE", help="start from the weights of this checkpoint or state dict")
+    batchnorm = "test also with BatchNorm statistics of the present weights, from N training batches: test_acc_bn"
+    add("--bn-batches", type=int, default=0, metavar="N", help=batchnorm + " (default: %(default)s)")
     add = parser.add_argument_group("machine and run").add_argument
     add("--device", default="auto", help="cpu, cuda, cuda:1, … (default: cuda if there is a GPU, else cpu)")
     add("--amp", action="store_true", help="run the network's forward pass in bfloat16")
     add("--compile", action="store_true", help="compile the network with torch.compile")
+    deterministic = "on GPUs: bit for bit the same result each time, also after --resume; slower"
+    add("--deterministic", action="store_true", help=deterministic)
+    add("--tensorboard", action="store_true", help="write the metrics for TensorBoard too, into the run folder")
+    add("--wandb", metavar="PROJECT", help="send the metrics to this project of Weights & Biases too")
     add("--save-every", type=float, default=10.0, metavar="MINUTES", help="time between checkpoints within an epoch")
     add("--out", default="runs", help="the folder in which run folders are made")
     add("--name", help="name of the run and its folder (default: made from the flags)")
@@ -147,6 +195,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
 
     With --resume, the flags in the checkpoint are the defaults; those in MAY_CHANGE may be given again (--epochs 200).
     """
+    console.unsaved = []
     args = parser.parse_args(argv)
     checkpoint = None
     if args.resume:
@@ -173,6 +222,16 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
         largest = 1e30 if isinstance(value, float) else 2**63 - 1
         if value is not None and not smallest <= value <= largest:
             raise RunError(f"{option(name)} must be a number from {smallest} on; it is {value}")
+    for name, largest in (("label_smoothing", 1), ("ema", 1)):
+        value = getattr(args, name, None)
+        if value is not None and not 0 <= value < largest:
+            raise RunError(f"{option(name)} must be at least 0 and below {largest}; it is {value}")
+    if args.clip is not None and not 0 < args.clip < 1e30:
+        raise RunError(f"--clip must be a positive number; it is {args.clip}")
+    if args.name is not None and (args.name in (".", "..", "") or Path(args.name).name != args.name):
+        raise RunError(f"--name is the name of a folder in --out, without / or ..; it is {args.name!r}")
+    if any(milestone < 1 for milestone in getattr(args, "milestones", None) or []):
+        raise RunError(f"--milestones are numbers of epochs from 1 on; they are {args.milestones}")
     if args.opt:  # otherwise the trainer chooses the optimizer, and calls complete_betas() then
         complete_betas(args)
     if args.eval_only and not (args.resume or args.pretrained):
@@ -216,19 +275,39 @@ def fill(args: argparse.Namespace, **defaults) -> None:
 # Device and processes.
 
 
-def pick_device(name: str) -> torch.device:
-    """The device that --device names; "auto" is the GPU if there is one. torchrun's processes take one GPU each."""
+def pick_device(name: str, deterministic: bool = False) -> torch.device:
+    """The device that --device names; "auto" is the GPU if there is one. torchrun's processes take one GPU each.
+
+    On a GPU, cuDNN tries several algorithms per layer and keeps the fastest, and float32 matrix products may round
+    their factors to TF32. With deterministic=True neither happens, and the results are the same each time.
+    """
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         if device.type == "cuda" and "LOCAL_RANK" in os.environ:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()
-        torch.backends.cudnn.deterministic = True  # a resumed run must equal an uninterrupted one
+        if device.type == "cpu":
+            keep_freed_memory()
+        torch.backends.cudnn.deterministic = deterministic
+        torch.backends.cudnn.benchmark = not deterministic
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = not deterministic
     except (RuntimeError, AssertionError, ImportError) as e:
         reason = str(e).splitlines()[0][:100]
         raise RunError(f"--device {name} cannot be used here ({reason}): try --device cpu") from None
     return device
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep the memory that a process frees, where it is glibc.
+
+    Otherwise it returns every tensor of more than 32 MB to the system, and each step asks for it again and has it
+    cleared. That is half of the time of a step with 11 million weights.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def start_processes(device: torch.device) -> tuple[int, int]:
@@ -324,12 +403,16 @@ def average_batchnorm(model: torch.nn.Module) -> None:
 
 
 def make_optimizer(params, args) -> torch.optim.Optimizer:
-    """The network's optimizer, from --opt, --lr, --betas and --weight-decay."""
+    """The network's optimizer, from --opt, --lr, --betas and --weight-decay. params: parameters, or groups of them."""
     complete_betas(args)
+    params = list(params)
+    first = params[0]["params"][0] if isinstance(params[0], dict) else params[0]
+    # A fused optimizer updates all weights in one pass.
+    options = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": first.device.type in ("cpu", "cuda")}
     if args.opt in ("adam", "adamw"):
         optimizer = torch.optim.Adam if args.opt == "adam" else torch.optim.AdamW
-        return optimizer(params, args.lr, betas=tuple(args.betas), weight_decay=args.weight_decay)
-    return torch.optim.SGD(params, args.lr, momentum=0.9 if args.opt == "sgdm" else 0.0, weight_decay=args.weight_decay)
+        return optimizer(params, betas=tuple(args.betas), **options)
+    return torch.optim.SGD(params, momentum=0.9 if args.opt == "sgdm" else 0.0, **options)
 
 
 def learning_rate(args, epoch: int, step: int, total_steps: int) -> float:
@@ -342,18 +425,25 @@ def learning_rate(args, epoch: int, step: int, total_steps: int) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, batches, device: torch.device, amp: bool) -> tuple[float, float]:
-    """The mean cross-entropy and the accuracy (0 to 1) over the batches of a data set."""
+def evaluate(model: torch.nn.Module, batches, device: torch.device, amp: bool) -> dict[str, float]:
+    """{"loss": mean cross-entropy, "acc": accuracy, 0 to 1} over the batches of a data set.
+
+    With more than 50 classes also "top5": the share of the images whose class is among the five largest logits.
+    """
     model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, correct
+    k = 5 if batches.num_classes > 50 else 1
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, class is the largest, is among the k largest
     for images, labels in batches.epoch():
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             logits = model(images)
         loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-        sums += torch.stack([loss, (logits.argmax(1) == labels).sum()])
+        hits = logits.topk(k).indices == labels[:, None]
+        sums += torch.stack([loss, hits[:, 0].sum(), hits.sum()])
     model.train()
-    loss, accuracy = (all_reduce_sum(sums) / batches.size).tolist()
-    return loss, accuracy
+    columns = dict(zip(("loss", "acc", "top5"), (all_reduce_sum(sums) / batches.size).tolist(), strict=True))
+    if k == 1:
+        del columns["top5"]
+    return columns
 
 
 @contextlib.contextmanager
@@ -361,13 +451,14 @@ def evaluate(model: torch.nn.Module, batches, device: torch.device, amp: bool) -
 def reestimate_batchnorm(net: torch.nn.Module, batches, device: torch.device, amp: bool, count: int = 32):
     """Within `with reestimate_batchnorm(net, …)`, BatchNorm's running statistics are those of the weights of now.
 
-    The running statistics of training are averages over the weights of many steps, and over augmented images. Use this
-    to test weights that change quickly, or that are not the trained ones.
+    The running statistics of training are averages over the weights of many steps. Use this to test weights that
+    change quickly, or that are not the trained ones.
 
-    batches: training images without augmentation, `train.unaugmented()`. count: the number of batches that are used.
-    The result is the average over the batches, as in torch.optim.swa_utils.update_bn, and over the processes. The rest
-    of the network is in eval mode: no dropout, no random numbers. On leaving, the running statistics are what they
-    were before.
+    batches: the training batches, augmented as in training: the statistics of images without the borders of random
+    crops are those of another network input, and cost 1 to 2 points of accuracy on CIFAR-10. count: how many of them
+    are used; they are those of epoch 0. The result is the average over the batches, as in
+    torch.optim.swa_utils.update_bn, and over the processes. The rest of the network is in eval mode: no dropout. On
+    leaving, the running statistics are what they were before.
     """
     norms = [
         m for m in net.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
@@ -396,19 +487,50 @@ def reestimate_batchnorm(net: torch.nn.Module, batches, device: torch.device, am
             m.running_var.copy_(var)
 
 
-def report(loss: float, accuracy: float, count: int) -> int:
-    """Print the result of --eval-only. Returns the exit code."""
-    console.print(f"test loss {loss:.4f}, test accuracy {100 * accuracy:.2f} % over {count:,} images")
+def evaluate_all(model, args, device: torch.device, *, train=None, val=None, test) -> dict[str, float]:
+    """The columns test_loss and test_acc; with validation images, val_loss and val_acc.
+
+    With --bn-batches and `train`, also test_acc_bn: the test accuracy with BatchNorm statistics of the present weights.
+    """
+    columns = {}
+    for name, batches in (("val", val), ("test", test)):
+        if batches is not None:
+            results = evaluate(model, batches, device, args.amp)
+            columns |= {f"{name}_{column}": value for column, value in results.items()}
+    if args.bn_batches and train is not None:
+        net = getattr(model, "module", model)  # DistributedDataParallel's
+        net = getattr(net, "_orig_mod", net)  # torch.compile's
+        with reestimate_batchnorm(net, train, device, args.amp, args.bn_batches):
+            columns["test_acc_bn"] = evaluate(model, test, device, args.amp)["acc"]
+    return columns
+
+
+def report(columns: dict[str, float], test) -> int:
+    """Print the result of --eval-only: what evaluate_all() returned. Returns the exit code."""
+    loss, accuracy = columns["test_loss"], columns["test_acc"]
+    line = f"test loss {loss:.4f}, test accuracy {100 * accuracy:.2f} % over {test.size:,} images"
+    if "test_top5" in columns:
+        line += f", top-5 accuracy {100 * columns['test_top5']:.2f} %"
+    if "test_acc_bn" in columns:
+        line += f"; {100 * columns['test_acc_bn']:.2f} % with BatchNorm statistics of these weights"
+    if "val_acc" in columns:
+        line += f"; validation accuracy {100 * columns['val_acc']:.2f} %"
+    console.print(line)
     return 0
 
 
 class Interrupt:
-    """Within `with Interrupt() as interrupt`, Ctrl-C and SIGTERM only make `interrupt` true, so that the loop can save
-    and stop after the current step. A second signal stops at once."""
+    """Within `with Interrupt() as interrupt`, Ctrl-C, SIGTERM, SIGHUP (the terminal closes) and SIGUSR1 (a cluster
+    warns) only make `interrupt` true, so that the loop can save and stop after the current step. A second signal stops
+    at once. Python delivers signals to its main thread only; in another thread nothing changes."""
 
     def __enter__(self):
         self.signal = None
-        self.before = {which: signal.signal(which, self._ask) for which in (signal.SIGINT, signal.SIGTERM)}
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        names = [
+            name for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name) and in_main_thread
+        ]
+        self.before = {getattr(signal, name): signal.signal(getattr(signal, name), self._ask) for name in names}
         return self
 
     def __exit__(self, *_):
@@ -512,6 +634,36 @@ def load_weights(net: torch.nn.Module, args, checkpoint: dict | None, may_lack: 
     load_model(net, weights, path)
 
 
+def match_data(args, checkpoint: dict | None, train, val, test) -> None:
+    """Use the normalisation of the checkpoint's run, and refuse data with other classes.
+
+    checkpoint: what parse() returned; with --eval-only, also the file of --pretrained counts. train, val, test: what
+    data.load() returned. If the number of images has changed, a line says so.
+    """
+    source = args.resume or args.pretrained
+    if checkpoint is None and args.eval_only:
+        checkpoint = load(args.pretrained)
+    if not checkpoint or "classes" not in checkpoint:  # a new run, or a plain state dict
+        return
+    theirs, ours = checkpoint["classes"], train.classes
+    if theirs != ours:
+        only = [f"{source} knows {name!r}" for name in theirs if name not in ours]
+        only += [f"{args.data_dir} has {name!r}" for name in ours if name not in theirs]
+        difference = f": only {only[0]}" if only else ", in another order"
+        raise RunError(
+            f"{source} was trained on other classes than those of {args.data_dir}{difference}; use its data, or start "
+            "a new run"
+        )
+    for name, batches in (("training", train), ("validation", val), ("test", test)):
+        before, now = checkpoint["images"].get(name), batches.size if batches is not None else 0
+        if before not in (None, now):
+            console.print(f"{args.data_dir} has {now:,} {name} images; {source} was trained with {before:,}")
+    scale, shift = (torch.tensor(values)[:, None, None] for values in checkpoint["normalisation"])
+    for batches in (train, val, test):
+        if batches is not None and batches.scale.shape == scale.shape:
+            batches.scale, batches.shift = scale.to(batches.scale), shift.to(batches.shift)
+
+
 def load_model(net: torch.nn.Module, weights: dict, path: Path | str) -> None:
     """net.load_state_dict(weights), with the first mismatch in a RunError of one sentence. path: for the sentence."""
     try:
@@ -576,6 +728,36 @@ def unlock(lock: int | None) -> None:
         os.close(lock)
 
 
+def environment(device: torch.device) -> dict:
+    """What a run depends on beside its flags, for args.json."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "command": shlex.join(sys.argv),
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": None if changes is None else bool(changes),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type,
+        "threads": torch.get_num_threads(),
+        "world_size": world_size(),
+    }
+
+
+def command_line(script: str, *words: str | Path) -> str:
+    """The command as it is typed in a shell, with torchrun if this process was started by it."""
+    start = ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', world_size())}"]
+    return shlex.join([*(start if world_size() > 1 else ["python"]), script, *map(str, words)])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics, progress, finite checks. A row of metrics is a dictionary: METRICS and the trainer's own columns.
 
@@ -594,8 +776,9 @@ def write_metrics(folder: Path, rows: list[dict]) -> None:
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 
 
-def best_accuracy(rows: list[dict]) -> float:
-    return max((row["test_acc"] for row in rows), default=-1.0)
+def is_best(rows: list[dict]) -> bool:
+    """Whether best.pt is the network of the last row: the first with the best val_acc, or without --val the last."""
+    return "val_acc" not in rows[-1] or all(row["val_acc"] < rows[-1]["val_acc"] for row in rows[:-1])
 
 
 def print_metrics(row: dict, heading: bool) -> None:
@@ -605,6 +788,54 @@ def print_metrics(row: dict, heading: bool) -> None:
         console.print("  ".join(f"{name:>7}" for name in shown))
     cells = (f"{value:.0f}" if value >= 1000 or isinstance(value, int) else f"{value:.4g}" for value in shown.values())
     console.print("  ".join(f"{cell:>{max(7, len(name))}}" for name, cell in zip(shown, cells, strict=True)))
+
+
+class Trackers:
+    """Sends the metrics to TensorBoard and to Weights & Biases, if --tensorboard and --wandb say so."""
+
+    def __init__(self, args, folder: Path, step: int):
+        """step: of the last row that is there already; TensorBoard hides what an interrupted run wrote after it."""
+        self.board = self.wandb = None
+        if args.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as e:
+                raise RunError(f"--tensorboard needs its package ({e}): pip install tensorboard") from None
+            self.board = SummaryWriter(str(folder), purge_step=step + 1)
+        if args.wandb:
+            try:
+                import wandb
+
+                identity = f"{folder.name}-{uuid.uuid5(uuid.NAMESPACE_URL, str(folder.resolve())).hex[:8]}"
+                options = {"project": args.wandb, "name": folder.name, "dir": str(folder), "config": vars(args)}
+                self.wandb = wandb.init(**options, id=identity[-64:], resume="allow")
+            except ImportError:
+                raise RunError("--wandb needs its package: pip install wandb") from None
+            except Exception as e:  # wandb raises many types
+                reason = " ".join(str(e).split())[:150]
+                raise RunError(f"--wandb cannot start ({reason}): log in, or set WANDB_MODE=offline") from None
+
+    def log(self, row: dict) -> None:
+        """Send a row of the metrics. TensorBoard gets the columns of single layers as histograms."""
+        if self.wandb:
+            self.wandb.log(row, step=row["step"])
+        if self.board:
+            layers = {}
+            for column, value in row.items():
+                kind, _, layer = column.partition("/")
+                if kind in ("flips", "plus", "zeros") and layer:
+                    layers.setdefault(kind, []).append(value)
+                else:
+                    self.board.add_scalar(column, value, row["step"])
+            for kind, values in layers.items():
+                self.board.add_histogram(f"layers/{kind}", torch.tensor(values), row["step"])
+            self.board.flush()
+
+    def close(self) -> None:
+        if self.board:
+            self.board.close()
+        if self.wandb:
+            self.wandb.finish()
 
 
 class Bar(Progress):
@@ -646,7 +877,8 @@ class FiniteCheck:
     @torch.no_grad()
     def watch(self, loss: torch.Tensor, step: int) -> None:
         grads = [w.detach() if w.grad is None else w.grad for w in self.weights]
-        largest = torch.stack([loss.float(), *torch._foreach_norm(grads, math.inf)])
+        # The 1-norm is the fastest. It is infinite too where the sum of finite elements overflows.
+        largest = torch.stack([loss.float(), *torch._foreach_norm(grads, 1)])
         self.first.clamp_max_(torch.where(largest.isfinite(), self.NEVER, step))
 
     def check(self, epoch: int, step: int, folder: Path, test_loss: float) -> None:
@@ -689,19 +921,29 @@ class Run:
                     ...  # one training step, which calls run.count(loss, logits, labels)
                 if run.leaving:  # stopped within the epoch; everything is saved
                     break
-                run.end_epoch(test_loss, test_acc, bits)
+                run.end_epoch(evaluate_all(…), bits)
         return run.finish()
 
     kind: the first part of the name of a run without --name. about: a sentence for the first line that is printed.
-    train, test: batches (data.py). bits [N] bool: the signs of the binary weights. checkpoint: what parse() returned.
+    train, val, test: batches (data.py); val can be None. layers: the binary layers of the
+    network. bits [N] bool: the signs of their weights, in this order. checkpoint: what parse() returned.
     state: what a checkpoint holds, objects with state_dict() and load_state_dict(), or None. "model" is one of them;
     the trainer has loaded it already.
     Raises RunError if the folder cannot be written or holds another run, or if the checkpoint does not fit.
     """
 
-    def __init__(self, args, *, kind: str, train, test, device, bits, checkpoint, state: dict, about: str = ""):
+    def __init__(
+        self, args, *, kind: str, train, val, test, device, layers, bits, checkpoint, state: dict, about: str = ""
+    ):
         self.args, self.train = args, train
+        names = {module: name for name, module in state["model"].named_modules()}
+        self.layers = {names[layer]: layer.weight.numel() for layer in layers}
+        self.images = {"training": train.size, "validation": val.size if val else 0, "test": test.size}
         self.state = {name: part for name, part in state.items() if part is not None}
+        if args.ema is not None:
+            average = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema)
+            average = torch.optim.swa_utils.AveragedModel(state["model"], multi_avg_fn=average, use_buffers=True)
+            self.state["ema"] = average
         self.total_steps = min(args.epochs * len(train), args.limit_steps or math.inf)
         self.epoch = self.batch = self.step = 0  # complete epochs; batches of this epoch; steps in total
         self.seconds = 0.0  # training time of this epoch
@@ -716,11 +958,13 @@ class Run:
             self._restore(checkpoint)
         name = args.name or f"{kind}-{args.arch}-{args.dataset}-{args.opt}-seed{args.seed}"
         self.folder, self.lock = Path(args.out) / name, None
-        on_rank_0(self._open, checkpoint is not None)
+        self.trackers = None
+        on_rank_0(self._open, checkpoint is not None, device)
         where = f"{device}" if world_size() == 1 else f"{world_size()} processes on {device.type}"
         parameters = sum(p.numel() for p in state["model"].parameters())
         console.print(
-            f"{self.folder}: {args.arch} on {args.dataset} ({train.size:,} + {test.size:,} images), {where}, "
+            f"{self.folder}: {args.arch} on {args.dataset} ({' + '.join(f'{n:,}' for n in self.images.values() if n)} "
+            f"images), {where}, "
             f"{parameters:,} parameters, {len(bits):,} of them binary; {args.opt}, learning rate {args.lr:g}"
             + (f"; {about}" if about else "")
         )
@@ -737,6 +981,7 @@ class Run:
             if rank() == 0:  # the checkpoint holds the sums over all processes
                 self.sums.copy_(checkpoint["totals"])
             self.bits = checkpoint["bits"].to(self.bits.device)
+            threads = checkpoint["threads"]
             torch.set_rng_state(checkpoint["rng"])
             if "cuda_rng" in checkpoint and self.sums.is_cuda:
                 torch.cuda.set_rng_state(checkpoint["cuda_rng"], self.sums.device)
@@ -745,22 +990,28 @@ class Run:
             raise RunError(f"{source} is not a run of this trainer and these flags ({reason})") from None
         if self.batch >= len(self.train):
             raise RunError(f"{source} was trained on more images than {self.args.data_dir} has: use its data")
+        if threads != torch.get_num_threads() and self.sums.device.type == "cpu":
+            console.print(
+                f"{source} ran with {threads} threads, this process has {torch.get_num_threads()}: sums are rounded in "
+                "another order, so the run does not continue bit for bit (OMP_NUM_THREADS sets the number)"
+            )
         if self.step >= total_steps:
             raise RunError(f"{source} has done its {self.step:,} steps: to go on, give more --epochs, --limit-steps")
 
-    def _open(self, resumed: bool) -> None:
+    def _open(self, resumed: bool, device: torch.device) -> None:
         """Open the run folder and write the files that describe the run."""
         self.folder, self.lock = open_folder(self.folder, reuse=bool(self.args.name), resumed=resumed)
         self.args.name = self.folder.name
         with replacing(self.folder / "args.json") as f:
-            f.write(json.dumps(vars(self.args), indent=1) + "\n")
+            f.write(json.dumps({**vars(self.args), "environment": environment(device)}, indent=1) + "\n")
         write_metrics(self.folder, self.rows)
         # A process that was killed just after it wrote last.pt has not written best.pt.
         best, ended = self.folder / "best.pt", self.rows and self.batch == 0  # at the end of an epoch
-        if ended and self.rows[-1]["test_acc"] > best_accuracy(self.rows[:-1]):
+        if ended and is_best(self.rows):
             written = load(best).get("step", self.step) if best.exists() else -1
             if written < self.step:
                 save(best, self._model())
+        self.trackers = Trackers(self.args, self.folder, self.rows[-1]["step"] if self.rows else 0)
 
     # The training loop, in the order in which the trainer calls it.
 
@@ -772,6 +1023,10 @@ class Run:
     def __exit__(self, *error):
         self.bar.__exit__(*error)
         self.interrupt.__exit__(*error)
+        if rank() == 0:
+            self.trackers.close()
+            console.unsaved += [f"error: {error[1]}\n"] if error[1] else []
+        self._save_log()
         unlock(self.lock)
         if rank() and error[1] and not isinstance(error[1], RunError):  # an error that rank 0 does not know about
             print(f"error in process {rank()}: {error[1]}", file=sys.stderr)
@@ -790,6 +1045,8 @@ class Run:
         for images, labels in self.train.epoch(self.epoch, self.batch):
             yield images, labels
             self.step, self.batch = self.step + 1, self.batch + 1
+            if "ema" in self.state:
+                self.state["ema"].update_parameters(self.state["model"])
             self.finite.watch(self.sums[0], self.step)
             now = time.perf_counter()
             self.seconds = now - started
@@ -806,13 +1063,22 @@ class Run:
             if self.leaving or done:
                 break
             if save_due and not whole_epoch:
-                average_batchnorm(self.state["model"])
+                self._average_batchnorm()
                 self.save(self.rows)
-        average_batchnorm(self.state["model"])
+        self._average_batchnorm()
         self.sums.tolist()  # wait for the device, so that the time is that of the whole epoch
         self.seconds = time.perf_counter() - started
         if self.leaving:
             self.save(self.rows)
+
+    def _average_batchnorm(self) -> None:
+        for name in ("model", "ema"):
+            if name in self.state:
+                average_batchnorm(self.state[name])
+
+    def tested(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The network to test: `model`, or with --ema the moving average of its weights."""
+        return self.state["ema"].module if "ema" in self.state else model
 
     def set_learning_rate(self, optimizer: torch.optim.Optimizer, epoch: int) -> float:
         """Set the learning rate of this step in all parameter groups, and return it."""
@@ -829,29 +1095,36 @@ class Run:
         correct = (logits.argmax(1) == labels).sum()
         self.sums += torch.stack([loss * len(labels), correct, torch.full_like(correct, len(labels))])
 
-    def end_epoch(self, test_loss: float, test_acc: float, bits: torch.Tensor, **extra: float) -> None:
-        """Add a row to the metrics and write the checkpoints. bits: the signs now. extra: the trainer's own columns."""
-        self.check_finite(test_loss)
+    def end_epoch(self, tested: dict[str, float], bits: torch.Tensor, **extra: float) -> None:
+        """Add a row to the metrics and write the checkpoints.
+
+        tested: what evaluate_all() returned. bits: the signs now. extra: the trainer's own columns.
+        """
+        self.check_finite(tested["test_loss"])
         loss, correct, images = self._sums()
         row = {"epoch": self.epoch + 1, "step": self.step, "train_loss": loss / images, "train_acc": correct / images}
-        row |= {"test_loss": test_loss, "test_acc": test_acc, "lr": self.lr}
-        row |= {"seconds": self.seconds, "images_per_s": images / self.seconds}
+        row |= tested | {"lr": self.lr, "seconds": self.seconds, "images_per_s": images / self.seconds}
         row |= {"flip_ratio": (bits != self.bits).float().mean().item(), "plus_ratio": bits.float().mean().item()}
         row |= extra
+        for kind, values in (("flips", bits != self.bits), ("plus", bits)) if self.layers else ():
+            shares = [part.double().mean() for part in values.split(list(self.layers.values()))]
+            row |= dict(zip((f"{kind}/{name}" for name in self.layers), torch.stack(shares).tolist(), strict=True))
         # --limit-steps can end the run within an epoch. A run that is resumed from there with a higher limit must equal
         # one that never stopped, so last.pt then holds neither this row nor the end of the epoch.
         whole_epoch = self.batch == len(self.train)
-        improved = test_acc > best_accuracy(self.rows)
         self.rows.append(row)
         on_rank_0(write_metrics, self.folder, self.rows)
         print_metrics(row, self.heading)
         self.heading = False
+        if rank() == 0:
+            self.trackers.log(row)
+        self._save_log()
         if whole_epoch:
             self.epoch, self.batch, self.seconds, self.bits = self.epoch + 1, 0, 0.0, bits
             self.sums.zero_()
             self.save(self.rows)
-        if improved:
-            on_rank_0(self._save_best, whole_epoch)
+        if is_best(self.rows):
+            on_rank_0(self._save_best, whole_epoch or "val_acc" not in row)
         if not whole_epoch:
             self.save(self.rows[:-1])
         self.leaving = any_process(self.interrupt)[0] and self.step < self.total_steps
@@ -860,17 +1133,33 @@ class Run:
         """Print the summary. Returns the exit code: 0, or 128 + the number of the signal that stopped the run."""
         script, folder = self.args.script, self.folder
         if self.leaving:
-            console.print(f"stopped after step {self.step:,}; to go on: python {script} --resume {folder}")
+            console.print(f"stopped after step {self.step:,}; to go on: {command_line(script, '--resume', folder)}")
+            self._save_log()
             return 128 + (self.interrupt.signal or signal.SIGTERM)  # another process may have received the signal
         if self.rows:
+            rows = self.rows[:-1] or self.rows if self.batch and self.args.val else self.rows
+            row = max(rows, key=lambda row: row.get("val_acc", row["step"]))  # what best.pt is of
+            chosen = f"epoch {row['epoch']}, the last (nothing chooses an epoch without --val)"
+            if "val_acc" in row:
+                chosen = f"epoch {row['epoch']}, best by validation accuracy ({100 * row['val_acc']:.2f} %)"
             console.print(
-                f"{self.step:,} steps in {sum(row['seconds'] for row in self.rows):,.0f} s, best test accuracy "
-                f"{100 * best_accuracy(self.rows):.2f} %. Curves: python plot.py {folder}. Test it: python {script} "
-                f"--eval-only --resume {folder}/best.pt"
+                f"{self.step:,} steps in {sum(row['seconds'] for row in self.rows):,.0f} s. Test accuracy "
+                f"{100 * row['test_acc']:.2f} % in {chosen}. Curves: {shlex.join(['python', 'plot.py', str(folder)])}. "
+                f"Test it: {command_line(script, '--eval-only', '--resume', folder / 'best.pt')}"
             )
+            if not self.args.bn_batches and self.rows[-1]["flip_ratio"] > MANY_FLIPS:
+                console.print(
+                    f"{100 * self.rows[-1]['flip_ratio']:.0f} % of the signs flipped in the last epoch: BatchNorm's "
+                    "running statistics may be of other weights than the last; --bn-batches 32 tests with new ones"
+                )
+        self._save_log()
         return 0
 
     # Saving.
+
+    def _save_log(self) -> None:
+        if rank() == 0:
+            console.save(self.folder / "log.txt")
 
     def _sums(self) -> list[float]:
         """Of this epoch, over all processes: the sum of the losses, correct predictions, images."""
@@ -884,11 +1173,13 @@ class Run:
         return {
             "args": vars(self.args),
             "num_classes": self.train.num_classes,
+            "classes": list(self.train.classes),
+            "images": self.images,
             "shape": tuple(self.train.shape),  # of an image: [C, H, W]
             # An image's pixels (0 to 255) are multiplied by the first list and added to the second, per channel.
             "normalisation": [v.flatten().tolist() for v in (self.train.scale, self.train.shift)],
             "step": self.step,
-            "model": self.state["model"].state_dict(),
+            "model": self.tested(self.state["model"]).state_dict(),
         }
 
     def _save_best(self, replace: bool) -> None:
@@ -904,6 +1195,7 @@ class Run:
         checkpoint |= {name: part.state_dict() for name, part in self.state.items()}
         checkpoint |= {k: getattr(self, k) for k in ("epoch", "batch", "seconds", "bits")}
         checkpoint |= {"rows": rows, "totals": all_reduce_sum(self.sums.clone()), "rng": torch.get_rng_state()}
+        checkpoint["threads"] = torch.get_num_threads()
         if self.sums.is_cuda:
             checkpoint["cuda_rng"] = torch.cuda.get_rng_state(self.sums.device)
         on_rank_0(save, self.folder / "last.pt", checkpoint)

@@ -85,6 +85,8 @@ def complete(args) -> None:
                 raise runs.RunError(
                     f"--{name} is a fraction of a filter's weights, in [0, 1]; it is {vars(args)[name]}"
                 )
+        if args.prune == 1:
+            raise runs.RunError("--prune 1 sets all weights to 0: use less")
         if args.prune and args.ratio != 0.5:
             raise runs.RunError("--prune removes as many weights of either sign: leave out --ratio with it")
     runs.fill(args, **RECIPES[recipe(args)], lr=DEFAULT_LR[args.opt])
@@ -192,12 +194,12 @@ def main(argv=None) -> int:
     if args.toy:
         return toy(Path(args.out))
     complete(args)
-    device = runs.pick_device(args.device)
+    device = runs.pick_device(args.device, args.deterministic)
     rank, world_size = runs.start_processes(device)
     torch.manual_seed(args.seed)
 
     # Data.
-    train, test = data.load(
+    train, val, test = data.load(
         args.dataset,
         args.data_dir,
         device,
@@ -207,10 +209,12 @@ def main(argv=None) -> int:
         flip=not args.no_flip,
         image_size=args.image_size,
         workers=args.workers,
+        val=args.val,
         log=runs.console.print,
         rank=rank,
         world_size=world_size,
     )
+    runs.match_data(args, checkpoint, train, val, test)
 
     # Network. Its parameters are the latent weights; the binary layers quantize them in the forward pass.
     net = network(args, train.num_classes, train.shape).to(device)
@@ -218,7 +222,7 @@ def main(argv=None) -> int:
     model = runs.parallel(net, args, device)
     layers = models.binary_layers(net)
     if args.eval_only:
-        return runs.report(*runs.evaluate(model, test, device, args.amp), test.size)
+        return runs.report(runs.evaluate_all(model, args, device, train=train, val=val, test=test), test)
 
     # Optimizer.
     optimizer = runs.make_optimizer(net.parameters(), args)
@@ -234,8 +238,10 @@ def main(argv=None) -> int:
         kind=kind,
         about=f"weights: {kind}",
         train=train,
+        val=val,
         test=test,
         device=device,
+        layers=layers,
         bits=models.sign_bits(layers),
         checkpoint=checkpoint,
         state={"model": net, "optimizer": optimizer},
@@ -251,17 +257,16 @@ def main(argv=None) -> int:
                 for x, y, fraction in runs.micro_batches(model, images, labels, args.accumulate):
                     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                         logits = model(x)
-                    loss = F.cross_entropy(logits.float(), y)
+                    loss = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
                     (fraction * loss).backward()  # straight through: a latent weight's gradient is that of its bit
                     run.count(loss, logits, y)
+                if args.clip:
+                    torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
                 optimizer.step()
             if run.leaving:
                 break
-            test_loss, test_acc = runs.evaluate(model, test, device, args.amp)
-            bits = models.sign_bits(layers)
-            by_layer = zip(models.binary_layer_names(net), bits.split([w.weight.numel() for w in layers]), strict=True)
-            plus = {f"plus/{name}": layer_bits.double().mean().item() for name, layer_bits in by_layer}
-            run.end_epoch(test_loss, test_acc, bits, **plus)
+            tested = runs.evaluate_all(run.tested(model), args, device, train=train, val=val, test=test)
+            run.end_epoch(tested, models.sign_bits(layers))
     return run.finish()
 
 

@@ -249,12 +249,12 @@ def make_generator(args, layers):
 def main(argv=None) -> int:
     args, checkpoint = runs.parse(flags(), argv)
     complete(args)
-    device = runs.pick_device(args.device)
+    device = runs.pick_device(args.device, args.deterministic)
     rank, world_size = runs.start_processes(device)
     torch.manual_seed(args.seed)
 
     # Data.
-    train, test = data.load(
+    train, val, test = data.load(
         args.dataset,
         args.data_dir,
         device,
@@ -264,10 +264,12 @@ def main(argv=None) -> int:
         flip=not args.no_flip,
         image_size=args.image_size,
         workers=args.workers,
+        val=args.val,
         log=runs.console.print,
         rank=rank,
         world_size=world_size,
     )
+    runs.match_data(args, checkpoint, train, val, test)
 
     # Network. Its parameters are the latent weights; the binary layers quantize them in the forward pass.
     net = network(args, train.num_classes, train.shape).to(device)
@@ -275,7 +277,7 @@ def main(argv=None) -> int:
     model = runs.parallel(net, args, device)
     layers = models.binary_layers(net)
     if args.eval_only:
-        return runs.report(*runs.evaluate(model, test, device, args.amp), test.size)
+        return runs.report(runs.evaluate_all(model, args, device, train=train, val=val, test=test), test)
 
     # Gradient generator: turns ĝ, the gradient at the binary weights, into G, the gradient of the latent weights.
     generator = make_generator(args, layers)
@@ -300,8 +302,10 @@ def main(argv=None) -> int:
         kind=kind,
         about=about,
         train=train,
+        val=val,
         test=test,
         device=device,
+        layers=layers,
         bits=models.sign_bits(layers),
         checkpoint=checkpoint,
         state={"model": net, "optimizer": optimizer, "generator": generator},
@@ -319,18 +323,20 @@ def main(argv=None) -> int:
                 for x, y, fraction in runs.micro_batches(model, images, labels, args.accumulate):
                     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                         logits = model(x)
-                    loss = F.cross_entropy(logits.float(), y)
+                    loss = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
                     (fraction * loss).backward()  # now the .grad of every binary layer's weight is ĝ
                     run.count(loss, logits, y)
                 if generator:
                     generator.generate()  # now the .grad is G; this also trains the hypernetworks
+                if args.clip:
+                    torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
                 if not released or generator.t > 1:  # the authors' codes update nothing in the first step
                     optimizer.step()
             if run.leaving:
                 break
-            test_loss, test_acc = runs.evaluate(model, test, device, args.amp)
+            tested = runs.evaluate_all(run.tested(model), args, device, train=train, val=val, test=test)
             measured = {f"gradient/{name}": x for name, x in generator.measure(lr).items()} if generator else {}
-            run.end_epoch(test_loss, test_acc, models.sign_bits(layers), **measured)
+            run.end_epoch(tested, models.sign_bits(layers), **measured)
     return run.finish()
 
 

@@ -31,19 +31,21 @@ B, which scales their gradient. With the latent weights w* and the step size η:
 
     pq (ProxQuant)           w ← L_ρ(w − η ∂L/∂w)
     rpc (reverse of pc)      w* ← L_ρ(w*) − η ∂L/∂w*
+    parq (PARQ)              F(w*) = clip(w*/r, −α, α), B = 1, with α = mean|w*| of each filter and r from 1 to 0
 
 The sign-Swish SS_μ and the piecewise linear L_ρ (quantizers.py) are soft signs. They become harder as μ and ρ grow
 linearly during training; the last step uses their end values. The backward quantizer of BNN++ is the derivative of its
-forward quantizer.
+forward quantizer. PARQ (https://arxiv.org/abs/2503.15748) has its own schedule (`inverse_slope`).
 
 Soft signs are near ±1 for weights of order 1, so each layer measures its weights in the unit √2/√fan_in, about the
 standard deviation of their initial values:
 
     w = unit · F(w* / unit)
 
-test_acc is always the accuracy of the network with sign(w*), except for fp. The column relaxed_acc is that of F(w*).
-Both are measured with BatchNorm statistics of the weights that are tested, from 32 training batches without
-augmentation. best.pt and last.pt contain the statistics of the signs.
+test_acc is always the accuracy of the network with sign(w*) (parq: α sign(w*)), except for fp. The column relaxed_acc
+is that of F(w*), for the methods that train with other weights than the signs. Both are measured with BatchNorm
+statistics of the weights that are tested, from --bn-batches training batches. best.pt and last.pt
+contain the statistics of the signs.
 
 Networks of timm take timm's normalisation, interpolation and crop. Training from large images uses the augmentation of
 DeiT (RandAugment and random erasing; no Mixup, CutMix or repeated augmentation), AdamW and a warm-up.
@@ -54,6 +56,7 @@ Copy with: models.py, quantizers.py, data.py, runs.py.
 """
 
 import contextlib
+import math
 import random
 
 import numpy
@@ -74,9 +77,10 @@ METHODS = {  # the quantizer in models.py of each method
     "bnn++": "bnn++",
     "pq": "identity",
     "rpc": "identity",
+    "parq": "parq",
 }
 SWISH = ("bnn+", "bnn++")
-RELAXED = ("pc", "bnn++", "pq", "rpc")  # methods that train with weights other than the signs
+RELAXED = ("pc", "bnn++", "pq", "rpc", "parq")  # methods that train with weights other than the signs
 # The paper does not give learning rates; these are this project's.
 DEFAULT_LR = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.1, "sgdm": 0.1}
 TRANSFORMER_LR = 5e-4  # with Adam and AdamW
@@ -86,6 +90,42 @@ TRANSFORMER_WARMUP = 5.0  # epochs; at most a twentieth of the run
 AUGMENTATION = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "re_mode": "pixel"}  # timm's create_transform
 SWISH_LR = 10  # bnn+ and bnn++ divide the learning rate by it: their gradient is multiplied by up to μ
 FINE_TUNING = 0.1  # factor of the learning rate when training starts from --pretrained weights
+PARQ_END = 0.9  # parq's weights are binary from this share of the run on
+PARQ_STEEPNESS = 10  # of its schedule, the default of torchao's ProxPARQ
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PARQ.
+
+
+def parq(w: torch.Tensor, inverse_slope: float | torch.Tensor = 0.0) -> torch.Tensor:
+    """PARQ with 1 bit: the proximal map of a piecewise affine regularizer. It becomes steeper during training.
+
+        α_f = mean|W_f|                              the mean over filter f; constant in the backward pass
+        Ŵ_f = clip(W_f / r, −α_f, α_f)               α_f sign(W_f) where r = 0
+        ∂L/∂W := ∂L/∂Ŵ
+
+    w: [C_out, ...], the result has its shape. inverse_slope: r in [0, 1]; it may be a 0-dimensional tensor.
+
+    Jin et al., ICML 2025, https://arxiv.org/abs/2503.15748
+    """
+    u = w.detach()
+    scale = quantizers.per_filter(u.flatten(1).abs().mean(1), u)
+    magnitude = torch.where(u.abs() < inverse_slope * scale, u.abs() / inverse_slope, scale)
+    return quantizers.straight_through(w, torch.where(u >= 0, magnitude, -magnitude))
+
+
+quantizers.WEIGHT_QUANTIZERS["parq"] = parq  # the name that the layers use
+
+
+def inverse_slope(progress: float) -> float:
+    """PARQ's r: a sigmoid that falls from 1 (progress 0) to 0 (progress 1 and above).
+
+    r(p) = (σ(s (½ − p)) − σ(−s/2)) / (σ(s/2) − σ(−s/2))            s = PARQ_STEEPNESS
+    """
+    sigmoid = lambda x: 1 / (1 + math.exp(-x))
+    low, high = sigmoid(-PARQ_STEEPNESS / 2), sigmoid(PARQ_STEEPNESS / 2)
+    return (sigmoid(PARQ_STEEPNESS * (0.5 - min(progress, 1.0))) - low) / (high - low)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,8 +133,8 @@ FINE_TUNING = 0.1  # factor of the learning rate when training starts from --pre
 
 
 def flags():
-    depends = ("epochs", "opt", "weight_decay", "warmup")
-    parser = runs.common_flags("train_proxconnect.py", __doc__, schedule="cosine", **dict.fromkeys(depends))
+    defaults = dict(schedule="cosine", bn_batches=32, epochs=None, opt=None, weight_decay=None, warmup=None)
+    parser = runs.common_flags("train_proxconnect.py", __doc__, **defaults)
     add = parser.add_argument_group("binary network").add_argument
     add("--method", default="bnn++", choices=METHODS, help="the forward and the backward quantizer, see above")
     add(
@@ -135,6 +175,8 @@ def complete(args) -> None:
         raise runs.RunError(f"--patch-size must be at least 1; it is {args.patch_size}")
     if args.pretrained and args.pretrained_timm:
         raise runs.RunError("--pretrained and --pretrained-timm both set the first weights: give one of them")
+    if args.ema is not None:
+        raise runs.RunError("--ema averages weights, and this trainer tests the signs of the last ones: leave it out")
     if args.method == "fp" and (args.act != "none" or args.binarize_all):
         raise runs.RunError("--method fp is full precision: leave out --act and --binarize-all")
     for name in ("mu", "rho"):
@@ -142,6 +184,8 @@ def complete(args) -> None:
         if values and (len(values) != count or not all(0 < value < 1e6 for value in values)):
             wanted = "one positive number" if count == 1 else "two positive numbers, for the start and the end"
             raise runs.RunError(f"--{name} needs {wanted} with --method {args.method}")
+        if values and values[-1] < values[0]:
+            raise runs.RunError(f"--{name} grows during training: its end must not be below its start; it is {values}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,10 +289,12 @@ def build_transformer(args, num_classes: int, quantizer: str, shape: tuple, pret
     return net
 
 
-def hardness_range(args) -> tuple[float, float]:
-    """The values of μ or ρ at the start and at the end of training. Methods without either have (0, 0)."""
+def hardness_at(args, progress: float) -> float:
+    """μ, ρ or PARQ's r in a step; 0 for the other methods. progress: 0 in the first step, 1 in the last."""
+    if args.method == "parq":
+        return inverse_slope(progress / PARQ_END)
     values = args.mu if "mu" in args else args.rho if "rho" in args else [0.0]
-    return values[0], values[-1]
+    return values[0] + progress * (values[-1] - values[0])
 
 
 @torch.no_grad()
@@ -287,10 +333,10 @@ def optimizer_groups(net: torch.nn.Module, args) -> list[dict]:
 
 @contextlib.contextmanager
 def true_signs(layers):
-    """Within `with true_signs(layers)`, the layers compute with sign(w*)."""
+    """Within `with true_signs(layers)`, the layers compute with sign(w*); those of parq with α sign(w*)."""
     relaxed = [(layer.quantizer, layer.options) for layer in layers]
     for layer in layers:
-        layer.quantizer, layer.options = "bwn", {}
+        layer.quantizer, layer.options = "bwn-f" if layer.quantizer == "parq" else "bwn", {}
     try:
         yield
     finally:
@@ -305,12 +351,12 @@ def true_signs(layers):
 def main(argv=None) -> int:
     args, checkpoint = runs.parse(flags(), argv)
     complete(args)
-    device = runs.pick_device(args.device)
+    device = runs.pick_device(args.device, args.deterministic)
     rank, world_size = runs.start_processes(device)
     torch.manual_seed(args.seed)
 
     # Data.
-    train, test = data.load(
+    train, val, test = data.load(
         args.dataset,
         args.data_dir,
         device,
@@ -320,11 +366,13 @@ def main(argv=None) -> int:
         flip=not args.no_flip,
         image_size=args.image_size,
         workers=args.workers,
+        val=args.val,
         **data_options(args),
         log=runs.console.print,
         rank=rank,
         world_size=world_size,
     )
+    runs.match_data(args, checkpoint, train, val, test)
 
     # Network. Its parameters are the latent weights; the binary layers compute w = F(w*).
     net = network(args, train.num_classes, train.shape, args.pretrained_timm and not checkpoint).to(device)
@@ -333,15 +381,13 @@ def main(argv=None) -> int:
         start_weights(models.binary_layers(net), args)
     model = runs.parallel(net, args, device)
     layers = models.binary_layers(net)
-    start, end = hardness_range(args)
-    hardness = torch.tensor(start, device=device)  # μ or ρ, one tensor for all layers
-    parameter = {"bnn+": "mu", "bnn++": "mu", "pc": "rho"}.get(args.method)
+    hardness = torch.tensor(hardness_at(args, 0.0), device=device)  # μ, ρ or r, one tensor for all layers
+    parameter = {"bnn+": "mu", "bnn++": "mu", "pc": "rho", "parq": "inverse_slope"}.get(args.method)
     for layer in layers:
         layer.options = {parameter: hardness} if parameter else {}
-    plain = train.unaugmented()
     if args.eval_only:
-        with true_signs(layers), runs.reestimate_batchnorm(net, plain, device, args.amp):
-            return runs.report(*runs.evaluate(model, test, device, args.amp), test.size)
+        with true_signs(layers), runs.reestimate_batchnorm(net, train, device, args.amp, args.bn_batches):
+            return runs.report(runs.evaluate_all(model, args, device, val=val, test=test), test)
 
     # Optimizer.
     optimizer = runs.make_optimizer(optimizer_groups(net, args), args)
@@ -352,8 +398,10 @@ def main(argv=None) -> int:
         kind=args.method,
         about=f"method: {args.method}",
         train=train,
+        val=val,
         test=test,
         device=device,
+        layers=layers,
         bits=models.sign_bits(layers),
         checkpoint=checkpoint,
         state={"model": net, "optimizer": optimizer},
@@ -366,14 +414,16 @@ def main(argv=None) -> int:
             for images, labels in run.batches():
                 run.set_learning_rate(optimizer, epoch)
                 progress = run.step / (run.total_steps - 1) if run.total_steps > 1 else 1.0  # 1 in the last step
-                hardness.fill_(start + progress * (end - start))
+                hardness.fill_(hardness_at(args, progress))
                 optimizer.zero_grad()
                 for x, y, fraction in runs.micro_batches(model, images, labels, args.accumulate):
                     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                         logits = model(x)
-                    loss = F.cross_entropy(logits.float(), y)
+                    loss = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
                     (fraction * loss).backward()  # the .grad of every binary layer's weight is B(w*) ⊙ ∂L/∂w
                     run.count(loss, logits, y)
+                if args.clip:
+                    torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
                 # pq and rpc apply L_ρ to the weights themselves in every step, and the steps add up: with the whole ρ,
                 # all weights would be at ±1 within 100 steps and never change sign again.
                 if args.method == "rpc":
@@ -383,16 +433,19 @@ def main(argv=None) -> int:
                     apply_linear_quantizer(layers, hardness / run.total_steps)
             if run.leaving:
                 break
+            relaxed = {}
             if args.method in RELAXED:
-                with runs.reestimate_batchnorm(net, plain, device, args.amp):
+                with runs.reestimate_batchnorm(net, train, device, args.amp, args.bn_batches):
                     relaxed = runs.evaluate(model, test, device, args.amp)
             # The checkpoints are written within this `with`, so they contain the statistics of the network that was
             # tested. Training steps do not read running statistics.
-            with true_signs(layers), runs.reestimate_batchnorm(net, plain, device, args.amp):
-                tested = runs.evaluate(model, test, device, args.amp)
-                if args.method not in RELAXED:
-                    relaxed = tested
-                run.end_epoch(*tested, models.sign_bits(layers), relaxed_loss=relaxed[0], relaxed_acc=relaxed[1])
+            with true_signs(layers), runs.reestimate_batchnorm(net, train, device, args.amp, args.bn_batches):
+                tested = runs.evaluate_all(model, args, device, val=val, test=test)
+                run.end_epoch(
+                    tested,
+                    models.sign_bits(layers),
+                    **{f"relaxed_{column}": value for column, value in relaxed.items()},
+                )
     return run.finish()
 
 

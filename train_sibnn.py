@@ -125,12 +125,12 @@ def counting_zeros(net):
 def main(argv=None) -> int:
     args, checkpoint = runs.parse(flags(), argv)
     complete(args)
-    device = runs.pick_device(args.device)
+    device = runs.pick_device(args.device, args.deterministic)
     rank, world_size = runs.start_processes(device)
     torch.manual_seed(args.seed)
 
     # Data.
-    train, test = data.load(
+    train, val, test = data.load(
         args.dataset,
         args.data_dir,
         device,
@@ -140,10 +140,12 @@ def main(argv=None) -> int:
         flip=not args.no_flip,
         image_size=args.image_size,
         workers=args.workers,
+        val=args.val,
         log=runs.console.print,
         rank=rank,
         world_size=world_size,
     )
+    runs.match_data(args, checkpoint, train, val, test)
 
     # Network. Its parameters are the latent weights, θ and Δ, and those of the normalisations.
     net = network(args, train.num_classes, train.shape).to(device)
@@ -151,7 +153,7 @@ def main(argv=None) -> int:
     model = runs.parallel(net, args, device)
     layers = models.binary_layers(net)
     if args.eval_only:
-        return runs.report(*runs.evaluate(model, test, device, args.amp), test.size)
+        return runs.report(runs.evaluate_all(model, args, device, train=train, val=val, test=test), test)
 
     # Optimizer. Weight decay would pull Δ to 0, which closes the window that lets the gradient pass.
     named = dict(net.named_parameters())
@@ -166,8 +168,10 @@ def main(argv=None) -> int:
         kind=f"sibnn-{args.act}",
         about=f"activations: {args.act}",
         train=train,
+        val=val,
         test=test,
         device=device,
+        layers=layers,
         bits=models.sign_bits(layers),
         checkpoint=checkpoint,
         state={"model": net, "optimizer": optimizer},
@@ -183,19 +187,21 @@ def main(argv=None) -> int:
                 for x, y, fraction in runs.micro_batches(model, images, labels, args.accumulate):
                     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                         logits = model(x)
-                    loss = F.cross_entropy(logits.float(), y)
+                    loss = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
                     (fraction * loss).backward()  # through the signs, the scales and the windows of the activations
                     run.count(loss, logits, y)
+                if args.clip:
+                    torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
                 optimizer.step()
                 with torch.no_grad():
                     for layer in layers:
                         layer.weight.clamp_(-1, 1)
             if run.leaving:
                 break
-            with counting_zeros(net) as zeros:  # by hooks, which a compiled model does not call
-                test_loss, test_acc = runs.evaluate(net, test, device, args.amp)
+            with counting_zeros(run.tested(net)) as zeros:  # by hooks, which a compiled model does not call
+                tested = runs.evaluate_all(run.tested(net), args, device, train=train, val=val, test=test)
             mean_zeros = sum(zeros.values()) / len(zeros)
-            run.end_epoch(test_loss, test_acc, models.sign_bits(layers), zeros=mean_zeros, **zeros)
+            run.end_epoch(tested, models.sign_bits(layers), zeros=mean_zeros, **zeros)
     return run.finish()
 
 

@@ -47,7 +47,7 @@ FSG_FILES = [
 COPIES = {
     "quantizers.py": ([], "import torch, quantizers; print(quantizers.dorefa(torch.randn(3, 3)))"),
     "models.py": (["quantizers.py"], "import models; print(models.build('resnet20', 10))"),
-    "data.py": ([], "import data; train, test = data.load('digits'); print(next(iter(train.epoch()))[0].shape)"),
+    "data.py": ([], "import data; train, val, test = data.load('digits'); print(next(iter(train.epoch()))[0].shape)"),
     "runs.py": ([], "import runs; print(runs.common_flags('x.py', '').parse_args([]))"),
     "plot.py": ([], "import plot; print(plot)"),
     "selective_scan.py": (
@@ -62,9 +62,18 @@ COPIES = {
         assert "predict" in export_c.c_source(ops, [[1.0], [0.0]], "net")
         """,
     ),
+    "export_bits.py": (
+        ["models.py", "quantizers.py", "runs.py"],
+        """
+        import export_bits, models
+        net, arguments = models.build("resnet8", 10), {"arch": "resnet8", "num_classes": 10}
+        export_bits.save_bits(net, "net.safetensors", build=arguments)
+        print(export_bits.load_bits("net.safetensors"))
+        """,
+    ),
     "export.py": (
         [
-            *("export_c.py", "kernels.c", "models.py", "quantizers.py", "data.py", "runs.py"),
+            *("export_bits.py", "export_c.py", "kernels.c", "models.py", "quantizers.py", "data.py", "runs.py"),
             *("train_fsg.py", "hypernet.py", "metaquant.py", "gate.py", "fsg_released.py"),
             *("train_sibnn.py", "train_proxconnect.py", "train_bihalf.py"),
         ],
@@ -72,7 +81,7 @@ COPIES = {
         import export, train_fsg
         train_fsg.main("--dataset digits --arch resnet8 --limit-steps 3 --grad ste --act sign --name a".split())
         export.main(["runs/a", "--to", "bits"])
-        print(export.load("runs/a/a.safetensors"))
+        print(export.load_bits("runs/a/a.safetensors"))
         """,
     ),
     "selective_scan_triton.py": (
@@ -85,8 +94,12 @@ COPIES = {
     ),
     "experiments.py": (
         ["plot.py", "train_fsg.py", *FSG_FILES],
-        "import experiments as e; small = '--dataset digits --arch resnet8 --limit-steps 3 --grad ste --seed 0'; "
-        "e.GRIDS['rates'] = [small]; assert e.main(['rates']) == 0",
+        """
+        import experiments as e
+        small = "train_fsg.py --dataset digits --arch resnet8 --limit-steps 3 --grad ste"
+        e.GRIDS["protocol"] = [e.Search(small, ("1e-3",), (0,))]
+        assert e.main(["protocol"]) == 0
+        """,
     ),
     **{
         f"{trainer}.py": (
@@ -106,15 +119,15 @@ def test_bench_measures_and_writes_json(tmp_path):
         bench.main(["scan", "--lstm", *small])
         bench.main(["quantizers", *small])
     """
-    files = ["data.py", "models.py", "quantizers.py", "hypernet.py", "metaquant.py", "gate.py"]
+    files = ["data.py", "models.py", "quantizers.py", "hypernet.py", "metaquant.py", "gate.py", "runs.py"]
     scan = ["selective_scan.py", "selective_scan_cpu.cpp", "selective_scan_triton.py"]
     result = run_alone(tmp_path, ["bench.py", *files, *scan], code)
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "runs" / "bench-step.json").read_text())["archs"]["resnet8"]["variants"]
     assert set(found) == set(bench.GRADS)
-    assert found["ste"]["ratio"] == 1 and found["fsg-mamba"]["generator_ms"] > found["ste"]["generator_ms"] > 0
+    assert found["pytorch"]["ratio"] == 1 and found["fsg-mamba"]["generator_ms"] > found["ste"]["generator_ms"] > 0
     for row in found.values():  # medians of shares, so about 1 together
-        assert 0.8 < row["data"] + row["network"] + row["generator"] + row["optimizer"] < 1.2
+        assert 0.8 < sum(row[part] for part in bench.PARTS) < 1.2
     scans = json.loads((tmp_path / "runs" / "bench-scan.json").read_text())["variants"]
     assert {"per-weight, reference", "flat, reference", "per-weight, nn.LSTM alone"} <= set(scans)
     assert all(row["forward"] > 0 and row["backward"] > 0 for row in scans.values())

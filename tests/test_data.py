@@ -5,15 +5,22 @@
 Nothing is downloaded. The images are noise, or have a single colour where a test must recognise them after cropping.
 """
 
+import contextlib
+import copy
 import errno
+import gc
 import io
+import itertools
+import math
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import struct
 import sys
 import tarfile
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -27,6 +34,7 @@ from PIL import Image
 
 import data
 
+SPLITS = ("train", "val", "test")
 REAL_IMAGES = Path(__file__).parents[1] / "../shared/data/cifar10-jpeg.tar.xz"
 
 
@@ -266,10 +274,11 @@ def test_digits_are_those_of_scikit_learn():
     pixels, labels = load_digits(return_X_y=True)
     label_of = {(p * 255 / 16).round().astype(np.uint8).tobytes(): int(y) for p, y in zip(pixels, labels, strict=True)}
     assert len(label_of) == 1797  # no image occurs twice
-    train, test = data.load("digits", log=quiet)
+    train, _, test = data.load("digits", log=quiet)
     assert (train.size, test.size) == (1438, 359)
     assert train.shape == test.shape == (1, 8, 8)
     assert train.num_classes == test.num_classes == 10
+    assert train.classes == test.classes == [str(i) for i in range(10)]
     keys = []
     for batches in (train, test):
         assert (batches.images.dtype, batches.labels.dtype) == (torch.uint8, torch.int64)
@@ -282,7 +291,7 @@ def test_digits_are_those_of_scikit_learn():
 
 
 def test_digits_are_normalised_and_never_mirrored():
-    train, _ = data.load("digits", batch_size=1438, crop=False, flip=True, log=quiet)
+    train, _, _ = data.load("digits", batch_size=1438, crop=False, flip=True, log=quiet)
     [(images, labels)] = train.epoch(0)
     assert images.shape == (1438, 1, 8, 8)
     assert abs(images.mean()) < 1e-4
@@ -303,14 +312,151 @@ def test_digits_without_scikit_learn(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The validation images.
+
+
+def keys_of(images: torch.Tensor) -> list[bytes]:
+    return [image.contiguous().numpy().tobytes() for image in images]
+
+
+def test_without_val_there_are_no_validation_batches(colours):
+    assert data.load("digits")[1] is None
+    assert large(colours)[1] is None
+
+
+@pytest.mark.parametrize("val", [1, 100, 359])
+def test_validation_images_are_held_out_of_training(val):
+    whole, _, whole_test = data.load("digits", batch_size=200)
+    train, held_out, test = data.load("digits", batch_size=200, val=val)
+    assert (train.size, held_out.size, test.size) == (1438 - val, val, 359)
+    label_of = dict(zip(keys_of(whole.images), whole.labels.tolist(), strict=True))
+    parts = keys_of(train.images), keys_of(held_out.images), keys_of(test.images)
+    assert len(set().union(*parts)) == sum(map(len, parts)) == 1797  # disjoint and complete
+    assert set(parts[0]) | set(parts[1]) == set(label_of)
+    assert keys_of(whole_test.images) == parts[2]
+    for batches, keys in ((train, parts[0]), (held_out, parts[1])):
+        assert [label_of[key] for key in keys] == batches.labels.tolist()
+        assert keys == [key for key in label_of if key in set(keys)]  # the order of the data set is kept
+
+
+def test_training_with_validation_sees_no_validation_or_test_image():
+    train, held_out, test = data.load("digits", batch_size=100, val=300, crop=False)
+    others = set(keys_of(held_out.images)) | set(keys_of(test.images))
+    seen = {key for e in range(3) for images, _ in train.epoch(e) for key in keys_of(pixels_in(train, images))}
+    assert seen <= set(keys_of(train.images))
+    assert not seen & others
+    x = train.images.double()  # pixels_in has checked that the images are normalised with these
+    mean, std = x.mean(dim=(0, 2, 3)), x.std(dim=(0, 2, 3), correction=0)
+    for batches in (train, held_out, test):
+        torch.testing.assert_close(batches.scale.double().view(-1), 1 / std, rtol=1e-5, atol=0)
+        torch.testing.assert_close(batches.shift.double().view(-1), -mean / std, rtol=1e-5, atol=0)
+    whole, _, _ = data.load("digits")
+    assert not torch.equal(whole.scale, train.scale)
+
+
+def test_the_images_held_out_for_validation_do_not_change_the_statistics(tmp_path):
+    make_folder(tmp_path, train=20)
+    train, held_out, _ = data.load("folder", tmp_path, val=10, log=quiet)
+    keys = set(keys_of(held_out.images))
+    for file in (tmp_path / "train").rglob("*.png"):
+        if pixels_of(file).numpy().tobytes() in keys:
+            save(file, np.full((16, 16, 3), 255, np.uint8))  # changes neither names nor order
+    after, changed, _ = data.load("folder", tmp_path, val=10, log=quiet)
+    assert (changed.images == 255).all()
+    assert torch.equal(train.images, after.images)
+    assert torch.equal(train.scale, after.scale) and torch.equal(train.shift, after.shift)
+
+
+def test_validation_batches_are_in_order_and_not_augmented():
+    _, held_out, _ = data.load("digits", val=77, batch_size=10)
+    for number in range(2):
+        got = list(held_out.epoch(number))
+        images, labels = (torch.cat(x) for x in zip(*got, strict=True))
+        assert torch.equal(labels, held_out.labels)
+        torch.testing.assert_close(images, held_out.images * held_out.scale + held_out.shift, rtol=0, atol=1e-5)
+
+
+def test_the_seed_alone_chooses_the_validation_images():
+    def chosen(**options):
+        return data.load("digits", val=60, **options)[1].images
+
+    first = chosen(seed=3)
+    torch.manual_seed(99)
+    others = dict(batch_size=8, crop=False, flip=False, mean=(0.5,), std=(0.2,))
+    assert torch.equal(first, chosen(seed=3, **others))
+    before = torch.get_rng_state()
+    assert not torch.equal(first, chosen(seed=4))
+    assert torch.equal(before, torch.get_rng_state())
+    # written down, so that another machine or version of torch that chooses other images is noticed
+    labels = torch.arange(40) % 4
+    assert data.hold_out(labels, list("abcd"), 8, seed=0)[1].tolist() == [2, 8, 11, 25, 28, 33, 34, 39]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=2, max_size=8), st.data())
+def test_each_class_gives_its_proportional_share(counts, draw):
+    size = sum(counts)
+    val = draw.draw(st.integers(0, size - len(counts)), "val")
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    labels = labels[torch.randperm(size, generator=torch.Generator().manual_seed(size))]
+    remaining, held_out = data.hold_out(labels, [""] * len(counts), val, seed=draw.draw(st.integers(0, 9), "seed"))
+    assert (len(remaining), len(held_out)) == (size - val, val)
+    assert sorted(remaining.tolist() + held_out.tolist()) == list(range(size))
+    given = torch.bincount(labels[held_out], minlength=len(counts)).tolist()
+    assert all(share < count for share, count in zip(given, counts, strict=True))
+    shares = [val * count / size for count in counts]
+    if all(math.ceil(share) < count for share, count in zip(shares, counts, strict=True)):
+        assert all(math.floor(s) <= n <= math.ceil(s) for n, s in zip(given, shares, strict=True))
+        rounded_up = [s % 1 for n, s in zip(given, shares, strict=True) if n > s]
+        rounded_down = [s % 1 for n, s in zip(given, shares, strict=True) if n < s]
+        assert min(rounded_up, default=1) >= max(rounded_down, default=0) - 1e-9
+
+
+def test_each_image_can_be_chosen_for_validation():
+    labels = torch.arange(30) % 3
+    chosen = torch.cat([data.hold_out(labels, list("abc"), 6, seed)[1] for seed in range(100)])
+    times = torch.bincount(chosen, minlength=30)
+    assert times.min() > 5 and times.max() < 40  # 20 each are expected
+
+
+@pytest.mark.parametrize("val", [-1, 5, 6, 7])
+def test_val_must_leave_an_image_of_each_class(tmp_path, val):
+    make_folder(tmp_path, train=3)
+    for size in (16, 128):
+        error_of(
+            lambda size=size: data.load("folder", tmp_path, val=val, image_size=size, log=quiet), f"--val {val} ", "4"
+        )
+    train, held_out, _ = data.load("folder", tmp_path, val=4, log=quiet)
+    assert (train.labels.tolist(), held_out.labels.tolist()) == ([0, 1], [0, 0, 1, 1])
+
+
+def test_validation_of_streamed_images(colours):
+    train, held_out, test = large(colours, val=4, batch_size=7)
+    assert (train.size, held_out.size, test.size) == (7, 4, 5)
+    in_training = [{i for images, _ in train.epoch(e) for i in numbers_of(images)} for e in range(2)]
+    [(images, labels)] = held_out.epoch(0)
+    numbers = numbers_of(images)
+    assert numbers == sorted(numbers)
+    assert labels.tolist() == [int(i >= 5) for i in numbers] == [0, 0, 1, 1]
+    assert in_training[0] == in_training[1] == set(range(11)) - set(numbers)
+    parts = [large(colours, val=4, batch_size=7, rank=rank, world_size=7)[1] for rank in range(7)]
+    together = [i for part in parts for images, _ in part.epoch(0) for i in numbers_of(images)]
+    assert together == numbers  # of several processes, each tests its part of the same images
+    # the same images as with the images in memory
+    _, in_memory, _ = data.load("folder", colours, val=4, image_size=16, log=quiet)
+    assert [round(image[0].float().mean().item() / 20) for image in in_memory.images] == numbers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Folders of small images.
 
 
 def test_folder_classes_are_sorted_and_pixels_exact(tmp_path):
     make_folder(tmp_path, classes=("wasp", "ant", "Bee"), train=3, test=2)
     (tmp_path / "train" / "README.txt").write_text("not a class")
-    train, test = data.load("folder", tmp_path, log=quiet)
+    train, _, test = data.load("folder", tmp_path, log=quiet)
     assert train.num_classes == test.num_classes == 3
+    assert train.classes == test.classes == ["Bee", "ant", "wasp"]
     assert train.shape == test.shape == (3, 16, 16)
     for batches, split, each in ((train, "train", 3), (test, "test", 2)):
         files = [tmp_path / split / name / f"{i}.png" for name in ("Bee", "ant", "wasp") for i in range(each)]
@@ -325,7 +471,7 @@ def test_folder_is_normalised_by_its_training_images(tmp_path):
     for file in (tmp_path / "train").rglob("*.png"):  # channels of different ranges, one of them constant
         pixels = np.array(Image.open(file))
         save(file, np.stack([pixels[..., 0] // 4, 200 + pixels[..., 1] // 8, np.full((16, 16), 77, np.uint8)], axis=-1))
-    train, test = data.load("folder", tmp_path, batch_size=4, crop=False, flip=False, log=quiet)
+    train, _, test = data.load("folder", tmp_path, batch_size=4, crop=False, flip=False, log=quiet)
     got = torch.cat([images for images, _ in train.epoch(0)])
     assert len(got) == 8
     torch.testing.assert_close(got[:, :2].mean(dim=(0, 2, 3)), torch.zeros(2), rtol=0, atol=1e-4)
@@ -341,7 +487,7 @@ def test_folder_is_normalised_by_its_training_images(tmp_path):
 @pytest.mark.parametrize("crop", [True, False])
 def test_crop_and_flip_can_be_turned_off(tmp_path, crop, flip):
     make_folder(tmp_path, train=20, side=28)
-    train, _ = data.load("folder", tmp_path, batch_size=40, crop=crop, flip=flip, log=quiet)
+    train, _, _ = data.load("folder", tmp_path, batch_size=40, crop=crop, flip=flip, log=quiet)
     [(images, labels)] = train.epoch(0)
     found = found_in(windows_of(train.images, 3), pixels_in(train, images))  # 28 // 8 pixels of padding
     assert [train.labels[i] for i, *_ in found] == labels.tolist()
@@ -352,14 +498,23 @@ def test_crop_and_flip_can_be_turned_off(tmp_path, crop, flip):
 
 def test_jpeg_and_upper_case_suffixes(tmp_path):
     make_folder(tmp_path, train=1)
-    names = ("1.jpg", "2.JPG", "3.JPEG", "4.PNG", "5.Bmp", "6.webp")
+    names = ("1.jpg", "2.JPG", "3.JPEG", "4.PNG", "5.Bmp", "6.webp", "7.tif", "8.TIFF", "9.pgm")
     for i, name in enumerate(names):
-        save(tmp_path / "train/ant" / name, noise(16, 16, 3, seed=i))
+        save(tmp_path / "train/ant" / name, noise(16, 16, *[3] * (name != "9.pgm"), seed=i))
     (tmp_path / "train/ant/notes.txt").write_text("not an image")
-    train, _ = data.load("folder", tmp_path, log=quiet)
+    train, _, _ = data.load("folder", tmp_path, log=quiet)
     files = [tmp_path / "train/ant" / name for name in ("0.png", *names)] + [tmp_path / "train/bee/0.png"]
     assert torch.equal(train.images, torch.stack([pixels_of(file) for file in files]))
-    assert train.labels.tolist() == [0] * 7 + [1]
+    assert train.labels.tolist() == [0] * 10 + [1]
+
+
+def test_the_first_frame_of_a_gif_is_read(tmp_path):
+    make_folder(tmp_path, train=1)
+    frames = [Image.fromarray(np.full((16, 16), grey, np.uint8)) for grey in (50, 100, 200)]
+    frames[0].save(tmp_path / "train/ant/1.gif", save_all=True, append_images=frames[1:])
+    assert Image.open(tmp_path / "train/ant/1.gif").n_frames == 3
+    train, _, _ = data.load("folder", tmp_path, log=quiet)
+    assert (train.images[1] == 50).all()
 
 
 def test_images_of_all_modes_become_rgb(tmp_path):
@@ -373,24 +528,113 @@ def test_images_of_all_modes_become_rgb(tmp_path):
     Image.fromarray(noise(16, 16, 3, seed=5)).quantize(16).save(tmp_path / "train/ant/5.png")
     modes = [Image.open(tmp_path / f"train/ant/{i}.png").mode for i in range(1, 6)]
     assert modes == ["L", "RGBA", "LA", "1", "P"]
-    train, _ = data.load("folder", tmp_path, log=quiet)
+    train, _, _ = data.load("folder", tmp_path, log=quiet)
     expected = [
         np.stack([grey] * 3),
-        rgba[..., :3].transpose(2, 0, 1),
-        np.stack([grey_alpha[..., 0]] * 3),
+        on_white(rgba[..., :3], rgba[..., 3:]).transpose(2, 0, 1),
+        np.stack([on_white(grey_alpha[..., 0], grey_alpha[..., 1])] * 3),
         np.stack([bits.astype(np.uint8) * 255] * 3),
         pixels_of(tmp_path / "train/ant/5.png").numpy(),
     ]
-    assert np.array_equal(train.images[1:6].numpy(), np.stack(expected))
+    off = train.images[1:6].int() - torch.from_numpy(np.stack(expected).astype(np.int32))
+    assert off[[0, 3, 4]].abs().max() == 0
+    assert off[[1, 2]].abs().max() <= 1  # rounding
 
 
-def test_sixteen_bit_greyscale_keeps_its_contrast(tmp_path):
+def on_white(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    return (255 + (pixels.astype(float) - 255) * (alpha / 255)).round().astype(np.uint8)
+
+
+@pytest.mark.parametrize("name", ["0.png", "0.gif"])
+def test_a_transparent_colour_becomes_white(tmp_path, name):
+    make_folder(tmp_path, train=1, test=1)
+    palette = Image.fromarray(noise(16, 16) % 4).convert("P")
+    palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 110, 120])
+    (tmp_path / "train/ant/0.png").unlink()
+    palette.save(tmp_path / "train/ant" / name, transparency=2)
+    expected = torch.tensor(palette.convert("RGB").get_flattened_data(), dtype=torch.uint8).view(16, 16, 3)
+    expected[torch.from_numpy(noise(16, 16) % 4 == 2)] = 255
+    for size in (16, 128):
+        train, _, _ = data.load("folder", tmp_path, image_size=size, flip=False, workers=0, log=quiet)
+        if size == 16:
+            assert torch.equal(train.images[0].permute(1, 2, 0), expected)
+        else:
+            images = next(uncropped(train).epoch(0))[0]
+            assert unnormalised(images).max() > 254
+
+
+def uncropped(train: data.StreamedBatches) -> data.StreamedBatches:
+    """The training images, transformed as for testing."""
+    twin = copy.copy(train)
+    twin.transform = data.default_transforms(train.shape[-1], False, data.IMAGENET_MEAN, data.IMAGENET_STD)[1]
+    return twin
+
+
+def pnm(path: Path, kind: str, pixels: np.ndarray, maximum: int) -> None:
+    height, width = pixels.shape[:2]
+    path.write_bytes(f"{kind}\n{width} {height}\n{maximum}\n".encode() + pixels.astype(">u2").tobytes())
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "tiff", "pgm", "ppm", "ppm of 10 bits", "colour ppm"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_sixteen_bit_images_keep_their_contrast(tmp_path, suffix, streamed):
+    make_folder(tmp_path, train=1, side=128 if streamed else 16)
+    side = 146 if streamed else 16  # the centre of 146 pixels is used
+    deep = np.linspace(0, 65535, side * side).astype(np.uint16).reshape(side, side)
+    (tmp_path / "train/ant/0.png").unlink()
+    file = tmp_path / f"train/ant/0.{suffix.split()[-1]}"
+    if suffix == "ppm of 10 bits":
+        pnm(file.with_suffix(".ppm"), "P5", deep // 64, 1023)
+    elif suffix == "colour ppm":
+        pnm(file, "P6", np.stack([deep] * 3, axis=-1), 65535)
+    elif suffix in ("pgm", "ppm"):
+        pnm(file, "P5", deep, 65535)
+    else:
+        save(file, deep)
+    size = 128 if streamed else 16
+    train, _, _ = data.load("folder", tmp_path, image_size=size, batch_size=2, workers=0, log=quiet)
+    images, labels = next((uncropped(train) if streamed else train).epoch(0))
+    got = unnormalised(images)[labels == 0] if streamed else train.images[:1].float()
+    expected = torch.from_numpy((deep // 257).astype(np.float32))[None, None]
+    expected = expected[..., 9:137, 9:137] if streamed else expected
+    assert (got - expected).abs().max() <= 1.01
+
+
+def test_pixels_of_unknown_range_are_refused(tmp_path):
     make_folder(tmp_path, train=1)
-    deep = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
-    save(tmp_path / "train/ant/0.png", deep)
-    train, _ = data.load("folder", tmp_path, log=quiet)
-    off = (train.images[0].int() - torch.from_numpy((deep // 257).astype(np.int32))).abs()
-    assert off.max() <= 1
+    for i, kind in enumerate((np.float32, np.int32)):
+        save(tmp_path / f"train/ant/{i + 1}.tif", np.linspace(0, 1, 256).astype(kind).reshape(16, 16))
+    error_of(lambda: data.load("folder", tmp_path, log=quiet), "2 images", "1.tif", "2.tif", "32-bit", "16 bits")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_exif_orientation_is_applied(tmp_path, orientation, suffix):
+    make_folder(tmp_path, train=1)
+    pixels = noise(16, 16, 3)
+    turned = {
+        1: pixels,
+        2: pixels[:, ::-1],
+        3: pixels[::-1, ::-1],
+        4: pixels[::-1],
+        5: pixels.transpose(1, 0, 2),
+        6: np.rot90(pixels, -1),  # the camera was turned: the image is to be turned clockwise
+        7: pixels[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(pixels),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (tmp_path / "train/ant/0.png").unlink()
+    save(tmp_path / f"train/ant/0.{suffix}", pixels, exif=exif)
+    train, _, _ = data.load("folder", tmp_path, log=quiet)
+    assert np.array_equal(train.images[0].permute(1, 2, 0).numpy(), turned)
+
+
+def test_a_damaged_exif_block_does_not_matter(tmp_path):
+    make_folder(tmp_path, train=1)
+    save(tmp_path / "train/ant/0.png", noise(16, 16, 3, seed=5), exif=b"Exif\0\0garbage")
+    train, _, _ = data.load("folder", tmp_path, log=quiet)
+    assert np.array_equal(train.images[0].permute(1, 2, 0).numpy(), noise(16, 16, 3, seed=5))
 
 
 def test_images_of_other_sizes_are_resized(tmp_path):
@@ -399,7 +643,7 @@ def test_images_of_other_sizes_are_resized(tmp_path):
     for i, ((w, h), colour) in enumerate(colours.items(), start=1):
         save(tmp_path / f"train/bee/{i}.png", np.full((h, w, 3), colour, np.uint8))
     for size in (16, 24):
-        train, test = data.load("folder", tmp_path, image_size=size, log=quiet)
+        train, _, test = data.load("folder", tmp_path, image_size=size, log=quiet)
         assert train.shape == test.shape == (3, size, size)
         for image, colour in zip(train.images[-3:], colours.values(), strict=True):
             assert torch.equal(image, torch.tensor(colour, dtype=torch.uint8).view(3, 1, 1).expand(3, size, size))
@@ -407,7 +651,7 @@ def test_images_of_other_sizes_are_resized(tmp_path):
     save(tmp_path / "test/ant/0.png", checks.astype(np.uint8))
     ramp = np.repeat(np.arange(0, 256, 4, dtype=np.uint8)[None], 64, axis=0)  # dark on the left, light on the right
     save(tmp_path / "train/ant/0.png", ramp)
-    train, test = data.load("folder", tmp_path, image_size=16, log=quiet)
+    train, _, test = data.load("folder", tmp_path, image_size=16, log=quiet)
     image = train.images[0, 0].int()
     assert (image[:, 1:] > image[:, :-1]).all()
     assert (image[0] == image[-1]).all()
@@ -415,9 +659,9 @@ def test_images_of_other_sizes_are_resized(tmp_path):
 
 
 def test_data_sets_other_than_folders_are_resized_too():
-    own, _ = data.load("digits")
+    own, _, _ = data.load("digits")
     for size in (4, 5, 20):
-        train, test = data.load("digits", image_size=size)
+        train, _, test = data.load("digits", image_size=size)
         assert train.shape == test.shape == (1, size, size)
         for small, whole in zip(train.images[:20, 0], own.images[:20, 0], strict=True):
             expected = Image.fromarray(whole.numpy()).resize((size, size), resample=2)
@@ -428,7 +672,7 @@ def test_data_sets_other_than_folders_are_resized_too():
 
 def test_val_works_in_place_of_test(tmp_path):
     make_folder(tmp_path, held_out="val")
-    _, test = data.load("folder", tmp_path, log=quiet)
+    _, _, test = data.load("folder", tmp_path, log=quiet)
     files = [tmp_path / "val" / name / f"{i}.png" for name in ("ant", "bee") for i in range(2)]
     assert torch.equal(test.images, torch.stack([pixels_of(file) for file in files]))
 
@@ -437,12 +681,12 @@ def test_val_is_used_when_test_has_no_classes(tmp_path):
     # ImageNet's layout: test/ contains images without class folders
     make_folder(tmp_path, held_out="val")
     save(tmp_path / "test/0.png", noise(16, 16, 3))
-    _, test = data.load("folder", tmp_path, log=quiet)
+    _, _, test = data.load("folder", tmp_path, log=quiet)
     assert test.size == 4
 
 
 def test_a_folder_smaller_than_a_batch_is_one_batch(tmp_path):
-    train, test = data.load("folder", make_folder(tmp_path), batch_size=128, log=quiet)
+    train, _, test = data.load("folder", make_folder(tmp_path), batch_size=128, log=quiet)
     assert [len(labels) for _, labels in train.epoch(0)] == [6]
     assert [len(labels) for _, labels in test.epoch(0)] == [4]
 
@@ -451,10 +695,12 @@ def test_default_image_size(tmp_path):
     def shape(name, *side, **options):
         save(tmp_path / "train/ant/0.png", noise(*side, 3))
         batches = data.load(name, tmp_path, log=quiet, **options)
-        assert batches[0].shape == batches[1].shape
+        assert batches[0].shape == batches[-1].shape
         return batches[0].shape, type(batches[0])
 
     make_folder(tmp_path, train=1, test=1)
+    (tmp_path / "train/bee/0.png").unlink()
+    (tmp_path / "train/bee/0.png").symlink_to(tmp_path / "train/ant/0.png")
     assert shape("folder", 96, 96) == ((3, 96, 96), data.ResidentBatches)
     assert shape("folder", 97, 97) == ((3, 224, 224), data.StreamedBatches)
     assert shape("folder", 20, 16) == ((3, 224, 224), data.StreamedBatches)
@@ -464,13 +710,181 @@ def test_default_image_size(tmp_path):
     assert shape("imagenet", 20, 20, image_size=64) == ((3, 64, 64), data.ResidentBatches)
 
 
+def sizes_folder(root: Path, *sides: tuple[int, int]) -> Path:
+    make_folder(root, train=1, test=1)
+    for i, (width, height) in enumerate(sides):
+        save(root / f"train/ant/{i}.png", noise(height, width, 3))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("sides", "size"),
+    [
+        ([(30, 17), (32, 32), (32, 32), (32, 32)], 32),  # the first image alone does not decide
+        ([(500, 400), (32, 32), (32, 32), (32, 32), (32, 32)], 32),
+        ([(8, 8), (160, 120), (140, 200), (90, 300)], 224),
+        ([(40, 42), (50, 48), (44, 44), (45, 46), (46, 44)], 45),  # nearly square, all different
+        ([(90, 40), (80, 50), (90, 50), (80, 40), (90, 50)], 224),  # oblong images are cropped
+    ],
+)
+def test_the_sizes_of_all_images_decide(tmp_path, sides, size):
+    log = []
+    train, _, test = data.load("folder", sizes_folder(tmp_path, *sides), log=log.append)
+    assert train.shape == test.shape == (3, size, size)
+    said = [m for m in log if "--image-size" in m]
+    assert len(said) == 1 and f"{size}×{size}" in said[0] and len(said[0].splitlines()) == 1
+
+
+def test_the_size_is_not_mentioned_where_all_images_have_it(tmp_path):
+    log = []
+    data.load("folder", make_folder(tmp_path), log=log.append)
+    assert not [m for m in log if "--image-size" in m]
+    data.load("folder", sizes_folder(tmp_path, (3, 5)), image_size=24, log=log.append)
+    assert not [m for m in log if "--image-size" in m]
+
+
+def test_few_headers_are_read_to_choose_the_size(tmp_path, monkeypatch):
+    make_folder(tmp_path, train=1, test=1, side=130)
+    for i in range(1, 1500):
+        os.link(tmp_path / "train/ant/0.png", tmp_path / f"train/ant/{i}.png")
+    opened = []
+    open_image = Image.open
+    monkeypatch.setattr(Image, "open", lambda file, *args, **options: opened.append(file) or open_image(file))
+    for _ in range(2):
+        assert data.load("folder", tmp_path, log=quiet)[0].shape == (3, 224, 224)
+    assert len(opened) == 2000
+    assert opened[:1000] == opened[1000:]  # a second process opens the same ones
+    numbers = sorted(int(Path(file).stem) for file in set(opened))
+    assert len(numbers) > 990 and numbers[0] < 50 and numbers[-1] > 1450  # from all over the folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is ignored.
+
+
+def test_ignored_files_are_counted_in_one_message(tmp_path):
+    make_folder(tmp_path)
+    before, _, test_before = data.load("folder", tmp_path, log=quiet)
+    for name in (
+        *("train/ant/notes.txt", "train/ant/0.xml", "test/bee/Thumbs.db"),  # other suffixes
+        *("train/.ipynb_checkpoints/0.png", "test/.ipynb_checkpoints/0.png", "train/bee/._0.png"),  # hidden
+        *("train/bee/.ipynb_checkpoints/0.png", "train/bee/.ipynb_checkpoints/1.png"),
+        *("train/ant/more/3.png", "train/ant/more/deeper/4.png"),  # nested
+        *("train/README.md", "train/5.png"),  # outside
+        *("val/ant/0.png", "val/bee/0.png", "val/cat/0.png"),  # beside test/
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes((tmp_path / "train/ant/2.png").read_bytes())
+    train, _, test, log = *data.load("folder", tmp_path, log=(log := []).append), log
+    assert train.classes == ["ant", "bee"]
+    assert torch.equal(train.images, before.images) and torch.equal(test.images, test_before.images)
+    [message] = log
+    assert len(message.splitlines()) == 1
+    for words in (
+        "15 files",
+        "3 with other suffixes",
+        "5 hidden",
+        "2 in nested folders",
+        "2 outside",
+        "3 beside train/",
+    ):
+        assert words in message, message
+    for example in ("test/.ipynb_checkpoints", "test/bee/Thumbs.db", "train/ant/more", "train/5.png", "val"):
+        assert f"(such as {example})" in message, message
+    (tmp_path / "train/ant/notes.txt").unlink()
+    log.clear()
+    data.load("folder", tmp_path, image_size=128, log=log.append)
+    assert len(log) == 1 and "14 files" in log[0]
+
+
+def test_nothing_is_said_where_nothing_is_ignored(tmp_path):
+    data.load("folder", make_folder(tmp_path), log=(log := []).append)
+    assert len(log) == 2 and all("decoding" in m for m in log)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.parametrize("size", [None, 128])
+def test_pipes_sockets_and_devices_are_not_read(tmp_path, size):
+    make_folder(tmp_path)
+    os.mkfifo(tmp_path / "train/ant/1.5.png")
+    (tmp_path / "train/ant/link.png").symlink_to("1.5.png")
+    (tmp_path / "test/bee/zero.png").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "train/bee.png")
+    with socket.socket(socket.AF_UNIX) as s, contextlib.chdir(tmp_path / "train/bee"):
+        s.bind("a.jpg")  # a socket's path must be short
+    train, _, test = data.load("folder", tmp_path, image_size=size, workers=0, log=(log := []).append)
+    assert (train.size, test.size) == (6, 4)
+    assert len(list(train.epoch(0))) == 1
+    assert "4 that are pipes" in log[0]
+
+
+def test_links_to_images_and_folders_are_followed(tmp_path):
+    make_folder(tmp_path / "real")
+    for split in ("train", "test"):
+        (tmp_path / split / "ant").mkdir(parents=True)
+        (tmp_path / split / "bee").symlink_to(tmp_path / "real" / split / "bee")
+        (tmp_path / split / "ant/0.png").symlink_to(tmp_path / "real" / split / "ant/1.png")
+    train, _, _ = data.load("folder", tmp_path, log=quiet)
+    assert train.labels.tolist() == [0, 1, 1, 1]
+    assert torch.equal(train.images[0], pixels_of(tmp_path / "real/train/ant/1.png"))
+
+
+@pytest.mark.parametrize("where", ["train", "test", "train/ant", "test/bee"])
+def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch, where):
+    make_folder(tmp_path)
+    scandir = os.scandir
+
+    def refuse(path):  # root may read everything
+        if Path(path) == tmp_path / where:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    error_of(lambda: data.load("folder", tmp_path, log=quiet), tmp_path / where, "Permission denied", "readable")
+
+
+@pytest.mark.parametrize("name", ["folder", "imagenet"])
+def test_one_class_is_not_enough(tmp_path, name):
+    make_folder(tmp_path, classes=("ant",))
+    (tmp_path / "train/.ipynb_checkpoints").mkdir()
+    error_of(lambda: data.load(name, tmp_path, log=quiet), "only the class 'ant'")
+
+
+def test_all_unreadable_images_are_named_before_training(tmp_path):
+    make_folder(tmp_path, train=6, test=2)
+    damaged = ["train/ant/0.png", "train/ant/3.png", "test/bee/1.png"]
+    for name in damaged:
+        (tmp_path / name).write_bytes(b"")
+    for _ in range(2):
+        error_of(lambda: data.load("folder", tmp_path, log=quiet), "3 images", *(tmp_path / name for name in damaged))
+    for i in range(6):
+        (tmp_path / f"train/bee/{i}.png").write_bytes(b"")
+    message = error_of(lambda: data.load("folder", tmp_path, log=quiet), "9 images", tmp_path / damaged[0], "...")
+    assert 5 <= message.count(str(tmp_path)) <= 6  # the first few, and perhaps PIL's message
+
+
+def test_a_broken_link_is_named_beside_a_cache(tmp_path):
+    make_folder(tmp_path)
+    data.load("folder", tmp_path, log=quiet)
+    (tmp_path / "train/ant/9.png").symlink_to(tmp_path / "nowhere.png")
+    error_of(lambda: data.load("folder", tmp_path, log=quiet), tmp_path / "train/ant/9.png", "cannot be read")
+
+
+def test_a_folder_without_a_readable_image(tmp_path):
+    make_folder(tmp_path)
+    for file in (tmp_path / "train").rglob("*.png"):
+        file.write_bytes(b"")
+    error_of(lambda: data.load("folder", tmp_path, log=quiet), "6 images", "cannot be read")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The cache of decoded images.
 
 
 def load_logged(root: Path, **options):
     log = []
-    return *data.load("folder", root, log=log.append, **options), log
+    train, _, test = data.load("folder", root, log=log.append, **options)
+    return train, test, log
 
 
 def test_images_are_decoded_once(tmp_path):
@@ -647,9 +1061,10 @@ def numbers_of(images: torch.Tensor) -> list[int]:
 
 
 def test_streamed_shapes_and_labels(colours):
-    train, test = large(colours)
+    train, _, test = large(colours)
     assert (train.size, test.size, len(train), len(test)) == (11, 5, 2, 2)
     assert train.num_classes == test.num_classes == 2
+    assert train.classes == test.classes == ["ant", "bee"]
     assert train.shape == test.shape == (3, 128, 128)
     for batches, first_bee, sizes in ((train, 5, [4, 4]), (test, 2, [4, 1])):
         seen = []
@@ -667,14 +1082,14 @@ def test_streamed_shapes_and_labels(colours):
 
 
 def test_streamed_smaller_than_a_batch_is_one_batch(colours):
-    train, test = large(colours, batch_size=64)
+    train, _, test = large(colours, batch_size=64)
     assert sorted(labels_of(train)) == [0] * 5 + [1] * 6
     assert labels_of(test) == [0, 0, 1, 1, 1]
 
 
 def test_streamed_batches_do_not_depend_on_the_workers(tmp_path):
     make_folder(tmp_path, train=5, test=3, side=130)
-    (train, test), (train_2, test_2) = (large(tmp_path, workers=workers, seed=3) for workers in (0, 2))
+    (train, _, test), (train_2, _, test_2) = (large(tmp_path, workers=workers, seed=3) for workers in (0, 2))
     torch.manual_seed(0)
     whole = list(train.epoch(4))
     drawn_next = torch.rand(3)
@@ -721,7 +1136,7 @@ def test_streamed_accepts_any_seed_of_32_bits(tmp_path, seed):
 
 def test_streamed_test_images_are_resized_and_cut_from_the_centre(tmp_path):
     make_folder(tmp_path, train=1, test=2, side=160)
-    _, test = large(tmp_path)
+    _, _, test = large(tmp_path)
     [(images, _)] = test.epoch(0)
     assert same(test.epoch(0), test.epoch(5))
     for k, name in enumerate(("ant", "bee")):
@@ -741,7 +1156,7 @@ def test_streamed_flips_only_with_flip_and_in_training(tmp_path):
         batches = large(tmp_path, flip=flip, batch_size=16)
         [(images, _)] = batches[0].epoch(0)
         mirrored[flip] = (images[:, 0, :, 0] > images[:, 0, :, -1]).all(1).sum().item()
-        [(images, _)] = batches[1].epoch(0)
+        [(images, _)] = batches[-1].epoch(0)
         assert (images[:, 0, :, 0] < images[:, 0, :, -1]).all()
     assert 3 <= mirrored[True] <= 13
     assert mirrored[False] == 0
@@ -752,12 +1167,150 @@ def test_streamed_flips_only_with_flip_and_in_training(tmp_path):
 def test_streamed_unreadable_image(colours, split, workers):
     file = colours / split / "bee" / "1.png"
     file.write_bytes(file.read_bytes()[:60])
-    batches = large(colours, workers=workers)[split == "test"]
+    batches = large(colours, workers=workers)[0 if split == "train" else -1]
     if split == "train":
         batches.batch_size = 11  # all images, including the damaged one
     message = error_of(lambda: list(batches.epoch(0)), file, "cannot be read")
     assert message.startswith("the image ")  # no traceback of the worker
     assert multiprocessing.active_children() == []  # the workers ended with the epoch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The DataLoader workers.
+
+
+def training_process(scenario: str, root: Path, say) -> None:
+    """A process that trains with two workers, in a process group of its own. say: a pipe's end, for what happens."""
+    os.setsid()
+    # As a trainer does: SIGTERM asks it to finish and save. (The signal waits until the workers have been started, so
+    # that they do not inherit the handler.)
+    asked = []
+    batches = large(root, workers=1 if scenario == "a worker hangs" else 2, batch_size=1)[0]
+    if "hang" in scenario:
+        decoded = []
+        batches.transform = lambda image: time.sleep(1000) if decoded else decoded.append(1) or torch.zeros(3, 128, 128)
+    epoch = batches.epoch(0)
+    next(epoch)
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    workers = [worker.pid for worker in multiprocessing.active_children()]
+    say.send(workers)
+    if scenario == "the group gets SIGTERM":
+        while not asked:
+            time.sleep(0.02)
+        say.send(1 + len(list(epoch)))  # the workers decode the rest of the epoch
+    elif scenario == "a worker is killed":
+        os.kill(workers[0], signal.SIGKILL)
+        time.sleep(0.3)  # the training step is not interrupted
+        try:
+            list(epoch)
+        except Exception as e:
+            say.send((type(e).__name__, str(e)))
+    elif scenario.startswith("the trainer is killed"):
+        time.sleep(1000)
+    elif scenario == "the trainer fails":
+        training_process.epoch = epoch  # the epoch is never closed
+        raise SystemExit(3)
+    else:
+        epoch.close()
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc and signals that tell their sender")
+def test_workers_end_with_their_trainer_and_not_before(colours):
+    scenarios = ("the group gets SIGTERM", "a worker is killed", "the trainer is killed", "the trainer fails")
+    scenarios += ("a worker hangs", "the trainer is killed while workers hang")
+    data.torchvision_module("transforms.v2")  # once, and not in every process
+    context = multiprocessing.get_context("fork")
+    processes, pipes, workers = {}, {}, {}
+    for scenario in scenarios:  # all at once, since they wait most of the time
+        pipes[scenario], say = context.Pipe()
+        processes[scenario] = context.Process(target=training_process, args=(scenario, colours, say))
+        processes[scenario].start()
+    try:
+        for scenario in scenarios:
+            assert pipes[scenario].poll(60)
+            workers[scenario] = pipes[scenario].recv()
+            assert len(workers[scenario]) >= 1
+        os.killpg(processes["the group gets SIGTERM"].pid, signal.SIGTERM)
+        processes["the trainer is killed"].kill()
+        processes["the trainer is killed while workers hang"].kill()
+        for process in processes.values():
+            process.join(60)
+        codes = {scenario: process.exitcode for scenario, process in processes.items()}
+        assert list(codes.values()) == [0, 0, -signal.SIGKILL, 3, 0, -signal.SIGKILL], codes
+        assert pipes["the group gets SIGTERM"].recv() == 11  # all images of the epoch
+        kind, message = pipes["a worker is killed"].recv()
+        assert kind == "DataError" and len(message.splitlines()) == 1, message
+        assert all(words in message for words in ("--workers", "--image-size", "memory", "exited unexpectedly"))
+        for scenario in scenarios:
+            deadline = time.monotonic() + 30
+            while any(map(is_running, workers[scenario])):
+                assert time.monotonic() < deadline, scenario
+                time.sleep(0.05)
+    finally:
+        for pid in [*(process.pid for process in processes.values()), *itertools.chain(*workers.values())]:
+            if is_running(pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+def fail(error: Exception):
+    raise error
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"),
+        OSError(errno.EMFILE, os.strerror(errno.EMFILE)),
+        MemoryError(),
+    ],
+)
+def test_lack_of_memory_in_a_worker(colours, workers, error):
+    batches = large(colours, workers=workers)[0]
+    batches.transform = lambda image: fail(error)
+    error_of(lambda: list(batches.epoch(0)), "--workers", "--image-size", "/dev/shm")
+    assert multiprocessing.active_children() == []
+
+
+def test_lack_of_processes(colours, monkeypatch):
+    monkeypatch.setattr(os, "fork", lambda: fail(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))))
+    error_of(lambda: list(large(colours, workers=2)[0].epoch(0)), "--workers", "Cannot allocate memory")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_other_errors_of_transforms_are_not_changed(colours, workers):
+    batches = large(colours, workers=workers)[0]
+    batches.transform = lambda image: fail(RuntimeError("the size of tensor a must match"))
+    message = None
+    try:
+        list(batches.epoch(0))
+    except RuntimeError as e:
+        message = str(e)
+        e.__traceback__ = None  # it would keep the worker alive
+    assert "the size of tensor a must match" in message
+
+
+def test_the_files_of_a_data_set_are_not_copied_by_its_workers(tmp_path):
+    paths = [f"/data/train/n{i % 1000:08}/n{i % 1000:08}_{i}.JPEG" for i in range(50_000)]
+    paths[7] = os.fsdecode(b"/data/\xe9t\xe9.png")
+    options = dict(classes=["a", "b"], image_size=8, batch_size=8, train=True, device="cpu", transforms=(None, None))
+    batches = data.StreamedBatches(paths, [i % 2 for i in range(50_000)], **options)
+    assert [batches.files[i] for i in (0, 7, 49_999)] == [paths[i] for i in (0, 7, 49_999)]
+    assert batches.labels.tolist()[:3] == [0, 1, 0]
+    # what a worker would be sent, or copy when it counts references: bytes, ends and labels, and no Python objects
+    assert len(pickle.dumps(batches)) < sum(map(len, paths)) + 16 * len(paths) + 20_000
+    del paths
+    gc.collect()
+    before = sys.getallocatedblocks()
+    del batches
+    assert before - sys.getallocatedblocks() < 1000  # Python objects
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -835,7 +1388,7 @@ def test_unreadable_image_is_named(tmp_path, image, damage):
     error_of(lambda: data.load("folder", tmp_path, log=quiet), file, "cannot be read")
     # after it is deleted the other images load: no incomplete cache was written
     file.rmdir() if damage == "folder" else file.unlink()
-    train, test = data.load("folder", tmp_path, log=quiet)
+    train, _, test = data.load("folder", tmp_path, log=quiet)
     assert train.size + test.size == 9
 
 
@@ -915,10 +1468,11 @@ def write_cifar(root: Path, name: str, monkeypatch) -> dict[str, tuple[np.ndarra
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_cifar_from_local_files(name, tmp_path, monkeypatch, no_network):
     expected = write_cifar(tmp_path, name, monkeypatch)
-    batches = dict(zip(("train", "test"), data.load(name, tmp_path, batch_size=4, log=quiet), strict=True))
+    batches = dict(zip(SPLITS, data.load(name, tmp_path, batch_size=4, log=quiet), strict=True))
     for split, (images, labels) in expected.items():
         got = batches[split]
         assert (got.shape, got.size, got.num_classes) == ((3, 32, 32), len(labels), int(name[5:]))
+        assert got.classes == [f"class {i}" for i in range(int(name[5:]))]  # the names in the archive
         assert (got.images.dtype, got.labels.dtype) == (torch.uint8, torch.int64)
         assert np.array_equal(got.images.numpy(), images)
         assert got.labels.tolist() == labels
@@ -929,7 +1483,7 @@ def test_cifar_from_local_files(name, tmp_path, monkeypatch, no_network):
 
 def test_cifar_is_padded_by_four_pixels_and_mirrored(tmp_path, monkeypatch, no_network):
     write_cifar(tmp_path, "cifar10", monkeypatch)
-    train, _ = data.load("cifar10", tmp_path, batch_size=20, log=quiet)
+    train, _, _ = data.load("cifar10", tmp_path, batch_size=20, log=quiet)
     windows = windows_of(train.images, 4)
     found = [f for e in range(5) for images, _ in train.epoch(e) for f in found_in(windows, pixels_in(train, images))]
     assert {y for _, y, _, _ in found} == {x for _, _, x, _ in found} == set(range(9))
@@ -945,10 +1499,11 @@ def test_mnist_from_local_files(tmp_path, no_network):
         (raw / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, size, 28, 28) + images.tobytes())
         (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, size) + labels.tobytes())
         expected[split] = images, labels
-    batches = dict(zip(("train", "test"), data.load("mnist", tmp_path, crop=False, flip=True, log=quiet), strict=True))
+    batches = dict(zip(SPLITS, data.load("mnist", tmp_path, crop=False, flip=True, log=quiet), strict=True))
     for split, (images, labels) in expected.items():
         got = batches[split]
         assert (got.shape, got.size, got.num_classes) == ((1, 28, 28), len(labels), 10)
+        assert got.classes == [str(i) for i in range(10)]
         assert (got.images.dtype, got.labels.dtype) == (torch.uint8, torch.int64)
         assert np.array_equal(got.images[:, 0].numpy(), images)
         assert got.labels.tolist() == labels.tolist()
@@ -976,7 +1531,7 @@ def test_real_images(tmp_path):
                 if found == wanted:
                     break
     assert found == wanted
-    train, test = data.load("folder", tmp_path, batch_size=3, log=quiet)
+    train, _, test = data.load("folder", tmp_path, batch_size=3, log=quiet)
     for batches, split in ((train, "train"), (test, "test")):
         assert (batches.shape, batches.size, batches.num_classes) == ((3, 32, 32), 6, 2)
         assert batches.labels.tolist() == [0, 0, 0, 1, 1, 1]
@@ -987,7 +1542,7 @@ def test_real_images(tmp_path):
             assert images.shape == (len(labels), 3, 32, 32)
             assert images.isfinite().all()
             assert 0.3 < images.std() < 3
-    streamed, _ = large(tmp_path, batch_size=3)
+    streamed, _, _ = large(tmp_path, batch_size=3)
     for images, _ in streamed.epoch(0):
         assert images.shape == (3, 3, 128, 128)
         assert -0.01 < unnormalised(images).min() < unnormalised(images).max() < 255.01

@@ -11,76 +11,113 @@ import pytest
 from conftest import ROOT
 
 import experiments
+import train_bihalf
 import train_fsg
+import train_proxconnect
+import train_sibnn
+from experiments import Search
 
-SMALL = "--dataset digits --arch resnet8 --batch-size 60 --epochs 2 --grad ste --device cpu"
-DIVERGES = "--opt sgd --lr 1e30 --no-flip"
+SMALL = "--dataset digits --arch resnet8 --batch-size 60 --epochs 2 --val 60 --grad ste --device cpu"
+TRAINERS = {
+    f"train_{module.__name__.removeprefix('train_')}.py": module
+    for module in (train_bihalf, train_fsg, train_proxconnect, train_sibnn)
+}
 
 
-def run(monkeypatch, tmp_path, commands, *flags):
-    monkeypatch.setitem(experiments.GRIDS, "rates", commands)
-    argv = ["rates", "--results", str(tmp_path / "results"), "--out", str(tmp_path / "runs"), *flags]
+def search(flags=SMALL, rates=("1e-3",), seeds=(0,)):
+    return Search(f"train_fsg.py {flags}", rates, seeds)
+
+
+def run(monkeypatch, tmp_path, grid, *flags):
+    monkeypatch.setitem(experiments.GRIDS, "ablations", grid)
+    argv = ["ablations", "--results", str(tmp_path / "results"), "--out", str(tmp_path / "runs"), *flags]
     return experiments.main(argv)
 
 
 def rows(tmp_path):
-    with open(tmp_path / "results" / "rates.csv", newline="") as f:
+    with open(tmp_path / "results" / "ablations.csv", newline="") as f:
         return list(csv.DictReader(f))
 
 
-def test_every_grid_is_of_commands_that_the_trainer_takes():
-    for name, commands in experiments.GRIDS.items():
+def test_every_grid_is_of_commands_that_the_trainers_take():
+    for name, grid in experiments.GRIDS.items():
+        commands = [s.at(rate, seed) for s in grid for rate in s.rates for seed in s.seeds]
         assert len(set(commands)) == len(commands) >= 3, name
         for command in commands:
-            args = train_fsg.flags().parse_args(command.split())
-            train_fsg.complete(args)
-            assert f"--seed {args.seed}" in command
+            trainer, *flags = command.split()
+            args = TRAINERS[trainer].flags().parse_args(flags)
+            TRAINERS[trainer].complete(args)
+            assert f"--seed {args.seed}" in command and args.val == 5000
 
 
 def test_a_grid_is_run_and_not_run_again(tmp_path, monkeypatch, capsys):
-    commands = [f"{SMALL} --seed {seed}" for seed in (0, 1)] + [f"{SMALL} {DIVERGES} --seed 0"]
-    assert run(monkeypatch, tmp_path, commands) == 0
+    grid = [search(rates=("1e-9", "3e-3"), seeds=(0, 1)), search(f"{SMALL} --opt sgd --no-flip", ("1e30",))]
+    assert run(monkeypatch, tmp_path, grid) == 0
     found = rows(tmp_path)
-    assert [row["command"] for row in found] == [f"python train_fsg.py {command}" for command in commands]
-    assert [row["seed"] for row in found] == ["0", "1", "0"]
-    assert all(0.2 < float(row["test_acc"]) <= float(row["best_test_acc"]) <= 1 for row in found[:2])
-    assert found[2]["train_loss"] == "nan", "diverged"
-    lines = (tmp_path / "results" / "rates.md").read_text().splitlines()
-    assert len(lines) == 4 and f"| `python train_fsg.py {SMALL}` | 2 |" in lines[2] and lines[2].count("±") == 4
-    assert capsys.readouterr().out.splitlines()[-4:] == lines
+    wanted = ["--lr 1e-9 --seed 0", "--lr 3e-3 --seed 0", "--lr 3e-3 --seed 1", "--lr 1e30 --seed 0"]
+    assert sorted(" ".join(row["command"].split()[-4:]) for row in found) == sorted(wanted)
+    good = [row for row in found if "--lr 3e-3" in row["command"]]
+    assert [row["seed"] for row in good] == ["0", "1"], "the runs of a command stand together"
+    assert all(0.2 < float(row[column]) <= 1 for row in good for column in ("test_acc", "val_acc"))
+    assert all(row["test_acc_bn"] == "nan" for row in good), "it was not measured"
+    assert all(row["train_loss"] == "nan" for row in found if "1e30" in row["command"]), "diverged"
+    lines = (tmp_path / "results" / "ablations.md").read_text().splitlines()
+    assert len(lines) == 5 and f"| `python train_fsg.py {SMALL} --lr 3e-3` | 2 |" in "".join(lines)
+    assert capsys.readouterr().out.splitlines()[-5:] == lines
 
-    runs = tmp_path / "runs" / "rates"
+    runs = tmp_path / "runs" / "ablations"
     times = {path: path.stat().st_mtime_ns for path in runs.rglob("*")}
-    more = [*commands, f"{SMALL} --seed 2"]
+    more = [grid[0]._replace(seeds=(0, 1, 2)), grid[1]]
     assert run(monkeypatch, tmp_path, more, "--list") == 0
-    assert [line[:4] for line in capsys.readouterr().out.splitlines()] == ["done"] * 3 + ["    "]
-    assert run(monkeypatch, tmp_path, more) == 0 and len(rows(tmp_path)) == 4
+    listed = [line[:4] for line in capsys.readouterr().out.splitlines()]
+    assert sorted(listed) == ["    "] + ["done"] * 4
+    assert run(monkeypatch, tmp_path, more) == 0 and len(rows(tmp_path)) == 5
     assert {path: path.stat().st_mtime_ns for path in times} == times
-    (tmp_path / "results" / "rates.csv").unlink()  # finished runs are read again, not run again
-    assert run(monkeypatch, tmp_path, commands[:2]) == 0 and rows(tmp_path) == found[:2]
+    (tmp_path / "results" / "ablations.csv").unlink()  # finished runs are read again, not run again
+    assert run(monkeypatch, tmp_path, grid) == 0
+    key = lambda row: row["command"]
+    assert sorted(rows(tmp_path), key=key) == sorted(found, key=key)
+    completed = [path for path in times if "1e30" not in str(path)]  # a run that diverged left nothing to read
+    assert {path: path.stat().st_mtime_ns for path in completed} == {path: times[path] for path in completed}
+
+
+def test_the_learning_rate_is_chosen_by_validation_accuracy():
+    command = lambda flags: flags
+    one = search(rates=("1e-2", "1e-3", "1e-4"), seeds=(5, 6))
+
+    def row(rate, val_acc, test_acc):
+        return {one.at(rate, 5): {"val_acc": val_acc, "test_acc": test_acc}}
+
+    some = row("1e-2", "nan", "nan") | row("1e-3", "0.5", "0.9")
+    assert experiments.best_rate(one, some, command) is None, "one has not been tried"
+    assert experiments.commands_of([one], some, command) == [one.at(rate, 5) for rate in one.rates]
+    every = some | row("1e-4", "0.6", "0.1")
+    assert experiments.best_rate(one, every, command) == "1e-4"
+    assert experiments.commands_of([one], every, command)[3:] == [one.at("1e-4", 6)]
 
 
 def test_flags_for_all(tmp_path, monkeypatch, capsys):
-    command = "--arch resnet8 --epochs 1 --grad ste --seed 0"
-    assert run(monkeypatch, tmp_path, [command], "--", "--dataset", "digits", "--batch-size", "60") == 0
-    assert rows(tmp_path)[0]["command"] == f"python train_fsg.py {command} --dataset digits --batch-size 60"
+    flags = "--arch resnet8 --epochs 1 --grad ste"
+    assert run(monkeypatch, tmp_path, [search(flags)], "--", "--dataset", "digits", "--batch-size", "60") == 0
+    whole = f"python train_fsg.py {flags} --lr 1e-3 --seed 0 --dataset digits --batch-size 60"
+    assert rows(tmp_path)[0]["command"] == whole
 
 
 def test_an_interrupted_grid_goes_on(tmp_path):
     code = f"""
 import sys, experiments
-experiments.GRIDS["rates"] = ["{SMALL} --epochs 16 --seed 0"]
-sys.exit(experiments.main(["rates", "--results", r"{tmp_path}/results", "--out", r"{tmp_path}/runs"]))
+experiments.GRIDS["ablations"] = [experiments.Search("train_fsg.py {SMALL} --epochs 16", ("1e-3",), (0,))]
+sys.exit(experiments.main(["ablations", "--results", r"{tmp_path}/results", "--out", r"{tmp_path}/runs"]))
 """
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     start = lambda: subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
     process = start()
-    while not list(tmp_path.glob("runs/rates/*/last.pt")):
+    while not list(tmp_path.glob("runs/ablations/*/last.pt")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     assert "the same command goes on" in process.communicate(timeout=60)[1] and process.returncode == 130
-    (last,) = tmp_path.glob("runs/rates/*/last.pt")
+    (last,) = tmp_path.glob("runs/ablations/*/last.pt")
     before = last.with_name("metrics.csv").read_text().splitlines()
     assert 1 < len(before) < 17 and not (tmp_path / "results").exists()
     process = start()
@@ -91,37 +128,37 @@ sys.exit(experiments.main(["rates", "--results", r"{tmp_path}/results", "--out",
 
 
 @pytest.mark.parametrize(
-    "commands, flags, message",
+    "flags, added, message",
     [
-        ([f"{SMALL} --seed 0 --beta 7 --grad fsg"], [], "beta is the share"),
-        ([f"{SMALL} --seed 0"], ["--jobs", "0"], "--jobs must be at least 1"),
-        ([f"{SMALL} --seed 0"], ["--", "--seed", "1"], "leave out --seed"),
-        ([f"{SMALL} --seed 0 --no-such-flag"], [], "no-such-flag"),
+        (f"{SMALL} --beta 7 --grad fsg", [], "beta is the share"),
+        (SMALL, ["--jobs", "0"], "--jobs must be at least 1"),
+        (SMALL, ["--", "--seed", "1"], "leave out --seed"),
+        (f"{SMALL} --no-such-flag", [], "no-such-flag"),
     ],
 )
-def test_what_cannot_be_run(tmp_path, monkeypatch, capsys, commands, flags, message):
-    assert run(monkeypatch, tmp_path, commands, *flags) == 1
+def test_what_cannot_be_run(tmp_path, monkeypatch, capsys, flags, added, message):
+    assert run(monkeypatch, tmp_path, [search(flags)], *added) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
 
 def test_damaged_results(tmp_path, monkeypatch, capsys):
     (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "rates.csv").write_text("command,seed\na,0\n")
-    assert run(monkeypatch, tmp_path, [f"{SMALL} --seed 0"]) == 1
+    (tmp_path / "results" / "ablations.csv").write_text("command,seed\na,0\n")
+    assert run(monkeypatch, tmp_path, [search()]) == 1
     assert "damaged or of another version" in capsys.readouterr().err
 
 
 def test_the_others_run_where_some_fail(tmp_path, monkeypatch, capsys):
     wrong = f"{SMALL} --beta 7 --grad fsg"
-    commands = [f"{wrong} --seed 0", f"{SMALL} --seed 0", f"{wrong} --seed 1"]
-    assert run(monkeypatch, tmp_path, commands, "--jobs", "1") == 1
+    grid = [search(wrong), search(), search(f"{wrong} --no-flip")]
+    assert run(monkeypatch, tmp_path, grid, "--jobs", "1") == 1
     error = capsys.readouterr().err
     assert "beta is the share" in error and error.endswith("; 1 more cannot\n")
-    assert [row["command"] for row in rows(tmp_path)] == [f"python train_fsg.py {commands[1]}"]
+    assert [row["command"] for row in rows(tmp_path)] == [f"python {search().at('1e-3', 0)}"]
 
 
 def test_commands_that_differ_only_early_have_runs_of_their_own(tmp_path, monkeypatch):
-    long = f"{SMALL} --limit-steps 1 --milestones {' '.join(str(i) for i in range(30, 130))} --seed 0"
-    assert run(monkeypatch, tmp_path, [long, long.replace("resnet8", "lenet")]) == 0
-    assert len(list(tmp_path.glob("runs/rates/*/args.json"))) == len(rows(tmp_path)) == 2
+    long = f"{SMALL} --limit-steps 1 --milestones {' '.join(str(i) for i in range(30, 130))}"
+    assert run(monkeypatch, tmp_path, [search(long), search(long.replace("resnet8", "lenet"))]) == 0
+    assert len(list(tmp_path.glob("runs/ablations/*/args.json"))) == len(rows(tmp_path)) == 2

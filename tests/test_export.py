@@ -1,7 +1,8 @@
-"""Packed bits, and every format of every trainer's networks against PyTorch; files from others, damaged or hostile."""
+"""Every format of every trainer's networks and of networks of one's own against PyTorch; files on disk."""
 
+import csv
+import dataclasses
 import importlib.util
-import json
 import shutil
 import struct
 import subprocess
@@ -12,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
-from safetensors.torch import save_file
+from PIL import Image
 from torch.nn import functional as F
 
 import data
 import export
+import export_bits
 import export_c
 import models
 import runs
@@ -88,7 +89,7 @@ def sentence(*argv):
 
 
 def images_of(found):
-    return torch.cat([images for images, _ in export.load_test(found, None).epoch()])
+    return torch.cat([images for images, _ in export.load_test(found).epoch()])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,9 +100,9 @@ def images_of(found):
 @settings(deadline=None)
 def test_packing_and_back_for_any_shape(rows, n, seed):
     bits = torch.rand(rows, n, generator=torch.Generator().manual_seed(seed)) < 0.5
-    packed = export.pack(bits)
+    packed = export_bits.pack(bits)
     assert packed.dtype == torch.uint8 and packed.shape == (rows, -(-n // 64) * 8)
-    assert torch.equal(export.unpack(packed, n), bits)
+    assert torch.equal(export_bits.unpack(packed, n), bits)
     for row, found in zip(bits.tolist(), packed, strict=True):
         words = struct.unpack(f"<{-(-n // 64)}Q", bytes(found.tolist()))
         assert [words[i // 64] >> (i % 64) & 1 for i in range(n)] == row, "as the file's description says"
@@ -153,7 +154,7 @@ def test_bits_are_the_checkpoint_bit_for_bit(network, capsys):
             layer.quantizer, layer.options = "bwn", {}
     images = images_of(export.read(network))
     with torch.no_grad():
-        assert torch.equal(net(images), export.load(network / "run.safetensors")(images))
+        assert torch.equal(net(images), export.load_bits(network / "run.safetensors")(images))
     weights = sum(layer.weight.numel() for layer in layers)
     planes = 2 if getattr(args, "prune", 0) else 1
     rest = sum(v.numel() * v.element_size() for v in net.state_dict().values()) - 4 * weights
@@ -170,14 +171,15 @@ def test_onnx_predicts_the_same(network, capsys):
     assert "359 of 359 test images" in found
     assert float(found.split("differ by ")[1].split()[0]) < 2e-3, "a bit that differs would show"
     graph = onnx.load(network / "run.onnx").graph
-    kinds = [node.op_type for node in graph.node]
-    layers = export.read(network).layers().values()
-    assert kinds.count("DequantizeLinear") == len(layers) and "BatchNormalization" not in kinds
+    layers = models.named_binary_layers(export.read(network).net).values()
     weights = [onnx.numpy_helper.to_array(v) for v in graph.initializer if v.data_type == onnx.TensorProto.INT8]
-    weights = [w for w in weights if w.ndim == 4]
     assert sum(w.size for w in weights) == sum(layer.weight.numel() for layer in layers)
     assert {-1, 1} <= set(np.concatenate([np.unique(w) for w in weights])) <= {-1, 0, 1}
     assert all(not node.domain for node in graph.node), "no custom operators"
+    kinds = {node.op_type for node in graph.node}
+    assert "DequantizeLinear" not in kinds, "onnxruntime computes it at every call"
+    known = {prop.key: prop.value for prop in onnx.load(network / "run.onnx").metadata_props}
+    assert known["inference_precision"] == "float32" and "INFERENCE_PRECISION_HINT" in known["note"]
 
 
 @needs_compiler
@@ -195,7 +197,8 @@ def test_c_predicts_the_same(network, capsys, monkeypatch):
 def test_a_batchnorm_before_a_binary_activation_is_a_comparison_of_sums(tmp_path):
     """In a ResNet's blocks between the two convolutions; at the blocks' ends the shortcut is in between."""
     found = export.read(trained(tmp_path, train_fsg, "--arch resnet8 --grad ste --act sign"))
-    calls = export.c_source(found).split("static void net_run(")[1]
+    text = export.c_source(found.net, found.example(), found.normalisation, "")
+    calls = text.split("static void net_run(")[1]
     assert calls.count("_low, ") == 3 and calls.count("net_pack(out") == 3
     for group in export_c.fuse(ops := export_c.operations(found.net, found.shape)):
         for activation in [op for op in export_c.consumers(ops)[group.result] if op.kind == "sign"]:
@@ -212,9 +215,14 @@ def test_a_batchnorm_before_a_binary_activation_is_a_comparison_of_sums(tmp_path
 def test_half(network, capsys):
     whole, half = network / "whole.safetensors", network / "half.safetensors"
     assert export.main([str(network), "--to", "bits", "--out", str(whole)]) == 0
+    if export.read(network).act != "none":
+        assert "changes binary activations" in sentence(network, "--to", "bits", "--half", "--out", half)
+        assert not half.exists()
+        return
     assert export.main([str(network), "--to", "bits", "--half", "--out", str(half)]) == 0
     assert half.stat().st_size < whole.stat().st_size
-    for a, b in zip(export.read(whole).layers().values(), export.read(half).layers().values(), strict=True):
+    layers = [models.named_binary_layers(export.load_bits(file)).values() for file in (whole, half)]
+    for a, b in zip(*layers, strict=True):
         assert torch.equal(a.weight, b.weight), "bits and scales are the same"
 
 
@@ -222,18 +230,23 @@ def test_a_packed_file_is_exported_like_a_checkpoint(binary_run, tmp_path, capsy
     pytest.importorskip("onnxruntime")
     file = tmp_path / "a.safetensors"
     assert export.main([str(binary_run), "--to", "bits", "--out", str(file)]) == 0
-    assert export.main([str(file), "--to", "onnx", "--out", str(tmp_path / "a.onnx")]) == 0
+    digits = ["--dataset", "digits"]
+    assert export.main([str(file), "--to", "onnx", "--out", str(tmp_path / "a.onnx"), *digits]) == 0
     assert capsys.readouterr().out.count("359 of 359") == 2
+    assert "say it with --dataset" in sentence(file, "--to", "onnx", "--out", tmp_path / "b.onnx")
 
 
-def test_transformers_have_bits_alone(tmp_path, capsys):
+def test_transformers_of_a_run(tmp_path, capsys):
     if not importlib.util.find_spec("timm"):
         pytest.skip("timm is not installed")
     folder = trained(tmp_path, train_proxconnect, "--arch test_vit --patch-size 2", steps=2)
     assert export.main([str(folder), "--to", "bits"]) == 0
     assert "differ by 0.0e+00" in capsys.readouterr().out
-    assert "--to bits only" in sentence(folder, "--to", "c")
-    assert "--to bits only" in sentence(folder, "--to", "onnx")
+    assert export.main([str(folder), "--to", "onnx"]) == 0
+    assert "359 of 359" in capsys.readouterr().out
+    said = sentence(folder, "--to", "c")
+    assert "blocks.0.norm1 (LayerNorm)" in said and "blocks.1.mlp.act (GELU)" in said
+    assert "of a network of your own" in sentence(folder / "run.safetensors", "--to", "onnx")
 
 
 @needs_compiler
@@ -248,10 +261,123 @@ def test_bench_measures(binary_run, capsys, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What the check compares.
+
+
+def write_images(folder, low, high, size=(8, 8), classes="ab"):
+    """Six random images of each class and split, with pixels from `low` to `high`."""
+    rng = np.random.default_rng(low)
+    for split in ("train", "test"):
+        for name in classes:
+            (folder / split / name).mkdir(parents=True)
+            for i in range(6):
+                pixels = rng.integers(low, high, (*size, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
+
+
+def test_other_images_are_normalised_as_in_training(tmp_path, capsys):
+    """A network of dark images is checked on bright ones: by its own mean and deviation."""
+    pytest.importorskip("onnxruntime")
+    write_images(tmp_path / "dark", 0, 90)
+    write_images(tmp_path / "bright", 150, 256)
+    images = ["--dataset", "folder", "--data-dir", str(tmp_path / "dark"), "--batch-size", "4"]
+    folder = trained(tmp_path, train_fsg, " ".join(["--arch resnet8 --grad ste --act sign", *images]))
+    for to in ("bits", "onnx"):
+        assert export.main([str(folder), "--to", to, "--data-dir", str(tmp_path / "bright")]) == 0
+        assert "12 of 12 test images" in capsys.readouterr().out
+    assert export.read(folder).normalisation[1] == pytest.approx(
+        export.load_test(export.read(folder), "folder", tmp_path / "bright").shift.flatten().tolist()
+    )
+    write_images(tmp_path / "three", 0, 90, classes="abc")
+    assert "3 classes, and the network is for" in sentence(folder, "--to", "bits", "--data-dir", tmp_path / "three")
+
+
+@needs_compiler
+def test_c_of_other_images_which_are_large(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CFLAGS", "-O1")
+    write_images(tmp_path / "dark", 0, 90, (120, 110))
+    write_images(tmp_path / "bright", 150, 256, (98, 98))
+    images = ["--dataset", "folder", "--data-dir", str(tmp_path / "dark"), "--image-size", "98", "--batch-size", "4"]
+    folder = trained(tmp_path, train_fsg, " ".join(["--arch resnet8 --grad ste --workers 0", *images]), steps=1)
+    assert export.main([str(folder), "--to", "c", "--images", "3", "--data-dir", str(tmp_path / "bright")]) == 0
+    assert "3 of 3 test images" in capsys.readouterr().out
+
+
+def test_a_run_with_another_image_size(tmp_path, capsys):
+    folder = trained(tmp_path, train_fsg, "--arch resnet8 --grad ste --image-size 12")
+    assert export.main([str(folder), "--to", "bits"]) == 0
+    assert "359 of 359 test images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "trainer, flags",
+    [(train_proxconnect, "--method bnn++"), (train_fsg, "--grad ste --ema 0.9")],
+    ids=["relaxed weights", "moving average"],
+)
+def test_what_is_exported_is_what_was_tested(tmp_path, capsys, trainer, flags):
+    """The true signs with their BatchNorm statistics, and the moving average of the weights."""
+    argv = [*DIGITS, "--arch", "resnet8", "--out", str(tmp_path), "--name", "run", *flags.split()]
+    assert trainer.main([*argv, "--epochs", "2"]) == 0
+    rows = csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines())
+    accuracy = list(rows)[-1]["test_acc"]
+    capsys.readouterr()
+    assert export.main([str(tmp_path / "run" / "last.pt"), "--to", "bits"]) == 0
+    said = capsys.readouterr().out
+    assert float(said.split("test accuracy ")[1].split()[0]) == pytest.approx(100 * float(accuracy), abs=0.006)
+    if trainer is train_proxconnect:
+        state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+        torch.save(state | {"batch": 3}, tmp_path / "within.pt")  # as --save-every writes it, within an epoch
+        assert "export best.pt" in sentence(tmp_path / "within.pt", "--to", "bits")
+
+
+def test_half_that_changes_predictions_is_refused(tmp_path, monkeypatch):
+    folder = trained(tmp_path, train_fsg, "--arch resnet8 --grad ste")
+    real = export.check
+    monkeypatch.setattr(export, "check", lambda *args: dataclasses.replace(found := real(*args), equal=found.count - 4))
+    assert "disagree on 4 of 359 images" in sentence(folder, "--to", "bits", "--half")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --to hub-folder.
+
+
+def test_hub_folder(binary_run, tmp_path, capsys, monkeypatch):
+    assert export.main([str(binary_run), "--to", "hub-folder", "--out", str(tmp_path / "hub")]) == 0
+    said = capsys.readouterr().out
+    assert sorted(file.name for file in (tmp_path / "hub").iterdir()) == ["README.md", "model.safetensors"]
+    card, file = (tmp_path / "hub" / "README.md").read_text(), tmp_path / "hub" / "model.safetensors"
+    assert card.startswith("---\n") and "# resnet8 with binary weights" in card and "dorefa" in card
+    accuracy = said.split("test accuracy ")[1].split()[0]
+    assert f"| {accuracy} % of 359 images of digits |" in card and f"{file.stat().st_size:,} bytes" in card
+    # The code in the card computes what the network computes.
+    code = card.split("```python\n")[1].split("```")[0]
+    pixels = torch.randint(256, (5, 1, 8, 8)).float()
+    monkeypatch.chdir(file.parent)
+    names = {"pixels": pixels}
+    exec(code, names)
+    found = export.read(binary_run)
+    factor, shift = export.factor_and_shift(found)
+    assert torch.allclose(names["logits"], found.net(pixels * factor + shift), atol=1e-4)
+    # Written again, it replaces what it wrote; a README of someone else stays.
+    assert export.main([str(binary_run), "--to", "hub-folder", "--out", str(tmp_path / "hub")]) == 0
+    (tmp_path / "README.md").write_text("mine")
+    assert "README.md of its own" in sentence(binary_run, "--to", "hub-folder", "--out", tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine" and not (tmp_path / "model.safetensors").exists()
+    assert "cannot be made" in sentence(binary_run, "--to", "hub-folder", "--out", tmp_path / "README.md" / "a")
+    monkeypatch.setattr(export, "load_test", no_data)
+    assert "needs the test accuracy" in sentence(binary_run, "--to", "hub-folder", "--out", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def no_data(*_):
+    raise data.DataError("no images")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Bad input: one sentence that says what to do.
 
 
-def test_bad_input(binary_run, tmp_path, monkeypatch, capsys):
+def test_bad_input(binary_run, tmp_path, monkeypatch):
     assert "--to bits" in sentence(binary_run, "--to", "tflite") and "--bench" in sentence(binary_run)
     assert "there is no checkpoint" in sentence(tmp_path / "nothing.pt", "--to", "bits")
     assert "full-precision" in sentence(trained(tmp_path, train_fsg, "--arch resnet8 --quantizer none"), "--to", "c")
@@ -282,18 +408,14 @@ def test_bad_input(binary_run, tmp_path, monkeypatch, capsys):
     assert "could not be written" in sentence(binary_run, "--to", "bits", "--out", tmp_path / ("x" * 300))
     assert "name of a file" in sentence(binary_run, "--to", "bits", "--out", "/")
 
-    def no_data(*_):
-        raise data.DataError("no images")
-
     with monkeypatch.context() as patch:
         patch.setattr(export, "load_test", no_data)
         for kind in ("bits", "c"):
-            assert export.main([str(binary_run), "--to", kind, "--out", str(tmp_path / f"net.{kind}")]) == 0
-            assert "is not checked: no images" in capsys.readouterr().out and (tmp_path / f"net.{kind}").exists()
+            said = sentence(binary_run, "--to", kind, "--out", tmp_path / f"net.{kind}")
+            assert "could not be checked: no images" in said and (tmp_path / f"net.{kind}").exists()
     monkeypatch.setenv("CC", str(tmp_path / "no-compiler"))
-    capsys.readouterr()
-    assert export.main([str(binary_run), "--to", "c", "--out", str(tmp_path / "a.c")]) == 0
-    assert "is not checked" in capsys.readouterr().out and (tmp_path / "a.c").exists()
+    assert "could not be checked" in sentence(binary_run, "--to", "c", "--out", tmp_path / "a.c")
+    assert (tmp_path / "a.c").exists()
     monkeypatch.setitem(sys.modules, "onnx", None)
     assert "pip install onnx" in sentence(binary_run, "--to", "onnx")
 
@@ -332,7 +454,7 @@ def test_onnx_of_large_images_whose_pools_leave_out_the_rest(tmp_path, size):
     pytest.importorskip("onnxruntime")
     path = checkpoint(tmp_path / "last.pt", train_fsg, (3, size, size), "--arch", "resnet18", "--grad", "ste")
     found = export.read(path)
-    export.write_onnx(found, tmp_path / "net.onnx")
+    export.to_onnx(found.net, tmp_path / "net.onnx", found.example())
     images = torch.randn(2, 3, size, size)
     (logits,) = export.onnx_session(tmp_path / "net.onnx").run(None, {"image": images.numpy()})
     with torch.no_grad():
@@ -354,153 +476,9 @@ def test_half_keeps_what_float16_cannot_hold(tmp_path):
     state = torch.load(path, weights_only=True)
     state["model"]["bn1.running_var"][0] = 1e6
     torch.save(state, path)
-    export.write_bits(export.read(path), tmp_path / "net.safetensors", half=True)
-    assert export.load(tmp_path / "net.safetensors").bn1.running_var[0] == 1e6
-
-
-@pytest.fixture(scope="module")
-def packed_file(tmp_path_factory):
-    """A .safetensors file of packed bits: its metadata and tensors, to be changed and written again with `crafted`."""
-    folder = tmp_path_factory.mktemp("packed")
-    path = checkpoint(folder / "last.pt", train_fsg, (1, 8, 8), "--arch", "resnet8", "--grad", "ste", "--act", "sign")
-    export.write_bits(export.read(path), folder / "net.safetensors")
-    with safe_open(folder / "net.safetensors", "pt") as f:
-        return f.metadata(), {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-
-
-def crafted(path, metadata, tensors):
-    save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata)
-    return path
-
-
-@pytest.mark.parametrize("change", ["bits", "scale", "args", "normalisation"])
-def test_a_file_whose_parts_do_not_fit_is_refused(packed_file, tmp_path, change):
-    metadata, tensors = dict(packed_file[0]), dict(packed_file[1])
-    if change in metadata:
-        metadata[change] = "{"
-    else:
-        name = next(name for name in tensors if name.endswith(f".weight.{change}"))
-        tensors[name] = tensors[name][..., :8]
-    with pytest.raises(runs.RunError, match="export it again"):
-        export.load(crafted(tmp_path / "net.safetensors", metadata, tensors))
-
-
-INJECTION = "resnet8 */ int injected = 1; /*"
-HOSTILE_METADATA = {
-    "arch": [INJECTION, "resnet20", ""],
-    "quantizer": [INJECTION, "bwn", "dorefa\n"],
-    "act": [INJECTION, "none"],
-    "shape": ["[1, 8]", "[1, 8, 8, 8]", '"188"', "8", "null", "[1, 0, 8]", "[1, -8, 8]", "[1, 8.0, 8]", "[true, 8, 8]"],
-    "num_classes": ["0", "-4", "5", "65536", "1e9", "NaN", "true", '"4"', "[4]", "9" * 4000, "9" * 5000],
-    "normalisation": ["[[1], [NaN]]", "[[1], [1e999]]", "[[1]]", "[[1, 1], [0, 0]]", '[["1"], [0]]', "[1, 0]", "{}"],
-    "args": ["[]", "null", "{}", "[" * 100_000, "{", '{"script": ["train_fsg.py"]}', '{"script": "train_fsg.py"}'],
-}
-HOSTILE_FLAGS = {
-    "script": ["os", "export.py", "../train_fsg.py", None, 5, [], {}, "train_fsg.py\n"],
-    "arch": [
-        INJECTION,
-        "hf-hub:someone/net",
-        "local-dir:/tmp",
-        "../resnet8",
-        "/resnet8",
-        8,
-        None,
-        ["resnet8"],
-        "nothing",
-    ],
-    "quantizer": [INJECTION, "none", "nothing", 3, None, ["dorefa"], {"dorefa": 1}],
-    "act": [INJECTION, "nothing", 3, {}],
-    "dataset": ["/etc", "nothing", 3, {}],
-    "binarize_all": ["yes", {}, True],
-    "seed": ["*/", {}, {"a": {}}],
-}
-HOSTILE_TENSORS = {
-    "layer1.0.conv1.weight.bits": [None, torch.zeros(16, 24, dtype=torch.int8), torch.zeros(16, 16, dtype=torch.uint8)],
-    "layer1.0.conv1.weight.scale": [None, -torch.ones(16), torch.full((16,), torch.nan), torch.ones(16).double()],
-    "layer1.0.conv1.weight.nonzero": [torch.zeros(16, 1, dtype=torch.uint8)],
-    "bn1.running_var": [None, torch.full((16,), torch.inf), torch.ones(17), torch.ones(16).long(), torch.ones(16, 1)],
-    "bn1.num_batches_tracked": [torch.tensor(1.0), torch.tensor([1])],
-    "layer1.0.conv1.weight": [torch.ones(16, 16, 3, 3)],
-    "no_such_layer.weight": [torch.ones(1)],
-}
-HOSTILE = [
-    *[("metadata", name, value) for name, values in HOSTILE_METADATA.items() for value in [None, *values]],
-    *[("metadata", "comment", "a field that is not known")],
-    *[("flag", name, value) for name, values in HOSTILE_FLAGS.items() for value in values],
-    *[("tensor", name, value) for name, values in HOSTILE_TENSORS.items() for value in values],
-]
-
-
-@pytest.mark.parametrize(
-    "place, name, value", HOSTILE, ids=lambda value: "" if torch.is_tensor(value) else f"{value}"[:20]
-)
-def test_a_hostile_file_is_refused(packed_file, tmp_path, place, name, value):
-    """With one sentence, and before anything of it reaches a C file. None: the field is left out."""
-    metadata, tensors = dict(packed_file[0]), dict(packed_file[1])
-    if place == "flag":
-        flags = json.loads(metadata["args"]) | {name: value}
-        metadata["args"] = json.dumps(flags)
-        if name in metadata and isinstance(value, str):
-            metadata[name] = value  # so that they do not contradict each other
-    else:
-        fields = metadata if place == "metadata" else tensors
-        fields[name] = value
-        if value is None:
-            del fields[name]
-    file = crafted(tmp_path / "net.safetensors", metadata, tensors)
-    said = sentence(file, "--to", "c")
-    assert "export it again" in said or "can be exported" in said or "full-precision" in said or "packed bits" in said
-    assert said.isprintable() and len(said) < 500
-    assert list(tmp_path.iterdir()) == [file]
-
-
-def test_a_small_file_cannot_name_a_huge_network(packed_file, tmp_path):
-    metadata, tensors = packed_file
-    flags = json.loads(metadata["args"]) | {"arch": "vgg16", "binarize_all": False}
-    changed = metadata | {"args": json.dumps(flags), "arch": "vgg16", "num_classes": "65536"}
-    assert "too small for a network of this size" in sentence(
-        crafted(tmp_path / "a.safetensors", changed, tensors), "--bench"
-    )
-
-
-def test_a_file_does_not_say_where_data_are(packed_file, tmp_path):
-    metadata, tensors = packed_file
-    assert not {"data_dir", "out", "resume", "pretrained"} & json.loads(metadata["args"]).keys()
-    flags = json.loads(metadata["args"]) | {"data_dir": "/etc"}
-    file = crafted(tmp_path / "net.safetensors", metadata | {"args": json.dumps(flags)}, tensors)
-    assert export.read(file).args.data_dir == train_fsg.flags().get_default("data_dir")
-
-
-def test_text_of_a_checkpoint_does_not_reach_the_c_file(packed_file, tmp_path):
-    path = checkpoint(tmp_path / "last.pt", train_fsg, (1, 8, 8), "--arch", "resnet8", "--grad", "ste")
-    state = torch.load(path, weights_only=True)
-    for name in ("arch", "act", "quantizer", "script", "dataset"):
-        torch.save(state | {"args": state["args"] | {name: INJECTION}}, path)
-        assert "injected" not in sentence(path, "--to", "c").replace(INJECTION, "")
-        assert not (tmp_path / "last.c").exists()
-
-
-def test_values_that_become_nan_are_refused(packed_file, tmp_path):
-    """A negative variance is a finite number, but BatchNorm divides by its square root."""
-    metadata, tensors = packed_file
-    file = crafted(tmp_path / "net.safetensors", metadata, tensors | {"bn1.running_var": -torch.ones(16)})
-    assert "NaN or infinite values in bn1" in sentence(file, "--to", "c")
-    assert "NaN or infinite values in bn1" in sentence(file, "--to", "onnx")
-
-
-@given(seed=st.integers(0, 2**32), count=st.integers(1, 4), cut=st.booleans())
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_damage_ends_with_a_sentence(packed_file, tmp_path, seed, count, cut):
-    file = crafted(tmp_path / "net.safetensors", *packed_file)
-    contents, rng = bytearray(file.read_bytes()), np.random.default_rng(seed)
-    header = 8 + int.from_bytes(contents[:8], "little")
-    for _ in range(count):  # half of them in the header
-        contents[rng.integers(header if rng.random() < 0.5 else len(contents))] = rng.integers(256)
-    file.write_bytes(contents[: rng.integers(len(contents))] if cut else contents)
-    try:
-        export.load(file)  # a weight that has changed cannot be noticed
-    except runs.RunError as e:
-        assert str(e).isprintable()
+    found = export.read(path)
+    export.save_bits(found.net, tmp_path / "net.safetensors", build=found.build, half=True)
+    assert export.load_bits(tmp_path / "net.safetensors").bn1.running_var[0] == 1e6
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -520,7 +498,9 @@ def test_exporting_a_checkpoint_while_its_run_saves(binary_run, tmp_path):
         f.write(contents[1000:])
     assert last.read_bytes() == contents
     assert sorted(file.name for file in tmp_path.iterdir()) == ["last.c", "last.pt", "last.safetensors"]
-    assert (tmp_path / "last.c").read_text().startswith("/* resnet8") and export.load(tmp_path / "last.safetensors")
+    assert (tmp_path / "last.c").read_text().startswith("/* resnet8") and export.load_bits(
+        tmp_path / "last.safetensors"
+    )
 
 
 def test_two_exports_at_once(tmp_path):
@@ -548,7 +528,7 @@ def test_a_checkpoint_is_never_overwritten(binary_run, tmp_path):
 
 def test_a_file_that_predicts_other_classes_ends_with_an_error(binary_run, tmp_path, monkeypatch):
     real = export.check
-    monkeypatch.setattr(export, "check", lambda *args: (real(*args)[0] - 1, *real(*args)[1:]))
+    monkeypatch.setattr(export, "check", lambda *args: dataclasses.replace(found := real(*args), equal=found.equal - 1))
     with pytest.raises(runs.RunError, match="disagree on 1 of 359 images"):
         export.main([str(binary_run), "--to", "bits", "--out", str(tmp_path / "net.safetensors")])
 

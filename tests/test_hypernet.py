@@ -347,7 +347,7 @@ def network(quantizer="dorefa", dtype=torch.float64):
         *(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 3, padding=1), nn.ReLU(), nn.Conv2d(5, 3, 1)),
         *(nn.Flatten(), nn.Linear(27, 6, bias=False), nn.ReLU(), nn.Linear(6, 4)),
     )
-    return models.binarize_(net, quantizer).to(dtype)
+    return models.binarize_(net, quantizer, scale=1.0).to(dtype)
 
 
 def backward(net, seed):

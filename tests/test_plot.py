@@ -224,7 +224,7 @@ def test_a_run_given_twice_is_drawn_once(tmp_path, capsys):
 def test_no_such_run(tmp_path, capsys):
     good = make_run(tmp_path / "good")
     check_error(capsys, [good, tmp_path / "nope"], tmp_path / "nope", "runs/NAME")
-    check_error(capsys, [Path(good) / "metrics.csv"], "no run folder")
+    check_error(capsys, [Path(good) / "metric.csv"], "no run", "CSV file")
     assert not (tmp_path / "curves.png").exists()
 
 
@@ -384,3 +384,166 @@ def test_a_group_and_a_run_of_its_name_are_both_shown(tmp_path, capsys):
     assert plot.main(["--table", *folders, make_run(tmp_path / "ste")]) == 0
     rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()[2:]]
     assert rows == ["ste-seed0", "ste"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Confidence intervals and paired differences.
+
+
+def table(capsys, *argv) -> list[dict[str, str]]:
+    """The rows of `plot.py --table`, {column: cell}."""
+    assert plot.main(["--table", *map(str, argv)]) == 0
+    head, _, *rows = [[c.strip() for c in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+@pytest.mark.parametrize(("n", "t"), [(2, 12.7062), (3, 4.3027), (5, 2.7764), (10, 2.2622), (31, 2.0423)])
+def test_the_confidence_interval_is_students(n, t):
+    values = np.random.default_rng(n).normal(size=n)
+    assert plot.half_width(list(values)) == pytest.approx(t * values.std(ddof=1) / n**0.5, rel=1e-4)
+
+
+def test_the_table_gives_95_percent_intervals_and_differences_paired_by_seed(tmp_path, capsys):
+    ste = make_seeds(tmp_path, "ste", [[0.60], [0.70], [0.80]])
+    ours = make_seeds(tmp_path, "ours", [[0.61], [0.73], [0.82], [0.9]], lr=0.2)  # seed 3 has no partner
+    alone = make_run(tmp_path / "alone")
+    rows = table(capsys, *ste, *ours, alone, "--baseline", "ste")
+    assert [row["run"] for row in rows] == ["ste", "ours", "alone"]
+    assert [row["difference to ste (seeds)"] for row in rows] == ["–", "+2.00 ± 2.48 (3)", "–"]  # 4.303 · 1 / √3
+    assert rows[0]["95 % interval, last 3 epochs"] == "45.16 to 94.84"  # 70 ± 4.303 · 10 / √3
+    assert rows[2]["95 % interval, last 3 epochs"] == "–"
+    (row,) = [r for r in table(capsys, ste[0], ours[0], "--baseline", "ste-seed0") if r["run"] == "ours-seed0"]
+    assert row["difference to ste-seed0 (seeds)"] == "+1.00 (1)"
+
+
+def test_a_difference_is_taken_at_the_same_epoch(tmp_path, capsys):
+    long, short = make_seeds(tmp_path, "long", [[0.5] * 10 + [0.9] * 10]), make_seeds(tmp_path, "s", [[0.4] * 10], lr=1)
+    rows = table(capsys, *long, *short, "--baseline", "s-seed0")
+    assert rows[0]["difference to s-seed0 (seeds)"] == "+10.00 (1)"
+
+
+def test_a_baseline_that_is_no_row(tmp_path, capsys):
+    run = make_run(tmp_path / "a")
+    check_error(capsys, ["--table", run, "--baseline", "b"], "--baseline b", "one of a")
+    check_error(capsys, [run, "--baseline", "a"], "--table")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CSV files and unfinished runs.
+
+WRITTEN_BY_HAND = "epoch, seconds, train_loss, test_acc, flip_ratio\n1, 60, 1.5, 0.5, 0.1\n2, 60, 1.0, 0.75, nan\n"
+
+
+def test_a_csv_file_with_the_documented_columns_is_a_run(tmp_path, capsys):
+    file, run = tmp_path / "paper.csv", make_run(tmp_path / "ours")
+    file.write_text(WRITTEN_BY_HAND)
+    (row,) = [row for row in table(capsys, file, run) if row["run"] == "paper"]
+    assert (row["epochs"], row["best test acc. %"], row["hours"]) == ("2", "75.00", "0.03")
+    assert plot.main([str(file), run]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "curves.png")
+    file.write_text(WRITTEN_BY_HAND.replace("0.75", "75 %"))
+    check_error(capsys, [file], "paper.csv is damaged", "line 3", "correct the file")
+
+
+def test_a_runs_metrics_file_stands_for_the_run(tmp_path, capsys):
+    run = make_run(tmp_path / "ours")
+    rows = table(capsys, Path(run) / "metrics.csv", run)
+    assert [row["run"] for row in rows] == ["ours"]
+
+
+def test_a_run_without_an_epoch_is_left_out_with_a_note(tmp_path, capsys):
+    for argv in ([], ["--table"]):
+        made = make_run(tmp_path / f"a{len(argv)}"), make_run(tmp_path / f"b{len(argv)}", 0)
+        assert plot.main([*made, *argv]) == 0
+        said = capsys.readouterr().err
+        assert said.startswith("note: ") and made[1] in said and "no epoch yet" in said and said.count("\n") == 1
+
+
+def test_the_table_leaves_out_unfinished_runs_with_a_note(tmp_path, capsys):
+    done = make_seeds(tmp_path, "done", [[0.5, 0.6]], epochs=2, limit_steps=None)
+    running = make_seeds(tmp_path, "running", [[0.5, 0.6]], epochs=3, limit_steps=None)
+    limited = make_seeds(tmp_path, "limited", [[0.5, 0.6]], epochs=3, limit_steps=20)  # its last row is of step 20
+    assert plot.main(["--table", *done, *running, *limited]) == 0
+    said = capsys.readouterr()
+    assert [line.split("|")[1].strip() for line in said.out.splitlines()[2:]] == ["done-seed0", "limited-seed0"]
+    assert "running-seed0 is not finished (2 of 3 epochs)" in said.err and said.err.count("\n") == 1
+    check_error(capsys, ["--table", *running], "2 of 3 epochs", "resume it")
+    assert plot.main(running) == 0, "the figure shows a run that still trains"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Further columns.
+
+
+def add_columns(folder: str, **columns: list) -> str:
+    """Append columns to a run's metrics.csv."""
+    file = Path(folder) / "metrics.csv"
+    lines = [
+        line + "".join(f",{values[i]}" for values in ([name, *v] for name, v in columns.items()))
+        for i, line in enumerate(file.read_text().splitlines())
+    ]
+    file.write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_validation_selects_and_reestimated_batchnorm_has_a_column(tmp_path, capsys):
+    a = make_seeds(tmp_path, "a", [[0.5, 0.9, 0.7]])[0]
+    add_columns(a, val_loss=[2, 1, 0.5], val_acc=[0.4, 0.5, 0.6], test_acc_bn=[0.6, 0.9, 0.75])
+    b = make_run(tmp_path / "b")
+    rows = table(capsys, a, b)
+    assert rows[0]["best test acc. %"] == "90.00" and rows[0]["at best validation %"] == "70.00"
+    assert rows[0]["BatchNorm re-estimated %"] == "75.00"
+    assert rows[1]["at best validation %"] == rows[1]["BatchNorm re-estimated %"] == "–"
+    assert "at best validation %" not in table(capsys, b)[0]
+    figure = plot.draw({"b": plot.read_run(b), "a": plot.read_run(a)})
+    loss, acc, flips = (figure.axes[i].get_lines() for i in (0, 2, 4))
+    assert (len(loss), len(acc), len(flips)) == (3, 4, 2)
+    np.testing.assert_allclose(loss[2].get_ydata(), [2, 1, 0.5])
+    np.testing.assert_allclose([line.get_ydata() for line in acc[2:]], [[40, 50, 60], [60, 90, 75]])
+    assert {line.get_color() for line in (loss[2], *acc[2:])} == {acc[1].get_color()} != {acc[0].get_color()}
+    assert legend_texts(figure) == ["b", "a"]
+    assert "validation" in figure.axes[2].get_title("left") and "BatchNorm" in figure.axes[2].get_title("right")
+
+
+def test_an_empty_field_of_a_further_column_is_a_gap(tmp_path):
+    a = add_columns(make_run(tmp_path / "a"), val_acc=["", 0.5, 0.6])
+    np.testing.assert_array_equal(plot.read_run(a)["val_acc"], [np.nan, 0.5, 0.6])
+    assert plot.main([a]) == 0
+
+
+def test_the_left_column_can_be_by_step(tmp_path, capsys):
+    run = plot.read_run(make_run(tmp_path / "a"))
+    axes = plot.draw({"a": run}, x="step").axes
+    assert axes[4].get_xlabel() == "step"
+    np.testing.assert_array_equal(axes[0].get_lines()[0].get_xdata(), [10, 20, 30])
+    (tmp_path / "paper.csv").write_text(WRITTEN_BY_HAND)
+    check_error(capsys, [tmp_path / "paper.csv", "--x", "step"], "paper has no column step", "--x")
+    check_error(capsys, [tmp_path / "paper.csv", "--x", "step", "--table"], "--x is for the curves")
+
+
+def test_heat_maps_of_the_layers(tmp_path, capsys):
+    columns = {"flips/conv1": [0.2, 0.1, ""], "plus/conv1": [0.5, 0.5, 0.4], "flips/layer1.0.conv_$2": [0.4, 0.2, 0.1]}
+    columns["plus/layer1.0.conv_$2"] = [0.5, 0.6, 0.7]
+    a, b = (add_columns(make_run(tmp_path / name), **columns) for name in "ab")
+    assert plot.main(["--layers", a, b]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "layers.png")
+    assert all(1000 <= pixels <= 4000 for pixels in png_size(tmp_path / "layers.png"))
+    figure = plot.draw_layers({"a": plot.read_run(a), "b": plot.read_run(b)})
+    flips, _, plus, _ = (ax.collections[0].get_array() for ax in figure.axes[:4])
+    np.testing.assert_allclose(np.ma.filled(flips, np.nan), [[20, 10, np.nan], [40, 20, 10]])
+    np.testing.assert_allclose(plus, [[50, 50, 40], [50, 60, 70]])
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["conv1", "layer1.0.conv_$2"]
+    top, bottom = figure.axes[0].get_ylim()[::-1]
+    assert top < bottom, "the first layer is on top"
+
+
+def test_heat_maps_of_a_deep_network_and_of_none(tmp_path, capsys):
+    names = [f"layer{i}" for i in range(108)]
+    deep = add_columns(
+        make_run(tmp_path / "deep"), **{f"{kind}/{n}": [0.1] * 3 for n in names for kind in ("flips", "plus")}
+    )
+    assert plot.main(["--layers", deep]) == 0
+    capsys.readouterr()
+    assert all(1000 <= pixels <= 4000 for pixels in png_size(tmp_path / "layers.png"))
+    check_error(capsys, ["--layers", make_run(tmp_path / "fp32")], "fp32 has no columns flips/LAYER", "--layers")
+    check_error(capsys, ["--layers", *(make_run(tmp_path / f"r{i}") for i in range(5))], "5 runs", "at most 4")

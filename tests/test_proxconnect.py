@@ -15,12 +15,13 @@ from torch.nn import functional as F
 import data
 import export
 import models
+import quantizers
 import runs
 import train_proxconnect
 
 SMALL = ["--dataset", "digits", "--arch", "resnet8", "--batch-size", "64", "--device", "cpu"]
 METHODS = list(train_proxconnect.METHODS)
-RELAXED = ("bnn++", "pc", "rpc", "pq")
+RELAXED = ("bnn++", "pc", "rpc", "pq", "parq")
 VIT = ["--arch", "test_vit", "--patch-size", "2"]
 
 
@@ -52,7 +53,7 @@ def latents(net):
 @pytest.mark.parametrize("method", METHODS)
 def test_true_signs_are_tested_and_the_relaxed_network_too(tmp_path, method):
     row = train(tmp_path, "run", "--epochs", "3", "--method", method)[-1]
-    images, labels = (torch.cat(x) for x in zip(*data.load("digits")[1].epoch(), strict=True))
+    images, labels = (torch.cat(x) for x in zip(*data.load("digits")[2].epoch(), strict=True))
     net = network(tmp_path / "run")
     assert bool(models.binary_layers(net)) == (method != "fp")
 
@@ -62,10 +63,13 @@ def test_true_signs_are_tested_and_the_relaxed_network_too(tmp_path, method):
     # The checkpoint contains the statistics of the signs; those of the relaxed weights are estimated again.
     with train_proxconnect.true_signs(models.binary_layers(net)):
         assert math.isclose(row["test_loss"], loss(), rel_tol=1e-3)
+    assert ("relaxed_loss" in row) == (method in RELAXED)
+    if method not in RELAXED:
+        return
     for layer in models.binary_layers(net):
         layer.options = {"bnn++": {"mu": 30.0}, "pc": {"rho": 10.0}}.get(method, {})  # the schedules' ends
-    plain = data.load("digits", batch_size=64)[0].unaugmented()
-    with runs.reestimate_batchnorm(net, plain, torch.device("cpu"), amp=False):
+    batches = data.load("digits", batch_size=64)[0]
+    with runs.reestimate_batchnorm(net, batches, torch.device("cpu"), amp=False):
         assert math.isclose(row["relaxed_loss"], loss(), rel_tol=1e-3)
     if method == "bnn++":
         assert row["relaxed_loss"] != row["test_loss"]
@@ -126,6 +130,58 @@ def test_the_default_schedules_are_those_that_the_help_shows(tmp_path):
     assert given[0]["train_loss"] == default[0]["train_loss"]
 
 
+def test_parq_clips_each_filter_at_its_mean_magnitude():
+    w = torch.tensor([[-3.0, -1.0, 0.0, 0.5, 1.5], [10.0, 0.0, 0.0, 0.0, -2.5]], requires_grad=True)  # means 1.2, 2.5
+    soft = train_proxconnect.parq(w, torch.tensor(0.5))
+    assert torch.equal(soft, torch.tensor([[-1.2, -1.2, 0.0, 1.0, 1.2], [2.5, 0.0, 0.0, 0.0, -2.5]]))
+    grad = torch.randn(2, 5)
+    soft.backward(grad)
+    assert torch.equal(w.grad, grad)
+    assert torch.equal(train_proxconnect.parq(w, 1.0)[0], w[0].clamp(-1.2, 1.2))
+    hard = train_proxconnect.parq(w)
+    assert torch.equal(hard, quantizers.bwn_f(w)) and torch.equal(hard, train_proxconnect.parq(w, torch.tensor(0.0)))
+
+
+def test_parq_is_binary_from_90_percent_of_the_run_on(tmp_path, monkeypatch):
+    seen = []
+    count = runs.Run.count
+
+    def record(self, *args):
+        layer = models.binary_layers(self.state["model"])[0]
+        w = layer.binary_weight().detach().flatten(1).abs()
+        seen.append((layer.options["inverse_slope"].item(), torch.allclose(w, w[:, :1].expand_as(w))))
+        count(self, *args)
+
+    monkeypatch.setattr(runs.Run, "count", record)
+    train(tmp_path, "run", "--method", "parq", "--limit-steps", "21")
+    slopes, binary = zip(*seen, strict=True)
+    assert slopes[0] == 1 and slopes[9] == pytest.approx(0.5) and list(slopes) == sorted(slopes, reverse=True)
+    assert all(slope > 0 for slope in slopes[:18]) and slopes[18:] == (0, 0, 0)
+    assert binary == (False,) * 18 + (True,) * 3
+
+
+def test_parq_equals_torchaos():
+    """A latent weight that SGD moves by the gradient at the quantized weight, over the whole schedule."""
+    theirs = pytest.importorskip("torchao.prototype.parq.optim")
+    lsbq = pytest.importorskip("torchao.prototype.parq.quant").LSBQuantizer
+    torch.manual_seed(0)
+    start, target, steps = torch.randn(4, 6, 3, 3), torch.randn(4, 6, 3, 3), 40
+    p, latent = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    sgd = torch.optim.SGD([{"params": [p], "quant_bits": 1}], 0.1)
+    prox = theirs.ProxPARQ(0, round(train_proxconnect.PARQ_END * steps))
+    optimizer = theirs.QuantOptimizer(sgd, lsbq(), prox, quant_period=1, quant_per_channel=True)
+    ours = torch.optim.SGD([latent], 0.1)
+    w = latent  # theirs computes the first gradient at the latent weight
+    for step in range(steps):
+        for one, value in ((optimizer, p), (ours, w)):
+            one.zero_grad()
+            F.mse_loss(value, target, reduction="sum").backward()
+            one.step()
+        w = train_proxconnect.parq(latent, train_proxconnect.inverse_slope(step / steps / train_proxconnect.PARQ_END))
+        assert torch.allclose(w, p, rtol=1e-5, atol=1e-6), step
+    assert (w.flatten(1).abs().std(1) < 1e-6).all()
+
+
 def test_proxquant_ends_binary(tmp_path):
     train(tmp_path, "run", "--epochs", "3", "--method", "pq")
     assert torch.allclose(latents(network(tmp_path / "run")).abs(), torch.ones(()))
@@ -139,15 +195,15 @@ def test_reestimation_is_reproducible_and_leaves_everything_as_it_was():
     torch.manual_seed(0)
     net = models.build("resnet8", 10, "bwn", in_channels=1)
     net.bn_fc = torch.nn.Sequential(net.bn_fc, torch.nn.Dropout(0.5))
-    plain = data.load("digits", batch_size=64)[0].unaugmented()
+    batches = data.load("digits", batch_size=64)[0]
     device = torch.device("cpu")
     net.train()
-    net(next(iter(plain.epoch()))[0])
+    net(next(iter(batches.epoch()))[0])
     before, momenta = copy.deepcopy(net.state_dict()), [m.momentum for m in net.modules() if hasattr(m, "momentum")]
     rng, python, arrays = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].copy()
     states = []
     for _ in range(2):
-        with runs.reestimate_batchnorm(net, plain, device, amp=False, count=10):
+        with runs.reestimate_batchnorm(net, batches, device, amp=False, count=10):
             assert net.training and all(m.training for m in net.modules())
             states.append(copy.deepcopy(net.state_dict()))
     assert all(torch.equal(states[0][k], states[1][k]) for k in before)
@@ -159,8 +215,8 @@ def test_reestimation_is_reproducible_and_leaves_everything_as_it_was():
     assert (arrays == numpy.random.get_state()[1]).all()
     # The same as torch.optim.swa_utils, which has no eval mode.
     twin = copy.deepcopy(net)
-    batches = [x for (x, _), _ in zip(plain.epoch(), range(10), strict=False)]
-    torch.optim.swa_utils.update_bn(batches, twin)
+    images = [x for (x, _), _ in zip(batches.epoch(), range(10), strict=False)]
+    torch.optim.swa_utils.update_bn(images, twin)
     for k in changed:
         assert torch.allclose(states[0][k], twin.state_dict()[k], rtol=1e-4, atol=1e-5), k
 
@@ -168,31 +224,22 @@ def test_reestimation_is_reproducible_and_leaves_everything_as_it_was():
 def test_reestimation_restores_after_an_error():
     net = models.build("resnet8", 10, "bwn", in_channels=1)
     before = copy.deepcopy(net.state_dict())
-    plain = data.load("digits", batch_size=64)[0].unaugmented()
-    with pytest.raises(KeyError), runs.reestimate_batchnorm(net, plain, torch.device("cpu"), False, 2):
+    batches = data.load("digits", batch_size=64)[0]
+    with pytest.raises(KeyError), runs.reestimate_batchnorm(net, batches, torch.device("cpu"), False, 2):
         raise KeyError
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in before.items())
 
 
 def test_checkpoints_and_exports_contain_what_was_tested(tmp_path, capsys):
     rows = train(tmp_path, "run", "--epochs", "4", "--method", "bnn++")
-    test = data.load("digits")[1]
-    for file, accuracy in (("best.pt", max(r["test_acc"] for r in rows)), ("last.pt", rows[-1]["test_acc"])):
+    test = data.load("digits")[2]
+    for file, accuracy in (("best.pt", rows[-1]["test_acc"]), ("last.pt", rows[-1]["test_acc"])):
         net = export.read(tmp_path / "run" / file).net
         found = runs.evaluate(net, test, torch.device("cpu"), amp=False)[1]
         assert found == pytest.approx(accuracy, abs=1e-6)
         capsys.readouterr()
         assert train_proxconnect.main(["--eval-only", "--resume", str(tmp_path / "run" / file)]) == 0
         assert f"{100 * accuracy:.2f} %" in capsys.readouterr().out
-
-
-def test_unaugmented_batches_have_the_same_images_in_the_same_order():
-    train_set = data.load("digits", batch_size=64, seed=3)[0]
-    plain = train_set.unaugmented()
-    raw = data.load("digits", batch_size=64, seed=3, crop=False, flip=False)[0]
-    (x, y), (crop, same), (z, _) = (next(iter(b.epoch(2))) for b in (plain, train_set, raw))
-    assert torch.equal(y, same) and torch.equal(x, z) and not torch.equal(x, crop)
-    assert train_set.crop, "the training images are still cropped"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

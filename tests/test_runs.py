@@ -1,0 +1,354 @@
+"""runs.py, through the trainers: what is selected, what is tested, what a run keeps, and what its flags do."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import types
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+import data
+import models
+import plot
+import runs
+import train_bihalf
+import train_fsg
+import train_proxconnect
+import train_sibnn
+
+SMALL = ["--dataset", "digits", "--arch", "resnet8", "--batch-size", "64", "--device", "cpu"]
+CPU = torch.device("cpu")
+
+
+def train(out, *extra, name="run", trainer=train_fsg):
+    grad = ["--grad", "ste"] if trainer is train_fsg and "--grad" not in extra else []
+    assert trainer.main([*SMALL, *grad, "--out", str(out), "--name", name, *extra]) == 0
+    with open(out / name / "metrics.csv", newline="") as f:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+
+
+def network(file):
+    net = models.build("resnet8", 10, in_channels=1)
+    net.load_state_dict(torch.load(file, weights_only=True)["model"])
+    return net
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is selected and what is tested.
+
+
+def test_the_validation_images_select_the_best_network(tmp_path, monkeypatch, capsys):
+    # The accuracies that evaluate() returns: validation, test, for each epoch.
+    scripted = iter([0.5, 0.9, 0.7, 0.1, 0.7, 0.8, 0.6, 0.95])
+    monkeypatch.setattr(runs, "evaluate", lambda *args: {"loss": 1.0, "acc": next(scripted)})
+    rows = train(tmp_path, "--epochs", "4", "--val", "100")
+    assert [(row["val_acc"], row["test_acc"]) for row in rows] == [(0.5, 0.9), (0.7, 0.1), (0.7, 0.8), (0.6, 0.95)]
+    steps = len(data.load("digits", batch_size=64, val=100)[0])
+    assert torch.load(tmp_path / "run" / "best.pt", weights_only=True)["step"] == 2 * steps, "the first of two"
+    assert "Test accuracy 10.00 % in epoch 2, best by validation accuracy (70.00 %)" in capsys.readouterr().out
+
+
+def test_without_validation_images_best_is_the_last(tmp_path, monkeypatch, capsys):
+    scripted = iter([0.9, 0.3, 0.2])
+    monkeypatch.setattr(runs, "evaluate", lambda *args: {"loss": 1.0, "acc": next(scripted)})
+    train(tmp_path, "--epochs", "3", "--limit-steps", "50")  # the third epoch is not complete
+    assert torch.load(tmp_path / "run" / "best.pt", weights_only=True)["step"] == 50
+    assert "Test accuracy 20.00 % in epoch 3, the last (nothing chooses" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("trainer", [train_fsg, train_sibnn, train_bihalf])
+def test_batchnorm_is_estimated_again_beside_the_running_statistics(tmp_path, trainer):
+    plain = train(tmp_path, "--epochs", "2", name="plain", trainer=trainer)
+    rows = train(tmp_path, "--epochs", "2", "--bn-batches", "5", trainer=trainer)
+    for row, without in zip(rows, plain, strict=True):
+        assert {k: v for k, v in row.items() if k in without and k not in ("seconds", "images_per_s")}.items() >= {
+            k: v for k, v in without.items() if k not in ("seconds", "images_per_s") and not k.startswith("zeros")
+        }.items(), "it changes nothing else"
+    if trainer is train_fsg:
+        net = network(tmp_path / "run" / "best.pt")
+        loaded, _, test = data.load("digits", batch_size=64)
+        with runs.reestimate_batchnorm(net, loaded, CPU, False, 5):
+            assert rows[-1]["test_acc_bn"] == pytest.approx(runs.evaluate(net, test, CPU, False)["acc"], abs=1e-5)
+        assert rows[-1]["test_acc"] == pytest.approx(runs.evaluate(net, test, CPU, False)["acc"], abs=1e-5)
+
+
+def test_nothing_of_the_training_sees_the_held_out_images(tmp_path, monkeypatch):
+    """Training steps, normalisation and BatchNorm's statistics are the same whatever the held-out images contain."""
+    (images, labels), test, classes = data.digits()
+
+    def digits(noise):
+        _, val, _ = data.load("digits", val=200, batch_size=64)
+        other = images.clone()
+        for held_out in val.images:
+            other[(images == held_out).flatten(1).all(1)] = noise
+        return lambda: ((other, labels), (torch.full_like(test[0], noise), test[1]), classes)
+
+    twins = []
+    for noise in (0, 200):
+        with monkeypatch.context() as patch:
+            patch.setattr(data, "digits", digits(noise))
+            train(tmp_path, "--epochs", "1", "--val", "200", "--bn-batches", "4", name=str(noise))
+            twins.append(torch.load(tmp_path / str(noise) / "last.pt", weights_only=True))
+    same = lambda key: all(torch.equal(twins[0][key][k], twins[1][key][k]) for k in twins[0][key])
+    assert same("model") and twins[0]["normalisation"] == twins[1]["normalisation"]
+    assert twins[0]["rows"][0]["val_loss"] != twins[1]["rows"][0]["val_loss"], "they were other images"
+
+
+def test_top5_where_there_are_many_classes():
+    logits = torch.randn(200, 60)
+    labels = torch.randint(60, (200,))
+    batches = types.SimpleNamespace(
+        num_classes=60, size=200, epoch=lambda: [(logits[:120], labels[:120]), (logits[120:], labels[120:])]
+    )
+    found = runs.evaluate(torch.nn.Identity(), batches, CPU, False)
+    rank = (logits > logits.gather(1, labels[:, None])).sum(1)
+    assert found["acc"] == (rank == 0).double().mean() and found["top5"] == (rank < 5).double().mean()
+    assert found["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The data of a run.
+
+
+def folder(root, classes=("ant", "bee"), count=12, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    for split in ("train", "test"):
+        for label, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(40 + 150 * label, 60 + 150 * label, (8, 8, 3), generator=rng, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(root / split / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def trained(tmp_path):
+    root = folder(tmp_path / "images")
+    flags = ["--dataset", "folder", "--data-dir", str(root), "--batch-size", "8", "--grad", "ste"]
+    train(tmp_path, *flags, "--epochs", "2", "--lr", "1e-2")
+    return tmp_path
+
+
+def test_renamed_classes_are_refused(trained):
+    for split in ("train", "test"):
+        (trained / "images" / split / "ant").rename(trained / "images" / split / "cat")
+    for flags in (
+        ["--resume", str(trained / "run"), "--epochs", "3"],
+        ["--resume", str(trained / "run"), "--eval-only"],
+    ):
+        with pytest.raises(runs.RunError, match=r"trained on other classes .* knows 'ant'"):
+            train_fsg.main(flags)
+    best = ["--pretrained", str(trained / "run" / "best.pt"), "--arch", "resnet8"]
+    data_flags = ["--dataset", "folder", "--data-dir", str(trained / "images"), "--grad", "ste", "--batch-size", "8"]
+    with pytest.raises(runs.RunError, match="trained on other classes"):
+        train_fsg.main([*best, *data_flags, "--eval-only"])
+    # Fine-tuning may have other classes.
+    assert train_fsg.main([*best, *data_flags, "--epochs", "1", "--out", str(trained), "--name", "fine"]) == 0
+
+
+def test_a_network_is_tested_with_its_own_normalisation(trained, capsys):
+    (trained / "run" / "metrics.csv").read_text()
+    before = torch.load(trained / "run" / "best.pt", weights_only=True)["normalisation"]
+    other = folder(trained / "other", count=7, seed=5)
+    for file in (other / "train" / "ant").glob("*.png"):  # other training images: another mean
+        Image.new("RGB", (8, 8), (255, 255, 255)).save(file)
+    seen = []
+
+    class Spy(data.ResidentBatches):
+        def epoch(self, *args):
+            seen.append((self.scale.flatten().tolist(), self.shift.flatten().tolist()))
+            return super().epoch(*args)
+
+    data_class, data.ResidentBatches = data.ResidentBatches, Spy
+    try:
+        capsys.readouterr()
+        assert (
+            train_fsg.main(["--eval-only", "--resume", str(trained / "run" / "best.pt"), "--data-dir", str(other)]) == 0
+        )
+    finally:
+        data.ResidentBatches = data_class
+    assert seen == [tuple(before)]
+    out = capsys.readouterr().out
+    assert f"{other} has 14 training images" in out and "trained with 24" in out and "test accuracy" in out
+
+
+def test_another_number_of_threads_is_said(tmp_path, capsys):
+    train(tmp_path, "--epochs", "1")
+    checkpoint = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    checkpoint["threads"] += 3
+    torch.save(checkpoint, tmp_path / "run" / "last.pt")
+    assert train_fsg.main(["--resume", str(tmp_path / "run"), "--epochs", "2"]) == 0
+    assert "does not continue bit for bit" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags of the training step.
+
+
+def test_label_smoothing_is_that_of_the_loss(tmp_path, monkeypatch):
+    seen = []
+    loss = F.cross_entropy
+    record = lambda *args, label_smoothing=0.0, **kw: (
+        seen.append(label_smoothing) or loss(*args, label_smoothing=label_smoothing, **kw)
+    )
+    for trainer in (train_fsg, train_sibnn, train_proxconnect, train_bihalf):
+        seen.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(F, "cross_entropy", record)
+            train(tmp_path, "--limit-steps", "2", "--label-smoothing", "0.25", name=trainer.__name__, trainer=trainer)
+        assert seen[:2] == [0.25, 0.25] and set(seen[2:]) == {0.0}, "the test loss is not smoothed"
+
+
+@pytest.mark.parametrize("trainer", [train_fsg, train_sibnn, train_proxconnect, train_bihalf])
+def test_clipping_bounds_the_step(tmp_path, trainer):
+    """With SGD, one step moves the weights by the learning rate times the norm of the clipped gradients."""
+    flags = ["--opt", "sgd", "--lr", "0.5", "--schedule", "none", "--weight-decay", "0", "--clip", "0.01"]
+    if trainer is train_proxconnect:  # the schedule of bnn++ depends on the number of steps
+        flags += ["--method", "bc"]
+    for steps in (1, 2):
+        train(tmp_path, *flags, "--limit-steps", str(steps), name=str(steps), trainer=trainer)
+    one, two = (torch.load(tmp_path / n / "last.pt", weights_only=True)["model"] for n in "12")
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    moved = sum((two[k] - one[k]).double().square().sum() for k in one if not k.endswith(statistics)).sqrt()
+    assert moved.item() == pytest.approx(0.5 * 0.01, rel=0.02)
+
+
+def test_ema_is_the_average_of_the_weights_and_is_what_is_tested(tmp_path):
+    flags = ["--schedule", "none", "--ema", "0.5"]
+    average = None
+    for steps in range(1, 5):
+        train(tmp_path, *flags, "--limit-steps", str(steps), name=str(steps))
+        last = torch.load(tmp_path / str(steps) / "last.pt", weights_only=True)["model"]["fc.weight"]
+        average = last if average is None else 0.5 * average + 0.5 * last
+    best = tmp_path / "4" / "best.pt"
+    assert torch.allclose(torch.load(best, weights_only=True)["model"]["fc.weight"], average, atol=1e-6)
+    rows = train(tmp_path, *flags, "--epochs", "2", name="whole")
+    tested = runs.evaluate(network(tmp_path / "whole" / "best.pt"), data.load("digits")[2], CPU, False)
+    assert tested["loss"] == pytest.approx(rows[-1]["test_loss"], rel=1e-4)
+    # A resumed run is the same run.
+    train(tmp_path, *flags, "--epochs", "2", "--limit-steps", "30", name="parts")
+    assert train_fsg.main(["--resume", str(tmp_path / "parts"), "--limit-steps", "44"]) == 0
+    whole, parts = (torch.load(tmp_path / n / "best.pt", weights_only=True)["model"] for n in ("whole", "parts"))
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run folder and the trackers.
+
+
+def test_the_folder_says_what_the_run_depended_on_and_printed(tmp_path, capsys):
+    train(tmp_path, "--epochs", "1")
+    environment = json.loads((tmp_path / "run" / "args.json").read_text())["environment"]
+    assert environment["torch"] == torch.__version__ and environment["threads"] == torch.get_num_threads()
+    assert environment["world_size"] == 1 and environment["command"]
+    assert environment["commit"] is None or len(environment["commit"]) == 40
+    assert (tmp_path / "run" / "log.txt").read_text() == capsys.readouterr().out
+    assert train_fsg.main(["--resume", str(tmp_path / "run"), "--epochs", "2"]) == 0
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.endswith(capsys.readouterr().out) and log.count("parameters") == 2
+
+
+def test_an_error_is_in_the_log(tmp_path):
+    with pytest.raises(runs.RunError, match="NaN or infinite"):
+        train(tmp_path, "--opt", "sgd", "--lr", "1e30")
+    assert "error: the loss" in (tmp_path / "run" / "log.txt").read_text().splitlines()[-1].replace(
+        "latent", "the loss"
+    )
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    rows = train(tmp_path, "--epochs", "2", "--tensorboard")
+    assert train_fsg.main(["--resume", str(tmp_path / "run"), "--epochs", "3"]) == 0
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    found = [(e.step, e.value) for e in events.Scalars("test_acc")]
+    assert [step for step, _ in found] == [22, 44, 66]
+    assert [v for _, v in found[:2]] == pytest.approx([row["test_acc"] for row in rows], rel=1e-4)
+    assert {"layers/flips", "layers/plus"} <= set(events.Tags()["histograms"])
+
+
+def test_wandb_gets_every_row(tmp_path, monkeypatch):
+    calls = []
+    fake = types.ModuleType("wandb")
+    run = types.SimpleNamespace(log=lambda row, step: calls.append((row, step)), finish=lambda: calls.append("finish"))
+    fake.init = lambda **options: calls.append(options) or run
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    rows = train(tmp_path, "--epochs", "2", "--wandb", "bits")
+    assert calls[0]["project"] == "bits" and calls[0]["config"]["grad"] == "ste" and calls[-1] == "finish"
+    assert [step for _, step in calls[1:-1]] == [22, 44]
+    assert [row["test_acc"] for row, _ in calls[1:-1]] == pytest.approx([r["test_acc"] for r in rows], rel=1e-4)
+
+
+@pytest.mark.parametrize("flag, module", [(["--tensorboard"], "torch.utils.tensorboard"), (["--wandb", "x"], "wandb")])
+def test_trackers_that_are_missing(tmp_path, monkeypatch, flag, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(runs.RunError, match=r"needs its package.*: pip install (tensorboard|wandb)"):
+        train(tmp_path, *flag)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The machine.
+
+
+def test_main_works_in_a_thread(tmp_path):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(train(tmp_path, "--epochs", "1")))
+    thread.start()
+    thread.join(120)
+    assert len(results) == 1 and len(results[0]) == 1
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGHUP"])
+def test_the_signals_of_clusters_and_terminals_save_the_run(tmp_path, monkeypatch, name, capsys):
+    if not hasattr(signal, name):
+        pytest.skip(f"this system has no {name}")
+    which = getattr(signal, name)
+    count, calls = runs.Run.count, []
+
+    def interrupt(self, *args):
+        calls.append(None)
+        if len(calls) == 5:
+            os.kill(os.getpid(), which)
+        count(self, *args)
+
+    monkeypatch.setattr(runs.Run, "count", interrupt)
+    out = tmp_path / "a folder"
+    code = train_fsg.main([*SMALL, "--grad", "ste", "--out", str(out), "--name", "run"])
+    assert code == 128 + which and torch.load(out / "run" / "last.pt", weights_only=True)["step"] == 5
+    assert f"--resume '{out / 'run'}'" in capsys.readouterr().out, "the path is quoted"
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")]
+)
+def test_out_of_memory_is_one_sentence(error):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as e:
+        runs.command(main)
+    assert str(e.value).startswith("error: out of memory") and "--batch-size" in str(e.value)
+
+
+def test_a_command_names_torchrun(monkeypatch):
+    assert runs.command_line("train_fsg.py", "--resume", "runs/a b") == "python train_fsg.py --resume 'runs/a b'"
+    monkeypatch.setattr(runs, "world_size", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert runs.command_line("train_fsg.py").startswith("torchrun --nproc_per_node=2 train_fsg.py")
+
+
+def test_the_plots_read_what_runs_write(tmp_path):
+    train(tmp_path, "--epochs", "2", "--val", "100", "--bn-batches", "2")
+    assert plot.main([str(tmp_path / "run"), "--out", str(tmp_path / "curves.png")]) == 0
+    assert (tmp_path / "curves.png").exists()
+    shutil.rmtree(tmp_path / "run")
