@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-import export
+import export_bits
 import export_c
 import models
 from runs import RunError
@@ -144,9 +144,9 @@ def operations(arch, act, *, pruned=False, size=8, channels=1):
         if isinstance(m, torch.nn.BatchNorm2d):
             m.running_mean.normal_(), m.running_var.uniform_(1, 9)
     with torch.no_grad():
-        for name, layer in export.named_binary_layers(net.eval()).items():
-            signs, scale = export.factorize(layer.binary_weight(), name)
-            export.freeze(layer, signs * (torch.rand(signs.shape) < 0.6) if pruned else signs, scale)
+        for layer in models.binary_layers(net.eval()):
+            signs, scale = export_bits.factorize(export_bits.rows_of(layer, layer.binary_weight()))
+            export_bits.freeze(layer, signs * (torch.rand(signs.shape) < 0.6) if pruned else signs, scale)
     return export_c.operations(net, (channels, size, size)), net
 
 
