@@ -48,7 +48,12 @@
 #include <immintrin.h>
 #define BNN_ALIGNED __attribute__((aligned(64))) /* a load that crosses a cache line takes twice the time */
 #define BNN_AVX2 __attribute__((target("avx2,fma")))
-#define BNN_AVX512 __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx512vpopcntdq,avx2,fma,popcnt")))
+#define BNN_AVX512_UNITS "avx512f,avx512vl,avx512dq,avx512bw,avx512vpopcntdq,avx2,fma,popcnt"
+#ifdef __clang__
+#define BNN_AVX512 __attribute__((target(BNN_AVX512_UNITS)))
+#else /* with -march, gcc may prefer vectors of 256 bits */
+#define BNN_AVX512 __attribute__((target(BNN_AVX512_UNITS ",prefer-vector-width=512")))
+#endif
 #elif defined(__aarch64__) && defined(__ARM_NEON) && !defined(__AARCH64EB__)
 #define BNN_NEON
 #include <arm_neon.h>
