@@ -51,8 +51,8 @@
 #define BNN_AVX512_UNITS "avx512f,avx512vl,avx512dq,avx512bw,avx512vpopcntdq,avx2,fma,popcnt"
 #ifdef __clang__
 #define BNN_AVX512 __attribute__((target(BNN_AVX512_UNITS)))
-#else /* with -march, gcc may prefer vectors of 256 bits */
-#define BNN_AVX512 __attribute__((target(BNN_AVX512_UNITS ",prefer-vector-width=512")))
+#else /* with -march=native, gcc may prefer vectors of 256 bits or tune for a processor without AVX-512 */
+#define BNN_AVX512 __attribute__((target(BNN_AVX512_UNITS ",prefer-vector-width=512,tune=generic")))
 #endif
 #elif defined(__aarch64__) && defined(__ARM_NEON) && !defined(__AARCH64EB__)
 #define BNN_NEON
