@@ -37,6 +37,7 @@ import runs
 from runs import RunError
 
 KERNELS = Path(__file__).with_name("kernels.c")
+XNOR, AND, MASKED, FLOAT, SIGN, SIGN_OR_0 = range(6)  # kinds of convolutions, see kernels.c
 
 
 def pack_words(bits: np.ndarray | Tensor) -> np.ndarray:
@@ -309,7 +310,7 @@ def interval(group: Group, activation: Op) -> tuple[Tensor, Tensor] | None:
 # group of operations is one loop over the rows of its result. If only binary activations follow, it stores their bits
 # and nothing else.
 
-ELEMENTWISE_C = {  # what follows the name of each constant is {0}, {1}: an element of the operation's constants
+ELEMENTWISE_C = {  # of v, channel c of element i. {0}, {1}: the operation's constants or, of 'add', the other summand
     "scale": "v *= {0}[c];",
     "bias": "v += {0}[c];",
     "batchnorm": "v = bnn_muladd(unit, v, {0}[c], {1}[c]);",
@@ -322,15 +323,12 @@ ELEMENTWISE_C = {  # what follows the name of each constant is {0}, {1}: an elem
     "step_by_element": "v = (v - {0}[i]) * {1}[i];",
     "interval": "const float d = {1}[c] - v; v = v - {0}[c] < d ? v - {0}[c] : d;",
 }
-ROWS_AT_ONCE = 4096  # bytes of result after which the first operation of a group makes way for the next ones
-LARGE_WEIGHTS = 32768  # bytes of weights that are read only once for all rows
+ROWS_AT_ONCE = (
+    4096  # bytes of rows that an operation of a group makes before the next one takes them, or an eighth of all
+)
+LARGE_WEIGHTS = 32768  # with more bytes of weights all rows are made at once, so that the weights are read only once
 NOT_PLAIN = re.compile(r"[^A-Za-z0-9 .,:;+_-]")
 IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
-
-
-def row_words(channels: int, kernel: int) -> int:
-    """Words of 32 bits under one row of a kernel."""
-    return math.ceil(kernel * math.ceil(channels / 8) / 4)
 
 
 def binary_weights(signs: Tensor) -> np.ndarray:
@@ -380,13 +378,16 @@ def c_source(ops: list[Op], normalisation: list[list[float]], about: str, name: 
 
    image: [{c}][{h}][{w}] (channel, row, column), pixels from 0 to 255 as in the image file. They are normalised here.
    logits: [{ops[-1].shape[0]}]. The index of the largest one is the predicted class.
-   The constants take {writer.flash:,} bytes of flash, besides the code, and {upper}_RAM_BYTES of RAM are static:
-   do not call the functions from several threads at once. The file is C99 and needs libc and libm:
+   The constants take {writer.flash:,} bytes of flash, besides the code. The buffers take {writer.ram:,} bytes of RAM
+   and are static: do not call the functions from several threads at once. The file is C99 and needs libc and libm:
 
        cc -O3 -std=c99 -c FILE.c
+
+   On x86-64 the functions for AVX-512, AVX2 or neither are chosen when the program runs.
 */
 #define {upper}_RAM_BYTES {writer.ram}
 #define {upper}_CONSTANT_BYTES {writer.flash}
+#define BNN_KINDS {sum(1 << kind for kind in writer.kinds)}
 #define BNN_ONE_ROUNDING {int(any(op.sums_bits for op in ops))}
 """
     text = "\n".join([header, KERNELS.read_text(), *writer.functions(), *writer.definitions, writer.predict()])
@@ -428,12 +429,13 @@ class CWriter:
         self.ops, self.uses = ops, consumers(ops)
         self.normalisation = normalisation
         self.definitions, self.code = [], []
+        self.kinds = set()  # of convolutions: XNOR, AND, …
         self.chains = {}  # kinds of elementwise operations -> the name of the function that computes them
         self.buffers = []
         self.buffer_of = {}  # operation -> the buffer of its result
         self.flash = 0
         groups = fuse(ops)
-        self.host_of = {op: group for group in groups for op in group.ops}
+        self.group_of = {group.result: group for group in groups}
         inside = {inner for inner in map(self.pooled, groups) if inner}  # these are computed by the pooling after them
         steps = [group for group in groups if group not in inside]
         self.last_use = {}  # operation -> the last step that needs its result
@@ -451,8 +453,8 @@ class CWriter:
         pool = group.ops[0]
         if pool.kind not in ("maxpool", "avgpool") or not pool.kernel or pool.kernel != pool.stride or pool.padding:
             return None
-        inner = self.host_of.get(pool.inputs[0])
-        is_only_use = inner and inner.result is pool.inputs[0] and self.uses[inner.result] == [pool]
+        inner = self.group_of.get(pool.inputs[0])
+        is_only_use = inner and self.uses[inner.result] == [pool]
         return inner if is_only_use and inner.ops[0].kind not in ("maxpool", "avgpool", "image") else None
 
     # Constants.
@@ -522,14 +524,16 @@ class CWriter:
         intervals = [interval(group, op) for op in activations] if only_bits_are_needed else [None]
         sums_are_compared = all(intervals)
         if sums_are_compared and first.sums_bits and len(activations) == 1:
-            lines = [f"/* {', '.join(op.name for op in [*group.ops, *activations])}: {h} x {w} x {c} */"]
             low, extent = thresholds(*intervals[0])
             bounds = [
                 self.define("int32_t", f"{activations[0].name}_low", low),
                 self.define("uint32_t", f"{activations[0].name}_range", extent),
             ]
             bits = self.buffer("bits", h * w * math.ceil(c / 8), activations[0])
-            self.code += [*lines, self.convolution(first, "0", h, f"NULL, {bits}, {', '.join(bounds)}")]
+            self.code += [
+                f"/* {', '.join(op.name for op in [*group.ops, *activations])}: {h} x {w} x {c} */",
+                self.convolution(first, "0", h, f"NULL, {bits}, {', '.join(bounds)}"),
+            ]
             return
 
         chain = [] if sums_are_compared else self.chain_of(group)
@@ -626,7 +630,9 @@ class CWriter:
         (c, h, w), x = op.inputs[0].shape, self.buffer_of[op.inputs[0]].name
         is_binary = op.weight.dtype == torch.int8
         has_zeros = is_binary and bool((op.weight == 0).any())
-        mode = "BNN_AND" if op.inputs[0].kind == "step" else "BNN_MASKED" if has_zeros else "BNN_XNOR"
+        mode = AND if op.inputs[0].kind == "step" else MASKED if has_zeros else XNOR
+        weights = SIGN_OR_0 if has_zeros else SIGN if is_binary else FLOAT
+        self.kinds.add(mode if op.sums_bits else weights)
         sizes = f"{h}, {w}, {c}, {op.shape[0]}, {op.kernel}, {op.stride}, {op.padding}, {mode}"
         self.definitions.append(f"static const bnn_Conv bnn_{op.name}_shape = {{{sizes}}};")
         of_rows = f"{y}, {rows}" if y == "0" else f"{y}, {y} + {rows}"
@@ -693,16 +699,20 @@ class CWriter:
             passed = "".join(f", {name}" for name in names)
             lines = "\n".join(f"        {line}" for line in body)
             texts.append(f"""
-/* {", ".join(kinds)}, of n channels from channel `from` on, element `at`. `out` may be `in`. */
+/* {", ".join(kinds)}, of n <= 16 channels from channel `from` on, element `at`. `out` may be `in`: all are read before
+   the first one is written. */
 BNN_INLINE void {function}_part(const int unit, const int n, int at, int from, {pointers}) {{
+    float values[16];
     (void)unit;
-    BNN_INDEPENDENT for (int f = 0; f < n; f++) {{
+    for (int f = 0; f < n; f++) values[f] = in[at + f];
+    for (int f = 0; f < n; f++) {{
         const int i = at + f, c = from + f;
-        float v = in[i];
+        float v = values[f];
 {lines}
-        out[i] = v;
-        (void)c;
+        values[f] = v;
+        (void)i, (void)c;
     }}
+    for (int f = 0; f < n; f++) out[at + f] = values[f];
 }}
 
 BNN_INLINE void {function}_on(const int unit, {parameters}) {{
@@ -762,7 +772,7 @@ def window(op: Op, index: str, size: int, out_size: int) -> tuple[str, str]:
 
 
 def memory(ops: list[Op], normalisation: list[list[float]]) -> tuple[int, int]:
-    """Bytes that the C file of a network needs of flash, besides its code, and of RAM, besides the stack."""
+    """Bytes that the C file of a network needs: its constants (flash, besides the code) and its buffers (RAM)."""
     writer = CWriter(ops, normalisation)
     return writer.flash, writer.ram
 
@@ -815,7 +825,6 @@ def predict(library: ctypes.CDLL, images: Tensor, num_classes: int, name: str = 
 # ---------------------------------------------------------------------------------------------------------------------
 # The kernels alone.
 
-XNOR, AND, MASKED = range(3)
 VECTOR_UNITS = ("portable", "AVX2", "AVX-512 VPOPCNTDQ")
 CALL_KERNELS = """
 int best_unit(void);

@@ -2,8 +2,8 @@
 
    export_c.py copies this text into every C file that it writes, with the network's name in place of "bnn", so several
    networks can be parts of one program. It is C99. On x86-64 (gcc and clang) what takes time exists three times, for
-   AVX-512 with VPOPCNTDQ, for AVX2 and in plain C, and bnn_unit says which is called. On 64-bit ARM it uses NEON, on all
-   other machines plain C. Every unit computes the same bits.
+   AVX-512 with VPOPCNTDQ, for AVX2 and in plain C, and bnn_unit says which is called. 64-bit ARM uses NEON, all other
+   machines plain C. Every unit computes the same bits.
 
    Bits       [height][width][bytes]: channel c of a pixel is bit c % 8 of byte c / 8. Bits past the last channel are 0.
    Floats     [height][width][channels].
@@ -37,15 +37,10 @@
 #define BNN_FUNCTION static
 #define BNN_INLINE static inline
 #endif
-#if defined(__clang__) /* BNN_INDEPENDENT: no round of the loop needs the results of another one */
-#define BNN_UNROLL
-#define BNN_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
-#elif defined(__GNUC__)
+#if defined(__GNUC__) && !defined(__clang__)
 #define BNN_UNROLL _Pragma("GCC unroll 8")
-#define BNN_INDEPENDENT _Pragma("GCC ivdep")
 #else
 #define BNN_UNROLL
-#define BNN_INDEPENDENT
 #endif
 
 #if defined(__GNUC__) && defined(__x86_64__)
@@ -53,7 +48,12 @@
 #include <immintrin.h>
 #define BNN_ALIGNED __attribute__((aligned(64))) /* a load that crosses a cache line takes twice the time */
 #define BNN_AVX2 __attribute__((target("avx2,fma")))
-#define BNN_AVX512 __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx512vpopcntdq,avx2,fma,popcnt")))
+#define BNN_AVX512_UNITS "avx512f,avx512vl,avx512dq,avx512bw,avx512vpopcntdq,avx2,fma,popcnt"
+#ifdef __clang__
+#define BNN_AVX512 __attribute__((target(BNN_AVX512_UNITS)))
+#else /* with -march=native, gcc may prefer vectors of 256 bits or tune for a processor without AVX-512 */
+#define BNN_AVX512 __attribute__((target(BNN_AVX512_UNITS ",prefer-vector-width=512,tune=generic")))
+#endif
 #elif defined(__aarch64__) && defined(__ARM_NEON) && !defined(__AARCH64EB__)
 #define BNN_NEON
 #include <arm_neon.h>
@@ -64,11 +64,17 @@
 
 enum { BNN_PLAIN, BNN_WITH_AVX2, BNN_WITH_AVX512 };
 
+/* The kinds of convolutions: the modes of bits (see above), and what the weights of the others are. Only those in
+   BNN_KINDS are compiled. */
+enum { BNN_XNOR, BNN_AND, BNN_MASKED, BNN_FLOAT, BNN_SIGN, BNN_SIGN_OR_0 };
+#ifndef BNN_KINDS
+#define BNN_KINDS 63
+#endif
+#define BNN_HAS(kind) (BNN_KINDS >> (kind) & 1)
+
 /* The best unit of this machine. */
 BNN_FUNCTION int bnn_best_unit(void) {
-#if defined(BNN_X86) && defined(BNN_UNIT) /* for tests: a unit, whatever the machine has */
-    return BNN_UNIT;
-#elif defined(BNN_X86)
+#ifdef BNN_X86
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
@@ -125,8 +131,6 @@ typedef struct {
     int filters, kernel, stride, padding; /* filters: the channels of the output */
     int mode;                             /* what the bits mean: BNN_XNOR, BNN_AND or BNN_MASKED */
 } bnn_Conv;
-
-enum { BNN_XNOR, BNN_AND, BNN_MASKED };
 
 BNN_FUNCTION int bnn_output_size(const bnn_Conv *s, int size) {
     return (size + 2 * s->padding - s->kernel) / s->stride + 1;
@@ -244,8 +248,8 @@ BNN_INLINE void bnn_write(const bnn_Bits *r, int block, ptrdiff_t pixel, const i
     }
 }
 
-/* Plain C. The popcounts of 16 filters are collected in bytes: three words at a time are reduced to two by a full adder,
-   and at most ten times three words of 24 bits fit in a byte. */
+/* Plain C. A full adder reduces three words to two. The popcounts of 16 filters are collected in bytes: the 24 bits in
+   the same byte of three words can be added ten times. */
 BNN_INLINE void bnn_tile_plain(const int mode, const bnn_Bits *r, int block, const uint8_t *x0, ptrdiff_t out) {
     int32_t sum[16];
     const int32_t base = mode == BNN_AND ? -bnn_ones(r, x0) : r->base, sign = mode == BNN_AND ? 2 : -2;
@@ -257,7 +261,8 @@ BNN_INLINE void bnn_tile_plain(const int mode, const bnn_Bits *r, int block, con
             uint32_t bytes[16] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
             for (int n = 0; n < 10 && i < r->words; n++) {
                 if (mode != BNN_MASKED && i + 3 <= r->words) {
-                    const uint32_t a = bnn_load32(x + 4 * i), b = bnn_load32(x + 4 * i + 4), c = bnn_load32(x + 4 * i + 8);
+                    const uint8_t *at = x + 4 * i;
+                    const uint32_t a = bnn_load32(at), b = bnn_load32(at + 4), c = bnn_load32(at + 8);
                     const uint32_t am = bnn_mask(r, i), bm = bnn_mask(r, i + 1), cm = bnn_mask(r, i + 2);
                     for (int f = 0; f < 16; f++) {
                         const uint32_t u = (mode == BNN_AND ? a & w[f] : a ^ w[f]) & am;
@@ -292,9 +297,9 @@ BNN_FUNCTION void bnn_bits_plain(const bnn_Bits *r, int block, int blocks) {
             for (int p = 0; p < r->pixels; p++) {
                 const uint8_t *x = r->x + line * r->x_line + p * r->x_pixel;
                 const ptrdiff_t out = line * r->out_line + p * r->out_pixel;
-                if (r->mode == BNN_XNOR) bnn_tile_plain(BNN_XNOR, r, b, x, out);
-                if (r->mode == BNN_AND) bnn_tile_plain(BNN_AND, r, b, x, out);
-                if (r->mode == BNN_MASKED) bnn_tile_plain(BNN_MASKED, r, b, x, out);
+                if (BNN_HAS(BNN_XNOR) && r->mode == BNN_XNOR) bnn_tile_plain(BNN_XNOR, r, b, x, out);
+                if (BNN_HAS(BNN_AND) && r->mode == BNN_AND) bnn_tile_plain(BNN_AND, r, b, x, out);
+                if (BNN_HAS(BNN_MASKED) && r->mode == BNN_MASKED) bnn_tile_plain(BNN_MASKED, r, b, x, out);
             }
 }
 
@@ -319,8 +324,8 @@ BNN_INLINE BNN_AVX512 bnn_Limits_avx512 bnn_limits_avx512(const int mode, const 
     return limits;
 }
 
-/* The results of a block for one pixel. count: the popcounts, from limits.start on. present, in mode BNN_MASKED: those of
-   the mask. */
+/* The results of a block for one pixel. count: the popcounts, from limits.start on. present: those of the mask, in mode
+   BNN_MASKED. */
 BNN_INLINE BNN_AVX512 void bnn_write_avx512(const int mode, const bnn_Bits *r, int block, ptrdiff_t out, int32_t base,
                                             __m512i count, __m512i present, __m512i most) {
     const int from = 16 * block, n = r->filters - from;
@@ -358,8 +363,10 @@ BNN_INLINE BNN_AVX512 __m512i bnn_count_avx512(const int mode, const int masked,
     return _mm512_popcnt_epi32(masked ? _mm512_and_si512(v, mask) : v);
 }
 
-/* B blocks of filters by P pixels, all of whose counts are kept in registers. The pixels are neighbours in a line or, if
-   square, 2 x 2. masked: r->masked. */
+enum { BNN_AHEAD = 16 }; /* words that are fetched into the cache before they are needed */
+
+/* B blocks of filters by P pixels, all of whose counts are kept in registers. The pixels are neighbours in a line or,
+   if square, 2 x 2. masked: r->masked. */
 BNN_INLINE BNN_AVX512 void bnn_tile_avx512(const int mode, const int masked, const int B, const int P, const int square,
                                            const bnn_Bits *r, int block, int line, int pixel,
                                            const bnn_Limits_avx512 *limits) {
@@ -378,6 +385,7 @@ BNN_INLINE BNN_AVX512 void bnn_tile_avx512(const int mode, const int masked, con
             __m512i weight[4], mask[4];
             BNN_UNROLL for (int b = 0; b < B; b++) {
                 weight[b] = _mm512_loadu_si512(w + b * w_block);
+                if (P == 4) _mm_prefetch((const char *)(w + b * w_block + 16 * BNN_AHEAD), _MM_HINT_T0);
                 mask[b] = _mm512_set1_epi32(masked ? (int)bnn_mask(r, i) : 0);
                 if (mode == BNN_MASKED) {
                     mask[b] = _mm512_and_si512(mask[b], _mm512_loadu_si512(w + b * w_block + 16));
@@ -441,7 +449,8 @@ BNN_INLINE BNN_AVX512 void bnn_blocks_avx512(
     line = 0;
     if (r->pixels & 2) {
         if (mode != BNN_AND) /* whose lines come one by one */
-            for (; line + 2 <= r->lines; line += 2) bnn_tile_avx512(mode, masked, B, 4, 1, r, block, line, rest, limits);
+            for (; line + 2 <= r->lines; line += 2)
+                bnn_tile_avx512(mode, masked, B, 4, 1, r, block, line, rest, limits);
         for (; line < r->lines; line++) bnn_tile_avx512(mode, masked, B, 2, 0, r, block, line, rest, limits);
     }
     if (r->pixels & 1)
@@ -482,20 +491,21 @@ BNN_FEW_WORDS(BNN_AND, 0, 6)
 
 BNN_FUNCTION void bnn_region_avx512(const bnn_Bits *r, int block, int blocks) {
     void (*few)(const bnn_Bits *, int) = NULL;
-    const int xnor = r->mode == BNN_XNOR;
-    if (r->rows == 3 && r->mode != BNN_MASKED && r->pixels > 1) {
-        if (r->masked && r->words == 2) few = xnor ? BNN_XNOR_1_2_words_avx512 : BNN_AND_1_2_words_avx512;
-        if (!r->masked && r->words == 3) few = xnor ? BNN_XNOR_0_3_words_avx512 : BNN_AND_0_3_words_avx512;
-        if (!r->masked && r->words == 6) few = xnor ? BNN_XNOR_0_6_words_avx512 : BNN_AND_0_6_words_avx512;
+    const int has_three_rows = r->rows == 3 && r->pixels > 1;
+    if (BNN_HAS(BNN_XNOR) && r->mode == BNN_XNOR) {
+        if (has_three_rows && r->masked && r->words == 2) few = BNN_XNOR_1_2_words_avx512;
+        if (has_three_rows && !r->masked && r->words == 3) few = BNN_XNOR_0_3_words_avx512;
+        if (has_three_rows && !r->masked && r->words == 6) few = BNN_XNOR_0_6_words_avx512;
+        if (!few) (r->masked ? BNN_XNOR_1_avx512 : BNN_XNOR_0_avx512)(r, block, blocks);
     }
-    if (few)
-        for (int b = block; b < block + blocks; b++) few(r, b);
-    else if (r->mode == BNN_MASKED)
-        BNN_MASKED_1_avx512(r, block, blocks);
-    else if (r->masked)
-        (xnor ? BNN_XNOR_1_avx512 : BNN_AND_1_avx512)(r, block, blocks);
-    else
-        (xnor ? BNN_XNOR_0_avx512 : BNN_AND_0_avx512)(r, block, blocks);
+    if (BNN_HAS(BNN_AND) && r->mode == BNN_AND) {
+        if (has_three_rows && r->masked && r->words == 2) few = BNN_AND_1_2_words_avx512;
+        if (has_three_rows && !r->masked && r->words == 3) few = BNN_AND_0_3_words_avx512;
+        if (has_three_rows && !r->masked && r->words == 6) few = BNN_AND_0_6_words_avx512;
+        if (!few) (r->masked ? BNN_AND_1_avx512 : BNN_AND_0_avx512)(r, block, blocks);
+    }
+    if (BNN_HAS(BNN_MASKED) && r->mode == BNN_MASKED) BNN_MASKED_1_avx512(r, block, blocks);
+    for (int b = block; few && b < block + blocks; b++) few(r, b);
 }
 
 BNN_FUNCTION BNN_AVX512 void bnn_bits_avx512(const bnn_Bits *region, int block, int blocks) {
@@ -514,18 +524,21 @@ BNN_FUNCTION BNN_AVX512 void bnn_bits_avx512(const bnn_Bits *region, int block, 
             r.sums = region->sums ? region->sums + out * r.filters : NULL;
             r.bits = region->bits ? region->bits + out * r.bits_pixel : NULL;
             r.pixels = region->pixels - from < MOST ? region->pixels - from : MOST;
+            const uint32_t not_first = r.masked ? ~bnn_mask(&r, 0) : 0;
+            const uint32_t not_last = r.masked ? ~bnn_mask(&r, r.words - 1) : 0;
             for (int p = 0; p < r.pixels; p++) {
                 int64_t n = 0;
-                for (int row = 0; row < r.rows; row++) {
+                for (int row = 0; row < r.rows && r.words > 0; row++) {
                     const uint8_t *x = r.x + p * r.x_pixel + row * r.x_row;
                     int i = 0;
                     for (; i + 2 <= r.words; i += 2) {
-                        const uint64_t mask = (uint64_t)bnn_mask(&r, i + 1) << 32 | bnn_mask(&r, i);
                         uint64_t v;
                         memcpy(&v, x + 4 * i, 8);
-                        n += _mm_popcnt_u64(v & mask);
+                        n += _mm_popcnt_u64(v);
                     }
-                    if (i < r.words) n += _mm_popcnt_u32(bnn_load32(x + 4 * i) & bnn_mask(&r, i));
+                    if (i < r.words) n += _mm_popcnt_u32(bnn_load32(x + 4 * i));
+                    if (not_first) n -= _mm_popcnt_u32(bnn_load32(x) & not_first);
+                    if (not_last && r.words > 1) n -= _mm_popcnt_u32(bnn_load32(x + 4 * (r.words - 1)) & not_last);
                 }
                 bases[p] = (int32_t)-n;
             }
@@ -535,8 +548,8 @@ BNN_FUNCTION BNN_AVX512 void bnn_bits_avx512(const bnn_Bits *region, int block, 
 
 /* AVX2 has no popcount. Two table look-ups count the bits of each byte. A block of filters takes two registers. */
 BNN_INLINE BNN_AVX2 __m256i bnn_popcount_avx2(__m256i v) {
-    const __m256i table =
-        _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+    const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,
+                                           0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
     const __m256i low = _mm256_and_si256(v, _mm256_set1_epi8(15));
     const __m256i high = _mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi8(15));
     return _mm256_add_epi8(_mm256_shuffle_epi8(table, low), _mm256_shuffle_epi8(table, high));
@@ -620,14 +633,10 @@ BNN_INLINE BNN_AVX2 void bnn_mode_avx2(const int mode, const int masked, const b
 }
 
 BNN_FUNCTION BNN_AVX2 void bnn_bits_avx2(const bnn_Bits *r, int block, int blocks) {
-    if (r->mode == BNN_MASKED)
-        bnn_mode_avx2(BNN_MASKED, 1, r, block, blocks);
-    else if (r->mode == BNN_AND)
-        bnn_mode_avx2(BNN_AND, 1, r, block, blocks);
-    else if (r->masked)
-        bnn_mode_avx2(BNN_XNOR, 1, r, block, blocks);
-    else
-        bnn_mode_avx2(BNN_XNOR, 0, r, block, blocks);
+    if (BNN_HAS(BNN_MASKED) && r->mode == BNN_MASKED) bnn_mode_avx2(BNN_MASKED, 1, r, block, blocks);
+    if (BNN_HAS(BNN_AND) && r->mode == BNN_AND) bnn_mode_avx2(BNN_AND, 1, r, block, blocks);
+    if (BNN_HAS(BNN_XNOR) && r->mode == BNN_XNOR && r->masked) bnn_mode_avx2(BNN_XNOR, 1, r, block, blocks);
+    if (BNN_HAS(BNN_XNOR) && r->mode == BNN_XNOR && !r->masked) bnn_mode_avx2(BNN_XNOR, 0, r, block, blocks);
 }
 #endif
 
@@ -688,19 +697,16 @@ BNN_INLINE void bnn_mode_neon(const int mode, const int masked, const bnn_Bits *
 }
 
 BNN_FUNCTION void bnn_bits_neon(const bnn_Bits *r, int block, int blocks) {
-    if (r->mode == BNN_MASKED)
-        bnn_mode_neon(BNN_MASKED, 1, r, block, blocks);
-    else if (r->mode == BNN_AND)
-        bnn_mode_neon(BNN_AND, 1, r, block, blocks);
-    else if (r->masked)
-        bnn_mode_neon(BNN_XNOR, 1, r, block, blocks);
-    else
-        bnn_mode_neon(BNN_XNOR, 0, r, block, blocks);
+    if (BNN_HAS(BNN_MASKED) && r->mode == BNN_MASKED) bnn_mode_neon(BNN_MASKED, 1, r, block, blocks);
+    if (BNN_HAS(BNN_AND) && r->mode == BNN_AND) bnn_mode_neon(BNN_AND, 1, r, block, blocks);
+    if (BNN_HAS(BNN_XNOR) && r->mode == BNN_XNOR && r->masked) bnn_mode_neon(BNN_XNOR, 1, r, block, blocks);
+    if (BNN_HAS(BNN_XNOR) && r->mode == BNN_XNOR && !r->masked) bnn_mode_neon(BNN_XNOR, 0, r, block, blocks);
 }
 #endif
 
 /* Rows [y0, y1) of a convolution of bits: sums [y1 - y0][width][filters] or, where sums is NULL, the bits of the binary
-   activation that follows, [y1 - y0][width][bytes]. low, range: see bnn_Bits. */
+   activation that follows, [y1 - y0][width][bytes]. low, range: see bnn_Bits.
+   Four bytes before and after x must be readable, because a word that counts only in part is read whole. */
 BNN_FUNCTION void bnn_binary_conv(const bnn_Conv *s, const uint8_t *x, const uint32_t *w, int y0, int y1, float *sums,
                                   uint8_t *bits, const int32_t *low, const uint32_t *range) {
     const int pixel = (s->channels + 7) / 8, blocks = (s->filters + 15) / 16, width = bnn_output_size(s, s->width);
@@ -712,9 +718,13 @@ BNN_FUNCTION void bnn_binary_conv(const bnn_Conv *s, const uint8_t *x, const uin
     r.x_pixel = (ptrdiff_t)s->stride * pixel, r.x_line = s->stride * r.x_row, r.out_pixel = 1, r.out_line = width;
     r.mode = s->mode, r.filters = s->filters, r.bits_pixel = (s->filters + 7) / 8;
     r.low = low, r.range = range, r.bases = NULL;
-    for (int block = 0; block < blocks; block += 4) { /* outermost, so that their weights stay in the cache */
+    /* Blocks are outermost, so that their weights stay in the cache. The region inside comes first: its tiles compute
+       longest with each weight, which gives time to fetch the next ones. */
+    for (int i = 0; i < (blocks + 3) / 4 * 2; i++) {
+        const int block = i / 2 * 4, is_inside = i % 2 == 0;
         bnn_Region g = bnn_before(s, y0, y1);
         while (bnn_next(s, &g)) {
+            if ((g.ky1 - g.ky0 == s->kernel && g.kx1 - g.kx0 == s->kernel) != is_inside) continue;
             const int from = g.kx0 * pixel, to = g.kx1 * pixel, word = from / 4; /* from, to: bytes of a row */
             const int top = g.y * s->stride - s->padding + g.ky0, left = g.x * s->stride - s->padding;
             const ptrdiff_t at = (ptrdiff_t)(g.y - y0) * width + g.x;
@@ -790,8 +800,6 @@ BNN_FUNCTION void bnn_floats_plain(const bnn_Floats *r, int block) {
         for (int f = 0; f < n; f++) r->out[p * r->out_pixel + 16 * block + f] = acc[f];
     }
 }
-
-enum { BNN_FLOAT, BNN_SIGN, BNN_SIGN_OR_0 }; /* what the weights are */
 
 #ifdef BNN_X86
 /* B blocks of filters by P pixels. */
@@ -871,7 +879,9 @@ BNN_SEPARATE BNN_AVX512 void bnn_floats_2_avx512(const bnn_Floats *r, int block,
 }
 
 BNN_FUNCTION void bnn_floats_avx512(const bnn_Floats *r, int block, int blocks) {
-    (r->weights ? bnn_floats_0_avx512 : r->present ? bnn_floats_2_avx512 : bnn_floats_1_avx512)(r, block, blocks);
+    if (BNN_HAS(BNN_FLOAT) && r->weights) bnn_floats_0_avx512(r, block, blocks);
+    if (BNN_HAS(BNN_SIGN) && r->bits && !r->present) bnn_floats_1_avx512(r, block, blocks);
+    if (BNN_HAS(BNN_SIGN_OR_0) && r->bits && r->present) bnn_floats_2_avx512(r, block, blocks);
 }
 
 /* 8 elements, all bits set where bit 0 to 7 is. */
@@ -922,12 +932,9 @@ BNN_INLINE BNN_AVX2 void bnn_floats_kind_avx2(const int kind, const bnn_Floats *
 }
 
 BNN_FUNCTION BNN_AVX2 void bnn_floats_avx2(const bnn_Floats *r, int block, int blocks) {
-    if (r->weights)
-        bnn_floats_kind_avx2(BNN_FLOAT, r, block, blocks);
-    else if (r->present)
-        bnn_floats_kind_avx2(BNN_SIGN_OR_0, r, block, blocks);
-    else
-        bnn_floats_kind_avx2(BNN_SIGN, r, block, blocks);
+    if (BNN_HAS(BNN_FLOAT) && r->weights) bnn_floats_kind_avx2(BNN_FLOAT, r, block, blocks);
+    if (BNN_HAS(BNN_SIGN) && r->bits && !r->present) bnn_floats_kind_avx2(BNN_SIGN, r, block, blocks);
+    if (BNN_HAS(BNN_SIGN_OR_0) && r->bits && r->present) bnn_floats_kind_avx2(BNN_SIGN_OR_0, r, block, blocks);
 }
 #endif
 
@@ -973,12 +980,9 @@ BNN_INLINE void bnn_floats_kind_neon(const int kind, const bnn_Floats *r, int bl
 }
 
 BNN_FUNCTION void bnn_floats_neon(const bnn_Floats *r, int block) {
-    if (r->weights)
-        bnn_floats_kind_neon(BNN_FLOAT, r, block);
-    else if (r->present)
-        bnn_floats_kind_neon(BNN_SIGN_OR_0, r, block);
-    else
-        bnn_floats_kind_neon(BNN_SIGN, r, block);
+    if (BNN_HAS(BNN_FLOAT) && r->weights) bnn_floats_kind_neon(BNN_FLOAT, r, block);
+    if (BNN_HAS(BNN_SIGN) && r->bits && !r->present) bnn_floats_kind_neon(BNN_SIGN, r, block);
+    if (BNN_HAS(BNN_SIGN_OR_0) && r->bits && r->present) bnn_floats_kind_neon(BNN_SIGN_OR_0, r, block);
 }
 #endif
 
@@ -1088,32 +1092,48 @@ BNN_INLINE void bnn_window(const bnn_Pool *s, int at, int *from, int *to) {
     }
 }
 
+/* n <= 16 channels of a window of x, from the channel at x on. */
+BNN_INLINE void bnn_maximum_part(
+    const bnn_Pool *s, const int n, const float *x, int rows, int from, int to, float *out) {
+    float most[16];
+    for (int f = 0; f < n; f++) most[f] = x[from * s->channels + f];
+    for (int y = 0; y < rows; y++)
+        for (int i = from; i < to; i++) {
+            const float *v = x + ((ptrdiff_t)y * s->width + i) * s->channels;
+            for (int f = 0; f < n; f++) most[f] = v[f] > most[f] ? v[f] : most[f];
+        }
+    for (int f = 0; f < n; f++) out[f] = most[f];
+}
+
+BNN_INLINE void bnn_average_part(
+    const bnn_Pool *s, const int n, const float *x, int rows, int from, int to, float *out) {
+    float sum[16];
+    for (int f = 0; f < n; f++) sum[f] = 0;
+    for (int y = 0; y < rows; y++)
+        for (int i = from; i < to; i++) {
+            const float *v = x + ((ptrdiff_t)y * s->width + i) * s->channels;
+            for (int f = 0; f < n; f++) sum[f] += v[f];
+        }
+    for (int f = 0; f < n; f++) out[f] = sum[f] / (float)(rows * (to - from));
+}
+
 BNN_INLINE void bnn_maximum_on(const int unit, const bnn_Pool *s, const float *x, int rows, float *out) {
     (void)unit;
     for (int at = 0; at < s->out_width; at++, out += s->channels) {
-        int from, to;
+        int from, to, c = 0;
         bnn_window(s, at, &from, &to);
-        for (int c = 0; c < s->channels; c++) out[c] = x[from * s->channels + c];
-        for (int y = 0; y < rows; y++)
-            for (int i = from; i < to; i++) {
-                const float *v = x + ((ptrdiff_t)y * s->width + i) * s->channels;
-                for (int c = 0; c < s->channels; c++) out[c] = v[c] > out[c] ? v[c] : out[c];
-            }
+        for (; c + 16 <= s->channels; c += 16) bnn_maximum_part(s, 16, x + c, rows, from, to, out + c);
+        if (c < s->channels) bnn_maximum_part(s, s->channels - c, x + c, rows, from, to, out + c);
     }
 }
 
 BNN_INLINE void bnn_average_on(const int unit, const bnn_Pool *s, const float *x, int rows, float *out) {
     (void)unit;
     for (int at = 0; at < s->out_width; at++, out += s->channels) {
-        int from, to;
+        int from, to, c = 0;
         bnn_window(s, at, &from, &to);
-        for (int c = 0; c < s->channels; c++) out[c] = 0;
-        for (int y = 0; y < rows; y++)
-            for (int i = from; i < to; i++) {
-                const float *v = x + ((ptrdiff_t)y * s->width + i) * s->channels;
-                for (int c = 0; c < s->channels; c++) out[c] += v[c];
-            }
-        for (int c = 0; c < s->channels; c++) out[c] /= (float)(rows * (to - from));
+        for (; c + 16 <= s->channels; c += 16) bnn_average_part(s, 16, x + c, rows, from, to, out + c);
+        if (c < s->channels) bnn_average_part(s, s->channels - c, x + c, rows, from, to, out + c);
     }
 }
 
