@@ -248,26 +248,31 @@ def to_c(
     example: Tensor,
     normalisation: list[list[float]] | None = None,
     about: str = "a binary network",
-) -> None:
-    """Write one C99 file with the function net_predict(const float *image, float *logits).
+    name: str = "net",
+) -> tuple[int, int]:
+    """Write one C99 file with the function NAME_predict(const float *image, float *logits).
 
     example: a batch of inputs, [B, C, H, W] for images.
     normalisation: see `save_bits`. With it, net_predict() takes pixels of 0 to 255; without it, what the network takes.
     about: a few words for the comment at the top of the file.
+    name: the prefix of all names in the file, so that a program can hold several networks.
 
+    Returns the bytes of its constants (flash, besides the code) and of its buffers (RAM).
     Raises RunError if the file cannot be written, or names all layers for which export_c.py has no rule.
     """
-    write(path, c_source(frozen(net), on_cpu(example), normalisation, about).encode())
+    ops, normalisation = c_operations(frozen(net), on_cpu(example), normalisation)
+    write(path, export_c.c_source(ops, normalisation, about, name).encode())
+    return export_c.memory(ops, normalisation)
 
 
-def c_source(net: nn.Module, example: Tensor, normalisation: list[list[float]] | None, about: str) -> str:
-    """The C file of a frozen network."""
+def c_operations(net: nn.Module, example: Tensor, normalisation: list[list[float]] | None) -> tuple[list, list]:
+    """The operations of a frozen network, and its normalisation."""
     layers = failing_layers(net, example, check_rule)
     if layers:
         raise RunError(f"the C generator has no rule for {layers}: use --to onnx, or other layers")
     ops = export_c.operations(net, tuple(example.shape[1:]))
     channels = ops[0].shape[0]
-    return export_c.c_source(ops, normalisation or [[1.0] * channels, [0.0] * channels], about)
+    return ops, normalisation or [[1.0] * channels, [0.0] * channels]
 
 
 def check_rule(layer: nn.Module, x: Tensor) -> None:
@@ -486,7 +491,7 @@ class Comparison:
     correct: int = 0
 
 
-def check(trained: Trained, test, to: str, path: Path, limit: int | None) -> Comparison:
+def check(trained: Trained, test, to: str, path: Path, limit: int | None, name: str = "net") -> Comparison:
     """Compare the file that was written with the network, and print the result."""
     with tempfile.TemporaryDirectory() as folder:
         if to == "bits":
@@ -498,7 +503,7 @@ def check(trained: Trained, test, to: str, path: Path, limit: int | None) -> Com
             library = export_c.compile_library(path, Path(folder))
             factor, shift = factor_and_shift(trained)
             logits_of = lambda images: export_c.predict(
-                library, ((images - shift) / factor).round(), trained.num_classes
+                library, ((images - shift) / factor).round(), trained.num_classes, name
             )
         found = compare(trained.net, test, logits_of, limit)
     say(
@@ -637,7 +642,9 @@ def bench(trained: Trained, rounds: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         to_onnx(trained.net, folder / "network.onnx", trained.example())
-        source = c_source(trained.net, trained.example(), trained.normalisation, trained.about())
+        source = export_c.c_source(
+            *c_operations(trained.net, trained.example(), trained.normalisation), trained.about()
+        )
         (folder / "network.c").write_text(source)
         library = export_c.compile_library(folder / "network.c", folder)
         for threads in sorted({1, os.cpu_count() or 1}):
@@ -675,6 +682,7 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("run", help="a run's folder, a checkpoint, or a .safetensors file that this script has written")
     parser.add_argument("--to", metavar="FORMAT", help=f"one of {', '.join(SUFFIXES)}")
     parser.add_argument("--out", help="the file or folder to write (default: in the run's folder, with its name)")
+    parser.add_argument("--name", default="net", help="prefix of the names in the C file (default: %(default)s)")
     parser.add_argument("--half", action="store_true", help="what is not binary in float16 (with float activations)")
     parser.add_argument("--dataset", help="data set of the test images (default: the run's)")
     parser.add_argument("--data-dir", help="folder of the test images (default: the run's)")
@@ -727,13 +735,14 @@ def main(argv=None) -> int:
     elif to == "onnx":
         to_onnx(trained.net, path, trained.example(), trained.normalisation)
     else:
-        to_c(trained.net, path, trained.example(), trained.normalisation, trained.about())
+        flash, ram = to_c(trained.net, path, trained.example(), trained.normalisation, trained.about(), args.name)
+        say(f"on a microcontroller: {flash:,} bytes of constants besides the code, {ram:,} bytes of RAM")
     say(f"{path}: {path.stat().st_size:,} bytes")
 
     try:
         if test is None:
             raise RunError(reason)
-        found = check(trained, test, to, path, args.images)
+        found = check(trained, test, to, path, args.images, args.name)
     except RunError as e:
         raise RunError(f"{path} was written, but could not be checked: {e}") from None
     if found.equal < found.count * LEAST_EQUAL["half" if args.half else to]:

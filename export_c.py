@@ -131,9 +131,7 @@ def operations(net: nn.Module, shape: tuple[int, int, int]) -> list[Op]:
 
 
 def not_convolutional(reason: str) -> RunError:
-    return RunError(
-        f"this network can be exported --to bits only ({reason}): --to onnx and --to c are for convolutional networks"
-    )
+    return RunError(f"this network cannot be written as C ({reason}): use --to onnx or --to bits")
 
 
 def convert(node: fx.Node, traced: fx.GraphModule, inputs: list[Op], shape: tuple[int, int, int]) -> list[Op]:
@@ -176,7 +174,8 @@ def convert(node: fx.Node, traced: fx.GraphModule, inputs: list[Op], shape: tupl
     elif (
         pools_to_size
         or isinstance(module, nn.Identity | nn.Dropout)
-        or (node.target == "flatten" and node.args[1:] == (1,))
+        or (isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1))
+        or (node.target in ("flatten", torch.flatten) and node.args[1:] == (1,))
     ):
         return []
     else:

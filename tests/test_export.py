@@ -197,7 +197,7 @@ def test_c_predicts_the_same(network, capsys, monkeypatch):
 def test_a_batchnorm_before_a_binary_activation_is_a_comparison_of_sums(tmp_path):
     """In a ResNet's blocks between the two convolutions; at the blocks' ends the shortcut is in between."""
     found = export.read(trained(tmp_path, train_fsg, "--arch resnet8 --grad ste --act sign"))
-    text = export.c_source(found.net, found.example(), found.normalisation, "")
+    text = export_c.c_source(*export.c_operations(found.net, found.example(), found.normalisation), "")
     calls = text.split("static void net_run(")[1]
     assert calls.count("_low, ") == 3 and calls.count("net_pack(out") == 3
     for group in export_c.fuse(ops := export_c.operations(found.net, found.shape)):

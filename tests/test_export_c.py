@@ -320,5 +320,5 @@ def test_a_compiler_that_fails_ends_with_a_sentence(tmp_path, monkeypatch):
 
 
 def test_what_is_no_convolutional_network_is_refused():
-    with pytest.raises(RunError, match=r"--to bits only .*Softmax"):
+    with pytest.raises(RunError, match=r"cannot be written as C .*Softmax"):
         export_c.operations(torch.nn.Sequential(torch.nn.Conv2d(1, 3, 2), torch.nn.Softmax(1)), (1, 2, 2))
