@@ -107,7 +107,13 @@ def test_killed_ten_times_the_run_is_the_same_run(tmp_path):
     assert kills == 10 and in_writes == 5, process.stdout + process.stderr
     for file in ("last.pt", "best.pt"):
         assert_same_run(tmp_path / "whole" / file, tmp_path / "killed" / file)
-    assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == ["args.json", "best.pt", "last.pt", "metrics.csv"]
+    assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == [
+        "args.json",
+        "best.pt",
+        "last.pt",
+        "log.txt",
+        "metrics.csv",
+    ]
 
 
 # The kernel refuses to let files grow past a limit, as on a full disk or beyond a quota.
@@ -182,7 +188,8 @@ def test_what_diverges_first_is_named(tmp_path, monkeypatch, where):
     monkeypatch.setattr(torch.optim.Adam, "step", step)
     if where == "loss":
         real = torch.nn.functional.cross_entropy
-        monkeypatch.setattr(train_fsg.F, "cross_entropy", lambda *a: real(*a) * (torch.nan if len(steps) == 8 else 1))
+        broken = lambda *args, **options: real(*args, **options) * (torch.nan if len(steps) == 8 else 1)
+        monkeypatch.setattr(train_fsg.F, "cross_entropy", broken)
     with pytest.raises(runs.RunError) as error:
         train_fsg.main([*DIGITS, "--grad", "ste", "--save-every", "0", "--out", str(tmp_path), "--name", "run"])
     name = "layer1.0.conv1.weight"
