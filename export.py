@@ -624,18 +624,42 @@ def plain_network(net: nn.Module) -> nn.Module:
     return net
 
 
+def int8_session(net: nn.Module, example: Tensor, folder: Path, threads: int):
+    """onnxruntime with the full-precision network in int8, which users would take in place of a binary one.
+
+    Weights are quantized per channel, activations per tensor (QDQ), and calibrated on random images.
+    """
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Images(CalibrationDataReader):
+        def __init__(self):
+            self.batches = iter([{"image": torch.randn_like(example).numpy()} for _ in range(8)])
+
+        def get_next(self):
+            return next(self.batches, None)
+
+    plain = models.binarize_(copy.deepcopy(net), "none", quiet=True)
+    (folder / "float.onnx").write_bytes(traced(plain, example))
+    kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8, "quant_format": QuantFormat.QDQ}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantize_static(folder / "float.onnx", folder / "int8.onnx", Images(), per_channel=True, **kinds)
+    return onnx_session(folder / "int8.onnx", threads)
+
+
 @torch.inference_mode()
 def bench(trained: Trained, rounds: int) -> dict:
     """Time the network, in PyTorch, onnxruntime and C, and its binary convolutions one by one. Prints two tables.
 
-    The C file uses one core; the others use one, and then all.
+    The C file uses one core; the others use one, and then all. "int8" is the same network in full precision, with int8
+    weights and activations.
 
     Returns {"networks": rows, "layers": rows}; the times of networks are ms per image.
     """
     results = {"networks": [], "layers": []}
     title = f"{trained.arch}, ms per image (median of {rounds}, in turn)"
     table = Table(title=title, title_justify="left")
-    for column in ("cores", "batch", "PyTorch float32", "onnxruntime", "C", "PyTorch / C", "onnxruntime / C"):
+    for column in ("cores", "batch", "PyTorch float32", "onnxruntime", "its int8", "C", "PyTorch / C", "int8 / C"):
         table.add_column(column, justify="right")
     net, threads_before = plain_network(trained.net), torch.get_num_threads()
     factor, shift = factor_and_shift(trained)
@@ -649,6 +673,7 @@ def bench(trained: Trained, rounds: int) -> dict:
         library = export_c.compile_library(folder / "network.c", folder)
         for threads in sorted({1, os.cpu_count() or 1}):
             session = onnx_session(folder / "network.onnx", threads)
+            int8 = int8_session(trained.net, trained.example(), folder, threads)
             torch.set_num_threads(threads)
             for batch in (1, 32):
                 pixels = torch.randint(256, (batch, *trained.shape)).float()
@@ -657,11 +682,12 @@ def bench(trained: Trained, rounds: int) -> dict:
                 functions = {
                     "pytorch": lambda x=channels_last: net(x),
                     "onnxruntime": lambda session=session, feed=feed: session.run(None, feed),
+                    "int8": lambda session=int8, feed=feed: session.run(None, feed),
                     "ours": lambda x=pixels: export_c.predict(library, x, trained.num_classes),
                 }
                 ms = {name: 1e3 * s / batch for name, s in export_c.compare_speed(functions, rounds).items()}
                 results["networks"].append({"cores": threads, "batch": batch, **ms})
-                ratios = [ms["pytorch"] / ms["ours"], ms["onnxruntime"] / ms["ours"]]
+                ratios = [ms["pytorch"] / ms["ours"], ms["int8"] / ms["ours"]]
                 cells = [f"{value:.3f}" for value in ms.values()] + [f"{ratio:.1f}" for ratio in ratios]
                 table.add_row(str(threads), str(batch), *cells)
     runs.console.print(table)
