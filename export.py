@@ -1,9 +1,9 @@
 """Export a binary network as packed bits, as ONNX, or as one C file.
 
-In your own code, for any network made with models.binarize_() or models.build():
+In your own code, for any network made with binarize_() or models.build():
 
     export.save_bits(net, "net.safetensors")     # 1 bit per binary weight
-    net = export.load_bits("net.safetensors", MyNetwork())     # after models.binarize_(); the same logits, bit for bit
+    net = export.load_bits("net.safetensors", MyNetwork())     # after binarize_(); the same logits, bit for bit
     export.to_onnx(net, "net.onnx", example)     # example: a batch of inputs    (pip install onnx onnxruntime)
     export.to_c(net, "net.c", example)           # one C99 file: void net_predict(const float *image, float *logits)
 

@@ -1,6 +1,6 @@
 r"""Packed bits: a binary network in a .safetensors file with one bit per binary weight.
 
-    save_bits(net, "net.safetensors")                        # any network made with models.binarize_()
+    save_bits(net, "net.safetensors")                        # any network made with binarize_()
     net = load_bits("net.safetensors", MyBinaryNetwork())    # the same logits, bit for bit
 
     build = {"arch": "resnet20", "num_classes": 10}          # a network made with models.build(**build)
@@ -286,7 +286,7 @@ BUILD_DEFAULTS = {"quantizer": "dorefa", "act": "none", "binarize_all": False, "
 def load_bits(path: Path | str, net: nn.Module | None = None) -> nn.Module:
     """The network of packed bits, in eval mode. Its logits are those of the network that was saved, bit for bit.
 
-    net: a network of your own, made as it was when the file was written, models.binarize_() included. It is filled in
+    net: a network of your own, made as it was when the file was written, binarize_() included. It is filled in
         place and returned. Without it, the file must name a network of models.build (`save_bits` with `build`).
 
     Raises RunError if the file does not exist, is damaged, is of another kind, or does not fit the network.
@@ -398,7 +398,7 @@ def check_layers(net: nn.Module, layers, activations) -> None:
     """Raises ValueError unless a network's layers and activations are those that a file describes."""
     found = describe(net)
     if not models.binary_layers(net):
-        raise ValueError("the network has no binary layers: call models.binarize_() first")
+        raise ValueError("the network has no binary layers: call binarize_() first")
     if not isinstance(layers, dict) or not all(isinstance(fields, dict) for fields in layers.values()):
         raise ValueError("its layers are not described")
     for name in [*found, *layers]:

@@ -370,12 +370,15 @@ def c_source(ops: list[Op], normalisation: list[list[float]], about: str, name: 
         raise RunError(f"{name!r:.80} cannot begin the names in a C file: use letters, digits and underscores")
     writer = CWriter(ops, normalisation)
     (c, h, w), upper = ops[0].shape, name.upper()
+    pixels = "pixels from 0 to 255 as in the image file. They are normalised here."
+    if all(value == 1 for value in normalisation[0]) and all(value == 0 for value in normalisation[1]):
+        pixels = "the numbers that the network takes. Nothing is normalised here."
     header = f"""/* {NOT_PLAIN.sub("_", about[:200])}. Written by export.py.
 
    void {name}_predict(const float *image, float *logits);
    void {name}_predict_uint8(const uint8_t *image, float *logits);
 
-   image: [{c}][{h}][{w}] (channel, row, column), pixels from 0 to 255 as in the image file. They are normalised here.
+   image: [{c}][{h}][{w}] (channel, row, column), {pixels}
    logits: [{ops[-1].shape[0]}]. The index of the largest one is the predicted class.
    The constants take {writer.flash:,} bytes of flash, besides the code. The buffers take {writer.ram:,} bytes of RAM
    and are static: do not call the functions from several threads at once. The file is C99 and needs libc and libm:

@@ -134,7 +134,11 @@ def common_flags(script: str, description: str, **defaults) -> argparse.Argument
     add("--arch", default="resnet20", help="the network, one of models.ARCHS")
     add("--dataset", default="cifar10", choices=datasets, help=folder)
     add("--data-dir", default="data", help="the folder with the images, or to download them to")
-    add("--image-size", type=int, help="width and height in pixels (default: the images' own; 224 for large images)")
+    add(
+        "--image-size",
+        type=int,
+        help="width and height in pixels (default: the images' own up to 96, if square; else 224)",
+    )
     held_out = "hold N training images out for validation, which then chooses best.pt (default: %(default)s)"
     add("--val", type=int, default=0, metavar="N", help=held_out)
     add("--no-crop", action="store_true", help="no random crops of training images (images of up to 96 pixels)")
