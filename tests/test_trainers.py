@@ -578,8 +578,6 @@ def test_a_run_of_every_generator_holds_its_own_flags_alone(tmp_path, method, ca
         (train_proxconnect, ["--arch", "test_convnext"], "choose another vision transformer"),
         (train_proxconnect, ["--arch", "test_vit"], "another vision transformer or --patch-size"),
         (train_proxconnect, ["--arch", "test_vit", "--patch-size", "0"], "at least 1"),
-        (train_proxconnect, ["--arch", "beit_base_patch16_224", "--patch-size", "4"], "does not call all"),
-        (train_proxconnect, ["--arch", "deit_tiny_distilled_patch16_224", "--patch-size", "4"], "two heads"),
         (train_proxconnect, ["--method", "fp", "--act", "sign"], "full precision"),
         (train_sibnn, ["--arch", "alexnet"], "at least 63 pixels"),
         (train_sibnn, ["--device", "meta"], "--device cpu"),
