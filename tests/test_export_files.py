@@ -229,7 +229,7 @@ def test_a_network_of_words_becomes_onnx(tmp_path):
 
 def test_a_file_of_another_network_is_refused_and_the_network_stays_as_it_was(tmp_path):
     export.save_bits(own_network(), tmp_path / "net.safetensors")
-    with pytest.raises(runs.RunError, match=r"call models\.binarize_\(\) first"):
+    with pytest.raises(runs.RunError, match=r"call binarize_\(\) first"):
         export.load_bits(tmp_path / "net.safetensors", nn.Sequential(nn.Conv2d(2, 9, 3), nn.Linear(45, 6)))
     others = {"3": own_network("none"), "1": own_network(), "8": own_network()}
     others["1"][1] = nn.BatchNorm2d(9, eps=0.2)

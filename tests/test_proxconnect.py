@@ -236,7 +236,7 @@ def test_checkpoints_and_exports_contain_what_was_tested(tmp_path, capsys):
     test = data.load("digits")[2]
     for file, accuracy in (("best.pt", rows[-1]["test_acc"]), ("last.pt", rows[-1]["test_acc"])):
         net = export.read(tmp_path / "run" / file).net
-        found = runs.evaluate(net, test, torch.device("cpu"), amp=False)[1]
+        found = runs.evaluate(net, test, torch.device("cpu"), amp=False)["acc"]
         assert found == pytest.approx(accuracy, abs=1e-6)
         capsys.readouterr()
         assert train_proxconnect.main(["--eval-only", "--resume", str(tmp_path / "run" / file)]) == 0
