@@ -44,8 +44,8 @@ standard deviation of their initial values:
 
 test_acc is always the accuracy of the network with sign(w*) (parq: α sign(w*)), except for fp. The column relaxed_acc
 is that of F(w*), for the methods that train with other weights than the signs. Both are measured with BatchNorm
-statistics of the weights that are tested, from --bn-batches training batches. best.pt and last.pt
-contain the statistics of the signs.
+statistics of the weights that are tested, from --bn-batches training batches. best.pt and last.pt contain the
+statistics of the signs.
 
 Networks of timm take timm's normalisation, interpolation and crop. Training from large images uses the augmentation of
 DeiT (RandAugment and random erasing; no Mixup, CutMix or repeated augmentation), AdamW and a warm-up.
