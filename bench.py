@@ -60,9 +60,9 @@ try:
 except ImportError:
     triton = None
 
-# fsg-sampled is fsg-mamba with --hyper-sample, fsg-flat is fsg-mamba with --history flat. The suffixes +amp and
+# fsg-all is fsg-mamba with --hyper-sample 1, fsg-flat is fsg-mamba with --history flat. The suffixes +amp and
 # +compile stand for the trainers' flags of these names.
-OURS = ("plain", "ste", "fcgrad", "multifc", "lstmfc", "gate", "fsg-lstm", "fsg-mamba", "fsg-sampled", "fsg-flat")
+OURS = ("plain", "ste", "fcgrad", "multifc", "lstmfc", "gate", "fsg-lstm", "fsg-mamba", "fsg-all", "fsg-flat")
 GRADS = ("pytorch", *OURS)
 PACKAGES = {"brevitas": "brevitas", "parq": "torchao"}  # variants that need a package, and run only if they are named
 console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
@@ -147,7 +147,7 @@ def make_generator(grad: str, layers, args):
         "gate": lambda: gate.GatedHistory(layers),
         "fsg-lstm": lambda: hypernet.FSG(layers, hgs="lstm", hidden=args.hidden),
         "fsg-mamba": lambda: hypernet.FSG(layers, **mamba),
-        "fsg-sampled": lambda: hypernet.FSG(layers, hyper_sample=args.hyper_sample, **mamba),
+        "fsg-all": lambda: hypernet.FSG(layers, hyper_sample=1.0, **mamba),
         "fsg-flat": lambda: hypernet.FSG(layers, history="flat", **mamba),
     }
     return makers[grad]()
@@ -613,9 +613,6 @@ def main(argv=None) -> int:
         help=f"step, scale: {', '.join((*GRADS, *PACKAGES))}; for step also with the suffixes +amp and +compile",
     )
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2, 4], help="scale: numbers of processes")
-    parser.add_argument(
-        "--hyper-sample", type=float, default=0.125, help="step: --hyper-sample of fsg-sampled (default: %(default)s)"
-    )
     parser.add_argument(
         "--scan", default="auto", choices=["auto", "fused", "mamba-ssm", "reference"], help="step: Mamba's backend"
     )

@@ -356,7 +356,7 @@ def make_generator(method: str, layers):
         "gate": lambda: GatedHistory(layers),
         "fsg": lambda: hypernet.FSG(layers, **small),
         "fsg-flat": lambda: hypernet.FSG(layers, history="flat", **small),
-        "fsg-sampled": lambda: hypernet.FSG(layers, hyper_sample=0.125, **small),
+        "fsg-all": lambda: hypernet.FSG(layers, hyper_sample=1.0, **small),
         "fsg-lstm16": lambda: hypernet.FSG(layers, hgs="lstm", hidden=16),
         "fsg-lstm100": lambda: hypernet.FSG(layers, hgs="lstm", hidden=100),
         "multifc": lambda: MultiFC(layers),
@@ -625,8 +625,8 @@ def cuda_graphs(dry: bool, scratch: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Stage 2: step times.
 
-METHODS = ["ste", "plain", "fsg", "gate", "fsg-sampled", "multifc", "fsg-lstm16", "fsg-flat", "fsg-lstm100"]
-FEW = ["ste", "plain", "fsg", "gate", "fsg-sampled"]
+METHODS = ["ste", "plain", "fsg", "gate", "fsg-all", "multifc", "fsg-lstm16", "fsg-flat", "fsg-lstm100"]
+FEW = ["ste", "plain", "fsg", "gate", "fsg-all"]
 # A network's ways to run: how, precision, methods. tf32 is PyTorch's default: convolutions in TF32, the rest float32.
 EAGER = [("eager", "tf32", METHODS)]
 GRAPHS = [("graphs", "tf32", METHODS)]

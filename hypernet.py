@@ -165,8 +165,8 @@ class SlowLSTM(nn.Module):
         """u [B, L, 1] -> [B, L, 1], one output per token."""
         return self.out(self.lstm(u)[0])
 
-    def last(self, u: Tensor) -> Tensor:
-        """u [B, L, 1] -> [B]: the value of `forward(u)[:, -1, 0]`, computed in chunks."""
+    def last(self, u: Tensor, known: Tensor | None = None) -> Tensor:
+        """u [B, L, 1] -> [B]: the value of `forward(u)[:, -1, 0]`, computed in chunks. `known` makes no difference."""
         elements = 16 * self.lstm.hidden_size * u.shape[1]  # gates and states of a sequence, and their gradients
         last = lambda u: self.out(self.lstm(u)[1][0][0]).squeeze(1)  # of the hidden state after the last token
         return in_chunks(last, elements_at_once(u.device) // elements, self.parameters(), u)
@@ -268,11 +268,14 @@ class SlowMamba(nn.Module):
         rows = elements_at_once(u.device) // (min(u.shape[1], 64) * self.d_inner * self.d_state)
         return in_chunks(self.block, rows, self.parameters(), u) if u.shape[0] > max(1, rows) else self.block(u)
 
-    def last(self, u: Tensor) -> Tensor:
-        """The per-weight layout: u [B, L, 1] -> [B], the value of `forward(u)[:, -1, 0]`."""
+    def last(self, u: Tensor, known: Tensor | None = None) -> Tensor:
+        """The per-weight layout: u [B, L, 1] -> [B], the value of `forward(u)[:, -1, 0]`.
+
+        known [B]: this value, where it is known. Then the fused scan computes the gradients only.
+        """
         backend = self.backend(u.device, u.dtype, u.shape[1])
         if backend == "fused":
-            return selective_scan.last(u.squeeze(-1), *self.in_kernel_order())
+            return selective_scan.last(u.squeeze(-1), *self.in_kernel_order(), known=known)
         function = lambda u: self.block(u)[:, -1, 0]
         if backend == "reference" and selective_scan:
             function = lambda u: selective_scan.last_unrolled(u, *self.in_kernel_order())
@@ -582,6 +585,9 @@ class Seen(NamedTuple):
     layer_of: Tensor  # [n] the number of each weight's layer
     sizes: list[int]  # how many of the n weights each layer has
     lengths: Tensor  # the same, on the device
+    history_rms: Tensor | None = None  # [layers] RMS of the layer's history, for FSG
+    ghat_rms: Tensor | None = None  # [layers] RMS of the layer's ĝ_t, for FSG
+    slow: Tensor | None = None  # [n] the slow-net's outputs, where they are known
 
 
 class Learned(Generator):
@@ -720,8 +726,9 @@ class FSG(Learned):
         0, and without the balance as nn.Embedding does.
     hidden: width of the fast-net and of the LSTM. fast_act: see fast_net. d_state, d_conv, expand, scan: see SlowMamba.
     lr_fast, lr_slow: Adam's learning rates for φ: the fast-net's; the slow-net's and the LRE's.
-    hyper_sample: the share of weights that φ is trained on, drawn anew each step (1: all; per-weight layouts only). φ's
-        gradient is a sum over all weights, which a sample estimates in less time. Every weight gets its G.
+    hyper_sample: the share of the weights that φ is trained on, drawn anew in each step. None is 1/8, and 1 (all) for
+        the flat history, which cannot be sampled. φ's gradient is a sum over all weights, which a sample estimates in
+        less time. Every weight gets its G.
 
     Attributes: fast, slow, lre, history [length, N]. Raises ValueError for an impossible argument.
     Memory: (3·length + 16) N elements and a chunk of the slow-net; with the fused flat scan up to 256 MB more.
@@ -747,7 +754,7 @@ class FSG(Learned):
         scan: str = "auto",
         lr_fast: float = 1e-2,
         lr_slow: float = 1e-3,
-        hyper_sample: float = 1.0,
+        hyper_sample: float | None = None,
     ):
         for name, value, known in (
             ("slow-net (hgs)", hgs, ("mamba", "lstm")),
@@ -758,6 +765,8 @@ class FSG(Learned):
             if value not in known:
                 raise ValueError(f"no {name} is called {value!r}: use {' or '.join(known)}")
         flat, sequence = history == "flat", "the flat history, where a layer is one sequence: use --history per-weight"
+        if hyper_sample is None:
+            hyper_sample = 1.0 if flat else 0.125
         for wrong, what in (
             (not 0 <= beta <= 1, f"beta is the share of the slow gradient and must lie in [0, 1]; it is {beta}"),
             (not 0 < hyper_sample <= 1, f"hyper_sample must be above 0 and at most 1; it is {hyper_sample}"),
@@ -772,6 +781,7 @@ class FSG(Learned):
         seed = torch.tensor(torch.initial_seed() % 2**31, device=self.latent.device)
         self.shard.broadcast([seed])  # all processes draw the same sample
         self.hyper_sample, self.sample_seed = hyper_sample, int(seed)
+        self.sampler = Sampler(self.shard, hyper_sample)
         self.fast = fast_net(self.kind, hidden, fast_act)
         self.slow = SlowMamba(d_state, d_conv, expand, scan) if hgs == "mamba" else SlowLSTM(hidden)
         self.lre = nn.Embedding(len(layers), 1) if lre else None
@@ -805,28 +815,33 @@ class FSG(Learned):
 
     def slow_gradient(self, seen: Seen) -> Tensor:
         """SlowNet(LRE, history): [n]."""
+        slow = self.slow_output(seen) if seen.slow is None else seen.slow
+        if self.normalize == "layer-rms":
+            slow = slow * seen.history_rms.index_select(0, seen.layer_of)
+        return slow if self.balance == "none" else self.balanced(slow * signs(seen.ghat), seen)
+
+    def slow_output(self, seen: Seen, known: Tensor | None = None) -> Tensor:
+        """The slow-net's outputs for its normalised inputs: [n]. known: see SlowMamba.last."""
         past, lre = seen.history, None if self.lre is None else self.lre.weight[:, 0]  # [l, n], [layers]
         if self.balance == "layer-rms":
-            sign = torch.where(seen.ghat >= 0, 1.0, -1.0).to(past.dtype)  # [n]
-            past = past * sign
+            past = past * signs(seen.ghat)
         if self.normalize == "layer-rms":
-            rms = self.rms(self.history).index_select(0, seen.layer_of)  # [n]
-            past = past / rms
+            past = past / seen.history_rms.index_select(0, seen.layer_of)
         if self.layout == "flat":
             here = [i for i, size in enumerate(seen.sizes) if size]  # one sequence per layer
-            slow = self.slow.tails(past, [seen.sizes[i] for i in here], None if lre is None else lre[here])
-        else:
-            if lre is not None:
-                token = _Spread.apply(lre, seen.layer_of, seen.sizes, seen.lengths)  # each weight's embedding
-                past = torch.cat([token.unsqueeze(0), past])  # [1 + l, n]
-            slow = self.slow.last(past.T.unsqueeze(-1))  # one sequence per weight: [n, 1 + l, 1] -> [n]
-        if self.normalize == "layer-rms":
-            slow = slow * rms
-        return slow if self.balance == "none" else self.balanced(slow * sign, seen)
+            return self.slow.tails(past, [seen.sizes[i] for i in here], None if lre is None else lre[here])
+        if lre is not None:
+            token = _Spread.apply(lre, seen.layer_of, seen.sizes, seen.lengths)  # each weight's embedding
+            past = torch.cat([token.unsqueeze(0), past])  # [1 + l, n]
+        return self.slow.last(past.T.unsqueeze(-1), known)  # one sequence per weight: [n, 1 + l, 1] -> [n]
 
     def balanced(self, term: Tensor, seen: Seen) -> Tensor:
         """`term` [n], scaled to the RMS of ĝ_t in each layer."""
-        return _Balanced.apply(term, self.rms(self.history[-1:]), seen, self.shard)
+        return _Balanced.apply(term, seen, self.shard)
+
+    def seen(self, D: Tensor, pre: Tensor) -> Seen:
+        rms = {"history_rms": self.rms(self.history), "ghat_rms": self.rms(self.history[-1:])}
+        return super().seen(D, pre)._replace(**rms)
 
     def push(self, new: Tensor) -> None:
         super().push(new)
@@ -836,11 +851,14 @@ class FSG(Learned):
     def make(self, D: Tensor, pre: Tensor) -> Tensor:
         if self.hyper_sample == 1:
             return super().make(D, pre)
-        self.sample = Sample(self.shard, self.hyper_sample, self.sample_seed + self.t, D.device)
-        with torch.enable_grad():
-            self.last_G = self.gradient(self.sample.of(self.seen(D, pre)))
+        self.sample, every = self.sampler.draw(self.sample_seed + self.t, D.device), self.seen(D, pre)
         with torch.no_grad():
-            return self.gradient(self.seen(D, pre))
+            every = every._replace(slow=self.slow_output(every))
+        with torch.enable_grad():  # the same outputs, with their graph
+            some = self.sample.of(every)
+            self.last_G = self.gradient(some._replace(slow=self.slow_output(some, known=some.slow)))
+        with torch.no_grad():
+            return self.gradient(every)
 
     def terms(self) -> tuple[Tensor, ...]:
         if self.t < 2:
@@ -893,14 +911,15 @@ class _Spread(torch.autograd.Function):
 
 
 class _Balanced(torch.autograd.Function):
-    """y = term ⊙ target / RMS(term), the RMS of each layer; target [layers] is held constant.
+    """y = term ⊙ target / RMS(term), the RMS of each layer; target is the RMS of ĝ_t in the layer.
 
     The factor is at most 1000, so that a term that is 0 (the LSTM at its start) gives 0 and finite gradients.
     Backward: ∂/∂term = factor·(g − y·⟨g, y⟩ / ⟨y, y⟩), because y cannot change along itself.
     """
 
     @staticmethod
-    def forward(ctx, term: Tensor, target: Tensor, seen: Seen, shard: "Shard") -> Tensor:
+    def forward(ctx, term: Tensor, seen: Seen, shard: "Shard") -> Tensor:
+        target = seen.ghat_rms
         sums = torch.stack([per_layer(term.square(), seen.sizes, seen.lengths), seen.lengths.to(term.dtype)])
         square, count = shard.all_reduce_sum(sums)
         rms, least = (square / count.clamp_min(1)).sqrt(), 1e-3 * target
@@ -917,44 +936,55 @@ class _Balanced(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         (y, scale, energy), seen = ctx.saved_tensors, ctx.seen
         along = ctx.shard.all_reduce_sum(per_layer(grad * y, seen.sizes, seen.lengths)) / energy
-        return (
-            (grad - y * along.index_select(0, seen.layer_of)) * scale.index_select(0, seen.layer_of),
-            None,
-            None,
-            None,
-        )
+        term = (grad - y * along.index_select(0, seen.layer_of)) * scale.index_select(0, seen.layer_of)
+        return term, None, None
 
 
-class Sample:
-    """A stratified sample of the weights: each layer is cut into equal intervals, and one weight of each is drawn.
+def signs(x: Tensor) -> Tensor:
+    """+1 where x >= 0, else −1; of the type of x."""
+    return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
 
-    at [n]: the drawn weights of this process, ascending. stands_for [n]: how many weights each of them stands for.
-    The draw depends on `seed` only. It is made on the CPU, so that a GPU and a CPU draw the same weights, and so that
-    the number in each layer is known without waiting for the GPU.
-    """
 
-    def __init__(self, shard: "Shard", share: float, seed: int, device: torch.device):
-        random = torch.Generator().manual_seed(seed)
-        at, stands_for, begin = [], [], 0
-        for count in shard.counts:
-            draws = max(1, round(share * count))
-            place = (torch.arange(draws, dtype=torch.float64) + torch.rand(draws, generator=random)) * (count / draws)
-            at.append(begin + place.long().clamp_max(count - 1))
-            stands_for.append(torch.full((draws,), count / draws, dtype=torch.float32))
-            begin += count
-        at, stands_for = torch.cat(at), torch.cat(stands_for)
-        mine = (at >= shard.begin) & (at < shard.end)
-        at, stands_for = at[mine] - shard.begin, stands_for[mine]
-        ends = torch.tensor(shard.sizes).cumsum(0)
-        self.sizes = torch.searchsorted(at, ends).diff(prepend=torch.zeros(1, dtype=torch.long)).tolist()
-        self.at, self.stands_for = at.to(device), stands_for.to(device)
-        self.lengths = torch.tensor(self.sizes, device=device)
+class Sample(NamedTuple):
+    """Some of this process's weights."""
+
+    at: Tensor  # [n] which weights, ascending
+    stands_for: Tensor  # [n] how many weights each of them stands for
+    layer_of: Tensor  # [n] the number of each weight's layer
+    sizes: list[int]  # how many of the n weights each layer has
+    lengths: Tensor  # the same, on the device
 
     def of(self, seen: Seen) -> Seen:
         """The sampled weights of `seen`."""
-        at = self.at
-        rows = seen.D[at], seen.pre[at], seen.ghat[at], seen.history[:, at], seen.layer_of[at]
-        return Seen(*rows, self.sizes, self.lengths)
+        history, slow = seen.history[:, self.at], None if seen.slow is None else seen.slow[self.at]
+        rows = {"D": seen.D[self.at], "pre": seen.pre[self.at], "ghat": history[-1], "history": history, "slow": slow}
+        return seen._replace(**rows, layer_of=self.layer_of, sizes=self.sizes, lengths=self.lengths)
+
+
+class Sampler:
+    """Draws stratified samples: each layer is cut into equal intervals, and one weight of each interval is drawn.
+
+    shard: the weights of this process. share: of the weights, in each sample; at least one weight of each layer.
+    """
+
+    def __init__(self, shard: "Shard", share: float):
+        counts = torch.tensor(shard.counts, dtype=torch.float64)
+        draws = (share * counts).round().clamp_min(1).long()
+        ends, of_layer = counts.cumsum(0), torch.arange(len(counts)).repeat_interleave(draws)
+        rank = torch.arange(len(of_layer)) - (draws.cumsum(0) - draws)[of_layer]  # 0, 1, … within the layer
+        self.width = (counts / draws)[of_layer]
+        self.begin = (ends - counts)[of_layer] + rank * self.width
+        self.most, self.of_layer, self.shard = ends[of_layer] - 1, of_layer, shard
+
+    def draw(self, seed: int, device: torch.device) -> Sample:
+        """The sample of that seed. It is drawn on the CPU, so that it is the same on a GPU, and its sizes are known."""
+        random = torch.rand(len(self.width), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        at = (self.begin + random * self.width).clamp_max(self.most).long()
+        mine = slice(*torch.searchsorted(at, torch.tensor([self.shard.begin, self.shard.end])).tolist())
+        of_layer = self.of_layer[mine]
+        lengths = of_layer.bincount(minlength=len(self.shard.counts))
+        tensors = at[mine] - self.shard.begin, self.width[mine].float(), of_layer
+        return Sample(*(x.to(device) for x in tensors), lengths.tolist(), lengths.to(device))
 
 
 class Shard:

@@ -225,10 +225,11 @@ def why_not(device: torch.device, dtype: torch.dtype, tokens: int | None) -> str
     return selective_scan_triton.why_not(device, dtype, tokens)
 
 
-def last(u: Tensor, *parameters: Tensor) -> Tensor:
+def last(u: Tensor, *parameters: Tensor, known: Tensor | None = None) -> Tensor:
     """Return SlowMamba's output at the last token of each sequence, differentiable in u and all parameters.
 
     u: [B, L] float32, B sequences of L tokens. Returns [B].
+    known: [B], the result of an earlier call with the same arguments. It is then returned, with its graph.
     parameters: in_proj.weight [2d, 1], conv1d.weight [d, 1, k], conv1d.bias [d], x_proj.weight [1 + 2n, d],
         dt_proj.weight [d, 1], dt_proj.bias [d], A_log [d, n], D [d], out_proj.weight [1, d].
     Call it only if `why_not` returns None. Raises ValueError if a parameter has another dtype or device than u.
@@ -236,15 +237,17 @@ def last(u: Tensor, *parameters: Tensor) -> Tensor:
     if u.is_cuda:
         import selective_scan_triton
 
-        return selective_scan_triton.last(u, *parameters)
-    return _Last.apply(u, *parameters)
+        return selective_scan_triton.last(u, *parameters, known=known)
+    return _Last.apply(u, known, *parameters)
 
 
 class _Last(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, u: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx, u: Tensor, known: Tensor | None, *parameters: Tensor) -> Tensor:
         u = u.T.contiguous()  # [L, B], the layout of FSG's history: vector lanes are neighbouring sequences
         ctx.save_for_backward(u, *parameters)
+        if known is not None:
+            return known.clone()
         y = u.new_empty(u.shape[1])
         _call_last("mamba_last_forward", parameters, u, y)
         return y
@@ -255,7 +258,7 @@ class _Last(torch.autograd.Function):
         u, *parameters = ctx.saved_tensors
         du, grads = torch.empty_like(u) if ctx.needs_input_grad[0] else None, _new_grads(parameters)
         _call_last("mamba_last_backward", parameters, u, grad.contiguous(), du, grads)
-        return du if du is None else du.T, *_split_grads(grads, parameters)
+        return du if du is None else du.T, None, *_split_grads(grads, parameters)
 
 
 def _call_last(function: str, parameters: tuple[Tensor, ...], u: Tensor, *tensors: Tensor) -> None:

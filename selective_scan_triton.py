@@ -861,16 +861,17 @@ def _problem(device: torch.device, flat: bool) -> str | None:
     return None
 
 
-def last(u: Tensor, *parameters: Tensor) -> Tensor:
+def last(u: Tensor, *parameters: Tensor, known: Tensor | None = None) -> Tensor:
     """Return SlowMamba's output at the last token of each sequence, differentiable in u and all parameters.
 
     u: [B, L] float32, B sequences of L tokens. Returns [B].
+    known: [B], the result of an earlier call with the same arguments. It is then returned, with its graph.
     parameters: in_proj.weight [2d, 1], conv1d.weight [d, 1, k], conv1d.bias [d], x_proj.weight [1 + 2n, d],
         dt_proj.weight [d, 1], dt_proj.bias [d], A_log [d, n], D [d], out_proj.weight [1, d].
     Call it only if `why_not` returns None. Raises ValueError if a parameter has another dtype or device than u.
     """
     K, n = min(parameters[1].shape[-1], u.shape[1]), parameters[6].shape[1]
-    return _Last.apply(u, _table(u, K, parameters), K, n)
+    return _Last.apply(u, known, _table(u, K, parameters), K, n)
 
 
 def _table(u: Tensor, K: int, parameters: tuple[Tensor, ...], *others: Tensor) -> Tensor:
@@ -889,10 +890,12 @@ def _table(u: Tensor, K: int, parameters: tuple[Tensor, ...], *others: Tensor) -
 
 class _Last(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, u: Tensor, table: Tensor, K: int, n: int) -> Tensor:
+    def forward(ctx, u: Tensor, known: Tensor | None, table: Tensor, K: int, n: int) -> Tensor:
         u = u.T.contiguous()  # [L, B], so that neighbouring threads read neighbouring sequences
         ctx.save_for_backward(u, table)
         ctx.K, ctx.n = K, n
+        if known is not None:
+            return known.clone()
         y = u.new_empty(u.shape[1])
         with torch.cuda.device_of(u):
             _forward[(triton.cdiv(len(y), BLOCK_B),)](u, y, table, len(y), table.shape[1], **_constants(u, K, n))
@@ -907,7 +910,7 @@ class _Last(torch.autograd.Function):
         constants = _constants(u, ctx.K, ctx.n)
         with torch.cuda.device_of(u):
             _backward[(len(sums),)](u, gy.contiguous(), du, table, sums, len(gy), table.shape[1], **constants)
-        return du.T, sums.sum(0), None, None
+        return du.T, None, sums.sum(0), None, None
 
 
 def _programs(device: torch.device) -> int:

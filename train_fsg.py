@@ -133,7 +133,11 @@ def flags():
     fsg.add_argument(
         "--scan", choices=["auto", "fused", "mamba-ssm", "reference"], help="mamba: backend of the scan (default: auto)"
     )
-    fsg.add_argument("--hyper-sample", type=float, help="fsg: share of the weights that φ is trained on (default: 1)")
+    fsg.add_argument(
+        "--hyper-sample",
+        type=float,
+        help="fsg: share of the weights that φ is trained on in each step (default: 0.125; with --history flat 1)",
+    )
     fsg.add_argument(
         "--lr-fast", type=float, help="Adam's learning rate for the MLP (default: fsg 1e-2, MetaQuant 1e-3; see file)"
     )
@@ -169,7 +173,8 @@ def complete(args) -> None:
     runs.fill(args, weight_decay=5e-4 if released and args.grad != "fsg" and args.opt == "adam" else 0.0)
 
     runs.fill(args, history="per-weight", length=5, beta=0.9, balance="layer-rms", normalize="layer-rms")
-    runs.fill(args, hidden=100, d_state=16, d_conv=8, expand=100, scan="auto", hyper_sample=1.0)
+    runs.fill(args, hidden=100, d_state=16, d_conv=8, expand=100, scan="auto")
+    runs.fill(args, hyper_sample=1.0 if getattr(args, "history", "flat") == "flat" else 0.125)
     runs.fill(args, memory=0.8, epsilon=0.35)
     if getattr(args, "balance", "none") == "layer-rms" and args.quantizer == "dorefa" and args.fast_act != "tanh":
         if args.lr_fast is not None:

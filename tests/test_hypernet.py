@@ -364,7 +364,7 @@ def backward(net, seed):
 
 
 def small_fsg(layers, **kwargs):
-    options = {"d_state": 2, "d_conv": 3, "expand": 4, "hidden": 6, "length": 3, **kwargs}
+    options = {"d_state": 2, "d_conv": 3, "expand": 4, "hidden": 6, "length": 3, "hyper_sample": 1.0, **kwargs}
     return FSG(layers, **options)
 
 

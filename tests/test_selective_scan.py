@@ -190,6 +190,19 @@ def exponents(net, u):
     return (S - centre).abs().amax(1) * net.A_log.exp().amax(1) / math.log(2)
 
 
+def check_known(net, u, v):
+    """net.last(u) and net.last(u, known=net.last(u)) have the same bits and the same gradients."""
+    u.requires_grad_()
+    y = net.last(u)
+    again = net.last(u, known=y.detach())
+    gradients = (torch.autograd.grad(out, [u, *net.parameters()], v) for out in (y, again))
+    assert torch.equal(again, y) and all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_known_outputs_have_the_same_gradients():
+    check_known(fused(30, 16, 8, 0), torch.randn(100, 6, 1), torch.randn(100))
+
+
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 0.03, 0.3, 1.0, 3.0, 10.0, 30.0])
 def test_near_and_far_from_the_sequence_without_gradients(scale):
     """The kernel computes decays from that sequence's, with a polynomial whose degree depends on the distance. The
@@ -434,14 +447,17 @@ def test_tails_has_no_nan_if_float64_has_none(scale, dt_shift):
     check_tails_no_nan(fused(7, 5, 4, 0, dt_shift), scale, 3, [50, 10])
 
 
-@pytest.mark.parametrize("lre, normalize", [(True, "layer-rms"), (False, "none")])
-def test_fsg_with_the_flat_layout_is_the_same_with_either_scan(lre, normalize):
+@pytest.mark.parametrize(
+    "options",
+    [{"history": "flat"}, {"history": "flat", "lre": False, "normalize": "none"}, {"hyper_sample": 0.5}],
+)
+def test_fsg_is_the_same_with_either_scan(options):
     found = {}
     for scan in ("fused", "reference"):
         torch.manual_seed(0)
         net = binarize_(torch.nn.Sequential(*(torch.nn.Linear(20, 20, bias=False) for _ in range(4))))
         layers = binary_layers(net)
-        gen = FSG(layers, history="flat", lre=lre, normalize=normalize, d_state=4, expand=10, scan=scan)
+        gen = FSG(layers, **options, d_state=4, expand=10, scan=scan)
         assert gen.backend() == scan
         generator, steps = torch.Generator().manual_seed(1), []
         for _ in range(8):

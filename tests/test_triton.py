@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from test_selective_scan import (
     check,
     check_golden,
+    check_known,
     check_no_nan,
     check_tails,
     check_tails_golden,
@@ -40,7 +41,7 @@ def on_triton(net):
     """The net with last() and tails() replaced by the kernels under test, in chunks of 16 tokens."""
     net.to(device)
     net.tails = lambda *inputs: selective_scan_triton.tails(*inputs, *net.in_kernel_order(), chunk=16)
-    net.last = lambda u: selective_scan_triton.last(u.squeeze(-1), *net.in_kernel_order())
+    net.last = lambda u, known=None: selective_scan_triton.last(u.squeeze(-1), *net.in_kernel_order(), known=known)
     return net
 
 
@@ -82,6 +83,10 @@ def test_two_runs_give_the_same_bits():
     u, v = torch.randn(rows, 6, 1, device=device).requires_grad_(), torch.randn(rows, device=device)
     first, second = ([y := net.last(u), *torch.autograd.grad(y, [u, *net.parameters()], v)] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_known_outputs_have_the_same_gradients():
+    check_known(on_triton(fused(20, 16, 8, 0)), torch.randn(70, 6, 1, device=device), torch.randn(70, device=device))
 
 
 def test_why_not():
