@@ -1,7 +1,8 @@
 """Experiments: grids of training commands, and tables of their results.
 
-    python experiments.py protocol                    # run the grid; writes results/protocol.csv and protocol.md
-    python experiments.py protocol --list             # print its commands and which of them are done; run nothing
+    python experiments.py protocol                      # run the grid; writes results/protocol.csv and protocol.md
+    python experiments.py protocol --only "--grad gate" # run one of its searches
+    python experiments.py protocol --list               # print its commands and which of them are done; run nothing
     # Add flags to all commands of a grid: the papers start from a full-precision network.
     python experiments.py protocol -- --dataset folder --data-dir my/cifar10 --pretrained runs/fp32/best.pt
 
@@ -78,18 +79,31 @@ GENERATORS = (
     "--grad fcgrad --preset released",
     "--grad lstmfc --preset released",
 )
-METHODS = ("bc", "bnn+", "bnn++", "pc")
+METHODS = ("bc", "bnn+", "bnn++", "pc", "parq")
 
 GRIDS = {
     # Adam, from a full-precision network.
     "protocol": [
-        Search(f"{FSG} --grad ste", ADAM),
+        Search(f"{FSG} --grad ste", (*ADAM, "1e-2")),
         Search(f"{FSG} --grad ste --betas 0.9 0.97", ADAM),
         *(Search(f"{FSG} {generator}", ADAM) for generator in GENERATORS[1:]),
-        *(Search(f"{PROX} --opt adam --method {method}", ADAM) for method in METHODS),
+        *(Search(f"{PROX} --opt adam --method {method}", (*ADAM, "1e-2")) for method in METHODS),
         Search(f"{BIHALF} --opt adam --weight-decay 0", ADAM),
     ],
-    # The same with plain SGD.
+    # Ten epochs of the best methods, each at its learning rate from the search above.
+    "finals": [
+        Search(f"{command.replace('--epochs 2', '--epochs 10')} {flags}", (rate,), (0, 1, 2, 3, 4))
+        for command, flags, rate in (
+            (FSG, "--grad ste", "3e-3"),
+            (FSG, "--grad ste --betas 0.9 0.97", "1e-3"),
+            (FSG, f"--grad fsg --hgs mamba {SAMPLED}", "1e-3"),
+            (FSG, "--grad gate", "1e-3"),
+            (FSG, "--grad multifc", "1e-3"),
+            (PROX, "--opt adam --method parq", "1e-3"),
+            (BIHALF, "--opt adam --weight-decay 0", "1e-3"),
+        )
+    ],
+    # The search with plain SGD.
     "protocol-sgd": [
         *(Search(f"{FSG} --opt sgd {generator}", SGD) for generator in GENERATORS),
         *(Search(f"{PROX} --opt sgd --method {method}", ("1e-2", "1e-3", "1e-1")) for method in METHODS),
@@ -186,7 +200,7 @@ def run_one(command: str, out: Path, slots: Slots) -> dict:
     started = (out / name / "last.pt").exists()
     argv = ["--resume", str(out / name)] if started else [*shlex.split(flags), "--name", name, "--out", str(out)]
     code, error = slots.run([sys.executable, str(Path(__file__).with_name(trainer)), *argv])
-    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM):
         raise Interrupted
     diverged = "became NaN or infinite" in error
     finished = "has done its" in error  # an earlier call completed the run, but did not write its row
@@ -331,6 +345,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("grid", choices=GRIDS)
     parser.add_argument("--list", action="store_true", help="print the commands and which are done; run nothing")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only the searches whose command contains this text")
     parser.add_argument("--jobs", type=int, help="runs at a time (default: one per GPU, or 2 on CPUs)")
     parser.add_argument("--out", default="results/runs", help="folder for the run folders (default: %(default)s)")
     parser.add_argument(
@@ -339,12 +354,14 @@ def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     end = argv.index("--") if "--" in argv else len(argv)
     args, added_flags = parser.parse_args(argv[:end]), argv[end + 1 :]
-    grid = GRIDS[args.grid]
+    grid = [search for search in GRIDS[args.grid] if args.only in search.command]
     command = lambda flags: "python " + shlex.join([*shlex.split(flags), *added_flags])
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if "--seed" in added_flags:
             raise RunError("the grid sets the seeds: leave out --seed")
+        if not grid:
+            raise RunError(f"no search of the grid {args.grid} has {args.only!r} in its command: see --list")
         if args.jobs is not None and args.jobs < 1:
             raise RunError(f"--jobs must be at least 1; it is {args.jobs}")
         if args.list:

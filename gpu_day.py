@@ -3,6 +3,7 @@
     python gpu_day.py --prepare DATA_DIR PRETRAINED.pth         # before, with internet: fills the folder gpu-day/
     python gpu_day.py --out OUT --minutes 10                    # on the GPU machine, offline
     python gpu_day.py --out OUT --minutes 5 --stages 1 2 3      # a part of it
+    python gpu_day.py --out OUT --minutes 10 --stages 6         # the grids of experiments.py, as far as the time lasts
     python gpu_day.py --out OUT --dry-run                       # all stages at toy size on a CPU
 
 The stages run in the order of their worth. Every stage is made of items; an item is a process of its own with a time
@@ -14,6 +15,8 @@ recorded with its error, and the next one starts. OUT then holds:
     3-mamba-ssm.json     the mamba-ssm package's kernel against ours: results and speed
     4-training.json      training runs from the full-precision ResNet-20 on CIFAR-10 (JPEG): metrics of every epoch
     5-w1a1.json          the same for the Bi-Real ResNet-18 with binary activations
+    6-grids.json         what experiments.py printed; its rows are in the CSV files in grids/. Rows that results/ has
+                         are not run again: copy the CSV files there, and a second call goes on
     log.txt              what the items printed
     compile-cache.tar.gz what torch.compile and Triton have compiled, for a second call
 
@@ -29,6 +32,7 @@ The stages' times, and why (SECONDS below; an H100 with 16 CPU cores is meant):
     3           60  the extension compiles in 240 s beside stages 1 and 2; the comparison takes 45 s
     4          250  a run takes 40 s to start, an epoch 4 s (STE) to 10 s (FSG with Mamba) with four runs at a time
     5           90  2 runs of a network that fills the GPU alone
+    6          300  it always has work left: the grids have some 400 runs
 
 --minutes gives the stages their seconds in this order while they last; a stage that would get less than half of its
 seconds is left out; what is left over goes to training. A stage that ends early leaves its time to the next ones.
@@ -61,9 +65,11 @@ except ImportError:
 
 ROOT = Path(__file__).resolve().parent
 CARRIED = ROOT / "gpu-day"
-FILES = {1: "1-correctness.json", 2: "2-steps.json", 3: "3-mamba-ssm.json", 4: "4-training.json", 5: "5-w1a1.json"}
-SECONDS = {1: 130, 2: 110, 3: 60, 4: 250, 5: 90}
-DRY_SECONDS = {1: 180, 2: 90, 3: 10, 4: 120, 5: 60}  # limits, for a busy machine; it takes less
+PRETRAINED = "ResNet20-CIFAR10-pretrain.pth"
+NAMES = ("correctness", "steps", "mamba-ssm", "training", "w1a1", "grids")
+FILES = {i: f"{i}-{name}.json" for i, name in enumerate(NAMES, 1)}
+SECONDS = {1: 130, 2: 110, 3: 60, 4: 250, 5: 90, 6: 300}
+DRY_SECONDS = {1: 180, 2: 90, 3: 10, 4: 120, 5: 60, 6: 60}  # limits, for a busy machine; it takes less
 MOST_OUT = 15 * 2**20  # bytes of one file in OUT
 
 
@@ -1102,6 +1108,50 @@ def w1a1(stage: Stage) -> None:
     train_all(stage, runs, lambda method: [*common, *method_flags(method)], 2, choices[0], choices)
 
 
+GRIDS = ("protocol", "finals", "w1a1", "ablations", "protocol-sgd")
+JOBS = 8  # of experiments.py: without CUDA graphs the CPU's cores limit a run
+
+
+def grids(stage: Stage) -> None:
+    """The grids of experiments.py, one after the other. Their commands name the images and the network as the rows in
+    results/ do, and these rows are not run again."""
+    day, home, results = stage.day, stage.day.scratch / "grids", stage.day.out / "grids"
+    (home / "data").mkdir(parents=True, exist_ok=True)
+    results.mkdir(exist_ok=True)
+    for name in () if day.dry else GRIDS:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copy(ROOT / "results" / f"{name}.csv", results)
+    flags = ["--dataset", "folder", "--data-dir", "data/cifar10-jpeg"]
+    if day.dry:
+        flags = ["--dataset", "digits", "--val", 200, "--arch", "resnet8", "--batch-size", 32, "--limit-steps", 1]
+        flags += ["--epochs", 1]
+    else:
+        if "images" not in day.background:
+            day.start("images", unpack)
+        wait_for(stage, "images", 40)
+        for name, target in (("data/cifar10-jpeg", day.scratch / "images"), (PRETRAINED, CARRIED / PRETRAINED)):
+            (home / name).unlink(missing_ok=True)
+            (home / name).symlink_to(target)
+    mps = start_mps(stage)
+    try:
+        for name in GRIDS[:1] if day.dry else GRIDS:
+            seconds = stage.left() - 15  # the rest is for the runs to save their state
+            if seconds < 5:
+                break
+            pretrained = ["--pretrained", PRETRAINED] if name != "w1a1" and not day.dry else []
+            command = [sys.executable, ROOT / "experiments.py", name, "--jobs", 1 if day.dry else JOBS]
+            command += ["--only", "0.9 0.97"] if day.dry else []
+            command += ["--results", results, "--out", home / "runs", "--", *flags, *pretrained]
+            stopped = ["timeout", "--signal=TERM", f"{seconds:.0f}", "env", "-C", home]
+            status = stage.run(name, [*stopped, *command], seconds + 12, mps)
+            ended = status == "failed" and any("stopped" in line for line in stage.items[name]["error"])
+            csv_file = results / f"{name}.csv"
+            rows = len(csv_file.read_text().splitlines()) - 1 if csv_file.exists() else 0
+            stage.record(name, status="time limit" if ended else status, rows_done=rows)
+    finally:
+        stop_mps(mps)
+
+
 def train_all(stage: Stage, runs, flags, level: int, epochs: int, choices) -> None:
     """Train the runs in this order, `level` at a time, while the stage's time lasts. Where the first ones turn out to
     be so slow that they cannot complete, all start again, once, with fewer epochs."""
@@ -1199,6 +1249,7 @@ def prepare(data_dir: Path, pretrained: Path) -> None:
     CARRIED.mkdir(exist_ok=True)
     archive = data_dir / "cifar10-jpeg.tar.xz" if data_dir.is_dir() else data_dir
     shutil.copyfile(archive, CARRIED / "cifar10-jpeg.tar.xz")
+    shutil.copyfile(pretrained, CARRIED / PRETRAINED)
     prepare_network(archive, pretrained)
     prepare_mamba_ssm()
     size = sum(path.stat().st_size for path in CARRIED.rglob("*") if path.is_file())
@@ -1267,7 +1318,7 @@ def prepare_mamba_ssm() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # The day.
 
-STAGES = {1: correctness, 2: step_times, 3: mamba_ssm, 4: training, 5: w1a1}
+STAGES = {1: correctness, 2: step_times, 3: mamba_ssm, 4: training, 5: w1a1, 6: grids}
 ITEMS = [machine, kernel_last, kernel_tails, smallest, generators, resume, amp, cuda_graphs, steps, scan_alone]
 ITEMS += [one_scan, registers, build_mamba_ssm, mamba_ssm_equal, mamba_ssm_speed, unpack]
 ITEMS = {function.__name__: function for function in ITEMS}
@@ -1279,7 +1330,7 @@ def start_background(day: Day, stages) -> None:
     if restored.exists():
         with contextlib.suppress(OSError, tarfile.TarError), tarfile.open(restored) as tar:
             tar.extractall(day.scratch, filter="data")
-    if 4 in stages or 5 in stages:
+    if {4, 5, 6} & set(stages):
         day.start("images", unpack)
     if 3 in stages and shutil.which("nvcc"):
         day.start("compile mamba-ssm", build_mamba_ssm)

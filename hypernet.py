@@ -781,7 +781,7 @@ class FSG(Learned):
         seed = torch.tensor(torch.initial_seed() % 2**31, device=self.latent.device)
         self.shard.broadcast([seed])  # all processes draw the same sample
         self.hyper_sample, self.sample_seed = hyper_sample, int(seed)
-        self.sampler = Sampler(self.shard, hyper_sample)
+        self.sampler = Sampler(self.shard, hyper_sample) if hyper_sample < 1 else None
         self.fast = fast_net(self.kind, hidden, fast_act)
         self.slow = SlowMamba(d_state, d_conv, expand, scan) if hgs == "mamba" else SlowLSTM(hidden)
         self.lre = nn.Embedding(len(layers), 1) if lre else None

@@ -71,6 +71,9 @@ def test_a_grid_is_run_and_not_run_again(tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, tmp_path, more, "--list") == 0
     listed = [line[:4] for line in capsys.readouterr().out.splitlines()]
     assert sorted(listed) == ["    "] + ["done"] * 4
+    assert run(monkeypatch, tmp_path, more, "--list", "--only", "--opt sgd") == 0
+    assert "--lr 1e30 --seed 0" in (one := capsys.readouterr().out) and len(one.splitlines()) == 1
+    assert run(monkeypatch, tmp_path, more, "--only", "adamw") == 1 and "adamw" in capsys.readouterr().err
     assert run(monkeypatch, tmp_path, more) == 0 and len(rows(tmp_path)) == 5
     assert {path: path.stat().st_mtime_ns for path in times} == times
     (tmp_path / "results" / "ablations.csv").unlink()  # finished runs are read again, not run again

@@ -133,12 +133,13 @@ def test_a_dry_run_of_all_stages(tmp_path):
     command = [sys.executable, "gpu_day.py", "--out", str(tmp_path), "--dry-run"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == [*gpu_day.FILES.values(), "log.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*gpu_day.FILES.values(), "grids", "log.txt"]
     found = {n: json.loads((tmp_path / file).read_text())["items"] for n, file in gpu_day.FILES.items()}
     status = {f"{n} {name}": item["status"] for n, all_ in found.items() for name, item in all_.items()}
-    skipped = {"1 CUDA graphs", "1 memcheck", "1 pytest", "2 ncu", "3 compile", "3 equal", "4 MPS"}
+    skipped = {"1 CUDA graphs", "1 memcheck", "1 pytest", "2 ncu", "3 compile", "3 equal", "4 MPS", "6 MPS"}
     assert {name for name, s in status.items() if s == "skipped"} == skipped
     assert {s for name, s in status.items() if name not in skipped} == {"ok"}, status
     assert found[3]["compile"]["error"] == ["no nvcc"]
     assert found[4]["ste-seed0"]["complete"] and found[4]["ste-seed0"]["rows"][0]["epoch"] == 1
+    assert found[6]["protocol"]["rows_done"] == 5, "three learning rates, and two more seeds of the best"
     assert "test" in result.stdout and "checks" in result.stdout
