@@ -320,6 +320,7 @@ def main(argv=None) -> int:
     args, checkpoint = runs.parse(flags(), argv)
     complete(args)
     device = runs.pick_device(args.device, args.deterministic)
+    args.amp = runs.pick_amp(args.amp, device)
     rank, world_size = runs.start_processes(device)
     torch.manual_seed(args.seed)
 
@@ -359,6 +360,7 @@ def main(argv=None) -> int:
 
     # Optimizer.
     optimizer = runs.make_optimizer(optimizer_groups(net, args), args)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")  # otherwise it changes nothing
 
     # The run, from its start or from the checkpoint on.
     run = runs.Run(
@@ -372,7 +374,7 @@ def main(argv=None) -> int:
         layers=layers,
         bits=models.sign_bits(layers),
         checkpoint=checkpoint,
-        state={"model": net, "optimizer": optimizer},
+        state={"model": net, "optimizer": optimizer, "scaler": scaler},
     )
 
     # Training.
@@ -385,18 +387,20 @@ def main(argv=None) -> int:
                 hardness.fill_(hardness_at(args, progress))
                 optimizer.zero_grad()
                 for x, y, fraction in runs.micro_batches(model, images, labels, args.accumulate):
-                    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                    with runs.autocast(device, args.amp):
                         logits = model(x)
                     loss = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
-                    (fraction * loss).backward()  # the .grad of every binary layer's weight is B(w*) ⊙ ∂L/∂w
+                    scaler.scale(fraction * loss).backward()  # the binary layers' .grad is B(w*) ⊙ ∂L/∂w
                     run.count(loss, logits, y)
+                scaler.unscale_(optimizer)
                 if args.clip:
                     torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
                 # pq and rpc apply L_ρ to the weights themselves in every step, and the steps add up: with the whole ρ,
                 # all weights would be at ±1 within 100 steps and never change sign again.
                 if args.method == "rpc":
                     apply_linear_quantizer(layers, hardness / run.total_steps)
-                optimizer.step()
+                scaler.step(optimizer)
+                scaler.update()
                 if args.method == "pq":
                     apply_linear_quantizer(layers, hardness / run.total_steps)
             if run.leaving:
