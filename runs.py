@@ -31,6 +31,7 @@ import time
 import uuid
 import warnings
 from pathlib import Path
+from typing import ClassVar
 
 try:
     import fcntl
@@ -816,6 +817,10 @@ def print_metrics(row: dict, heading: bool) -> None:
 class Trackers:
     """Sends the metrics to TensorBoard and to Weights & Biases, if --tensorboard and --wandb say so."""
 
+    # How the columns of TensorBoard's groups end. All others are in the group "progress".
+    GROUPS: ClassVar = {"acc": "accuracy", "acc_bn": "accuracy", "top5": "accuracy", "loss": "loss"}
+    GROUPS |= {"_ratio": "weights", "zeros": "weights"}
+
     def __init__(self, args, folder: Path, step: int):
         """step: of the last row that is there already; TensorBoard hides what an interrupted run wrote after it."""
         self.board = self.wandb = None
@@ -832,27 +837,32 @@ class Trackers:
                 identity = f"{folder.name}-{uuid.uuid5(uuid.NAMESPACE_URL, str(folder.resolve())).hex[:8]}"
                 options = {"project": args.wandb, "name": folder.name, "dir": str(folder), "config": vars(args)}
                 self.wandb = wandb.init(**options, id=identity[-64:], resume="allow")
-            except ImportError:
-                raise RunError("--wandb needs its package: pip install wandb") from None
+                self.histogram = wandb.Histogram
+            except ImportError as e:
+                raise RunError(f"--wandb needs its package ({e}): pip install wandb") from None
             except Exception as e:  # wandb raises many types
                 reason = " ".join(str(e).split())[:150]
                 raise RunError(f"--wandb cannot start ({reason}): log in, or set WANDB_MODE=offline") from None
 
     def log(self, row: dict) -> None:
-        """Send a row of the metrics. TensorBoard gets the columns of single layers as histograms."""
-        if self.wandb:
-            self.wandb.log(row, step=row["step"])
+        """Send a row of the metrics. The columns of single layers become histograms; W&B gets them as they are too.
+
+        TensorBoard shows the columns in groups: those of accuracy, loss, weights (flip_ratio, …) and progress (lr, …).
+        """
+        layers, step = {}, row["step"]
+        for column, value in row.items():
+            kind, _, layer = column.partition("/")
+            if kind in ("flips", "plus", "zeros") and layer:
+                layers.setdefault(f"layers/{kind}", []).append(value)
+            elif self.board and column != "step":
+                group = next((group for ending, group in self.GROUPS.items() if column.endswith(ending)), "progress")
+                self.board.add_scalar(column if layer else f"{group}/{column}", value, step)
         if self.board:
-            layers = {}
-            for column, value in row.items():
-                kind, _, layer = column.partition("/")
-                if kind in ("flips", "plus", "zeros") and layer:
-                    layers.setdefault(kind, []).append(value)
-                else:
-                    self.board.add_scalar(column, value, row["step"])
-            for kind, values in layers.items():
-                self.board.add_histogram(f"layers/{kind}", torch.tensor(values), row["step"])
+            for name, values in layers.items():
+                self.board.add_histogram(name, torch.tensor(values), step, bins="auto")
             self.board.flush()
+        if self.wandb:
+            self.wandb.log(row | {name: self.histogram(values) for name, values in layers.items()}, step=step)
 
     def close(self) -> None:
         if self.board:

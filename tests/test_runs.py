@@ -271,10 +271,21 @@ def test_tensorboard(tmp_path):
     assert train_fsg.main(["--resume", str(tmp_path / "run"), "--epochs", "3"]) == 0
     events = EventAccumulator(str(tmp_path / "run"))
     events.Reload()
-    found = [(e.step, e.value) for e in events.Scalars("test_acc")]
+    found = [(e.step, e.value) for e in events.Scalars("accuracy/test_acc")]
     assert [step for step, _ in found] == [22, 44, 66]
     assert [v for _, v in found[:2]] == pytest.approx([row["test_acc"] for row in rows], rel=1e-4)
-    assert {"layers/flips", "layers/plus"} <= set(events.Tags()["histograms"])
+    assert set(events.Tags()["scalars"]) == {
+        *("accuracy/train_acc", "accuracy/test_acc", "loss/train_loss", "loss/test_loss"),
+        *("weights/flip_ratio", "weights/plus_ratio"),
+        *("progress/epoch", "progress/lr", "progress/seconds", "progress/images_per_s"),
+        *("gradient/cosine", "gradient/step"),
+    }
+    last = runs.load(tmp_path / "run" / "last.pt")["rows"][-1]
+    shares = [value for column, value in last.items() if column.startswith("plus/")]
+    histogram = events.Histograms("layers/plus")[-1].histogram_value
+    assert (histogram.num, histogram.min) == (len(shares), pytest.approx(min(shares), rel=1e-4))
+    assert sum(count > 0 for count in histogram.bucket) > 2, "the layers are told apart"
+    assert "layers/flips" in events.Tags()["histograms"]
 
 
 def test_wandb_gets_every_row(tmp_path, monkeypatch):
@@ -282,11 +293,15 @@ def test_wandb_gets_every_row(tmp_path, monkeypatch):
     fake = types.ModuleType("wandb")
     run = types.SimpleNamespace(log=lambda row, step: calls.append((row, step)), finish=lambda: calls.append("finish"))
     fake.init = lambda **options: calls.append(options) or run
+    fake.Histogram = sorted
     monkeypatch.setitem(sys.modules, "wandb", fake)
     rows = train(tmp_path, "--epochs", "2", "--wandb", "bits")
     assert calls[0]["project"] == "bits" and calls[0]["config"]["grad"] == "ste" and calls[-1] == "finish"
     assert [step for _, step in calls[1:-1]] == [22, 44]
-    assert [row["test_acc"] for row, _ in calls[1:-1]] == pytest.approx([r["test_acc"] for r in rows], rel=1e-4)
+    for (sent, _), row in zip(calls[1:-1], rows, strict=True):
+        assert {name: sent[name] for name in row} == pytest.approx(row, rel=1e-4)
+        flips = [value for name, value in row.items() if name.startswith("flips/")]
+        assert sent["layers/flips"] == pytest.approx(sorted(flips), rel=1e-4) and "layers/plus" in sent
 
 
 @pytest.mark.parametrize("flag, module", [(["--tensorboard"], "torch.utils.tensorboard"), (["--wandb", "x"], "wandb")])
