@@ -431,8 +431,10 @@ def make_optimizer(params, args) -> torch.optim.Optimizer:
     complete_betas(args)
     params = list(params)
     first = params[0]["params"][0] if isinstance(params[0], dict) else params[0]
-    # A fused optimizer updates all weights in one pass.
-    options = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": first.device.type in ("cpu", "cuda")}
+    # A fused optimizer updates all weights in one pass. Not so where a GradScaler may skip SGD's first step: the fused
+    # one would leave its momentum uninitialised.
+    fused = first.device.type in ("cpu", "cuda") and (args.opt, args.amp) != ("sgdm", "fp16")
+    options = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": fused}
     if args.opt in ("adam", "adamw"):
         optimizer = torch.optim.Adam if args.opt == "adam" else torch.optim.AdamW
         return optimizer(params, betas=tuple(args.betas), **options)

@@ -46,7 +46,7 @@ RECIPES = {
     "paper": dict(weight_decay=1e-6, schedule="step", milestones=[40, 80]),
     "code": dict(weight_decay=1e-5, schedule="cosine", milestones=[40, 80]),
 }
-DEFAULT_LR = {"adam": 1e-3, "sgd": 0.1, "sgdm": 0.1}  # adam: the paper's and the code's
+DEFAULT_LR = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.1, "sgdm": 0.1}  # adam: the paper's and the code's
 THRESHOLDS = (".theta", ".delta")  # endings of the names of θ and Δ
 
 
