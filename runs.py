@@ -1135,7 +1135,11 @@ class Run:
 
     @torch.no_grad()
     def count(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Add a micro-batch to the metrics: mean loss [], logits [B, classes], labels [B]. Does not wait for a GPU."""
+        """Add a micro-batch to the metrics: mean loss [], logits [B, classes], labels [B]. Does not wait for a GPU.
+
+        labels: or the shares of the classes in mixed images, [B, classes]; then the class with the largest one counts.
+        """
+        labels = labels if labels.dim() == 1 else labels.argmax(1)
         correct = (logits.argmax(1) == labels).sum()
         self.sums += torch.stack([loss * len(labels), correct, torch.full_like(correct, len(labels))])
 

@@ -317,7 +317,8 @@ OPTIONS = [
 ]
 WITH_OPTIONS = [(train_fsg, options.split()) for options in OPTIONS]
 WITH_OPTIONS += [(train_sibnn, OPTIONS[0].split()), (train_bihalf, OPTIONS[1].split())]
-WITH_OPTIONS += [(train_proxconnect, OPTIONS[0].replace("--ema 0.9", "").split())]
+MIXED = " --mixup 0.8 --cutmix 1"  # timm's
+WITH_OPTIONS += [(train_proxconnect, OPTIONS[0].replace("--ema 0.9", MIXED).split())]
 
 
 def test_every_common_flag_that_changes_the_training_is_resumed_with():
