@@ -222,7 +222,7 @@ def make_step(grad: str, arch: str, args, device: torch.device):
     if grad in OURS:  # as in train_fsg.py
         net = models.build(arch, 10, "none" if grad == "plain" else "dorefa").to(device)
         generator, parameters = make_generator(grad, models.binary_layers(net), args), net.parameters()
-        flags = argparse.Namespace(opt="adam", lr=1e-3, betas=None, weight_decay=0.0)
+        flags = argparse.Namespace(opt="adam", lr=1e-3, betas=None, weight_decay=0.0, amp=None)
         optimizer = runs.make_optimizer(parameters, flags)
         if isinstance(generator, gate.GatedHistory):
             generator.without_momentum(optimizer)

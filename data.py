@@ -69,8 +69,8 @@ def load(
 
     name: 'cifar10', 'cifar100' and 'mnist' are read from data_dir, and downloaded there by torchvision if missing.
         'digits' is scikit-learn's set of handwritten 8×8 digits and needs no download. 'imagenet' and 'folder' are
-        images in data_dir/train/CLASS/ and data_dir/test/CLASS/ (or data_dir/val/CLASS/). Their classes are the names
-        of the folders in ascending order. Hidden files and folders, and folders in a class folder, are ignored. The
+        images in data_dir/train/CLASS/ and data_dir/test/CLASS/ (or data_dir/val/CLASS/), and in the folders in them.
+        Their classes are the names of the folders in ascending order. Hidden files and folders are ignored. The
         images become RGB: they are turned as their EXIF orientation says, transparent ones are put on white, 16-bit
         grey is scaled to 8 bits, and of several frames the first one is taken.
     batch_size: images per batch, over all processes.
@@ -555,18 +555,25 @@ def scan_folder(root: Path, log) -> tuple[list[str], dict[str, tuple[list[str], 
 
 
 def scan_split(folder: Path, ignored: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The images of each class in folder/CLASS/. Adds the paths of what is not read to `ignored`, by the reason."""
+    """The images of each class in folder/CLASS/ and the folders in it, as torchvision.datasets.ImageFolder finds them.
+
+    Adds the paths of what is not read to `ignored`, by the reason.
+    """
     entries = list(os.scandir(folder)) if folder.is_dir() else []
     images = {name: [] for name in sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))}
     for e in entries if images else []:
         if e.name not in images:
             ignored["hidden" if e.name.startswith(".") else "outside the class folders"].append(e.path)
     for name, files in images.items():
-        for e in os.scandir(folder / name):
+        folders = [folder / name]
+        for e in (e for f in folders for e in os.scandir(f)):  # `folders` grows meanwhile
             if e.name.startswith("."):
                 ignored["hidden"].append(e.path)
             elif not e.name.lower().endswith(SUFFIXES):
-                ignored["in nested folders" if os.path.isdir(e) else "with other suffixes"].append(e.path)
+                if e.is_dir(follow_symlinks=False):
+                    folders.append(e.path)
+                else:
+                    ignored["in linked folders" if os.path.isdir(e) else "with other suffixes"].append(e.path)
             elif e.is_file(follow_symlinks=False) or os.path.isfile(e) or os.path.isdir(e) or not os.path.exists(e):
                 files.append(e.path)  # reading fails, with a message, if it is a folder or a broken link
             else:
@@ -652,7 +659,8 @@ def decode_all(
             state = f"{stat.st_size} {stat.st_mtime_ns}"
         except OSError:  # decode() fails too
             state = "unreadable"
-        fingerprint.update(os.fsencode(f"{'/'.join(file.split(os.sep)[-3:])} {state}\n"))
+        name = file.removeprefix(f"{root}{os.sep}").replace(os.sep, "/")
+        fingerprint.update(os.fsencode(f"{name} {state}\n"))
     fingerprint, cache = fingerprint.hexdigest(), root / f".{split}-{size}.pt"
     try:
         cached = torch.load(cache, weights_only=True)

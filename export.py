@@ -28,6 +28,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import hashlib
 import importlib
 import io
 import json
@@ -589,9 +590,10 @@ tags:
 | size | {path.stat().st_size:,} bytes; in float32 {4 * elements:,} bytes |
 | images | {c}×{h}×{w}, {trained.num_classes} classes |
 | test accuracy | {100 * found.correct / found.count:.2f} % of {found.count:,} images of {dataset} |
+| SHA-256 | {hashlib.sha256(path.read_bytes()).hexdigest()} |
 
 The file `{path.name}` contains one bit per binary weight; its format is described at the top of `export_bits.py`. With
-that file and those that it names:
+that file and those that it names (or from an address, with `from_pretrained` of `hubconf.py`):
 
 ```python
 import torch

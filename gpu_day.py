@@ -610,9 +610,10 @@ def resume(dry: bool, scratch: Path) -> None:
 
 
 def amp(dry: bool, scratch: Path) -> None:
-    """Training in bfloat16, and with the LSTM: training accuracy on digits after 6 epochs."""
-    variants = {"amp": [*toy(dry, 6), "--amp"]}
-    if not dry:
+    """Training in bfloat16 and in float16, and with the LSTM: training accuracy on digits after 6 epochs."""
+    variants = {"amp": [*toy(dry, 6), "--amp", "bf16"]}
+    if not dry:  # float16 is slow on a CPU
+        variants["float16"] = [*toy(dry, 6), "--amp", "fp16"]
         variants["lstm"] = toy(dry, 6, "--hgs lstm --hidden 16")
     for name, flags in variants.items():
         with reported(run=name):

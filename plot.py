@@ -18,7 +18,8 @@ standard deviation, and one row of the table. A group extends to the last epoch 
 The table has three measures of the spread: ± one standard deviation over the seeds, the 95 % confidence interval of the
 mean accuracy (Student's t), and with --baseline the mean difference to that row with its 95 % confidence interval. The
 difference is taken seed by seed, so what the seed does to both methods cancels. The table leaves out a run that has not
-reached the last epoch of its --epochs, and says so.
+reached the last epoch of its --epochs, and says so. A line below the table says whether the rows are of different data
+sets, networks or numbers of epochs.
 
 A RUN is the folder of a run, or a CSV file with the following columns, in any order. Other columns are not used.
 
@@ -49,6 +50,9 @@ import numpy as np
 COLUMNS = ("epoch", "seconds", "train_loss", "test_acc", "flip_ratio")
 OPTIONAL = ("step", "val_loss", "val_acc", "test_acc_bn")
 OF_LAYERS = ("flips/", "plus/")  # how the columns of single layers begin
+
+# Rows of the table that differ in these flags, or in the number of epochs, do not compare methods alone.
+COMPARED = ("dataset", "data_dir", "val", "image_size", "arch")
 
 # Runs of one experiment may differ in these flags.
 NOT_THE_EXPERIMENT = {"seed", "name", "out", "resume", "eval_only", "workers", "save_every", "device"}
@@ -308,6 +312,24 @@ def table(groups: dict[str, list[dict]], seeds: dict[str, list], baseline: str |
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def what_differs(groups: dict[str, list[dict]], flags: dict[str, dict]) -> str:
+    """A sentence that says in which of COMPARED, and in which number of epochs, the groups differ; "" if in none.
+
+    groups: {label: [read_run(folder), …]}. flags: the args.json of a run of each group, {} if it is not known.
+    """
+    differences = []
+    for name in (*COMPARED, "epochs"):
+        values = {}  # {value: [label, …]}
+        for label, runs in groups.items():
+            known = flags[label] | {"epochs": min(len(run["epoch"]) for run in runs)}
+            if name in known and (name != "data_dir" or known.get("dataset") in ("folder", "imagenet")):
+                values.setdefault(str(known[name]), []).append(label)
+        if len(values) > 1:
+            listed = "; ".join(f"{value}: {', '.join(labels)}" for value, labels in values.items())
+            differences.append(f"{name} ({listed})")
+    return f"Not a comparison of methods alone: the rows differ in {', '.join(differences)}." if differences else ""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Drawing.
 
@@ -534,8 +556,9 @@ def flags():
     return parser
 
 
-def read_groups(paths: list[Path], finished: bool) -> tuple[dict[str, list[dict]], dict[str, list]]:
-    """The runs {label: [read_run(path), …]} of each group, and their seeds {label: [0, …]} (None: not known).
+def read_groups(paths: list[Path], finished: bool) -> tuple[dict[str, list[dict]], dict[str, list], dict[str, dict]]:
+    """The runs {label: [read_run(path), …]} of each group, their seeds {label: [0, …]} (None: not known), and the
+    flags of the first of them {label: {…}} ({}: not known).
 
     Leaves out runs without an epoch and, if `finished`, those that have not reached their last one; a note on standard
     error says so. Raises Unfinished if no run is left, and PlotError for a run that cannot be read.
@@ -554,15 +577,16 @@ def read_groups(paths: list[Path], finished: bool) -> tuple[dict[str, list[dict]
     for e in left_out:
         print(f"note: left out: {e}", file=sys.stderr)
     paths = list(runs)
-    labels, groups, seeds = label_runs(paths), {}, {}
+    labels, groups, seeds, flags = label_runs(paths), {}, {}, {}
     for group in group_runs(paths):
         label = label_group([labels[i] for i in group])
         if label in groups or (len(group) > 1 and label in labels):  # the label is taken
             label = labels[group[0]]
         groups[label] = [runs[paths[i]] for i in group]
+        flags[label] = read_flags(paths[group[0]])
         found = [read_flags(paths[i]).get("seed") for i in group]
         seeds[label] = [seed if isinstance(seed, int) else None for seed in found]
-    return groups, seeds
+    return groups, seeds, flags
 
 
 def main(argv=None) -> int:
@@ -582,9 +606,12 @@ def main(argv=None) -> int:
         out = Path(args.out or os.path.normpath(paths[0] / ".."))  # `..` rather than .parent: RUN may be "."
         if out.is_dir():
             out = out / ("layers.png" if args.layers else "curves.png")
-        groups, seeds = read_groups(paths, finished=args.table)
+        groups, seeds, flags_of = read_groups(paths, finished=args.table)
         if args.table:
             print(table(groups, seeds, args.baseline))
+            differences = what_differs(groups, flags_of)
+            if differences:
+                print(f"\n{differences}")
             return 0
         counts = {label: f", {len(group)} seeds" if len(group) > 1 else "" for label, group in groups.items()}
         means = {f"{label}{counts[label]}": average(group) for label, group in groups.items()}

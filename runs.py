@@ -31,6 +31,7 @@ import time
 import uuid
 import warnings
 from pathlib import Path
+from typing import ClassVar
 
 try:
     import fcntl
@@ -174,7 +175,8 @@ def common_flags(script: str, description: str, **defaults) -> argparse.Argument
     add("--bn-batches", type=int, default=0, metavar="N", help=batchnorm + " (default: %(default)s)")
     add = parser.add_argument_group("machine and run").add_argument
     add("--device", default="auto", help="cpu, cuda, cuda:1, … (default: cuda if there is a GPU, else cpu)")
-    add("--amp", action="store_true", help="run the network's forward pass in bfloat16")
+    amp = "forward pass in 16 bits; fp16 scales the loss; auto: bf16 where the device has it, else fp16 (default: off)"
+    add("--amp", nargs="?", const="auto", choices=["auto", *AMP], help=amp)
     add("--compile", action="store_true", help="compile the network with torch.compile")
     deterministic = "on GPUs: bit for bit the same result each time, also after --resume; slower"
     add("--deterministic", action="store_true", help=deterministic)
@@ -215,6 +217,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
         parser.set_defaults(**before)
         args = parser.parse_args(argv)
         args.name, args.out = path.parent.name, str(path.parent.parent)
+        if args.amp == "auto":
+            args.amp = before.get("amp")
         for name, value in vars(args).items():
             if name not in MAY_CHANGE and value != before.get(name, value):
                 raise RunError(
@@ -300,6 +304,22 @@ def pick_device(name: str, deterministic: bool = False) -> torch.device:
         reason = str(e).splitlines()[0][:100]
         raise RunError(f"--device {name} cannot be used here ({reason}): try --device cpu") from None
     return device
+
+
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}  # --amp
+
+
+def pick_amp(amp: str | None, device: torch.device) -> str | None:
+    """The number format of --amp: "bf16", "fp16", or None for float32. "auto" is bf16 unless the GPU lacks it."""
+    if amp != "auto":
+        return amp
+    lacks = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return "fp16" if lacks else "bf16"
+
+
+def autocast(device: torch.device, amp: str | None) -> torch.autocast:
+    """Within `with autocast(device, amp)`, networks compute in the number format `amp`, see pick_amp()."""
+    return torch.autocast(device.type, AMP.get(amp, torch.bfloat16), enabled=bool(amp))
 
 
 def keep_freed_memory() -> None:
@@ -411,8 +431,10 @@ def make_optimizer(params, args) -> torch.optim.Optimizer:
     complete_betas(args)
     params = list(params)
     first = params[0]["params"][0] if isinstance(params[0], dict) else params[0]
-    # A fused optimizer updates all weights in one pass.
-    options = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": first.device.type in ("cpu", "cuda")}
+    # A fused optimizer updates all weights in one pass. Not so where a GradScaler may skip SGD's first step: the fused
+    # one would leave its momentum uninitialised.
+    fused = first.device.type in ("cpu", "cuda") and (args.opt, args.amp) != ("sgdm", "fp16")
+    options = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": fused}
     if args.opt in ("adam", "adamw"):
         optimizer = torch.optim.Adam if args.opt == "adam" else torch.optim.AdamW
         return optimizer(params, betas=tuple(args.betas), **options)
@@ -429,7 +451,7 @@ def learning_rate(args, epoch: int, step: int, total_steps: int) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, batches, device: torch.device, amp: bool) -> dict[str, float]:
+def evaluate(model: torch.nn.Module, batches, device: torch.device, amp: str | None) -> dict[str, float]:
     """{"loss": mean cross-entropy, "acc": accuracy, 0 to 1} over the batches of a data set.
 
     With more than 50 classes also "top5": the share of the images whose class is among the five largest logits.
@@ -438,7 +460,7 @@ def evaluate(model: torch.nn.Module, batches, device: torch.device, amp: bool) -
     k = 5 if batches.num_classes > 50 else 1
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, class is the largest, is among the k largest
     for images, labels in batches.epoch():
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        with autocast(device, amp):
             logits = model(images)
         loss = F.cross_entropy(logits.float(), labels, reduction="sum")
         hits = logits.topk(k).indices == labels[:, None]
@@ -452,7 +474,7 @@ def evaluate(model: torch.nn.Module, batches, device: torch.device, amp: bool) -
 
 @contextlib.contextmanager
 @torch.no_grad()
-def reestimate_batchnorm(net: torch.nn.Module, batches, device: torch.device, amp: bool, count: int = 32):
+def reestimate_batchnorm(net: torch.nn.Module, batches, device: torch.device, amp: str | None, count: int = 32):
     """Within `with reestimate_batchnorm(net, …)`, BatchNorm's running statistics are those of the weights of now.
 
     The running statistics of training are averages over the weights of many steps. Use this to test weights that
@@ -477,7 +499,7 @@ def reestimate_batchnorm(net: torch.nn.Module, batches, device: torch.device, am
         for i, (images, _) in enumerate(itertools.islice(batches.epoch(), count if norms else 0), 1):
             for m in norms:
                 m.momentum = 1 / i
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            with autocast(device, amp):
                 net(images)
         average_batchnorm(net)
         net.train(training)
@@ -797,6 +819,10 @@ def print_metrics(row: dict, heading: bool) -> None:
 class Trackers:
     """Sends the metrics to TensorBoard and to Weights & Biases, if --tensorboard and --wandb say so."""
 
+    # How the columns of TensorBoard's groups end. All others are in the group "progress".
+    GROUPS: ClassVar = {"acc": "accuracy", "acc_bn": "accuracy", "top5": "accuracy", "loss": "loss"}
+    GROUPS |= {"_ratio": "weights", "zeros": "weights"}
+
     def __init__(self, args, folder: Path, step: int):
         """step: of the last row that is there already; TensorBoard hides what an interrupted run wrote after it."""
         self.board = self.wandb = None
@@ -813,27 +839,32 @@ class Trackers:
                 identity = f"{folder.name}-{uuid.uuid5(uuid.NAMESPACE_URL, str(folder.resolve())).hex[:8]}"
                 options = {"project": args.wandb, "name": folder.name, "dir": str(folder), "config": vars(args)}
                 self.wandb = wandb.init(**options, id=identity[-64:], resume="allow")
-            except ImportError:
-                raise RunError("--wandb needs its package: pip install wandb") from None
+                self.histogram = wandb.Histogram
+            except ImportError as e:
+                raise RunError(f"--wandb needs its package ({e}): pip install wandb") from None
             except Exception as e:  # wandb raises many types
                 reason = " ".join(str(e).split())[:150]
                 raise RunError(f"--wandb cannot start ({reason}): log in, or set WANDB_MODE=offline") from None
 
     def log(self, row: dict) -> None:
-        """Send a row of the metrics. TensorBoard gets the columns of single layers as histograms."""
-        if self.wandb:
-            self.wandb.log(row, step=row["step"])
+        """Send a row of the metrics. The columns of single layers become histograms; W&B gets them as they are too.
+
+        TensorBoard shows the columns in groups: those of accuracy, loss, weights (flip_ratio, …) and progress (lr, …).
+        """
+        layers, step = {}, row["step"]
+        for column, value in row.items():
+            kind, _, layer = column.partition("/")
+            if kind in ("flips", "plus", "zeros") and layer:
+                layers.setdefault(f"layers/{kind}", []).append(value)
+            elif self.board and column != "step":
+                group = next((group for ending, group in self.GROUPS.items() if column.endswith(ending)), "progress")
+                self.board.add_scalar(column if layer else f"{group}/{column}", value, step)
         if self.board:
-            layers = {}
-            for column, value in row.items():
-                kind, _, layer = column.partition("/")
-                if kind in ("flips", "plus", "zeros") and layer:
-                    layers.setdefault(kind, []).append(value)
-                else:
-                    self.board.add_scalar(column, value, row["step"])
-            for kind, values in layers.items():
-                self.board.add_histogram(f"layers/{kind}", torch.tensor(values), row["step"])
+            for name, values in layers.items():
+                self.board.add_histogram(name, torch.tensor(values), step, bins="auto")
             self.board.flush()
+        if self.wandb:
+            self.wandb.log(row | {name: self.histogram(values) for name, values in layers.items()}, step=step)
 
     def close(self) -> None:
         if self.board:
@@ -868,12 +899,15 @@ class FiniteCheck:
 
     watch() is called in every step and leaves its findings on the device. check() reads them and waits for the device
     to do so; it is called only now and then.
+    scaler: an enabled GradScaler, or None. It skips a step whose gradients are not finite and halves its scale. So
+    such gradients are normal, and only a scale below SMALLEST_SCALE is an error.
     """
 
-    NEVER = 2**62
+    NEVER, SMALLEST_SCALE = 2**62, 2.0**-10
 
-    def __init__(self, net: torch.nn.Module, generator, device: torch.device):
+    def __init__(self, net: torch.nn.Module, generator, device: torch.device, scaler=None):
         self.names, self.weights = zip(*net.named_parameters(), strict=True)
+        self.scaler = scaler
         self.phi = list(generator.named_parameters()) if generator else []  # the hypernetworks' parameters
         # The first step in which the loss (element 0) or each weight's gradient was not finite.
         self.first = torch.full((1 + len(self.names),), self.NEVER, device=device)
@@ -882,7 +916,8 @@ class FiniteCheck:
     def watch(self, loss: torch.Tensor, step: int) -> None:
         grads = [w.detach() if w.grad is None else w.grad for w in self.weights]
         # The 1-norm is the fastest. It is infinite too where the sum of finite elements overflows.
-        largest = torch.stack([loss.float(), *torch._foreach_norm(grads, 1)])
+        norms = () if self.scaler else torch._foreach_norm(grads, 1)
+        largest = torch.stack([loss.float(), *norms])  # the loss alone counts for all elements of `first`
         self.first.clamp_max_(torch.where(largest.isfinite(), self.NEVER, step))
 
     def check(self, epoch: int, step: int, folder: Path, test_loss: float) -> None:
@@ -898,6 +933,8 @@ class FiniteCheck:
             what = ("the loss", *(f"the gradient of {name}" for name in self.names))[first.index(step)]
         elif not all(finite):
             what, when = values[finite.index(False)][0], "by"
+        elif self.scaler and self.scaler.get_scale() < self.SMALLEST_SCALE:
+            what, when = "the gradients in float16, at any scale of the loss,", "by"
         elif not math.isfinite(test_loss):
             what, when = "the test loss", "after"
         else:
@@ -905,6 +942,7 @@ class FiniteCheck:
         last = folder / "last.pt"
         kept = f"the last good checkpoint is {last}" if last.exists() else "there was no checkpoint yet"
         smaller = "--lr or --lr-fast" if self.phi else "--lr"
+        smaller += ", or --amp bf16" if self.scaler else ""
         raise RunError(
             f"{what} became NaN or infinite {when} step {step:,}, epoch {epoch}: {kept}; try a smaller {smaller}"
         )
@@ -932,7 +970,7 @@ class Run:
     train, val, test: batches (data.py); val can be None. layers: the binary layers of the network. bits [N] bool: the
     signs of their weights, in this order. checkpoint: what parse() returned.
     state: what a checkpoint holds, objects with state_dict() and load_state_dict(), or None. "model" is one of them;
-    the trainer has loaded it already.
+    the trainer has loaded it already. "scaler" is a GradScaler; one that is not enabled is left out.
     Raises RunError if the folder cannot be written or holds another run, or if the checkpoint does not fit.
     """
 
@@ -944,6 +982,8 @@ class Run:
         self.layers = {names[layer]: layer.weight.numel() for layer in layers}
         self.images = {"training": train.size, "validation": val.size if val else 0, "test": test.size}
         self.state = {name: part for name, part in state.items() if part is not None}
+        if "scaler" in state and not state["scaler"].is_enabled():
+            del self.state["scaler"]
         if args.ema is not None:
             average = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema)
             average = torch.optim.swa_utils.AveragedModel(state["model"], multi_avg_fn=average, use_buffers=True)
@@ -955,7 +995,7 @@ class Run:
         self.bits = bits  # at the start of this epoch
         self.rows: list[dict] = []  # of metrics.csv
         self.leaving = False
-        self.finite = FiniteCheck(state["model"], state.get("generator"), device)
+        self.finite = FiniteCheck(state["model"], state.get("generator"), device, self.state.get("scaler"))
         if args.schedule != "step":
             vars(args).pop("milestones", None)
         if checkpoint:
@@ -1095,7 +1135,11 @@ class Run:
 
     @torch.no_grad()
     def count(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Add a micro-batch to the metrics: mean loss [], logits [B, classes], labels [B]. Does not wait for a GPU."""
+        """Add a micro-batch to the metrics: mean loss [], logits [B, classes], labels [B]. Does not wait for a GPU.
+
+        labels: or the shares of the classes in mixed images, [B, classes]; then the class with the largest one counts.
+        """
+        labels = labels if labels.dim() == 1 else labels.argmax(1)
         correct = (logits.argmax(1) == labels).sum()
         self.sums += torch.stack([loss * len(labels), correct, torch.full_like(correct, len(labels))])
 

@@ -52,7 +52,7 @@ RECIPES = {
     "imagenet": dict(epochs=100, batch_size=256, weight_decay=1e-4, schedule="step", milestones=[30, 60, 90]),
     "other": dict(epochs=400, batch_size=128, weight_decay=1e-4, schedule="cosine", milestones=[]),
 }
-DEFAULT_LR = {"adam": 1e-3, "sgd": 0.1, "sgdm": 0.1}  # sgdm: the paper's
+DEFAULT_LR = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.1, "sgdm": 0.1}  # sgdm: the paper's
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,6 +195,7 @@ def main(argv=None) -> int:
         return toy(Path(args.out))
     complete(args)
     device = runs.pick_device(args.device, args.deterministic)
+    args.amp = runs.pick_amp(args.amp, device)
     rank, world_size = runs.start_processes(device)
     torch.manual_seed(args.seed)
 
@@ -226,6 +227,7 @@ def main(argv=None) -> int:
 
     # Optimizer.
     optimizer = runs.make_optimizer(net.parameters(), args)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")  # otherwise it changes nothing
 
     # The run, from its start or from the checkpoint on.
     kind = args.quantizer
@@ -244,7 +246,7 @@ def main(argv=None) -> int:
         layers=layers,
         bits=models.sign_bits(layers),
         checkpoint=checkpoint,
-        state={"model": net, "optimizer": optimizer},
+        state={"model": net, "optimizer": optimizer, "scaler": scaler},
     )
 
     # Training.
@@ -255,14 +257,16 @@ def main(argv=None) -> int:
                 run.set_learning_rate(optimizer, epoch)
                 optimizer.zero_grad()
                 for x, y, fraction in runs.micro_batches(model, images, labels, args.accumulate):
-                    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                    with runs.autocast(device, args.amp):
                         logits = model(x)
                     loss = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
-                    (fraction * loss).backward()  # straight through: a latent weight's gradient is that of its bit
+                    scaler.scale(fraction * loss).backward()  # straight through: a weight's gradient is its bit's
                     run.count(loss, logits, y)
+                scaler.unscale_(optimizer)
                 if args.clip:
                     torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
-                optimizer.step()
+                scaler.step(optimizer)
+                scaler.update()
             if run.leaving:
                 break
             tested = runs.evaluate_all(run.tested(model), args, device, train=train, val=val, test=test)

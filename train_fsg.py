@@ -255,6 +255,7 @@ def main(argv=None) -> int:
     args, checkpoint = runs.parse(flags(), argv)
     complete(args)
     device = runs.pick_device(args.device, args.deterministic)
+    args.amp = runs.pick_amp(args.amp, device)
     rank, world_size = runs.start_processes(device)
     torch.manual_seed(args.seed)
 
@@ -293,6 +294,7 @@ def main(argv=None) -> int:
         optimizer = runs.make_optimizer(net.parameters(), args)
     if isinstance(generator, GatedHistory):  # its history is the momentum of the latent weights
         generator.without_momentum(optimizer)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")  # otherwise it changes nothing
 
     # The run, from its start or from the checkpoint on.
     kind = "fp32" if generator is None else f"fsg-{args.hgs}" if args.grad == "fsg" else args.grad
@@ -312,7 +314,7 @@ def main(argv=None) -> int:
         layers=layers,
         bits=models.sign_bits(layers),
         checkpoint=checkpoint,
-        state={"model": net, "optimizer": optimizer, "generator": generator},
+        state={"model": net, "optimizer": optimizer, "scaler": scaler, "generator": generator},
     )
 
     # Training.
@@ -325,17 +327,19 @@ def main(argv=None) -> int:
                     generator.look_ahead(lr)  # the authors' codes measure ĝ at the weights after a trial step
                 optimizer.zero_grad()
                 for x, y, fraction in runs.micro_batches(model, images, labels, args.accumulate):
-                    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                    with runs.autocast(device, args.amp):
                         logits = model(x)
                     loss = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
-                    (fraction * loss).backward()  # now the .grad of every binary layer's weight is ĝ
+                    scaler.scale(fraction * loss).backward()  # now the .grad of every binary layer's weight is ĝ
                     run.count(loss, logits, y)
+                scaler.unscale_(optimizer)
                 if generator:
                     generator.generate()  # now the .grad is G; this also trains the hypernetworks
                 if args.clip:
                     torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
                 if not released or generator.t > 1:  # the authors' codes update nothing in the first step
-                    optimizer.step()
+                    scaler.step(optimizer)
+                scaler.update()
             if run.leaving:
                 break
             tested = runs.evaluate_all(run.tested(model), args, device, train=train, val=val, test=test)

@@ -48,7 +48,8 @@ statistics of the weights that are tested, from --bn-batches training batches. b
 statistics of the signs.
 
 Networks of timm take timm's normalisation, interpolation and crop. Training from large images uses the augmentation of
-DeiT (RandAugment and random erasing; no Mixup, CutMix or repeated augmentation), AdamW and a warm-up.
+DeiT (RandAugment and random erasing; no repeated augmentation), AdamW and a warm-up. --mixup and --cutmix are timm's,
+off by default as in timm; DeiT has 0.8 and 1. With them, train_acc counts the class with the larger share of an image.
 
     flags → data → network → optimizer → the training loop → evaluation
 
@@ -112,6 +113,9 @@ def flags():
     add("--rho", type=float, nargs=2, help="ρ of pc, pq and rpc at the start and the end (default: 0.01 10)")
     add("--act", default="none", choices=["none", "sign"], help="sign: binary activations too (W1A1)")
     add("--binarize-all", action="store_true", help="binarize the first and the last layer too")
+    mixed = "timm's %s of training images: α of the Beta distribution of their shares (default: 0, off)"
+    add("--mixup", type=float, default=0.0, metavar="ALPHA", help=mixed % "Mixup")
+    add("--cutmix", type=float, default=0.0, metavar="ALPHA", help=mixed % "CutMix; with both, one of them per batch")
     add("--patch-size", type=int, help="width of a transformer's patches in pixels (default: the model's)")
     add("--pretrained-timm", action="store_true", help="start from timm's weights, which are downloaded")
     return parser
@@ -129,7 +133,7 @@ def complete(args) -> None:
     runs.fill(args, lr=lr * FINE_TUNING if fine_tuning else lr)
     runs.fill(args, weight_decay=TRANSFORMER_DECAY if is_transformer and args.opt == "adamw" else 0.0)
     runs.fill(args, warmup=min(TRANSFORMER_WARMUP, args.epochs / 20) if is_transformer else 0.0)
-    if is_transformer and not import_timm(args.arch).is_model(args.arch):
+    if is_transformer and not timm_for(args.arch).is_model(args.arch):
         raise runs.RunError(
             f"--arch {args.arch} is not known: use one of {models.ARCHS_IN_SHORT}, or a vision transformer of timm"
         )
@@ -145,6 +149,9 @@ def complete(args) -> None:
         raise runs.RunError("--ema averages weights, and this trainer tests the signs of the last ones: leave it out")
     if args.method == "fp" and (args.act != "none" or args.binarize_all):
         raise runs.RunError("--method fp is full precision: leave out --act and --binarize-all")
+    for name in ("mixup", "cutmix"):
+        if not 0 <= getattr(args, name) < 1e6:
+            raise runs.RunError(f"--{name} must be at least 0; it is {getattr(args, name)}")
     for name in ("mu", "rho"):
         values, count = getattr(args, name, None), 1 if args.method == "bnn+" else 2
         if values and (len(values) != count or not all(0 < value < 1e6 for value in values)):
@@ -158,15 +165,21 @@ def complete(args) -> None:
 # Network.
 
 
-def import_timm(arch: str):
+def import_timm(advice: str):
+    """timm. Raises RunError with this advice if it is not installed."""
     data.torchvision_module("models")  # timm imports it too; data.py handles a torchvision that cannot be imported
     try:
         import timm
     except ImportError:
-        raise runs.RunError(
-            f"--arch {arch} is none of {models.ARCHS_IN_SHORT}; for a vision transformer of timm, pip install timm"
-        ) from None
+        raise runs.RunError(advice) from None
     return timm
+
+
+def timm_for(arch: str):
+    """timm, for a network that is none of this repository's."""
+    return import_timm(
+        f"--arch {arch} is none of {models.ARCHS_IN_SHORT}; for a vision transformer of timm, pip install timm"
+    )
 
 
 def network(args, num_classes: int, shape: tuple[int, int, int], pretrained: bool = False) -> torch.nn.Module:
@@ -184,6 +197,19 @@ def network(args, num_classes: int, shape: tuple[int, int, int], pretrained: boo
     return net
 
 
+@contextlib.contextmanager
+def seeded(seed: int):
+    """Within `with seeded(seed)`, the random numbers of Python and NumPy start from this seed, 0 to 2³² − 1."""
+    states = random.getstate(), numpy.random.get_state()
+    random.seed(seed)
+    numpy.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
+
+
 class SeededTransform:
     """timm's transform of a PIL image, with the random numbers of Python and NumPy seeded from those of PyTorch.
 
@@ -194,20 +220,39 @@ class SeededTransform:
         self.transform = transform
 
     def __call__(self, image) -> torch.Tensor:
-        states = random.getstate(), numpy.random.get_state()
-        seed = int(torch.randint(2**31, ()))
-        random.seed(seed)
-        numpy.random.seed(seed)
-        try:
+        with seeded(int(torch.randint(2**31, ()))):
             return self.transform(image)
-        finally:
-            random.setstate(states[0])
-            numpy.random.set_state(states[1])
+
+
+class Mixup:
+    """timm's Mixup and CutMix of the batch of a step, which depend only on the seed, the step and the process.
+
+    train: the training batches. Raises RunError if timm is missing, or if a process's part of a batch is odd.
+    """
+
+    def __init__(self, args, train):
+        self.seed, self.mix = args.seed, None
+        if args.mixup or args.cutmix:
+            timm = import_timm("--mixup and --cutmix are timm's: pip install timm, or leave them out")
+            if train.batch_size // runs.world_size() % 2:
+                raise runs.RunError("--mixup and --cutmix mix pairs: use a --batch-size with an even part per process")
+            options = {"mixup_alpha": args.mixup, "cutmix_alpha": args.cutmix, "label_smoothing": 0.0}
+            self.mix = timm.data.Mixup(**options, num_classes=train.num_classes)
+
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """images [B, C, H, W] and labels [B] -> mixed images, and the shares of the classes in them [B, classes].
+
+        Without the flags both are returned as they are.
+        """
+        if self.mix is None:
+            return images, labels
+        with seeded(int(numpy.random.SeedSequence([self.seed, step, runs.rank()]).generate_state(1)[0])):
+            return self.mix(images, labels)
 
 
 def timm_config(arch: str) -> dict:
     """timm's data configuration of a network: mean, std, interpolation, crop_pct, input_size, …"""
-    timm = import_timm(arch)
+    timm = timm_for(arch)
     return timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(arch).to_dict())
 
 
@@ -215,7 +260,7 @@ def data_options(args) -> dict:
     """The arguments of data.load that a network of timm wants: its own normalisation and transforms of large images."""
     if args.arch in models.ARCHS:
         return {}
-    timm, config = import_timm(args.arch), timm_config(args.arch)
+    timm, config = timm_for(args.arch), timm_config(args.arch)
     common = {"interpolation": config["interpolation"], "mean": config["mean"], "std": config["std"]}
     size = args.image_size or 224
     common["input_size"] = (3, size, size)
@@ -230,7 +275,7 @@ def build_transformer(args, num_classes: int, quantizer: str, shape: tuple, pret
     if args.patch_size:
         sizes["patch_size"] = args.patch_size
     try:
-        net = import_timm(args.arch).create_model(args.arch, pretrained, **sizes)
+        net = timm_for(args.arch).create_model(args.arch, pretrained, **sizes)
         models.binarize_(net, quantizer, args.act, first=args.binarize_all, last=args.binarize_all)
         with true_signs(models.binary_layers(net)), torch.no_grad():
             net.eval()(torch.randn(1, *shape, generator=torch.Generator()))
@@ -320,6 +365,7 @@ def main(argv=None) -> int:
     args, checkpoint = runs.parse(flags(), argv)
     complete(args)
     device = runs.pick_device(args.device, args.deterministic)
+    args.amp = runs.pick_amp(args.amp, device)
     rank, world_size = runs.start_processes(device)
     torch.manual_seed(args.seed)
 
@@ -341,6 +387,7 @@ def main(argv=None) -> int:
         world_size=world_size,
     )
     runs.match_data(args, checkpoint, train, val, test)
+    mixup = Mixup(args, train)
 
     # Network. Its parameters are the latent weights; the binary layers compute w = F(w*).
     net = network(args, train.num_classes, train.shape, args.pretrained_timm and not checkpoint).to(device)
@@ -359,6 +406,7 @@ def main(argv=None) -> int:
 
     # Optimizer.
     optimizer = runs.make_optimizer(optimizer_groups(net, args), args)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")  # otherwise it changes nothing
 
     # The run, from its start or from the checkpoint on.
     run = runs.Run(
@@ -372,7 +420,7 @@ def main(argv=None) -> int:
         layers=layers,
         bits=models.sign_bits(layers),
         checkpoint=checkpoint,
-        state={"model": net, "optimizer": optimizer},
+        state={"model": net, "optimizer": optimizer, "scaler": scaler},
     )
 
     # Training.
@@ -383,20 +431,23 @@ def main(argv=None) -> int:
                 run.set_learning_rate(optimizer, epoch)
                 progress = run.step / (run.total_steps - 1) if run.total_steps > 1 else 1.0  # 1 in the last step
                 hardness.fill_(hardness_at(args, progress))
+                images, labels = mixup(images, labels, run.step)
                 optimizer.zero_grad()
                 for x, y, fraction in runs.micro_batches(model, images, labels, args.accumulate):
-                    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                    with runs.autocast(device, args.amp):
                         logits = model(x)
                     loss = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
-                    (fraction * loss).backward()  # the .grad of every binary layer's weight is B(w*) ⊙ ∂L/∂w
+                    scaler.scale(fraction * loss).backward()  # the binary layers' .grad is B(w*) ⊙ ∂L/∂w
                     run.count(loss, logits, y)
+                scaler.unscale_(optimizer)
                 if args.clip:
                     torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
                 # pq and rpc apply L_ρ to the weights themselves in every step, and the steps add up: with the whole ρ,
                 # all weights would be at ±1 within 100 steps and never change sign again.
                 if args.method == "rpc":
                     apply_linear_quantizer(layers, hardness / run.total_steps)
-                optimizer.step()
+                scaler.step(optimizer)
+                scaler.update()
                 if args.method == "pq":
                     apply_linear_quantizer(layers, hardness / run.total_steps)
             if run.leaving:

@@ -46,7 +46,7 @@ RECIPES = {
     "paper": dict(weight_decay=1e-6, schedule="step", milestones=[40, 80]),
     "code": dict(weight_decay=1e-5, schedule="cosine", milestones=[40, 80]),
 }
-DEFAULT_LR = {"adam": 1e-3, "sgd": 0.1, "sgdm": 0.1}  # adam: the paper's and the code's
+DEFAULT_LR = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.1, "sgdm": 0.1}  # adam: the paper's and the code's
 THRESHOLDS = (".theta", ".delta")  # endings of the names of θ and Δ
 
 
@@ -126,6 +126,7 @@ def main(argv=None) -> int:
     args, checkpoint = runs.parse(flags(), argv)
     complete(args)
     device = runs.pick_device(args.device, args.deterministic)
+    args.amp = runs.pick_amp(args.amp, device)
     rank, world_size = runs.start_processes(device)
     torch.manual_seed(args.seed)
 
@@ -161,6 +162,7 @@ def main(argv=None) -> int:
     others = [p for name, p in named.items() if not name.endswith(THRESHOLDS)]
     params = [{"params": others}, {"params": thresholds, "weight_decay": 0.0}]
     optimizer = runs.make_optimizer(params, args)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")  # otherwise it changes nothing
 
     # The run, from its start or from the checkpoint on.
     run = runs.Run(
@@ -174,7 +176,7 @@ def main(argv=None) -> int:
         layers=layers,
         bits=models.sign_bits(layers),
         checkpoint=checkpoint,
-        state={"model": net, "optimizer": optimizer},
+        state={"model": net, "optimizer": optimizer, "scaler": scaler},
     )
 
     # Training.
@@ -185,14 +187,16 @@ def main(argv=None) -> int:
                 run.set_learning_rate(optimizer, epoch)
                 optimizer.zero_grad()
                 for x, y, fraction in runs.micro_batches(model, images, labels, args.accumulate):
-                    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                    with runs.autocast(device, args.amp):
                         logits = model(x)
                     loss = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
-                    (fraction * loss).backward()  # through the signs, the scales and the windows of the activations
+                    scaler.scale(fraction * loss).backward()  # through signs, scales and windows of activations
                     run.count(loss, logits, y)
+                scaler.unscale_(optimizer)
                 if args.clip:
                     torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
-                optimizer.step()
+                scaler.step(optimizer)
+                scaler.update()
                 with torch.no_grad():
                     for layer in layers:
                         layer.weight.clamp_(-1, 1)

@@ -81,6 +81,15 @@ COPIES = {
         print(export_bits.load_bits("net.safetensors"))
         """,
     ),
+    "hubconf.py": (
+        ["export_bits.py", "models.py", "binarize.py", "quantizers.py", "runs.py"],
+        """
+        import export_bits, hubconf, models
+        net, arguments = models.build("resnet8", 10), {"arch": "resnet8", "num_classes": 10}
+        export_bits.save_bits(net, "net.safetensors", build=arguments)
+        print(hubconf.from_pretrained("net.safetensors"))
+        """,
+    ),
     "export.py": (
         [
             *("export_bits.py", "export_c.py", "kernels.c", "models.py", "binarize.py", "quantizers.py"),

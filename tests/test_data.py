@@ -769,12 +769,13 @@ def test_ignored_files_are_counted_in_one_message(tmp_path):
         *("train/ant/notes.txt", "train/ant/0.xml", "test/bee/Thumbs.db"),  # other suffixes
         *("train/.ipynb_checkpoints/0.png", "test/.ipynb_checkpoints/0.png", "train/bee/._0.png"),  # hidden
         *("train/bee/.ipynb_checkpoints/0.png", "train/bee/.ipynb_checkpoints/1.png"),
-        *("train/ant/more/3.png", "train/ant/more/deeper/4.png"),  # nested
+        *("link/3.png", "link/more/4.png"),  # in a folder that a link in a class folder leads to
         *("train/README.md", "train/5.png"),  # outside
         *("val/ant/0.png", "val/bee/0.png", "val/cat/0.png"),  # beside test/
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((tmp_path / "train/ant/2.png").read_bytes())
+    (tmp_path / "train/ant/more").symlink_to("../../link")
     train, _, test, log = *data.load("folder", tmp_path, log=(log := []).append), log
     assert train.classes == ["ant", "bee"]
     assert torch.equal(train.images, before.images) and torch.equal(test.images, test_before.images)
@@ -784,7 +785,7 @@ def test_ignored_files_are_counted_in_one_message(tmp_path):
         "15 files",
         "3 with other suffixes",
         "5 hidden",
-        "2 in nested folders",
+        "2 in linked folders",
         "2 outside",
         "3 beside train/",
     ):
@@ -795,6 +796,25 @@ def test_ignored_files_are_counted_in_one_message(tmp_path):
     log.clear()
     data.load("folder", tmp_path, image_size=128, log=log.append)
     assert len(log) == 1 and "14 files" in log[0]
+
+
+def test_the_folders_in_a_class_folder_are_read_as_torchvision_reads_them(tmp_path):
+    folder = data.torchvision_module("datasets").ImageFolder
+    make_folder(tmp_path)
+    for name in ("train/ant/images/3.png", "train/bee/a/b/4.png", "train/bee/a/b/c/4.png", "train/ant/a/b/c/4.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes((tmp_path / "train/ant/2.png").read_bytes())
+    theirs = folder(tmp_path / "train")
+    classes, splits = data.scan_folder(tmp_path, quiet)
+    assert classes == theirs.classes
+    assert sorted(zip(*splits["train"], strict=True)) == sorted(theirs.samples)
+    before = data.load("folder", tmp_path, log=(log := []).append)[0]
+    assert before.labels.bincount().tolist() == [5, 5] and all("decoding" in message for message in log)
+    # An image that moves to another class, with its size and time, is decoded anew.
+    moved = tmp_path / "train/bee/x/b/c/4.png"
+    moved.parent.mkdir(parents=True)
+    (tmp_path / "train/ant/a/b/c/4.png").rename(moved)
+    assert data.load("folder", tmp_path, log=quiet)[0].labels.bincount().tolist() == [4, 6]
 
 
 def test_nothing_is_said_where_nothing_is_ignored(tmp_path):

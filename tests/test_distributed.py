@@ -219,6 +219,44 @@ def test_several_processes_train_what_one_does(trained, name, other):
     assert len(list(trained.iterdir())) == 4 * len(TRAINERS)
 
 
+OVERFLOW = """
+    import math, sys
+    import torch, runs, train_fsg
+    real, calls = torch.amp.GradScaler.scale, []
+    def scale(self, loss):  # in the third step, in the second process alone
+        calls.append(loss)
+        return real(self, loss) * (math.inf if len(calls) == 3 and runs.rank() == 1 else 1)
+    torch.amp.GradScaler.scale = scale
+    seen, update = [], torch.amp.GradScaler.update
+    def record(self):
+        update(self)
+        seen.append((self.get_scale(), copy()))
+    torch.amp.GradScaler.update = record
+    init = runs.Run.__init__
+    def keep(self, *arguments, **options):
+        init(self, *arguments, **options)
+        parts = self.state["model"], self.state["generator"]
+        globals()["copy"] = lambda: [p.detach().clone() for part in parts for p in part.parameters()]
+    runs.Run.__init__ = keep
+    assert train_fsg.main(sys.argv[2:]) == 0
+    torch.save(seen, f"{sys.argv[1]}/{runs.rank()}.pt")
+    runs.end_processes()
+"""
+
+
+def test_an_overflow_in_one_process_skips_the_step_in_all(tmp_path):
+    argv = ["--dataset", "digits", "--arch", "resnet8", "--batch-size", "8", "--val", "1000", "--limit-steps", "4"]
+    argv += ["--amp", "fp16", "--expand", "2", "--d-state", "2", "--out", str(tmp_path), "--device", "cpu"]
+    codes, outputs = launch(2, "-c", textwrap.dedent(OVERFLOW), str(tmp_path), *argv)
+    assert codes == [0, 0], outputs
+    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    for (scale, tensors), (same_scale, same) in zip(one, other, strict=True):
+        assert scale == same_scale and all(torch.equal(a, b) for a, b in zip(tensors, same, strict=True))
+    (before, kept), (after, weights), (_, later) = one[1:]
+    assert after == before / 2 and all(torch.equal(a, b) for a, b in zip(kept, weights, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(weights, later, strict=True))
+
+
 def test_the_benchmark_of_shared_generators(tmp_path):
     """Memory falls with the number of processes."""
     command = ["bench.py", "scale", "--arch", "resnet8", "--expand", "4", "--d-state", "2", "--rounds", "1"]

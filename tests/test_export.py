@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import hashlib
 import importlib.util
 import shutil
 import struct
@@ -353,6 +354,7 @@ def test_hub_folder(binary_run, tmp_path, capsys, monkeypatch):
     assert card.startswith("---\n") and "# resnet8 with binary weights" in card and "dorefa" in card
     accuracy = said.split("test accuracy ")[1].split()[0]
     assert f"| {accuracy} % of 359 images of digits |" in card and f"{file.stat().st_size:,} bytes" in card
+    assert f"| SHA-256 | {hashlib.sha256(file.read_bytes()).hexdigest()} |" in card
     # The code in the card computes what the network computes.
     code = card.split("```python\n")[1].split("```")[0]
     pixels = torch.randint(256, (5, 1, 8, 8)).float()

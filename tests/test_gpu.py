@@ -79,7 +79,13 @@ def test_mamba_ssm_equals_the_reference():
 MAMBA = ["--expand", "8", "--d-state", "4"]
 
 
-@pytest.mark.parametrize("extra", [MAMBA, [*MAMBA, "--amp"], ["--hgs", "lstm", "--hidden", "16"], ["--grad", "gate"]])
+FLOAT16 = ["--amp", "fp16", "--opt", "sgdm", "--schedule", "cosine"]
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [MAMBA, [*MAMBA, "--amp"], [*MAMBA, *FLOAT16], ["--hgs", "lstm", "--hidden", "16"], ["--grad", "gate"]],
+)
 def test_training_on_the_gpu(tmp_path, extra):
     argv = ["--dataset", "digits", "--arch", "resnet8", "--epochs", "6", "--batch-size", "64", "--device", "cuda"]
     argv += ["--out", str(tmp_path), "--name", "run", *extra]

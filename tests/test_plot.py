@@ -334,7 +334,7 @@ def test_the_table_gives_mean_and_standard_deviation_over_seeds(tmp_path, capsys
     one = make_seeds(tmp_path, "other", [[0.5, 0.7, 0.6]], lr=0.2)
     (tmp_path / "curves.png").write_text("")
     assert plot.main(["--table", *many, *one, str(tmp_path / "curves.png")]) == 0
-    head, line, *rows = capsys.readouterr().out.strip().split("\n")
+    head, line, *rows = capsys.readouterr().out.partition("\n\n")[0].split("\n")
     cells = [[cell.strip() for cell in text.strip("|").split("|")] for text in (head, line, *rows)]
     assert len({len(c) for c in cells}) == 1 and set(cells[1]) == {"---"}
     assert cells[0][4] == "last 10 epochs %"
@@ -382,7 +382,7 @@ def test_groups_whose_runs_are_named_alike(tmp_path, capsys):
 def test_a_group_and_a_run_of_its_name_are_both_shown(tmp_path, capsys):
     folders = make_seeds(tmp_path, "ste", [[0.5], [0.6]])
     assert plot.main(["--table", *folders, make_run(tmp_path / "ste")]) == 0
-    rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()[2:]]
+    rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if "|" in line][2:]
     assert rows == ["ste-seed0", "ste"]
 
 
@@ -393,7 +393,8 @@ def test_a_group_and_a_run_of_its_name_are_both_shown(tmp_path, capsys):
 def table(capsys, *argv) -> list[dict[str, str]]:
     """The rows of `plot.py --table`, {column: cell}."""
     assert plot.main(["--table", *map(str, argv)]) == 0
-    head, _, *rows = [[c.strip() for c in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    lines = capsys.readouterr().out.partition("\n\n")[0].splitlines()
+    head, _, *rows = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
     return [dict(zip(head, row, strict=True)) for row in rows]
 
 
@@ -426,6 +427,33 @@ def test_a_baseline_that_is_no_row(tmp_path, capsys):
     run = make_run(tmp_path / "a")
     check_error(capsys, ["--table", run, "--baseline", "b"], "--baseline b", "one of a")
     check_error(capsys, [run, "--baseline", "a"], "--table")
+
+
+def test_the_table_says_what_makes_rows_incomparable(tmp_path, capsys):
+    data = {"dataset": "cifar10", "data_dir": "data", "arch": "resnet20"}
+    a = make_seeds(tmp_path, "a", [[0.5, 0.6]] * 2, **data, grad="ste")
+    b = make_seeds(tmp_path, "b", [[0.5, 0.6]] * 2, **data | {"data_dir": "elsewhere"}, grad="gate")
+
+    def said(*argv):
+        assert plot.main(["--table", *map(str, argv)]) == 0
+        return capsys.readouterr().out.partition("\n\n")[2].strip()
+
+    assert said(*a, *b) == "", "other methods, and other folders of the same downloaded images"
+    (tmp_path / "paper.csv").write_text(WRITTEN_BY_HAND)
+    assert said(*a, tmp_path / "paper.csv") == "", "what a CSV file is of is not known"
+    short = make_seeds(tmp_path, "short", [[0.5]], **data)
+    assert said(*a, *b, *short) == (
+        "Not a comparison of methods alone: the rows differ in epochs (2: a, b; 1: short-seed0)."
+    )
+    other = make_seeds(tmp_path, "other", [[0.5, 0.6]], **data | {"dataset": "digits", "arch": "resnet8"})
+    text = said(*a, *other, "--baseline", "a")
+    assert "dataset (cifar10: a; digits: other-seed0), arch (resnet20: a; resnet8: other-seed0)" in text
+    folders = [
+        make_seeds(tmp_path / x, x, [[0.5]], **data | {"dataset": "folder", "data_dir": x})[0] for x in ("cats", "dogs")
+    ]
+    assert "data_dir (cats: cats-seed0; dogs: dogs-seed0)" in said(*folders)
+    none, some = (make_seeds(tmp_path, f"val{n}", [[0.5, 0.6]], **data, val=n) for n in (0, 5000))
+    assert "val (0: val0-seed0; 5000: val5000-seed0)" in said(*none, *some)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

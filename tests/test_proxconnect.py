@@ -322,6 +322,68 @@ def test_transformers_that_read_weights_or_have_two_heads(tmp_path, monkeypatch,
         train(tmp_path, "sign", *small, "--act", "sign")
 
 
+@pytest.mark.parametrize("flag", ["--mixup", "--cutmix"])
+def test_images_and_labels_are_mixed_as_timm_mixes_them(tmp_path, monkeypatch, timm, flag):
+    seen = {}
+
+    def record(name):
+        loss = F.cross_entropy
+
+        def cross_entropy(logits, target, **options):
+            seen[name].append((target, options.get("label_smoothing", 0.0)))
+            return loss(logits, target, **options)
+
+        return cross_entropy
+
+    images = {}
+    real = train_proxconnect.Mixup.__call__
+
+    def keep(self, x, y, step):
+        given = x.clone(), y.clone()
+        images[step] = (*given, *real(self, x, y, step))
+        return images[step][2:]
+
+    monkeypatch.setattr(train_proxconnect.Mixup, "__call__", keep)
+    numpy_state = numpy.random.get_state()[1].copy()
+    for name in ("one", "two"):
+        seen[name] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(F, "cross_entropy", record(name))
+            options = ["--limit-steps", "3", "--accumulate", "2", "--label-smoothing", "0.1", "--batch-size", "10"]
+            train(tmp_path, name, *options, flag, "0.8")
+    assert (numpy.random.get_state()[1] == numpy_state).all(), "the global random numbers are as they were"
+    for (a, _), (b, _) in zip(seen["one"], seen["two"], strict=True):
+        assert torch.equal(a, b), "the seed decides"
+    assert [smoothing for _, smoothing in seen["one"][:6]] == [0.1] * 6 and seen["one"][0][0].shape == (5, 10)
+    shares = set()
+    for x, y, mixed, target in images.values():
+        share = target.gather(1, y[:, None])[:, 0]
+        other = target.gather(1, y.flip(0)[:, None])[:, 0]
+        apart = y != y.flip(0)
+        assert torch.allclose(target.sum(1), torch.ones(10)) and torch.allclose((share + other)[apart], torch.ones(()))
+        lam = share[apart][0].item()
+        shares.add(round(lam, 5))
+        if flag == "--mixup":
+            assert torch.allclose(mixed, lam * x + (1 - lam) * x.flip(0), atol=1e-5)
+        else:
+            own = (mixed == x).all(1)  # of each pixel
+            assert (own | (mixed == x.flip(0)).all(1)).all() and own.float().mean().item() >= lam - 1e-6
+    assert len(shares) == 3, "another share in every step"
+
+
+def test_mixing_wants_pairs_and_timm(tmp_path, monkeypatch, timm):
+    def sentence(*extra):
+        with pytest.raises(runs.RunError) as e:
+            train_proxconnect.main([*SMALL, "--out", str(tmp_path), *extra])
+        return str(e.value)
+
+    assert "even part per process" in sentence("--mixup", "1", "--batch-size", "15")
+    assert "--cutmix must be at least 0" in sentence("--cutmix", "-1")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert "pip install timm, or leave them out" in sentence("--mixup", "1")
+    assert not list(tmp_path.iterdir())
+
+
 def completed(*argv):
     args = train_proxconnect.flags().parse_args(argv)
     train_proxconnect.complete(args)

@@ -1,7 +1,10 @@
 """runs.py, through the trainers: what is selected, what is tested, what a run keeps, and what its flags do."""
 
+import copy
 import csv
+import functools
 import json
+import math
 import os
 import shutil
 import signal
@@ -239,6 +242,107 @@ def test_ema_is_the_average_of_the_weights_and_is_what_is_tested(tmp_path):
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
 
 
+@pytest.mark.parametrize("flag, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_amp_is_the_number_format_of_the_network_in_training_and_tests(tmp_path, flag, dtype):
+    seen = {True: set(), False: set()}
+    hook = lambda m, _, out: seen[m.training].add(out.dtype) if isinstance(m, torch.nn.Conv2d) else None
+    handle = torch.nn.modules.module.register_module_forward_hook(hook)
+    try:
+        train(tmp_path, "--amp", flag, "--limit-steps", "1", "--batch-size", "8")
+    finally:
+        handle.remove()
+    assert seen == {True: {dtype}, False: {dtype}}
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["amp"] == flag
+
+
+def test_amp_takes_bfloat16_where_the_device_has_it(tmp_path, monkeypatch):
+    train(tmp_path, "--amp", "--limit-steps", "1", "--batch-size", "8")
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["amp"] == "bf16"
+    assert train_fsg.main(["--resume", str(tmp_path / "run"), "--amp", "--limit-steps", "2"]) == 0
+    for has in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
+        assert runs.pick_amp("auto", torch.device("cuda")) == ("bf16" if has else "fp16")
+        assert [runs.pick_amp(amp, torch.device("cuda")) for amp in ("bf16", "fp16", None)] == ["bf16", "fp16", None]
+
+
+FLOAT16 = ["--amp", "fp16", "--batch-size", "8", "--val", "1000"]  # float16 is slow on a CPU
+
+
+@pytest.mark.parametrize(
+    "trainer, extra",
+    [
+        (train_fsg, ["--grad", "fsg", "--expand", "2", "--d-state", "2", "--ema", "0.9", "--opt", "sgdm"]),
+        (train_fsg, ["--grad", "gate"]),
+        (train_fsg, ["--grad", "multifc", "--preset", "released"]),
+        (train_sibnn, []),
+        (train_proxconnect, ["--method", "bc"]),
+        (train_bihalf, []),
+    ],
+    ids=lambda x: x.__name__ if hasattr(x, "__name__") else "-".join(x[1:2]),
+)
+def test_an_overflow_in_float16_skips_the_step_and_leaves_no_trace(tmp_path, monkeypatch, trainer, extra):
+    states, begin, scale = [], runs.Run.set_learning_rate, torch.amp.GradScaler.scale
+
+    def record(self, *args):  # at the beginning of each step
+        states.append(copy.deepcopy({name: part.state_dict() for name, part in self.state.items()}))
+        return begin(self, *args)
+
+    def overflow(self, loss):
+        return scale(self, loss) * (math.inf if len(states) == 4 else 1)
+
+    monkeypatch.setattr(runs.Run, "set_learning_rate", record)
+    monkeypatch.setattr(torch.amp.GradScaler, "scale", overflow)
+    train(tmp_path, *FLOAT16, "--limit-steps", "6", "--accumulate", "2", "--clip", "1", *extra, trainer=trainer)
+
+    def trained(state):
+        """What a step changes, by name, without what a skipped one may change."""
+        tensors = {f"model.{k}": v for k, v in state["model"].items() if "running" not in k and "num_b" not in k}
+        tensors |= {
+            f"optimizer.{i}.{k}": torch.as_tensor(v)
+            for i, s in state["optimizer"]["state"].items()
+            for k, v in s.items()
+            if v is not None
+        }
+        generator = dict(state.get("generator", {}))
+        phi = generator.pop("_extra_state", {}).get("optimizer", {"state": {}})
+        tensors |= {f"phi.{i}.{k}": torch.as_tensor(v) for i, s in phi["state"].items() for k, v in s.items()}
+        return tensors | {f"generator.{k}": v for k, v in generator.items()}
+
+    before, after, later = map(trained, states[3:])
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    assert any(not torch.equal(after[k], later[k]) for k in after if k.startswith("model."))
+    if "fsg" in extra or "gate" in extra:
+        history = "generator.history" if "fsg" in extra else "generator.past"
+        assert not torch.equal(after[history], later[history])
+    scales = [state["scaler"]["scale"] for state in states]
+    assert scales[4] == scales[3] / 2 == scales[5]
+
+
+def test_a_run_in_float16_is_resumed_bit_for_bit(tmp_path, monkeypatch):
+    """With a scale that overflows in the first steps, and later grows every second step."""
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**36, growth_interval=2, backoff_factor=2.0**-12)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    flags = [*FLOAT16, "--grad", "gate", "--ema", "0.5", "--schedule", "none"]
+    train(tmp_path, *flags, "--limit-steps", "7", name="whole")
+    train(tmp_path, *flags, "--limit-steps", "4", name="parts")
+    assert train_fsg.main(["--resume", str(tmp_path / "parts"), "--limit-steps", "7"]) == 0
+    whole, parts = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts"))
+    assert whole["scaler"] == parts["scaler"] and math.log2(whole["scaler"]["scale"]) % 12 > 0, (
+        "it has fallen and grown"
+    )
+    for part in ("model", "ema", "generator"):
+        tensors = {k: v for k, v in whole[part].items() if isinstance(v, torch.Tensor)}
+        assert all(torch.equal(v, parts[part][k]) for k, v in tensors.items())
+
+
+def test_gradients_that_no_scale_helps_end_the_run_with_a_sentence(tmp_path, monkeypatch):
+    scale = torch.amp.GradScaler.scale
+    monkeypatch.setattr(torch.amp.GradScaler, "scale", lambda self, loss: scale(self, loss) * math.nan)
+    monkeypatch.setattr(runs.FiniteCheck, "SMALLEST_SCALE", 2.0**15)
+    with pytest.raises(runs.RunError, match=r"gradients in float16.* NaN or infinite by step 3.* --amp bf16"):
+        train(tmp_path, *FLOAT16, "--limit-steps", "3")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The run folder and the trackers.
 
@@ -271,10 +375,21 @@ def test_tensorboard(tmp_path):
     assert train_fsg.main(["--resume", str(tmp_path / "run"), "--epochs", "3"]) == 0
     events = EventAccumulator(str(tmp_path / "run"))
     events.Reload()
-    found = [(e.step, e.value) for e in events.Scalars("test_acc")]
+    found = [(e.step, e.value) for e in events.Scalars("accuracy/test_acc")]
     assert [step for step, _ in found] == [22, 44, 66]
     assert [v for _, v in found[:2]] == pytest.approx([row["test_acc"] for row in rows], rel=1e-4)
-    assert {"layers/flips", "layers/plus"} <= set(events.Tags()["histograms"])
+    assert set(events.Tags()["scalars"]) == {
+        *("accuracy/train_acc", "accuracy/test_acc", "loss/train_loss", "loss/test_loss"),
+        *("weights/flip_ratio", "weights/plus_ratio"),
+        *("progress/epoch", "progress/lr", "progress/seconds", "progress/images_per_s"),
+        *("gradient/cosine", "gradient/step"),
+    }
+    last = runs.load(tmp_path / "run" / "last.pt")["rows"][-1]
+    shares = [value for column, value in last.items() if column.startswith("plus/")]
+    histogram = events.Histograms("layers/plus")[-1].histogram_value
+    assert (histogram.num, histogram.min) == (len(shares), pytest.approx(min(shares), rel=1e-4))
+    assert sum(count > 0 for count in histogram.bucket) > 2, "the layers are told apart"
+    assert "layers/flips" in events.Tags()["histograms"]
 
 
 def test_wandb_gets_every_row(tmp_path, monkeypatch):
@@ -282,11 +397,15 @@ def test_wandb_gets_every_row(tmp_path, monkeypatch):
     fake = types.ModuleType("wandb")
     run = types.SimpleNamespace(log=lambda row, step: calls.append((row, step)), finish=lambda: calls.append("finish"))
     fake.init = lambda **options: calls.append(options) or run
+    fake.Histogram = sorted
     monkeypatch.setitem(sys.modules, "wandb", fake)
     rows = train(tmp_path, "--epochs", "2", "--wandb", "bits")
     assert calls[0]["project"] == "bits" and calls[0]["config"]["grad"] == "ste" and calls[-1] == "finish"
     assert [step for _, step in calls[1:-1]] == [22, 44]
-    assert [row["test_acc"] for row, _ in calls[1:-1]] == pytest.approx([r["test_acc"] for r in rows], rel=1e-4)
+    for (sent, _), row in zip(calls[1:-1], rows, strict=True):
+        assert {name: sent[name] for name in row} == pytest.approx(row, rel=1e-4)
+        flips = [value for name, value in row.items() if name.startswith("flips/")]
+        assert sent["layers/flips"] == pytest.approx(sorted(flips), rel=1e-4) and "layers/plus" in sent
 
 
 @pytest.mark.parametrize("flag, module", [(["--tensorboard"], "torch.utils.tensorboard"), (["--wandb", "x"], "wandb")])

@@ -302,13 +302,36 @@ def interrupt_after(monkeypatch, steps):
 
     def count(self, *args):
         real(self, *args)
-        if self.step == steps:
+        if self.step == steps and not self.interrupt:  # once, though there are several micro-batches
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(runs.Run, "count", count)
 
 
-@pytest.mark.parametrize("trainer, extra", [*((train_fsg, v) for v in FSG_VARIANTS), *SIBLINGS], ids=name_of)
+# Flags that change the training. (tests/test_runs.py resumes a run with --amp fp16, which is slow here.)
+OPTIONS = [
+    "--opt adamw --betas 0.8 0.95 --weight-decay 0.1 --lr 2e-3 --schedule cosine --warmup 1.5 --label-smoothing 0.1 "
+    "--clip 1 --ema 0.9 --val 180 --bn-batches 2 --seed 3 --deterministic --tensorboard",
+    "--opt sgdm --accumulate 3 --no-crop --no-flip --image-size 12 --save-every 0 --amp bf16 --act sign --binarize-all",
+    "--opt sgd --schedule none --hyper-sample 0.5 --fast-act tanh --quantizer bwn",
+]
+WITH_OPTIONS = [(train_fsg, options.split()) for options in OPTIONS]
+WITH_OPTIONS += [(train_sibnn, OPTIONS[0].split()), (train_bihalf, OPTIONS[1].split())]
+MIXED = " --mixup 0.8 --cutmix 1"  # timm's
+WITH_OPTIONS += [(train_proxconnect, OPTIONS[0].replace("--ema 0.9", MIXED).split())]
+
+
+def test_every_common_flag_that_changes_the_training_is_resumed_with():
+    tested = {word for _, options in WITH_OPTIONS for word in options if word.startswith("--")}
+    common = {runs.option(name) for name in vars(runs.common_flags("", "").parse_args([]))} - {"--script"}
+    not_the_training = ["--arch", "--dataset", "--data-dir", "--workers", "--epochs", "--limit-steps", "--batch-size"]
+    not_the_training += ["--milestones", "--pretrained", "--device", "--compile", "--wandb", "--out", "--name"]
+    assert common - tested == {*not_the_training, "--resume", "--eval-only"}
+
+
+@pytest.mark.parametrize(
+    "trainer, extra", [*((train_fsg, v) for v in FSG_VARIANTS), *SIBLINGS, *WITH_OPTIONS], ids=name_of
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, trainer, extra):
     argv = [*small(trainer, extra), *extra, "--out", str(tmp_path)]
     argv += ["--epochs", "3", "--batch-size", "250", "--limit-steps", "12", "--milestones", "1"]
@@ -647,6 +670,17 @@ def test_args_json_holds_the_flags_that_the_run_used(tmp_path, trainer, extra, u
         values = ["0.5"] * (2 if trainer is train_proxconnect else 1)
         text = sentence(["--resume", str(tmp_path / "run"), "--limit-steps", "4", f"--{name}", *values], trainer)
         assert text.startswith(f"--{name} is for ")
+
+
+@each_trainer
+@pytest.mark.parametrize("opt, kind", [("adam", "Adam"), ("adamw", "AdamW"), ("sgd", "SGD"), ("sgdm", "SGD")])
+def test_every_optimizer_has_a_learning_rate_and_is_made(trainer, opt, kind):
+    args = trainer.flags().parse_args(["--opt", opt, "--arch", "resnet8"])
+    trainer.complete(args)
+    runs.complete_betas(args)
+    optimizer = runs.make_optimizer(torch.nn.Linear(2, 2).parameters(), args)
+    assert type(optimizer) is getattr(torch.optim, kind) and 0 < optimizer.defaults["lr"] == args.lr
+    assert optimizer.defaults.get("momentum", 0) == (0.9 if opt == "sgdm" else 0)
 
 
 def test_a_schedule_that_needs_milestones_has_them_after_a_resume(tmp_path):
