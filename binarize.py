@@ -8,17 +8,23 @@ Copy with: quantizers.py.
 """
 
 import contextlib
+import copy
 import copyreg
 import functools
 import math
+import operator
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
+import torch.utils.checkpoint
 from einops import rearrange
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -35,37 +41,56 @@ class ModelError(ValueError):
 #
 # Many networks do not call their layers: Swin, BEiT and the fast path of nn.TransformerEncoderLayer pass `layer.weight`
 # to a function. So `weight` is a property. It is W for optimizers and for everyone else outside of a pass through the
-# network, and Ŵ within: from the beginning to the end of `forward` of any module that contains binary layers (_Scoped),
-# and in the backward pass, in which checkpointing repeats parts of the forward pass. This needs neither an example
-# input nor a list of such networks. With torch.nn.utils.parametrize, `layer.weight` would be Ŵ for optimizers too, and
-# the names in the state dict would change.
+# network, and Ŵ within: from the beginning to the end of a call of a binary layer or of any module that contains one,
+# hooks included (_Scoped), and in the backward pass, in which checkpointing repeats parts of the forward pass. This
+# needs neither an example input nor a list of such networks. With torch.nn.utils.parametrize, `layer.weight` would be Ŵ
+# for optimizers too, and the names in the state dict would change.
 
 
 class _ForwardPasses(threading.local):
-    depth = 0  # how many calls of `forward` of modules with binary layers are under way in this thread
+    depth = 0  # how many calls of modules with binary layers are under way in this thread
 
 
 _passes = _ForwardPasses()
 
 
-class _Scoped:
-    """Mixed into the class of a module that contains binary layers: within its `forward`, their `weight` is Ŵ."""
+def _in_pass(function, *args, **kwargs):
+    """function(*args, **kwargs), in which the `weight` of binary layers is Ŵ."""
+    _passes.depth += 1
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _passes.depth -= 1
+
+
+class _Called:
+    """Mixed into the class of a module: in a call of it, the `weight` of binary layers is Ŵ. A call runs hooks too."""
+
+    def __call__(self, *args, **kwargs):
+        return _in_pass(super().__call__, *args, **kwargs)
+
+    def __init_subclass__(cls):
+        if cls.__name__.startswith("Parametrized"):  # torch.nn.utils.parametrize makes it; its `weight` is not ours
+            raise ModelError("a parametrization was registered after binarize_(): do that before it, in a new network")
+
+    def __prepare_scriptable__(self):
+        raise ModelError("torch.jit.script cannot compile binary layers: use torch.jit.trace or torch.export")
+
+
+class _Scoped(_Called):
+    """Mixed into the class of a module that contains binary layers. Its `forward` may be called directly as well."""
 
     def forward(self, *args, **kwargs):
-        _passes.depth += 1
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            _passes.depth -= 1
+        return _in_pass(super().forward, *args, **kwargs)
 
 
-class _Binary:
+class _Binary(_Called):
     """What all binary layers have in common. This class is mixed into the class of the layer.
 
     quantizer, act: names of a weight quantizer and an activation quantizer (quantizers.py).
     options: keyword arguments of the weight quantizer, such as {"ratio": 0.5}.
     unit, scale: constants, Ŵ = scale · Q(W / unit).
-    leader: the layer with which this one shares its weight, or None. The leader's settings give Ŵ for both.
+    leader: a layer with which this one shares its weight, or None. The leader's settings count for both.
     With act 'si' the layer has the parameters theta and delta, [C_in, 1, 1] or [F_in], and the constant rho: see
     `step_activation`.
     """
@@ -81,8 +106,11 @@ class _Binary:
     saw_input = False
 
     def latent(self) -> Tensor:
-        """W, also within a forward or backward pass."""
-        w = self._parameters.get("weight", self.__dict__.get("weight"))
+        """W, also within a forward or backward pass. In copies of nn.DataParallel and in FSDP it is no parameter."""
+        w = self._parameters.get("weight")
+        if w is None and ("weight_orig" in self._parameters or "weight_g" in self._parameters):
+            raise ModelError(f"{self.layer_name} got weight_norm or pruning after binarize_(): do that before it")
+        w = self.__dict__.get("weight") if w is None else w
         if w is None:
             raise AttributeError("weight")
         return w
@@ -105,22 +133,25 @@ class _Binary:
 
     def binary_weight(self) -> Tensor:
         """Ŵ, the weight that the layer computes with. Same shape as `weight`."""
-        if self.leader is not None:
-            return self.leader.binary_weight()
-        w, groups = self.latent() if self.unit == 1 else self.latent() / self.unit, getattr(self, "groups", 1)
-        by_input = has_inputs_first(self)  # quantizers take [C_out, ...]
+        if not torch.compiler.is_compiling() and torch.fx._symbolic_trace._is_fx_tracing_flag and not get_proxy_mode():
+            raise ModelError(f"torch.fx would freeze the bits of {self.layer_name}: trace before binarize_()")
+        like = self if self.leader is None else self.leader
+        w, groups = self.latent() if like.unit == 1 else self.latent() / like.unit, getattr(like, "groups", 1)
+        by_input = has_inputs_first(like)  # quantizers take [C_out, ...]
         w = rearrange(w, "(g i) o ... -> (g o) i ...", g=groups) if by_input else w
-        w = WEIGHT_QUANTIZERS[self.quantizer](w, **self.options)
+        w = WEIGHT_QUANTIZERS[like.quantizer](w, **like.options)
         w = rearrange(w, "(g o) i ... -> (g i) o ...", g=groups) if by_input else w
-        return w if self.scale == 1 else w * self.scale
+        return w if like.scale == 1 else w * like.scale
 
     def binary_input(self, x: Tensor) -> Tensor:
         """The quantized input. Same shape as x; x itself with act 'none'."""
         if self.act == "si":
             return step_activation(x, self.theta, self.delta, self.rho)
         if self.act == "sign" and not (torch.compiler.is_compiling() or x.is_meta or self.saw_input):
-            self.saw_input = True
-            if x.numel() >= 64 and bool((x >= 0).all()):
+            self.saw_input, no_sign_is_minus = True, False
+            with contextlib.suppress(RuntimeError):  # a transform of torch.func has no values
+                no_sign_is_minus = x.numel() >= 64 and bool((x >= 0).all())
+            if no_sign_is_minus:
                 warnings.warn(
                     f"all inputs of {self.layer_name} are ≥ 0, so all their signs are +1: replace a ReLU in front of "
                     "it by nn.Hardtanh, nn.PReLU or nn.Identity",
@@ -128,14 +159,18 @@ class _Binary:
                 )
         return ACTIVATION_QUANTIZERS[self.act](x)
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, *args, **kwargs) -> Tensor:
         """The forward of the layer's own class, in which `weight` is Ŵ."""
-        x = self.binary_input(x)
-        self.calls_itself, _passes.depth = True, _passes.depth + 1
+        if args:
+            args = (self.binary_input(args[0]), *args[1:])
+        elif kwargs:
+            name = "input" if "input" in kwargs else next(iter(kwargs))
+            kwargs[name] = self.binary_input(kwargs[name])
+        self.calls_itself = True
         try:
-            return super().forward(x, *args, **kwargs)
+            return _in_pass(super().forward, *args, **kwargs)
         finally:
-            self.calls_itself, _passes.depth = False, _passes.depth - 1
+            self.calls_itself = False
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, [super().extra_repr(), f"quantizer={self.quantizer}, act={self.act}"]))
@@ -144,7 +179,7 @@ class _Binary:
 class _Summing(_Binary):
     """nn.Linear, nn.Conv1d, nn.Conv2d and nn.Conv3d, which sum exactly in eval mode."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """The convolution or matrix product of the binary input with Ŵ.
 
         In eval mode with binary activations, the layer sums the signs first and multiplies the sums by the scale of
@@ -153,7 +188,7 @@ class _Summing(_Binary):
         that export.py writes.
         """
         function = F.linear if isinstance(self, nn.Linear) else self._conv_forward
-        x, w = self.binary_input(x), self.binary_weight()
+        x, w = self.binary_input(input), self.binary_weight()
         if self.training or self.act == "none":
             return function(x, w, self.bias)
         scale = w.detach().abs().flatten(1).amax(1).clamp_min(torch.finfo(w.dtype).tiny)
@@ -163,18 +198,6 @@ class _Summing(_Binary):
         per_channel = (-1, *[1] * (w.dim() - 2))  # this shape broadcasts with the outputs
         outputs = outputs * scale.view(per_channel)
         return (outputs if self.bias is None else outputs + self.bias.view(per_channel)).to(w.dtype)
-
-
-class BinaryConv2d(_Summing, nn.Conv2d):
-    """nn.Conv2d with binary weights: x [B, C_in, H, W] -> [B, C_out, H', W']."""
-
-    plain = nn.Conv2d
-
-
-class BinaryLinear(_Summing, nn.Linear):
-    """nn.Linear with binary weights: x [..., F_in] -> [..., F_out]."""
-
-    plain = nn.Linear
 
 
 class FloatConv2d(nn.Conv2d):
@@ -192,7 +215,7 @@ class Projection(_Binary, nn.Module):
         self.__dict__.update(attention=attention, parameter=parameter)  # nn.Module would register the attention
 
     def latent(self) -> Tensor:
-        return self.attention._parameters[self.parameter]
+        return self.attention._parameters.get(self.parameter, self.attention.__dict__.get(self.parameter))
 
     def register_parameter(self, name: str, value: nn.Parameter | None) -> None:
         """`projection.weight = value` sets the attention's parameter."""
@@ -208,19 +231,32 @@ class _Attention(_Scoped):
     projections: dict[str, Projection] = {}  # noqa: RUF012 (assigned to an attention, never modified)
 
     def weight_of(self, name: str) -> Tensor | None:
-        return self.projections[name].weight if name in self.projections else self._parameters.get(name)
+        if name in self.projections:
+            return self.projections[name].weight
+        return self._parameters.get(name, self.__dict__.get(name))
 
-    in_proj_weight = property(lambda self: self.weight_of("in_proj_weight"))
-    q_proj_weight = property(lambda self: self.weight_of("q_proj_weight"))
-    k_proj_weight = property(lambda self: self.weight_of("k_proj_weight"))
-    v_proj_weight = property(lambda self: self.weight_of("v_proj_weight"))
+    def _replicate_for_data_parallel(self):
+        replica = super()._replicate_for_data_parallel()
+        replica.projections = {name: copy.copy(projection) for name, projection in self.projections.items()}
+        for projection in replica.projections.values():
+            projection.__dict__["attention"] = replica
+        return replica
+
+
+def _projection(name: str) -> property:
+    def write(self, value: Tensor) -> None:  # nn.DataParallel sets tensors in its copies
+        self.__dict__[name] = value
+
+    return property(lambda self: self.weight_of(name), write)
+
+
+for name in PROJECTIONS:
+    setattr(_Attention, name, _projection(name))
 
 
 @functools.cache
 def _with(mixin: type, cls: type) -> type:
     """The class `cls` with a mixin. A module changes its behaviour, and stays the same object, by taking this class."""
-    if mixin is _Binary and cls in (nn.Conv2d, nn.Linear):
-        return BinaryConv2d if cls is nn.Conv2d else BinaryLinear
     if mixin is _Binary and cls.forward in {c.forward for c in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}:
         mixin = _Summing
     fields = {"plain": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
@@ -241,6 +277,10 @@ def _new(mixin: type, cls: type) -> nn.Module:
     return made.__new__(made)
 
 
+BinaryConv2d = _with(_Binary, nn.Conv2d)  # nn.Conv2d with binary weights: x [B, C_in, H, W] -> [B, C_out, H', W']
+BinaryLinear = _with(_Binary, nn.Linear)  # nn.Linear with binary weights: x [..., F_in] -> [..., F_out]
+
+
 def plain_class(module: nn.Module) -> type:
     """The class of a module without the mixins of this file."""
     return getattr(type(module), "plain", type(module))
@@ -248,8 +288,10 @@ def plain_class(module: nn.Module) -> type:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether this is GPT-2's linear layer with a weight [F_in, F_out], which transformers calls Conv1D."""
+    if plain_class(module).__name__ != "Conv1D":
+        return False
     w, b = module._parameters.get("weight"), module._parameters.get("bias")
-    return plain_class(module).__name__ == "Conv1D" and w is not None and b is not None and w.shape[1:] == b.shape
+    return w is not None and b is not None and w.shape[1:] == b.shape
 
 
 def has_inputs_first(layer: nn.Module) -> bool:
@@ -303,7 +345,7 @@ def sign_bits(layers: list[nn.Module]) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # binarize_().
 
-SETTINGS = ("quantizer", "act", "options", "unit", "scale", "rho", "leader")
+SETTINGS = ("quantizer", "act", "options", "unit", "scale", "rho", "leader", "layer_name", "calls_itself", "saw_input")
 SCALED = ("bwn-f", "bwn-l", "sibnn", "parq", "identity")  # quantizers whose Ŵ is of the size of W
 RELAXED = ("bnn", "bnn+", "bnn++", "pc")  # quantizers that compare |W| with 1
 
@@ -433,12 +475,16 @@ def _float_layers(model: nn.Module, candidates: dict, first: bool, last: bool, s
         if unknown:
             raise ModelError(f"skip: no layer is called {unknown[0]!r}; the layers are {_shortened([*candidates], 8)}")
         skip = lambda name, m: f"{name}.".startswith(tuple(prefixes))
+    graphs = [m for m in model.modules() if isinstance(m, torch.fx.GraphModule)]
+    read = {(graph, node.target) for graph in graphs for node in graph.graph.nodes if node.op == "get_attr"}
+    read = {id(operator.attrgetter(target)(graph)) for graph, target in read}
     found = {}
     for name, (m, parameter) in candidates.items():
         w = m._parameters.get(parameter)
         attributes = [a for a in (*SETTINGS, "theta", "delta") if hasattr(m, a) and not isinstance(m, _Binary)]
         reasons = {
             "by design": isinstance(m, FloatConv2d),
+            "read by a graph of torch.fx": id(w) in read,
             "computed from other parameters (undo weight_norm, pruning, … first)": w is None,
             "not reached by the example": name in unused,
             "first": name in firsts and not first,
@@ -478,12 +524,16 @@ def _normalised_layers(model: nn.Module) -> set[nn.Module]:
 
 
 def _let_read(module: nn.Module, act: str) -> None:
-    """Let `weight` be Ŵ within the module's forward, unless it has no binary layers or is known to call them.
+    """Let `weight` be Ŵ in calls of the module, unless it has no binary layers or is known to call them.
 
-    A `forward` with the attribute `calls_layers` calls its layers and does not read their weights (models.py).
+    A `forward` with the attribute `calls_layers` calls its layers and does not read their weights (models.py). So do
+    containers, and graphs of torch.fx, see `_float_layers`. A graph has a class of its own, which must stay.
     """
-    calls_them = plain_class(module) in (nn.Sequential, nn.ModuleList, nn.ModuleDict) or isinstance(module, _Binary)
-    if calls_them or hasattr(module.forward, "calls_layers") or not named_binary_layers(module):
+    calls_them = plain_class(module) in (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    calls_them = calls_them or hasattr(module.forward, "calls_layers")
+    calls_them = calls_them and not (module._forward_hooks or module._forward_pre_hooks)
+    calls_them = calls_them or isinstance(module, _Binary | torch.fx.GraphModule | torch.jit.ScriptModule)
+    if calls_them or not named_binary_layers(module):
         return
     mixin = _Attention if isinstance(module, nn.MultiheadAttention) else _Scoped
     module.__class__ = _with(mixin, type(module))
@@ -498,11 +548,11 @@ def _restore(module: nn.Module, keep_thresholds: bool) -> None:
         module.activation_relu_or_gelu = module.__dict__.pop("fast_path")
     if isinstance(module, _Binary) and "theta" in module._parameters and not keep_thresholds:
         del module.theta, module.delta
+    own = SETTINGS if isinstance(module, _Binary) else ("projections",) if isinstance(module, _Attention) else ()
     if isinstance(module, _Binary | _Scoped):
         module.__class__ = plain_class(module)
-        for key in (*SETTINGS, "layer_name", "calls_itself", "saw_input", "projections"):
-            module.__dict__.pop(key, None)
-    module.__dict__.pop("why_float", None)
+    for key in (*own, "why_float"):
+        module.__dict__.pop(key, None)
 
 
 def _add_thresholds(layer: nn.Module) -> None:
@@ -524,15 +574,19 @@ def _add_thresholds(layer: nn.Module) -> None:
 def _trial(model: nn.Module, training: bool = False):
     """Within `with _trial(model)`, the model can run: mode, buffers and random numbers are restored at the end."""
     modes, buffers = [(m, m.training) for m in model.modules()], [(b, b.clone()) for b in model.buffers()]
+    places = [(m, key, b) for m in model.modules() for key, b in m._buffers.items()]
     try:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             yield model.train(training)
     finally:
+        model.train(modes[0][1])  # train() of some modules empties what they have cached
         for m, mode in modes:
             m.training = mode
-        for b, value in buffers:
-            b.data.copy_(value)
+        for m, key, b in places:
+            m._buffers[key] = b
+        for b, value in buffers:  # the observers of quantization resize theirs
+            b.data.resize_(value.shape).copy_(value)
 
 
 def _call(model: nn.Module, example) -> list[Tensor]:
@@ -555,12 +609,15 @@ def _ends(model: nn.Module, candidates: dict, example) -> tuple[set[str], set[st
     example = tree_map(lambda t: t.detach().clone().requires_grad_() if differentiable(t) else t, example)
     inputs = {id(t) for t in tree_leaves(example)}
     outputs = []  # of all modules: what is computed from them may be detached, and they may be modified in place
-    hooks = [m.register_forward_hook(lambda m, x, y: outputs.extend(tree_leaves(y))) for m in model.modules()]
+    eager = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    hooks = [m.register_forward_hook(lambda m, x, y: outputs.extend(tree_leaves(y))) for m in eager]
+    unchecked = SimpleNamespace(apply=lambda function, preserve_rng_state, *args: function(*args))
+    checkpointing = mock.patch.object(torch.utils.checkpoint, "CheckpointFunction", unchecked)  # it hides the graph
     frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
     try:
         for p in frozen:
             p.requires_grad_(True)
-        with _trial(model), torch.enable_grad():
+        with _trial(model), torch.enable_grad(), checkpointing:
             outputs += _call(model, example)
         stack = [t.grad_fn for t in outputs if isinstance(t, Tensor) and t.grad_fn is not None]
     finally:
@@ -602,7 +659,7 @@ def latent_readers(model: nn.Module, example) -> list[str]:
     in training mode. example: see `binarize_`.
     """
     layers = named_binary_layers(model)
-    settings = [(layer, layer.quantizer, layer.options) for layer in layers.values()]
+    settings = [(layer, layer.quantizer, layer.options, layer.unit, layer.scale) for layer in layers.values()]
 
     def results() -> list[Tensor]:
         found = []
@@ -630,12 +687,13 @@ def latent_readers(model: nn.Module, example) -> list[str]:
 
     try:
         for layer, *_ in settings:
-            layer.quantizer, layer.options = "bwn", {}  # Ŵ depends on the signs alone
+            # Ŵ depends on the signs alone, and the outputs of untrained networks are finite.
+            layer.quantizer, layer.options, layer.unit, layer.scale = "bwn", {}, 1.0, he_scale(layer)
         before = results()
         return [name for name in layers if change_outputs([name])] if change_outputs(layers) else []
     finally:
-        for layer, quantizer, options in settings:
-            layer.quantizer, layer.options = quantizer, options
+        for layer, *values in settings:
+            layer.quantizer, layer.options, layer.unit, layer.scale = values
 
 
 def count_macs(model: nn.Module, example) -> dict[str, int]:

@@ -649,14 +649,15 @@ def decode_all(
     """Decode all images of a split: images [N, 3, size, size] uint8, and labels [N] int64.
 
     Images of another size are resized. The result is cached in root/.SPLIT-SIZE.pt, and reused as long as the names,
-    sizes and modification times of the files stay the same. Images that cannot be read are added to `broken`, each with
-    its error. While there are any, nothing is cached.
+    sizes and times of the files stay the same. The times are those of the last modification and of the last change of
+    the file's entry, which unpacking and copying cannot set. Images that cannot be read are added to `broken`, each
+    with its error. While there are any, nothing is cached.
     """
-    fingerprint = hashlib.sha256(b"2\n")  # of the files and of what decode() does: number its versions
+    fingerprint = hashlib.sha256(b"3\n")  # of the files and of what decode() does: number its versions
     for file in files:
         try:
             stat = os.stat(file)
-            state = f"{stat.st_size} {stat.st_mtime_ns}"
+            state = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
         except OSError:  # decode() fails too
             state = "unreadable"
         name = file.removeprefix(f"{root}{os.sep}").replace(os.sep, "/")

@@ -51,6 +51,9 @@ def straight_through(x: Tensor, value: Tensor, mask: Tensor | None = None) -> Te
     The straight-through estimator: Bengio et al., 2013, https://arxiv.org/abs/1308.3432. All three tensors have the
     same shape. `value` and `mask` receive no gradient.
     """
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():  # torch.func.grad, vmap, …
+        zero = x - x.detach()
+        return value.detach() + (zero if mask is None else zero * mask)
     return _StraightThrough.apply(x, value, mask)
 
 

@@ -59,6 +59,7 @@ The compiled CPU kernels are kept in ~/.cache/torch_extensions, or in the folder
 TORCH_EXTENSIONS_DIR names. The compiler is the one that CXX names, else c++, g++ or clang++.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -70,6 +71,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -163,6 +165,10 @@ def _compile(name: str, flags: list[str]) -> ctypes.CDLL:
     compiler, folder = _compiler(), _cache()
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob("selective_scan_build_*"):  # by a process that was killed while it compiled
+            with contextlib.suppress(OSError):
+                if time.time() - left.stat().st_mtime > 3600:
+                    shutil.rmtree(left)
         with tempfile.TemporaryDirectory(prefix="selective_scan_build_", dir=folder) as build:
             built = Path(build, "library.so")
             _run([*compiler, *flags, str(SOURCE), "-o", str(built)])

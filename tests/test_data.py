@@ -947,6 +947,16 @@ def edit_to_same_size_and_name(root):
     os.utime(file, ns=(later, later))
 
 
+def replace_by_an_equally_old_and_large_file(root):
+    """As unpacking an archive does it, in which all files have one date."""
+    file = root / "train/ant/0.bmp"
+    before = file.stat()
+    save(root / "new.bmp", noise(16, 16, 3, seed=99))
+    os.utime(root / "new.bmp", ns=(before.st_mtime_ns, before.st_mtime_ns))
+    (root / "new.bmp").replace(file)
+    assert file.stat()[6:9] == before[6:9]
+
+
 def edit_at_the_same_time(root):
     file = root / "train/ant/0.png"
     before = file.stat()
@@ -971,7 +981,8 @@ def move_to_other_class(root):
     (root / "train/ant/2.png").rename(root / "train/bee/!.png")  # does not change the order of the images
 
 
-CHANGES = (edit, edit_to_same_size_and_name, edit_at_the_same_time, add, remove, rename_image, move_to_other_class)
+CHANGES = (edit, edit_to_same_size_and_name, edit_at_the_same_time, replace_by_an_equally_old_and_large_file)
+CHANGES += (add, remove, rename_image, move_to_other_class)
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -544,6 +544,19 @@ def test_a_run_killed_while_it_compiles_does_not_harm_the_next(cache, slow_compi
         slow_compiler.unlink()
 
 
+def test_what_killed_compilations_left_is_deleted_once_it_is_old(cache, tmp_path):
+    old, young, other = (cache / name for name in ("selective_scan_build_a", "selective_scan_build_b", "else"))
+    (tmp_path / "kept").mkdir()
+    for folder in (old, young, other):
+        folder.mkdir(parents=True)
+        (folder / "library.so").write_text("half")
+    (cache / "selective_scan_build_link").symlink_to(tmp_path / "kept")
+    for path in (old, other, tmp_path / "kept"):
+        os.utime(path, (time.time() - 7200,) * 2)
+    assert loads()
+    assert not old.exists() and young.exists() and other.exists() and (tmp_path / "kept").exists()
+
+
 def test_two_processes_compile_at_once(cache, slow_compiler):
     both = [process(), process()]
     for each in both:
