@@ -404,7 +404,10 @@ HOSTILE_TENSORS = {
     ],
     "layer1.0.conv1.weight.scale": [None, -torch.ones(16), torch.full((16,), torch.nan), torch.ones(16).double()],
     "layer1.0.conv1.weight.nonzero": [torch.zeros(16, 1, dtype=torch.uint8)],
-    "bn1.running_var": [None, torch.full((16,), torch.inf), torch.ones(17), torch.ones(16).long(), -torch.ones(16)],
+    "bn1.running_var": [
+        *[None, torch.full((16,), torch.inf), torch.ones(17), torch.ones(16).long(), -torch.ones(16)],
+        *[torch.ones(16).cfloat(), torch.ones(16).bool()],
+    ],
     "bn1.weight": [torch.ones(16).bfloat16(), torch.ones(16).to(torch.float8_e4m3fn), torch.ones(16).cfloat()],
     "bn1.num_batches_tracked": [torch.tensor(1.0), torch.tensor([1])],
     "layer1.0.conv1.weight": [torch.ones(16, 16, 3, 3)],
