@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -381,7 +382,12 @@ def c_source(ops: list[Op], normalisation: list[list[float]], about: str, name: 
    image: [{c}][{h}][{w}] (channel, row, column), {pixels}
    logits: [{ops[-1].shape[0]}]. The index of the largest one is the predicted class.
    The constants take {writer.flash:,} bytes of flash, besides the code. The buffers take {writer.ram:,} bytes of RAM
-   and are static: do not call the functions from several threads at once. The file is C99 and needs libc and libm:
+   and are static: do not call these functions from several threads at once. Threads call the functions
+
+   void {name}_predict_in(float *ram, const float *image, float *logits);
+   void {name}_predict_uint8_in(float *ram, const uint8_t *image, float *logits);
+
+   each with {upper}_RAM_BYTES of its own. The file is C99 and needs libc and libm:
 
        cc -O3 -std=c99 -c FILE.c
 
@@ -733,24 +739,28 @@ BNN_FOR_EACH_UNIT({function}, ({parameters}), in, out, pixels, channels{passed})
         pointers = []
         for buffer in self.buffers:
             if buffer.kind == "floats":
-                pointers.append(f"float *const {buffer.name} = bnn_ram + {buffer.offset // 4};")
+                pointers.append(f"float *const {buffer.name} = ram + {buffer.offset // 4};")
             else:
-                pointers.append(f"uint8_t *const {buffer.name} = (uint8_t *)bnn_ram + {buffer.offset + 4};")
+                pointers.append(f"uint8_t *const {buffer.name} = (uint8_t *)ram + {buffer.offset + 4};")
         code = "\n".join(f"    {line}" for line in [*pointers, *self.code])
         return f"""
-static float bnn_ram[BNN_RAM_BYTES / 4] BNN_ALIGNED;
-
 /* One of floats and bytes is the image, the other one is NULL. */
-static void bnn_run(const float *floats, const uint8_t *bytes, float *logits) {{
+static void bnn_run(float *ram, const float *floats, const uint8_t *bytes, float *logits) {{
     if (bnn_unit < 0) bnn_unit = bnn_best_unit();
 {code}
 }}
 
 void bnn_predict(const float *image, float *logits);
 void bnn_predict_uint8(const uint8_t *image, float *logits);
+void bnn_predict_in(float *ram, const float *image, float *logits);
+void bnn_predict_uint8_in(float *ram, const uint8_t *image, float *logits);
 
-void bnn_predict(const float *image, float *logits) {{ bnn_run(image, NULL, logits); }}
-void bnn_predict_uint8(const uint8_t *image, float *logits) {{ bnn_run(NULL, image, logits); }}
+static float bnn_ram[BNN_RAM_BYTES / 4] BNN_ALIGNED;
+
+void bnn_predict(const float *image, float *logits) {{ bnn_run(bnn_ram, image, NULL, logits); }}
+void bnn_predict_uint8(const uint8_t *image, float *logits) {{ bnn_run(bnn_ram, NULL, image, logits); }}
+void bnn_predict_in(float *ram, const float *image, float *logits) {{ bnn_run(ram, image, NULL, logits); }}
+void bnn_predict_uint8_in(float *ram, const uint8_t *image, float *logits) {{ bnn_run(ram, NULL, image, logits); }}
 """
 
 
@@ -810,17 +820,30 @@ def pointer(array: np.ndarray | Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.data_ptr() if isinstance(array, Tensor) else array.ctypes.data)
 
 
-def predict(library: ctypes.CDLL, images: Tensor, num_classes: int, name: str = "net") -> Tensor:
+def predict(
+    library: ctypes.CDLL, images: Tensor, num_classes: int, name: str = "net", *, threads: int = 1, ram: int = 0
+) -> Tensor:
     """Call a compiled C file on images [N, C, H, W] with pixels of 0 to 255. Returns the logits [N, num_classes].
 
     images: uint8, or any type of floats. name: what the names in the file begin with.
+    threads: how many compute different images at the same time. More than one need ram, the file's NAME_RAM_BYTES.
     """
     is_bytes = images.dtype == torch.uint8
-    function = getattr(library, f"{name}_predict_uint8" if is_bytes else f"{name}_predict")
+    function = getattr(library, f"{name}_predict{'_uint8' if is_bytes else ''}{'_in' if threads > 1 else ''}")
     images = (images if is_bytes else images.float()).contiguous()
     logits = torch.empty(len(images), num_classes)
-    for image, out in zip(images, logits, strict=True):
-        function(pointer(image), pointer(out))
+
+    def part(first: int) -> None:  # every image whose index is first, first + threads, …
+        room = aligned(np.empty(ram, dtype=np.uint8))
+        for image, out in zip(images[first::threads], logits[first::threads], strict=True):
+            arrays = (image, out) if threads == 1 else (room, image, out)
+            function(*map(pointer, arrays))
+
+    if threads == 1:
+        part(0)
+    else:
+        with ThreadPoolExecutor(threads) as pool:  # ctypes lets other threads run during a call
+            list(pool.map(part, range(threads)))
     return logits
 
 
@@ -852,14 +875,14 @@ void float_conv(const bnn_Conv *s, const float *x, const float *weights, const u
 int64_t peak(int64_t);
 #ifdef BNN_X86
 BNN_AVX512 int64_t peak(int64_t n) {
-    __m512i count[12], weight[12], a = _mm512_set1_epi64(n);
-    BNN_UNROLL for (int i = 0; i < 12; i++) count[i] = weight[i] = _mm512_set1_epi32(3 * i);
-    for (int64_t done = 0; done < n; done += 12) {
-        BNN_UNROLL for (int i = 0; i < 12; i++)
+    __m512i count[8], weight[8], a = _mm512_set1_epi64(n); /* 8: BNN_UNROLL keeps them in registers */
+    BNN_UNROLL for (int i = 0; i < 8; i++) count[i] = weight[i] = _mm512_set1_epi32(3 * i);
+    for (int64_t done = 0; done < n; done += 8) {
+        BNN_UNROLL for (int i = 0; i < 8; i++)
             count[i] = _mm512_add_epi32(count[i], _mm512_popcnt_epi32(_mm512_xor_si512(a, weight[i])));
         __asm__ volatile("" : "+v"(a)); /* otherwise the compiler sees that the result is constant */
     }
-    for (int i = 1; i < 12; i++) count[0] = _mm512_add_epi32(count[0], count[i]);
+    for (int i = 1; i < 8; i++) count[0] = _mm512_add_epi32(count[0], count[i]);
     return _mm512_reduce_add_epi32(count[0]);
 }
 #else
@@ -951,17 +974,17 @@ def binary_conv2d(
 IMAGENET_LAYERS = ((64, 56), (128, 28), (256, 14), (512, 7))
 
 
-def seconds_per_call(function, at_least: float = 0.02) -> float:
-    """The mean over as many calls as take `at_least` seconds."""
-    calls, start = 0, time.perf_counter()
+def seconds_per_call(function, at_least: float = 0.02) -> tuple[float, float]:
+    """The mean over as many calls as take `at_least` seconds: by the clock, and CPU time of all threads."""
+    calls, start, cpu = 0, time.perf_counter(), time.process_time()
     while calls == 0 or time.perf_counter() - start < at_least:
         function()
         calls += 1
-    return (time.perf_counter() - start) / calls
+    return (time.perf_counter() - start) / calls, (time.process_time() - cpu) / calls
 
 
-def compare_speed(functions: dict, rounds: int) -> dict[str, float]:
-    """Median seconds of a call of each function. They take turns, and one more round before does not count."""
+def compare_speed(functions: dict, rounds: int) -> dict[str, tuple[float, float]]:
+    """Median seconds of a call of each function, as above. They take turns. A first round does not count."""
     seconds = {name: [] for name in functions}
     for r in range(rounds + 1):
         for name, function in functions.items():
@@ -969,7 +992,7 @@ def compare_speed(functions: dict, rounds: int) -> dict[str, float]:
             time.sleep(0.01)  # until the threads of the function before have stopped waiting for work
             if r > 0:
                 seconds[name].append(seconds_per_call(function))
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return {name: tuple(map(statistics.median, zip(*pairs, strict=True))) for name, pairs in seconds.items()}
 
 
 def bench_convolutions(ops: list[Op], rounds: int) -> list[dict]:
@@ -991,7 +1014,7 @@ def bench_convolutions(ops: list[Op], rounds: int) -> list[dict]:
     unit = VECTOR_UNITS[lib.best_unit()]
     if unit == VECTOR_UNITS[-1]:
         n = 10**7
-        peak = n / min(seconds_per_call(lambda: lib.peak(ctypes.c_int64(n))) for _ in range(5))
+        peak = n / min(seconds_per_call(lambda: lib.peak(ctypes.c_int64(n)))[0] for _ in range(5))
     title = f"binary convolutions, {unit}, one core, batch 1 (median of {rounds}, in turn)"
     table = Table(title=title, title_justify="left")
     for column in ("input", "filters", "PyTorch float32 ms", "ours ms", "ratio", "G bit operations/s", "of the peak"):
@@ -999,7 +1022,7 @@ def bench_convolutions(ops: list[Op], rounds: int) -> list[dict]:
     rows = []
     for size in sizes:
         shape = ConvShape(*size, XNOR)
-        times = compare_speed(convolutions_to_time(shape), rounds)
+        times = {name: both[0] for name, both in compare_speed(convolutions_to_time(shape), rounds).items()}
         row = {
             "input": [shape.channels, shape.height, shape.width],
             "filters": shape.filters,
