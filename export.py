@@ -67,7 +67,10 @@ def on_cpu(example: Tensor) -> Tensor:
 
 
 def failing_layers(net: nn.Module, example: Tensor, attempt: Callable) -> str:
-    """The layers for which attempt(layer, its input) raises an error, with their types, for a message."""
+    """The layers for which attempt(layer, its input) raises an error, with their types, for a message.
+
+    What a RunError says is the reason, such as "dilation=2".
+    """
     inputs, failing = {}, []
     names = {m: name for name, m in net.named_modules() if next(m.children(), None) is None}
 
@@ -87,6 +90,8 @@ def failing_layers(net: nn.Module, example: Tensor, attempt: Callable) -> str:
     for m, x in inputs.items():
         try:
             attempt(m, x)
+        except RunError as e:
+            failing.append(f"{names[m]} ({type(m).__name__} with {e})")
         except Exception:  # of any type: a converter's, or PyTorch's
             failing.append(f"{names[m]} ({type(m).__name__})")
     return ", ".join(failing)
@@ -277,12 +282,14 @@ def c_operations(net: nn.Module, example: Tensor, normalisation: list[list[float
 
 
 def check_rule(layer: nn.Module, x: Tensor) -> None:
-    """Raises RunError unless export_c.py has a rule for a layer with the input x."""
-    if isinstance(layer, nn.Conv2d):
-        square = all(len(set(sizes)) == 1 for sizes in (layer.kernel_size, layer.stride, layer.padding))
-        if not square or layer.groups > 1 or set(layer.dilation) != {1} or layer.padding_mode != "zeros":
-            raise RunError("there are rules for square kernels without groups, dilation and other paddings than zeros")
-    export_c.operations(nn.Sequential(layer), tuple(x.shape[1:]))
+    """Raises an error unless export_c.py has a rule for a layer with the input x. A RunError names the properties."""
+    properties = export_c.without_rule(layer, x)
+    if properties:
+        raise RunError(properties)
+    try:
+        export_c.operations(nn.Sequential(layer), tuple(x.shape[1:]))
+    except RunError as e:
+        raise ValueError(e) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -363,8 +370,8 @@ def read_checkpoint(path: Path) -> Trained:
     try:
         shape, normalisation, num_classes = (checkpoint[name] for name in ("shape", "normalisation", "num_classes"))
         export_bits.check_shape(shape, normalisation)
-        if not export_bits.is_size(num_classes):
-            raise ValueError("the number of classes is wrong")
+        if normalisation is None or not export_bits.is_size(num_classes):
+            raise ValueError("the normalisation or the number of classes is wrong")
         args, trainer = flags_of(checkpoint["args"], path)
         net = trained_network(trainer, args, num_classes, tuple(shape), path)
         layers = models.binary_layers(net)

@@ -111,13 +111,14 @@ def operations(net: nn.Module, shape: tuple[int, int, int]) -> list[Op]:
         traced = fx.GraphModule(net, LeafTracer().trace(net))
         ShapeProp(traced).propagate(torch.zeros(1, *shape))
     except Exception as e:  # control flow that depends on values, a call that cannot be traced, …
-        raise not_convolutional(f"it cannot be traced: {str(e).splitlines()[0][:100]}") from None
+        reason = (str(e).splitlines() or [type(e).__name__])[0][:100]
+        raise not_convolutional(f"it cannot be traced: {reason}") from None
     ops, op_of = [], {}
     for node in traced.graph.nodes:
         if node.op == "output":
             break
         if "tensor_meta" not in node.meta:
-            raise not_convolutional(f"there is no rule for {node.target}")
+            raise not_convolutional(f"there is no rule for {called(node)}")
         inputs = [op_of[arg] for arg in node.args if isinstance(arg, fx.Node)]
         result_shape = tuple(node.meta["tensor_meta"].shape[1:])
         result_shape += (1,) * (3 - len(result_shape))
@@ -135,9 +136,46 @@ def not_convolutional(reason: str) -> RunError:
     return RunError(f"this network cannot be written as C ({reason}): use --to onnx or --to bits")
 
 
+def called(node: fx.Node) -> str:
+    """The name of what a node of the graph calls, for a message."""
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def without_rule(layer: nn.Module, x: Tensor) -> str:
+    """The properties of a layer with input x for which there is no rule, such as "dilation=2". "" if there are none."""
+    found, usual = {}, {"groups": 1, "padding_mode": "zeros", "return_indices": False, "divisor_override": None}
+    if isinstance(layer, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
+        for name in ("kernel_size", "stride", "padding", "dilation"):
+            value = getattr(layer, name, 1)
+            if value == "same" and square(layer.kernel_size) % 2 == 0:  # it pads one side more than the other
+                found[name] = value
+            if (isinstance(value, tuple) and len(set(value)) > 1) or (name == "dilation" and square(value) != 1):
+                found[name] = value
+    if isinstance(layer, nn.AvgPool2d) and square(layer.padding):
+        usual["count_include_pad"] = False
+    elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+        usual["track_running_stats"] = True
+    elif isinstance(layer, nn.Hardtanh):
+        usual |= {"min_val": -1, "max_val": 1}
+    elif isinstance(layer, nn.Flatten):
+        usual |= {"start_dim": 1, "end_dim": -1}
+    elif isinstance(layer, nn.Linear) and x.dim() != 2:
+        found["inputs of shape"] = list(x.shape)
+    found |= {name: getattr(layer, name) for name, value in usual.items() if getattr(layer, name, value) != value}
+    return ", ".join(f"{name}={value!r}" for name, value in found.items())
+
+
+def square(size: int | tuple[int, int]) -> int:
+    """The size of a square, which PyTorch writes as one number or as two."""
+    return size if isinstance(size, int) else size[0]
+
+
 def convert(node: fx.Node, traced: fx.GraphModule, inputs: list[Op], shape: tuple[int, int, int]) -> list[Op]:
     """The operations of one node of the graph; none where it passes its input on. shape: [C, H, W] of its result."""
     module = traced.get_submodule(node.target) if node.op == "call_module" else None
+    properties = without_rule(module, torch.empty(1, *node.args[0].meta["tensor_meta"].shape[1:])) if module else ""
+    if properties:
+        raise not_convolutional(f"there is no rule for {type(module).__name__} with {properties}")
     pools_to_size = isinstance(module, nn.AdaptiveAvgPool2d) or (
         node.target == "mean" and node.kwargs == {"dim": (2, 3)}
     )
@@ -145,6 +183,9 @@ def convert(node: fx.Node, traced: fx.GraphModule, inputs: list[Op], shape: tupl
     if node.op == "placeholder":
         kind = "image"
     elif isinstance(module, nn.Conv2d | nn.Linear):
+        _, h, w = inputs[0].shape
+        if isinstance(module, nn.Linear) and h != w:
+            raise not_convolutional(f"there is no rule for {node.target}, a Linear on {h}×{w} pixels: make them square")
         return convert_layer(module, node.name, inputs[0], shape)
     elif isinstance(module, models.ZeroPadded):
         # A 1×1 convolution of floats that copies the channels of its input.
@@ -154,39 +195,36 @@ def convert(node: fx.Node, traced: fx.GraphModule, inputs: list[Op], shape: tupl
         kind, fields = "conv", {"weight": weight, "stride": module.stride}
     elif isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
         # α and β are rounded as PyTorch rounds them on a CPU.
-        alpha = torch.rsqrt(module.running_var + module.eps) * module.weight
-        beta = (module.bias.double() - module.running_mean.double() * alpha.double()).float()
+        alpha, bias = torch.rsqrt(module.running_var + module.eps), 0.0
+        if module.affine:
+            alpha, bias = alpha * module.weight, module.bias.double()
+        beta = (bias - module.running_mean.double() * alpha.double()).float()
         kind, fields = "batchnorm", {"constants": [alpha, beta]}
-    elif isinstance(module, nn.ReLU):
+    elif isinstance(module, nn.ReLU) or node.target in (nn.functional.relu, torch.relu, "relu"):
         kind = "relu"
-    elif isinstance(module, nn.Hardtanh) and (module.min_val, module.max_val) == (-1, 1):
+    elif isinstance(module, nn.Hardtanh) and not isinstance(module, nn.ReLU6):
         kind = "hardtanh"
-    elif isinstance(module, nn.PReLU):
-        kind, fields = "prelu", {"constants": [module.weight.expand(shape[0])]}
-    elif isinstance(module, nn.MaxPool2d):
-        fields = {"kernel": module.kernel_size, "stride": module.stride, "padding": module.padding}
-        kind = "maxpool"
-    elif isinstance(module, nn.AvgPool2d) and averages_whole_windows(module):
-        kind, fields = "avgpool", {"kernel": module.kernel_size, "stride": module.stride}
+    elif isinstance(module, nn.PReLU | nn.LeakyReLU):
+        slope = torch.tensor(module.negative_slope) if isinstance(module, nn.LeakyReLU) else module.weight
+        kind, fields = "prelu", {"constants": [slope.expand(shape[0])]}
+    elif isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
+        sizes = {"kernel": module.kernel_size, "stride": module.stride, "padding": module.padding}
+        kind = "maxpool" if isinstance(module, nn.MaxPool2d) else "avgpool"
+        fields = {name: square(size) for name, size in sizes.items()}
     elif pools_to_size and shape != inputs[0].shape:
         kind, fields = "avgpool", {"kernel": 0}
     elif node.target is operator.add and len(inputs) == 2:
         kind = "add"
     elif (
         pools_to_size
-        or isinstance(module, nn.Identity | nn.Dropout)
+        or isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd)
         or (isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1))
         or (node.target in ("flatten", torch.flatten) and node.args[1:] == (1,))
     ):
         return []
     else:
-        raise not_convolutional(f"there is no rule for {type(module).__name__ if module else node.target}")
+        raise not_convolutional(f"there is no rule for {type(module).__name__ if module else called(node)}")
     return [Op(kind, f"{node.name}_{kind}", inputs, shape, **fields)]
-
-
-def averages_whole_windows(pool: nn.AvgPool2d) -> bool:
-    """Whether windows lie side by side and a window over the edge is averaged over what is inside the image."""
-    return pool.kernel_size == pool.stride and pool.padding == 0 and not pool.count_include_pad
 
 
 def convert_layer(layer: nn.Conv2d | nn.Linear, name: str, x: Op, shape: tuple[int, int, int]) -> list[Op]:
@@ -206,8 +244,9 @@ def convert_layer(layer: nn.Conv2d | nn.Linear, name: str, x: Op, shape: tuple[i
         c, h, w = x.shape
         conv.weight, conv.kernel = rearrange(weight, "f (c h w) -> f c h w", c=c, h=h, w=w), h
     else:
-        conv.weight, conv.kernel = weight, layer.kernel_size[0]
-        conv.stride, conv.padding = layer.stride[0], layer.padding[0]
+        conv.weight, conv.kernel, conv.stride = weight, square(layer.kernel_size), square(layer.stride)
+        padding = {"valid": 0, "same": conv.kernel // 2}
+        conv.padding = padding[layer.padding] if layer.padding in padding else square(layer.padding)
     ops.append(conv)
     if hasattr(layer, "signs") and (layer.filter_scale != 1).any():
         ops.append(Op("scale", f"{name}_scale", [conv], shape, [layer.filter_scale]))

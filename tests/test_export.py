@@ -476,6 +476,15 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path, capsys):
         export.read(path)
 
 
+@pytest.mark.parametrize("name", ["normalisation", "shape", "num_classes"])
+@pytest.mark.parametrize("value", [None, [], "", 0, float("nan")])
+def test_a_checkpoint_with_a_wrong_field_is_refused(tmp_path, name, value):
+    path = checkpoint(tmp_path / "last.pt", train_fsg, (1, 8, 8), "--arch", "resnet8", "--grad", "ste")
+    torch.save(torch.load(path, weights_only=True) | {name: value}, path)
+    with pytest.raises(runs.RunError, match=r"is damaged .* give another checkpoint"):
+        export.read(path)
+
+
 def test_half_keeps_what_float16_cannot_hold(tmp_path):
     path = checkpoint(tmp_path / "last.pt", train_fsg, (1, 8, 8), "--arch", "resnet8", "--grad", "ste")
     state = torch.load(path, weights_only=True)
