@@ -345,7 +345,10 @@ def read(path: Path | str) -> Trained:
             raise RunError(f"{path} has no best.pt, because no epoch of this run has been tested yet: {advice}")
         path = path / "best.pt"
     if path.suffix != ".safetensors":
-        return read_checkpoint(path)
+        try:
+            return read_checkpoint(path)
+        except RunError as e:  # it can quote the file
+            raise RunError(export_bits.printable(str(e), 900)) from None
     net, known = read_bits(path)
     build, shape, normalisation = known["build"], known["shape"], known["normalisation"]
     if shape is None or normalisation is None:
@@ -356,10 +359,7 @@ def read(path: Path | str) -> Trained:
 
 @torch.no_grad()
 def read_checkpoint(path: Path) -> Trained:
-    try:
-        checkpoint = runs.load(path)
-    except RunError as e:
-        raise RunError(export_bits.printable(str(e))) from None
+    checkpoint = runs.load(path)
     if not {"args", "model", "num_classes"} <= checkpoint.keys():
         raise RunError(f"{path} is not a checkpoint of a run: give a run's folder, or its best.pt or last.pt")
     if not {"shape", "normalisation"} <= checkpoint.keys():

@@ -354,8 +354,8 @@ def one_line(error: Exception) -> str:
     return printable((str(error).splitlines() or [type(error).__name__])[0])
 
 
-def printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text[:300])
+def printable(text: str, most: int = 300) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text[:most])
 
 
 def is_size(value) -> bool:

@@ -125,6 +125,8 @@ def operations(net: nn.Module, shape: tuple[int, int, int]) -> list[Op]:
         new = convert(node, traced, inputs, result_shape)
         ops += new
         op_of[node] = new[-1] if new else inputs[0]
+        if writes_in_place(node, traced):  # whoever takes what was overwritten gets the result
+            op_of = {other: op_of[node] if op is inputs[0] else op for other, op in op_of.items()}
     ops = share_signs(ops)
     for op in ops:
         if not all(constant.isfinite().all() for constant in op.constants):
@@ -139,6 +141,17 @@ def not_convolutional(reason: str) -> RunError:
 def called(node: fx.Node) -> str:
     """The name of what a node of the graph calls, for a message."""
     return getattr(node.target, "__name__", str(node.target))
+
+
+ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+RELUS = (nn.functional.relu, torch.relu, torch.relu_, "relu", "relu_")
+
+
+def writes_in_place(node: fx.Node, traced: fx.GraphModule) -> bool:
+    """Whether a node of the graph overwrites its first input."""
+    if node.op == "call_module":
+        return getattr(traced.get_submodule(node.target), "inplace", False)
+    return node.target in (operator.iadd, "add_", torch.relu_, "relu_") or bool(node.kwargs.get("inplace"))
 
 
 def without_rule(layer: nn.Module, x: Tensor) -> str:
@@ -173,12 +186,11 @@ def square(size: int | tuple[int, int]) -> int:
 def convert(node: fx.Node, traced: fx.GraphModule, inputs: list[Op], shape: tuple[int, int, int]) -> list[Op]:
     """The operations of one node of the graph; none where it passes its input on. shape: [C, H, W] of its result."""
     module = traced.get_submodule(node.target) if node.op == "call_module" else None
+    function = None if module else node.target  # or the name of a method. A module can have such a name too
     properties = without_rule(module, torch.empty(1, *node.args[0].meta["tensor_meta"].shape[1:])) if module else ""
     if properties:
         raise not_convolutional(f"there is no rule for {type(module).__name__} with {properties}")
-    pools_to_size = isinstance(module, nn.AdaptiveAvgPool2d) or (
-        node.target == "mean" and node.kwargs == {"dim": (2, 3)}
-    )
+    pools_to_size = isinstance(module, nn.AdaptiveAvgPool2d) or (function == "mean" and node.kwargs == {"dim": (2, 3)})
     fields = {}
     if node.op == "placeholder":
         kind = "image"
@@ -200,7 +212,7 @@ def convert(node: fx.Node, traced: fx.GraphModule, inputs: list[Op], shape: tupl
             alpha, bias = alpha * module.weight, module.bias.double()
         beta = (bias - module.running_mean.double() * alpha.double()).float()
         kind, fields = "batchnorm", {"constants": [alpha, beta]}
-    elif isinstance(module, nn.ReLU) or node.target in (nn.functional.relu, torch.relu, "relu"):
+    elif isinstance(module, nn.ReLU) or function in RELUS:
         kind = "relu"
     elif isinstance(module, nn.Hardtanh) and not isinstance(module, nn.ReLU6):
         kind = "hardtanh"
@@ -213,13 +225,13 @@ def convert(node: fx.Node, traced: fx.GraphModule, inputs: list[Op], shape: tupl
         fields = {name: square(size) for name, size in sizes.items()}
     elif pools_to_size and shape != inputs[0].shape:
         kind, fields = "avgpool", {"kernel": 0}
-    elif node.target is operator.add and len(inputs) == 2:
+    elif function in ADDITIONS and len(inputs) == 2 and not node.kwargs:
         kind = "add"
     elif (
         pools_to_size
         or isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd)
         or (isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1))
-        or (node.target in ("flatten", torch.flatten) and node.args[1:] == (1,))
+        or (function in ("flatten", torch.flatten) and node.args[1:] == (1,))
     ):
         return []
     else:
@@ -297,7 +309,8 @@ def fuse(ops: list[Op]) -> list[Group]:
         for group in inputs if op.kind in ELEMENTWISE else []:
             # `group` can compute op if nothing else takes its result and op's other input is computed before it.
             is_latest = all(groups.index(other) <= groups.index(group) for other in inputs)
-            if group.result in op.inputs and uses[group.result] == [op] and is_latest:
+            is_only_use = uses[group.result] == [op] and len({*op.inputs}) == len(op.inputs)  # not x + x
+            if group.result in op.inputs and is_only_use and is_latest:
                 host = group
         if host is None:
             host = Group([], op, max_sum=op.weight[0].numel() if op.sums_bits else None)

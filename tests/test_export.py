@@ -485,6 +485,16 @@ def test_a_checkpoint_with_a_wrong_field_is_refused(tmp_path, name, value):
         export.read(path)
 
 
+def test_a_message_that_quotes_a_checkpoint_is_one_printable_line(tmp_path):
+    path = checkpoint(tmp_path / "last.pt", train_fsg, (1, 8, 8), "--arch", "resnet8", "--grad", "ste")
+    state = torch.load(path, weights_only=True)
+    state["model"]["bn1.\x1b[31m\n\x00"] = torch.ones(1)
+    torch.save(state, path)
+    with pytest.raises(runs.RunError, match="another network") as error:
+        export.read(path)
+    assert str(error.value).isprintable()
+
+
 def test_half_keeps_what_float16_cannot_hold(tmp_path):
     path = checkpoint(tmp_path / "last.pt", train_fsg, (1, 8, 8), "--arch", "resnet8", "--grad", "ste")
     state = torch.load(path, weights_only=True)

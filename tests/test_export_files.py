@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import struct
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -353,6 +354,50 @@ def test_the_c_file_computes_what_these_layers_compute(tmp_path, monkeypatch, ki
     library = export.export_c.compile_library(tmp_path / "net.c", tmp_path)
     with torch.no_grad():
         assert (export.export_c.predict(library, images, 3) - net(images)).abs().max() < 1e-4
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler (cc) here")
+def test_names_of_modules_mean_nothing(tmp_path, monkeypatch):
+    """They can be those of methods: a network's "relu" is often of another kind."""
+    monkeypatch.setenv("CFLAGS", "-O0")
+    torch.manual_seed(0)
+    layers = {"conv": nn.Conv2d(2, 8, 3), "relu": nn.Hardtanh(), "mean": nn.Conv2d(8, 8, 3), "add": nn.PReLU()}
+    layers |= {"flatten": nn.AvgPool2d(5), "image": nn.Flatten(), "output": nn.Linear(8, 3)}
+    net = models.binarize_(nn.Sequential(OrderedDict(layers)), quiet=True).eval()
+    images = 3 * torch.randn(5, 2, 9, 9)
+    export.to_c(net, tmp_path / "net.c", images)
+    library = export.export_c.compile_library(tmp_path / "net.c", tmp_path)
+    with torch.no_grad():
+        assert (export.export_c.predict(library, images, 3) - net(images)).abs().max() < 1e-5
+
+
+class InPlace(nn.Module):
+    """A network that overwrites what it still needs, under this name and another one."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(2, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+        self.relu, self.same, self.fc = nn.ReLU(inplace=True), nn.Identity(), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.norm(self.a(x))
+        identity = self.same(x)
+        x = self.b(self.relu(x))
+        x += identity
+        before = x
+        x.relu_()
+        return self.fc((before + x).mean(dim=(2, 3)))
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler (cc) here")
+def test_what_is_overwritten_in_place_is_overwritten_in_c(tmp_path, monkeypatch):
+    monkeypatch.setenv("CFLAGS", "-O0")
+    torch.manual_seed(0)
+    net, images = models.binarize_(InPlace(), quiet=True).eval(), torch.randn(5, 2, 9, 9)
+    export.to_c(net, tmp_path / "net.c", images)
+    library = export.export_c.compile_library(tmp_path / "net.c", tmp_path)
+    with torch.no_grad():
+        assert (export.export_c.predict(library, images, 3) - net(images)).abs().max() < 1e-5
 
 
 WITHOUT_RULE = {  # the property that the message names
