@@ -14,7 +14,7 @@ predict the same (ONNX and C: for 99.9 % of the images, because rounding can cha
     python export.py runs/NAME --to onnx
     python export.py runs/NAME --to c
     python export.py runs/NAME --to hub-folder   # runs/NAME/hub: the packed bits and a model card
-    python export.py runs/NAME --bench           # ms per image: PyTorch, onnxruntime, the C file
+    python export.py runs/NAME --bench           # ms per image: PyTorch, onnxruntime (float32 and int8), the C file
 
 Instead of a run's folder (its best.pt), give any checkpoint, or a .safetensors file of packed bits. The exported
 network is the one that the trainer tests; for ProxConnect++'s methods, the one with true signs.
@@ -32,6 +32,7 @@ import hashlib
 import importlib
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -67,7 +68,10 @@ def on_cpu(example: Tensor) -> Tensor:
 
 
 def failing_layers(net: nn.Module, example: Tensor, attempt: Callable) -> str:
-    """The layers for which attempt(layer, its input) raises an error, with their types, for a message."""
+    """The layers for which attempt(layer, its input) raises an error, with their types, for a message.
+
+    What a RunError says is the reason, such as "dilation=2".
+    """
     inputs, failing = {}, []
     names = {m: name for name, m in net.named_modules() if next(m.children(), None) is None}
 
@@ -87,6 +91,8 @@ def failing_layers(net: nn.Module, example: Tensor, attempt: Callable) -> str:
     for m, x in inputs.items():
         try:
             attempt(m, x)
+        except RunError as e:
+            failing.append(f"{names[m]} ({type(m).__name__} with {e})")
         except Exception:  # of any type: a converter's, or PyTorch's
             failing.append(f"{names[m]} ({type(m).__name__})")
     return ", ".join(failing)
@@ -277,12 +283,14 @@ def c_operations(net: nn.Module, example: Tensor, normalisation: list[list[float
 
 
 def check_rule(layer: nn.Module, x: Tensor) -> None:
-    """Raises RunError unless export_c.py has a rule for a layer with the input x."""
-    if isinstance(layer, nn.Conv2d):
-        square = all(len(set(sizes)) == 1 for sizes in (layer.kernel_size, layer.stride, layer.padding))
-        if not square or layer.groups > 1 or set(layer.dilation) != {1} or layer.padding_mode != "zeros":
-            raise RunError("there are rules for square kernels without groups, dilation and other paddings than zeros")
-    export_c.operations(nn.Sequential(layer), tuple(x.shape[1:]))
+    """Raises an error unless export_c.py has a rule for a layer with the input x. A RunError names the properties."""
+    properties = export_c.without_rule(layer, x)
+    if properties:
+        raise RunError(properties)
+    try:
+        export_c.operations(nn.Sequential(layer), tuple(x.shape[1:]))
+    except RunError as e:
+        raise ValueError(e) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -338,7 +346,10 @@ def read(path: Path | str) -> Trained:
             raise RunError(f"{path} has no best.pt, because no epoch of this run has been tested yet: {advice}")
         path = path / "best.pt"
     if path.suffix != ".safetensors":
-        return read_checkpoint(path)
+        try:
+            return read_checkpoint(path)
+        except RunError as e:  # it can quote the file
+            raise RunError(export_bits.printable(str(e), 900)) from None
     net, known = read_bits(path)
     build, shape, normalisation = known["build"], known["shape"], known["normalisation"]
     if shape is None or normalisation is None:
@@ -349,10 +360,7 @@ def read(path: Path | str) -> Trained:
 
 @torch.no_grad()
 def read_checkpoint(path: Path) -> Trained:
-    try:
-        checkpoint = runs.load(path)
-    except RunError as e:
-        raise RunError(export_bits.printable(str(e))) from None
+    checkpoint = runs.load(path)
     if not {"args", "model", "num_classes"} <= checkpoint.keys():
         raise RunError(f"{path} is not a checkpoint of a run: give a run's folder, or its best.pt or last.pt")
     if not {"shape", "normalisation"} <= checkpoint.keys():
@@ -363,8 +371,8 @@ def read_checkpoint(path: Path) -> Trained:
     try:
         shape, normalisation, num_classes = (checkpoint[name] for name in ("shape", "normalisation", "num_classes"))
         export_bits.check_shape(shape, normalisation)
-        if not export_bits.is_size(num_classes):
-            raise ValueError("the number of classes is wrong")
+        if normalisation is None or not export_bits.is_size(num_classes):
+            raise ValueError("the normalisation or the number of classes is wrong")
         args, trainer = flags_of(checkpoint["args"], path)
         net = trained_network(trainer, args, num_classes, tuple(shape), path)
         layers = models.binary_layers(net)
@@ -626,12 +634,14 @@ def plain_network(net: nn.Module) -> nn.Module:
     return net
 
 
-def int8_session(net: nn.Module, example: Tensor, folder: Path, threads: int):
-    """onnxruntime with the full-precision network in int8, which users would take in place of a binary one.
+def plain_sessions(net: nn.Module, example: Tensor, folder: Path, threads: int) -> tuple:
+    """onnxruntime with what users would take in place of a binary network: the full-precision one, in float32 and int8.
 
+    For int8 the file is prepared as onnxruntime's documentation says, which folds the BatchNorms into the convolutions.
     Weights are quantized per channel, activations per tensor (QDQ), and calibrated on random images.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Images(CalibrationDataReader):
         def __init__(self):
@@ -640,61 +650,64 @@ def int8_session(net: nn.Module, example: Tensor, folder: Path, threads: int):
         def get_next(self):
             return next(self.batches, None)
 
-    plain = models.binarize_(copy.deepcopy(net), "none", quiet=True)
-    (folder / "float.onnx").write_bytes(traced(plain, example))
+    files = [folder / f"{name}.onnx" for name in ("float32", "prepared", "int8")]
+    files[0].write_bytes(traced(models.binarize_(copy.deepcopy(net), "none", quiet=True), example))
     kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8, "quant_format": QuantFormat.QDQ}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        quantize_static(folder / "float.onnx", folder / "int8.onnx", Images(), per_channel=True, **kinds)
-    return onnx_session(folder / "int8.onnx", threads)
+    logging.disable(logging.WARNING)  # of the quantizer about layers that it leaves in float32
+    try:
+        quant_pre_process(str(files[0]), str(files[1]))
+        quantize_static(files[1], files[2], Images(), per_channel=True, **kinds)
+    finally:
+        logging.disable(logging.NOTSET)
+    return onnx_session(files[0], threads), onnx_session(files[2], threads)
 
 
 @torch.inference_mode()
 def bench(trained: Trained, rounds: int) -> dict:
-    """Time the network, in PyTorch, onnxruntime and C, and its binary convolutions one by one. Prints two tables.
+    """Time the network in PyTorch, onnxruntime and C, and its binary convolutions one by one. Prints two tables.
 
-    The C file uses one core; the others use one, and then all. "int8" is the same network in full precision, with int8
-    weights and activations.
+    With several cores, the C file computes one image on each core at a time. "float32" and "int8" are the same network
+    in full precision, in onnxruntime; "ONNX" is the file of `to_onnx`.
 
-    Returns {"networks": rows, "layers": rows}; the times of networks are ms per image.
+    Returns {"networks": rows, "layers": rows}. In rows of networks, {name: [wall, CPU]} are ms per image; CPU is the
+    time of all cores together.
     """
     results = {"networks": [], "layers": []}
-    title = f"{trained.arch}, ms per image (median of {rounds}, in turn)"
+    title = f"{trained.arch}, ms per image, and in brackets ms of CPU time if more (median of {rounds}, in turn)"
     table = Table(title=title, title_justify="left")
-    for column in ("cores", "batch", "PyTorch float32", "onnxruntime", "its int8", "C", "PyTorch / C", "int8 / C"):
+    for column in ("cores", "batch", "PyTorch", "float32", "int8", "ONNX", "C", "float32 / C", "int8 / C"):
         table.add_column(column, justify="right")
     net, threads_before = plain_network(trained.net), torch.get_num_threads()
     factor, shift = factor_and_shift(trained)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         to_onnx(trained.net, folder / "network.onnx", trained.example())
-        source = export_c.c_source(
-            *c_operations(trained.net, trained.example(), trained.normalisation), trained.about()
-        )
-        (folder / "network.c").write_text(source)
-        library = export_c.compile_library(folder / "network.c", folder)
+        ops, normalisation = c_operations(trained.net, trained.example(), trained.normalisation)
+        (folder / "network.c").write_text(export_c.c_source(ops, normalisation, trained.about()))
+        library, ram = export_c.compile_library(folder / "network.c", folder), export_c.memory(ops, normalisation)[1]
         for threads in sorted({1, os.cpu_count() or 1}):
             session = onnx_session(folder / "network.onnx", threads)
-            int8 = int8_session(trained.net, trained.example(), folder, threads)
+            float32, int8 = plain_sessions(trained.net, trained.example(), folder, threads)
             torch.set_num_threads(threads)
             for batch in (1, 32):
                 pixels = torch.randint(256, (batch, *trained.shape)).float()
                 images = pixels * factor + shift
-                channels_last, feed = images.contiguous(memory_format=torch.channels_last), {"image": images.numpy()}
-                functions = {
-                    "pytorch": lambda x=channels_last: net(x),
-                    "onnxruntime": lambda session=session, feed=feed: session.run(None, feed),
-                    "int8": lambda session=int8, feed=feed: session.run(None, feed),
-                    "ours": lambda x=pixels: export_c.predict(library, x, trained.num_classes),
-                }
-                ms = {name: 1e3 * s / batch for name, s in export_c.compare_speed(functions, rounds).items()}
+                x, feed = images.contiguous(memory_format=torch.channels_last), {"image": images.numpy()}
+                functions = {"pytorch": functools.partial(net, x)}
+                for name, its in (("float32", float32), ("int8", int8), ("onnx", session)):
+                    functions[name] = functools.partial(its.run, None, feed)
+                functions["ours"] = functools.partial(
+                    export_c.predict, library, pixels, trained.num_classes, threads=min(threads, batch), ram=ram
+                )
+                times = export_c.compare_speed(functions, rounds)
+                ms = {name: [1e3 * seconds / batch for seconds in both] for name, both in times.items()}
                 results["networks"].append({"cores": threads, "batch": batch, **ms})
-                ratios = [ms["pytorch"] / ms["ours"], ms["int8"] / ms["ours"]]
-                cells = [f"{value:.3f}" for value in ms.values()] + [f"{ratio:.1f}" for ratio in ratios]
-                table.add_row(str(threads), str(batch), *cells)
+                cells = [f"{wall:.3f}" + (f" ({cpu:.3f})" if cpu > 1.1 * wall else "") for wall, cpu in ms.values()]
+                ratios = [f"{ms[name][0] / ms['ours'][0]:.1f}" for name in ("float32", "int8")]
+                table.add_row(str(threads), str(batch), *cells, *ratios)
     runs.console.print(table)
     torch.set_num_threads(1)
-    results["layers"] = export_c.bench_convolutions(export_c.operations(trained.net, trained.shape), rounds)
+    results["layers"] = export_c.bench_convolutions(ops, rounds)
     torch.set_num_threads(threads_before)
     return results
 

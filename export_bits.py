@@ -354,8 +354,8 @@ def one_line(error: Exception) -> str:
     return printable((str(error).splitlines() or [type(error).__name__])[0])
 
 
-def printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text[:300])
+def printable(text: str, most: int = 300) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text[:most])
 
 
 def is_size(value) -> bool:
@@ -419,6 +419,10 @@ def unpacked(net: nn.Module, tensors: dict[str, Tensor]) -> dict:
     Raises ValueError unless a file's tensors are exactly those of the network.
     """
     tensors, values, packed = dict(tensors), {}, packed_parameters(net)
+    dtypes = {torch.uint8, torch.float32, torch.float16} | {value.dtype for value in net.state_dict().values()}
+    for name, value in tensors.items():
+        if value.dtype not in dtypes:  # what is computed below is not defined for every dtype
+            raise ValueError(f"{name!r:.80} has a dtype that no network has, {value.dtype}")
     bad = bad_tensors(tensors)
     if bad:
         raise ValueError(f"some elements are NaN, infinite or a negative variance in {bad[0]!r:.80}")

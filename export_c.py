@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -110,19 +111,22 @@ def operations(net: nn.Module, shape: tuple[int, int, int]) -> list[Op]:
         traced = fx.GraphModule(net, LeafTracer().trace(net))
         ShapeProp(traced).propagate(torch.zeros(1, *shape))
     except Exception as e:  # control flow that depends on values, a call that cannot be traced, …
-        raise not_convolutional(f"it cannot be traced: {str(e).splitlines()[0][:100]}") from None
+        reason = (str(e).splitlines() or [type(e).__name__])[0][:100]
+        raise not_convolutional(f"it cannot be traced: {reason}") from None
     ops, op_of = [], {}
     for node in traced.graph.nodes:
         if node.op == "output":
             break
         if "tensor_meta" not in node.meta:
-            raise not_convolutional(f"there is no rule for {node.target}")
+            raise not_convolutional(f"there is no rule for {called(node)}")
         inputs = [op_of[arg] for arg in node.args if isinstance(arg, fx.Node)]
         result_shape = tuple(node.meta["tensor_meta"].shape[1:])
         result_shape += (1,) * (3 - len(result_shape))
         new = convert(node, traced, inputs, result_shape)
         ops += new
         op_of[node] = new[-1] if new else inputs[0]
+        if writes_in_place(node, traced):  # whoever takes what was overwritten gets the result
+            op_of = {other: op_of[node] if op is inputs[0] else op for other, op in op_of.items()}
     ops = share_signs(ops)
     for op in ops:
         if not all(constant.isfinite().all() for constant in op.constants):
@@ -134,16 +138,66 @@ def not_convolutional(reason: str) -> RunError:
     return RunError(f"this network cannot be written as C ({reason}): use --to onnx or --to bits")
 
 
+def called(node: fx.Node) -> str:
+    """The name of what a node of the graph calls, for a message."""
+    return getattr(node.target, "__name__", str(node.target))
+
+
+ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+RELUS = (nn.functional.relu, torch.relu, torch.relu_, "relu", "relu_")
+
+
+def writes_in_place(node: fx.Node, traced: fx.GraphModule) -> bool:
+    """Whether a node of the graph overwrites its first input."""
+    if node.op == "call_module":
+        return getattr(traced.get_submodule(node.target), "inplace", False)
+    return node.target in (operator.iadd, "add_", torch.relu_, "relu_") or bool(node.kwargs.get("inplace"))
+
+
+def without_rule(layer: nn.Module, x: Tensor) -> str:
+    """The properties of a layer with input x for which there is no rule, such as "dilation=2". "" if there are none."""
+    found, usual = {}, {"groups": 1, "padding_mode": "zeros", "return_indices": False, "divisor_override": None}
+    if isinstance(layer, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
+        for name in ("kernel_size", "stride", "padding", "dilation"):
+            value = getattr(layer, name, 1)
+            if value == "same" and square(layer.kernel_size) % 2 == 0:  # it pads one side more than the other
+                found[name] = value
+            if (isinstance(value, tuple) and len(set(value)) > 1) or (name == "dilation" and square(value) != 1):
+                found[name] = value
+    if isinstance(layer, nn.AvgPool2d) and square(layer.padding):
+        usual["count_include_pad"] = False
+    elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+        usual["track_running_stats"] = True
+    elif isinstance(layer, nn.Hardtanh):
+        usual |= {"min_val": -1, "max_val": 1}
+    elif isinstance(layer, nn.Flatten):
+        usual |= {"start_dim": 1, "end_dim": -1}
+    elif isinstance(layer, nn.Linear) and x.dim() != 2:
+        found["inputs of shape"] = list(x.shape)
+    found |= {name: getattr(layer, name) for name, value in usual.items() if getattr(layer, name, value) != value}
+    return ", ".join(f"{name}={value!r}" for name, value in found.items())
+
+
+def square(size: int | tuple[int, int]) -> int:
+    """The size of a square, which PyTorch writes as one number or as two."""
+    return size if isinstance(size, int) else size[0]
+
+
 def convert(node: fx.Node, traced: fx.GraphModule, inputs: list[Op], shape: tuple[int, int, int]) -> list[Op]:
     """The operations of one node of the graph; none where it passes its input on. shape: [C, H, W] of its result."""
     module = traced.get_submodule(node.target) if node.op == "call_module" else None
-    pools_to_size = isinstance(module, nn.AdaptiveAvgPool2d) or (
-        node.target == "mean" and node.kwargs == {"dim": (2, 3)}
-    )
+    function = None if module else node.target  # or the name of a method. A module can have such a name too
+    properties = without_rule(module, torch.empty(1, *node.args[0].meta["tensor_meta"].shape[1:])) if module else ""
+    if properties:
+        raise not_convolutional(f"there is no rule for {type(module).__name__} with {properties}")
+    pools_to_size = isinstance(module, nn.AdaptiveAvgPool2d) or (function == "mean" and node.kwargs == {"dim": (2, 3)})
     fields = {}
     if node.op == "placeholder":
         kind = "image"
     elif isinstance(module, nn.Conv2d | nn.Linear):
+        _, h, w = inputs[0].shape
+        if isinstance(module, nn.Linear) and h != w:
+            raise not_convolutional(f"there is no rule for {node.target}, a Linear on {h}×{w} pixels: make them square")
         return convert_layer(module, node.name, inputs[0], shape)
     elif isinstance(module, models.ZeroPadded):
         # A 1×1 convolution of floats that copies the channels of its input.
@@ -153,39 +207,36 @@ def convert(node: fx.Node, traced: fx.GraphModule, inputs: list[Op], shape: tupl
         kind, fields = "conv", {"weight": weight, "stride": module.stride}
     elif isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
         # α and β are rounded as PyTorch rounds them on a CPU.
-        alpha = torch.rsqrt(module.running_var + module.eps) * module.weight
-        beta = (module.bias.double() - module.running_mean.double() * alpha.double()).float()
+        alpha, bias = torch.rsqrt(module.running_var + module.eps), 0.0
+        if module.affine:
+            alpha, bias = alpha * module.weight, module.bias.double()
+        beta = (bias - module.running_mean.double() * alpha.double()).float()
         kind, fields = "batchnorm", {"constants": [alpha, beta]}
-    elif isinstance(module, nn.ReLU):
+    elif isinstance(module, nn.ReLU) or function in RELUS:
         kind = "relu"
-    elif isinstance(module, nn.Hardtanh) and (module.min_val, module.max_val) == (-1, 1):
+    elif isinstance(module, nn.Hardtanh) and not isinstance(module, nn.ReLU6):
         kind = "hardtanh"
-    elif isinstance(module, nn.PReLU):
-        kind, fields = "prelu", {"constants": [module.weight.expand(shape[0])]}
-    elif isinstance(module, nn.MaxPool2d):
-        fields = {"kernel": module.kernel_size, "stride": module.stride, "padding": module.padding}
-        kind = "maxpool"
-    elif isinstance(module, nn.AvgPool2d) and averages_whole_windows(module):
-        kind, fields = "avgpool", {"kernel": module.kernel_size, "stride": module.stride}
+    elif isinstance(module, nn.PReLU | nn.LeakyReLU):
+        slope = torch.tensor(module.negative_slope) if isinstance(module, nn.LeakyReLU) else module.weight
+        kind, fields = "prelu", {"constants": [slope.expand(shape[0])]}
+    elif isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
+        sizes = {"kernel": module.kernel_size, "stride": module.stride, "padding": module.padding}
+        kind = "maxpool" if isinstance(module, nn.MaxPool2d) else "avgpool"
+        fields = {name: square(size) for name, size in sizes.items()}
     elif pools_to_size and shape != inputs[0].shape:
         kind, fields = "avgpool", {"kernel": 0}
-    elif node.target is operator.add and len(inputs) == 2:
+    elif function in ADDITIONS and len(inputs) == 2 and not node.kwargs:
         kind = "add"
     elif (
         pools_to_size
-        or isinstance(module, nn.Identity | nn.Dropout)
+        or isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd)
         or (isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1))
-        or (node.target in ("flatten", torch.flatten) and node.args[1:] == (1,))
+        or (function in ("flatten", torch.flatten) and node.args[1:] == (1,))
     ):
         return []
     else:
-        raise not_convolutional(f"there is no rule for {type(module).__name__ if module else node.target}")
+        raise not_convolutional(f"there is no rule for {type(module).__name__ if module else called(node)}")
     return [Op(kind, f"{node.name}_{kind}", inputs, shape, **fields)]
-
-
-def averages_whole_windows(pool: nn.AvgPool2d) -> bool:
-    """Whether windows lie side by side and a window over the edge is averaged over what is inside the image."""
-    return pool.kernel_size == pool.stride and pool.padding == 0 and not pool.count_include_pad
 
 
 def convert_layer(layer: nn.Conv2d | nn.Linear, name: str, x: Op, shape: tuple[int, int, int]) -> list[Op]:
@@ -205,8 +256,9 @@ def convert_layer(layer: nn.Conv2d | nn.Linear, name: str, x: Op, shape: tuple[i
         c, h, w = x.shape
         conv.weight, conv.kernel = rearrange(weight, "f (c h w) -> f c h w", c=c, h=h, w=w), h
     else:
-        conv.weight, conv.kernel = weight, layer.kernel_size[0]
-        conv.stride, conv.padding = layer.stride[0], layer.padding[0]
+        conv.weight, conv.kernel, conv.stride = weight, square(layer.kernel_size), square(layer.stride)
+        padding = {"valid": 0, "same": conv.kernel // 2}
+        conv.padding = padding[layer.padding] if layer.padding in padding else square(layer.padding)
     ops.append(conv)
     if hasattr(layer, "signs") and (layer.filter_scale != 1).any():
         ops.append(Op("scale", f"{name}_scale", [conv], shape, [layer.filter_scale]))
@@ -257,7 +309,8 @@ def fuse(ops: list[Op]) -> list[Group]:
         for group in inputs if op.kind in ELEMENTWISE else []:
             # `group` can compute op if nothing else takes its result and op's other input is computed before it.
             is_latest = all(groups.index(other) <= groups.index(group) for other in inputs)
-            if group.result in op.inputs and uses[group.result] == [op] and is_latest:
+            is_only_use = uses[group.result] == [op] and len({*op.inputs}) == len(op.inputs)  # not x + x
+            if group.result in op.inputs and is_only_use and is_latest:
                 host = group
         if host is None:
             host = Group([], op, max_sum=op.weight[0].numel() if op.sums_bits else None)
@@ -381,7 +434,12 @@ def c_source(ops: list[Op], normalisation: list[list[float]], about: str, name: 
    image: [{c}][{h}][{w}] (channel, row, column), {pixels}
    logits: [{ops[-1].shape[0]}]. The index of the largest one is the predicted class.
    The constants take {writer.flash:,} bytes of flash, besides the code. The buffers take {writer.ram:,} bytes of RAM
-   and are static: do not call the functions from several threads at once. The file is C99 and needs libc and libm:
+   and are static: do not call these functions from several threads at once. Threads call the functions
+
+   void {name}_predict_in(float *ram, const float *image, float *logits);
+   void {name}_predict_uint8_in(float *ram, const uint8_t *image, float *logits);
+
+   each with {upper}_RAM_BYTES of its own. The file is C99 and needs libc and libm:
 
        cc -O3 -std=c99 -c FILE.c
 
@@ -733,24 +791,28 @@ BNN_FOR_EACH_UNIT({function}, ({parameters}), in, out, pixels, channels{passed})
         pointers = []
         for buffer in self.buffers:
             if buffer.kind == "floats":
-                pointers.append(f"float *const {buffer.name} = bnn_ram + {buffer.offset // 4};")
+                pointers.append(f"float *const {buffer.name} = ram + {buffer.offset // 4};")
             else:
-                pointers.append(f"uint8_t *const {buffer.name} = (uint8_t *)bnn_ram + {buffer.offset + 4};")
+                pointers.append(f"uint8_t *const {buffer.name} = (uint8_t *)ram + {buffer.offset + 4};")
         code = "\n".join(f"    {line}" for line in [*pointers, *self.code])
         return f"""
-static float bnn_ram[BNN_RAM_BYTES / 4] BNN_ALIGNED;
-
 /* One of floats and bytes is the image, the other one is NULL. */
-static void bnn_run(const float *floats, const uint8_t *bytes, float *logits) {{
+static void bnn_run(float *ram, const float *floats, const uint8_t *bytes, float *logits) {{
     if (bnn_unit < 0) bnn_unit = bnn_best_unit();
 {code}
 }}
 
 void bnn_predict(const float *image, float *logits);
 void bnn_predict_uint8(const uint8_t *image, float *logits);
+void bnn_predict_in(float *ram, const float *image, float *logits);
+void bnn_predict_uint8_in(float *ram, const uint8_t *image, float *logits);
 
-void bnn_predict(const float *image, float *logits) {{ bnn_run(image, NULL, logits); }}
-void bnn_predict_uint8(const uint8_t *image, float *logits) {{ bnn_run(NULL, image, logits); }}
+static float bnn_ram[BNN_RAM_BYTES / 4] BNN_ALIGNED;
+
+void bnn_predict(const float *image, float *logits) {{ bnn_run(bnn_ram, image, NULL, logits); }}
+void bnn_predict_uint8(const uint8_t *image, float *logits) {{ bnn_run(bnn_ram, NULL, image, logits); }}
+void bnn_predict_in(float *ram, const float *image, float *logits) {{ bnn_run(ram, image, NULL, logits); }}
+void bnn_predict_uint8_in(float *ram, const uint8_t *image, float *logits) {{ bnn_run(ram, NULL, image, logits); }}
 """
 
 
@@ -810,17 +872,30 @@ def pointer(array: np.ndarray | Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.data_ptr() if isinstance(array, Tensor) else array.ctypes.data)
 
 
-def predict(library: ctypes.CDLL, images: Tensor, num_classes: int, name: str = "net") -> Tensor:
+def predict(
+    library: ctypes.CDLL, images: Tensor, num_classes: int, name: str = "net", *, threads: int = 1, ram: int = 0
+) -> Tensor:
     """Call a compiled C file on images [N, C, H, W] with pixels of 0 to 255. Returns the logits [N, num_classes].
 
     images: uint8, or any type of floats. name: what the names in the file begin with.
+    threads: how many compute different images at the same time. More than one need ram, the file's NAME_RAM_BYTES.
     """
     is_bytes = images.dtype == torch.uint8
-    function = getattr(library, f"{name}_predict_uint8" if is_bytes else f"{name}_predict")
+    function = getattr(library, f"{name}_predict{'_uint8' if is_bytes else ''}{'_in' if threads > 1 else ''}")
     images = (images if is_bytes else images.float()).contiguous()
     logits = torch.empty(len(images), num_classes)
-    for image, out in zip(images, logits, strict=True):
-        function(pointer(image), pointer(out))
+
+    def part(first: int) -> None:  # every image whose index is first, first + threads, …
+        room = aligned(np.empty(ram, dtype=np.uint8))
+        for image, out in zip(images[first::threads], logits[first::threads], strict=True):
+            arrays = (image, out) if threads == 1 else (room, image, out)
+            function(*map(pointer, arrays))
+
+    if threads == 1:
+        part(0)
+    else:
+        with ThreadPoolExecutor(threads) as pool:  # ctypes lets other threads run during a call
+            list(pool.map(part, range(threads)))
     return logits
 
 
@@ -852,14 +927,14 @@ void float_conv(const bnn_Conv *s, const float *x, const float *weights, const u
 int64_t peak(int64_t);
 #ifdef BNN_X86
 BNN_AVX512 int64_t peak(int64_t n) {
-    __m512i count[12], weight[12], a = _mm512_set1_epi64(n);
-    BNN_UNROLL for (int i = 0; i < 12; i++) count[i] = weight[i] = _mm512_set1_epi32(3 * i);
-    for (int64_t done = 0; done < n; done += 12) {
-        BNN_UNROLL for (int i = 0; i < 12; i++)
+    __m512i count[8], weight[8], a = _mm512_set1_epi64(n); /* 8: BNN_UNROLL keeps them in registers */
+    BNN_UNROLL for (int i = 0; i < 8; i++) count[i] = weight[i] = _mm512_set1_epi32(3 * i);
+    for (int64_t done = 0; done < n; done += 8) {
+        BNN_UNROLL for (int i = 0; i < 8; i++)
             count[i] = _mm512_add_epi32(count[i], _mm512_popcnt_epi32(_mm512_xor_si512(a, weight[i])));
         __asm__ volatile("" : "+v"(a)); /* otherwise the compiler sees that the result is constant */
     }
-    for (int i = 1; i < 12; i++) count[0] = _mm512_add_epi32(count[0], count[i]);
+    for (int i = 1; i < 8; i++) count[0] = _mm512_add_epi32(count[0], count[i]);
     return _mm512_reduce_add_epi32(count[0]);
 }
 #else
@@ -951,17 +1026,17 @@ def binary_conv2d(
 IMAGENET_LAYERS = ((64, 56), (128, 28), (256, 14), (512, 7))
 
 
-def seconds_per_call(function, at_least: float = 0.02) -> float:
-    """The mean over as many calls as take `at_least` seconds."""
-    calls, start = 0, time.perf_counter()
+def seconds_per_call(function, at_least: float = 0.02) -> tuple[float, float]:
+    """The mean over as many calls as take `at_least` seconds: by the clock, and CPU time of all threads."""
+    calls, start, cpu = 0, time.perf_counter(), time.process_time()
     while calls == 0 or time.perf_counter() - start < at_least:
         function()
         calls += 1
-    return (time.perf_counter() - start) / calls
+    return (time.perf_counter() - start) / calls, (time.process_time() - cpu) / calls
 
 
-def compare_speed(functions: dict, rounds: int) -> dict[str, float]:
-    """Median seconds of a call of each function. They take turns, and one more round before does not count."""
+def compare_speed(functions: dict, rounds: int) -> dict[str, tuple[float, float]]:
+    """Median seconds of a call of each function, as above. They take turns. A first round does not count."""
     seconds = {name: [] for name in functions}
     for r in range(rounds + 1):
         for name, function in functions.items():
@@ -969,7 +1044,7 @@ def compare_speed(functions: dict, rounds: int) -> dict[str, float]:
             time.sleep(0.01)  # until the threads of the function before have stopped waiting for work
             if r > 0:
                 seconds[name].append(seconds_per_call(function))
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return {name: tuple(map(statistics.median, zip(*pairs, strict=True))) for name, pairs in seconds.items()}
 
 
 def bench_convolutions(ops: list[Op], rounds: int) -> list[dict]:
@@ -991,7 +1066,7 @@ def bench_convolutions(ops: list[Op], rounds: int) -> list[dict]:
     unit = VECTOR_UNITS[lib.best_unit()]
     if unit == VECTOR_UNITS[-1]:
         n = 10**7
-        peak = n / min(seconds_per_call(lambda: lib.peak(ctypes.c_int64(n))) for _ in range(5))
+        peak = n / min(seconds_per_call(lambda: lib.peak(ctypes.c_int64(n)))[0] for _ in range(5))
     title = f"binary convolutions, {unit}, one core, batch 1 (median of {rounds}, in turn)"
     table = Table(title=title, title_justify="left")
     for column in ("input", "filters", "PyTorch float32 ms", "ours ms", "ratio", "G bit operations/s", "of the peak"):
@@ -999,7 +1074,7 @@ def bench_convolutions(ops: list[Op], rounds: int) -> list[dict]:
     rows = []
     for size in sizes:
         shape = ConvShape(*size, XNOR)
-        times = compare_speed(convolutions_to_time(shape), rounds)
+        times = {name: both[0] for name, both in compare_speed(convolutions_to_time(shape), rounds).items()}
         row = {
             "input": [shape.channels, shape.height, shape.width],
             "filters": shape.filters,

@@ -890,9 +890,16 @@ BNN_INLINE BNN_AVX2 __m256 bnn_spread_avx2(unsigned bits) {
     return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)bits), bit), bit));
 }
 
+/* 8 elements, -1 or +1, from bit 0 to 7. */
+BNN_INLINE BNN_AVX2 __m256 bnn_signs_avx2(unsigned bits) {
+    const __m256i places = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
+    const __m256 first = _mm256_castsi256_ps(_mm256_sllv_epi32(_mm256_set1_epi32((int)bits), places));
+    return _mm256_or_ps(_mm256_andnot_ps(first, _mm256_set1_ps(-0.0f)), _mm256_set1_ps(1));
+}
+
 /* A block by P pixels. */
 BNN_INLINE BNN_AVX2 void bnn_floats_tile_avx2(const int kind, const int P, const bnn_Floats *r, int block, int pixel) {
-    __m256 acc[4][2];
+    __m256 acc[6][2];
     BNN_UNROLL for (int p = 0; p < P; p++) acc[p][0] = acc[p][1] = _mm256_setzero_ps();
     for (int row = 0; row < r->rows; row++) {
         const float *x = r->x + pixel * r->x_pixel + row * r->x_row;
@@ -903,8 +910,7 @@ BNN_INLINE BNN_AVX2 void bnn_floats_tile_avx2(const int kind, const int P, const
                 if (kind == BNN_FLOAT)
                     w[h] = _mm256_loadu_ps(r->weights + 16 * at + 8 * h);
                 else
-                    w[h] = _mm256_blendv_ps(
-                        _mm256_set1_ps(-1), _mm256_set1_ps(1), bnn_spread_avx2((unsigned)r->bits[at] >> 8 * h));
+                    w[h] = bnn_signs_avx2((unsigned)r->bits[at] >> 8 * h);
                 if (kind == BNN_SIGN_OR_0)
                     w[h] = _mm256_and_ps(w[h], bnn_spread_avx2((unsigned)r->present[at] >> 8 * h));
             }
@@ -926,7 +932,8 @@ BNN_INLINE BNN_AVX2 void bnn_floats_tile_avx2(const int kind, const int P, const
 BNN_INLINE BNN_AVX2 void bnn_floats_kind_avx2(const int kind, const bnn_Floats *r, int block, int blocks) {
     for (int b = block; b < block + blocks; b++) {
         int p = 0;
-        for (; p + 4 <= r->pixels; p += 4) bnn_floats_tile_avx2(kind, 4, r, b, p);
+        for (; p + 6 <= r->pixels; p += 6) bnn_floats_tile_avx2(kind, 6, r, b, p);
+        for (; p + 2 <= r->pixels; p += 2) bnn_floats_tile_avx2(kind, 2, r, b, p);
         for (; p < r->pixels; p++) bnn_floats_tile_avx2(kind, 1, r, b, p);
     }
 }

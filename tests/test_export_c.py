@@ -173,6 +173,17 @@ def test_every_vector_unit_predicts_what_pytorch_predicts(network, tmp_path):
         assert torch.allclose(found, logits, atol=1e-4), export_c.VECTOR_UNITS[unit]
 
 
+@needs_compiler
+def test_threads_compute_at_the_same_time(network, tmp_path):
+    """Each with memory of its own, of as many bytes as the file says."""
+    text, images, _ = network
+    (tmp_path / "net.c").write_text(text)
+    library, images = export_c.compile_library(tmp_path / "net.c", tmp_path), images.repeat(50, 1, 1, 1)
+    ram = int(text.split("#define NET_RAM_BYTES ")[1].split()[0])
+    for kind in (images, images.float()):
+        assert torch.equal(export_c.predict(library, kind, 10, threads=4, ram=ram), export_c.predict(library, kind, 10))
+
+
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
 @pytest.mark.parametrize("flags", ["", "-m32", "-march=native", "-mno-avx512f", "-mno-avx2 -mno-sse4.1"])
 def test_compilers_do_not_warn(network, tmp_path, compiler, flags):

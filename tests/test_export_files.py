@@ -4,8 +4,10 @@ import contextlib
 import copy
 import hashlib
 import json
+import re
 import shutil
 import struct
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -315,9 +317,114 @@ def test_what_is_neither_onnx_nor_c_is_named_layer_by_layer(tmp_path):
         export.to_onnx(net, tmp_path / "net.onnx", torch.randn(1, 8))
     with pytest.raises(runs.RunError, match=r"1 \(GELU\), 3 \(Softmax\), 5 \(Median\)"):
         export.to_c(net, tmp_path / "net.c", torch.randn(1, 8))
-    groups = nn.Sequential(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3, dilation=2))
-    with pytest.raises(runs.RunError, match=r"1 \(BinaryConv2d\), 2 \(Conv2d\)"):
-        export.to_c(models.binarize_(groups), tmp_path / "net.c", torch.randn(1, 2, 9, 9))
+    assert not list(tmp_path.iterdir())
+
+
+class Called(nn.Module):
+    """A network that calls ReLU as a function."""
+
+    def __init__(self, layer, features):
+        super().__init__()
+        self.before, self.norm = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4, affine=False)
+        self.conv, self.layer = nn.Conv2d(4, 4, 3, padding="same"), layer
+        self.fc = nn.Linear(features, 3)
+
+    def forward(self, x):
+        return self.fc(self.layer(self.conv(nn.functional.relu(self.norm(self.before(x))))).flatten(1))
+
+
+WITH_RULE = {
+    "pools": [
+        *[nn.MaxPool2d((2, 2)), nn.LeakyReLU(0.3), nn.AvgPool2d(3, 2, 1, count_include_pad=False), nn.PReLU()],
+        *[nn.AvgPool2d(3, 1), nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2), nn.MaxPool2d(2, ceil_mode=True), nn.Hardtanh()],
+    ],
+    "convolutions": [nn.Conv2d(4, 4, 3, padding="valid"), nn.PReLU(), nn.Conv2d(4, 4, (2, 2)), nn.Dropout2d()],
+}
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler (cc) here")
+@pytest.mark.parametrize("kind", WITH_RULE)
+def test_the_c_file_computes_what_these_layers_compute(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("CFLAGS", "-O0")
+    torch.manual_seed(0)
+    layers, images = nn.Sequential(*WITH_RULE[kind]), torch.randn(5, 2, 37, 37)
+    net = Called(layers, layers(torch.zeros(1, 4, 37, 37)).numel())
+    models.binarize_(net, quantizer="bwn-f", act="sign", quiet=True).eval()
+    export.to_c(net, tmp_path / "net.c", images)
+    library = export.export_c.compile_library(tmp_path / "net.c", tmp_path)
+    with torch.no_grad():
+        assert (export.export_c.predict(library, images, 3) - net(images)).abs().max() < 1e-4
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler (cc) here")
+def test_names_of_modules_mean_nothing(tmp_path, monkeypatch):
+    """They can be those of methods: a network's "relu" is often of another kind."""
+    monkeypatch.setenv("CFLAGS", "-O0")
+    torch.manual_seed(0)
+    layers = {"conv": nn.Conv2d(2, 8, 3), "relu": nn.Hardtanh(), "mean": nn.Conv2d(8, 8, 3), "add": nn.PReLU()}
+    layers |= {"flatten": nn.AvgPool2d(5), "image": nn.Flatten(), "output": nn.Linear(8, 3)}
+    net = models.binarize_(nn.Sequential(OrderedDict(layers)), quiet=True).eval()
+    images = 3 * torch.randn(5, 2, 9, 9)
+    export.to_c(net, tmp_path / "net.c", images)
+    library = export.export_c.compile_library(tmp_path / "net.c", tmp_path)
+    with torch.no_grad():
+        assert (export.export_c.predict(library, images, 3) - net(images)).abs().max() < 1e-5
+
+
+class InPlace(nn.Module):
+    """A network that overwrites what it still needs, under this name and another one."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(2, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+        self.relu, self.same, self.fc = nn.ReLU(inplace=True), nn.Identity(), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.norm(self.a(x))
+        identity = self.same(x)
+        x = self.b(self.relu(x))
+        x += identity
+        before = x
+        x.relu_()
+        return self.fc((before + x).mean(dim=(2, 3)))
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler (cc) here")
+def test_what_is_overwritten_in_place_is_overwritten_in_c(tmp_path, monkeypatch):
+    monkeypatch.setenv("CFLAGS", "-O0")
+    torch.manual_seed(0)
+    net, images = models.binarize_(InPlace(), quiet=True).eval(), torch.randn(5, 2, 9, 9)
+    export.to_c(net, tmp_path / "net.c", images)
+    library = export.export_c.compile_library(tmp_path / "net.c", tmp_path)
+    with torch.no_grad():
+        assert (export.export_c.predict(library, images, 3) - net(images)).abs().max() < 1e-5
+
+
+WITHOUT_RULE = {  # the property that the message names
+    "groups=2": nn.Conv2d(4, 4, 3, groups=2),
+    "dilation=(2, 2)": nn.Conv2d(4, 4, 3, dilation=2),
+    "kernel_size=(3, 1)": nn.Conv2d(4, 4, (3, 1)),
+    "stride=(2, 1)": nn.Conv2d(4, 4, 3, stride=(2, 1)),
+    "padding_mode='reflect'": nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+    "padding='same'": nn.Conv2d(4, 4, 2, padding="same"),
+    "dilation=2": nn.MaxPool2d(2, dilation=2),
+    "kernel_size=(2, 3)": nn.MaxPool2d((2, 3)),
+    "divisor_override=3": nn.AvgPool2d(2, divisor_override=3),
+    "count_include_pad=True": nn.AvgPool2d(2, padding=1),
+    "track_running_stats=False": nn.BatchNorm2d(4, track_running_stats=False),
+    "min_val=0, max_val=2": nn.Hardtanh(0, 2),
+    "GroupNorm": nn.GroupNorm(2, 4),
+    "fc, a Linear on 2×3 pixels": nn.AdaptiveAvgPool2d((2, 3)),
+}
+
+
+@pytest.mark.parametrize("said", WITHOUT_RULE)
+def test_a_layer_without_a_rule_is_refused_and_its_property_named(tmp_path, said):
+    layer = WITHOUT_RULE[said]
+    net = models.binarize_(Called(layer, layer(torch.zeros(2, 4, 7, 7))[0].numel()), quiet=True).eval()
+    with pytest.raises(runs.RunError, match=re.escape(said)) as error:
+        export.to_c(net, tmp_path / "net.c", torch.randn(1, 2, 7, 7))
+    assert "layer" in str(error.value) or "fc" in str(error.value)
     assert not list(tmp_path.iterdir())
 
 
@@ -404,7 +511,10 @@ HOSTILE_TENSORS = {
     ],
     "layer1.0.conv1.weight.scale": [None, -torch.ones(16), torch.full((16,), torch.nan), torch.ones(16).double()],
     "layer1.0.conv1.weight.nonzero": [torch.zeros(16, 1, dtype=torch.uint8)],
-    "bn1.running_var": [None, torch.full((16,), torch.inf), torch.ones(17), torch.ones(16).long(), -torch.ones(16)],
+    "bn1.running_var": [
+        *[None, torch.full((16,), torch.inf), torch.ones(17), torch.ones(16).long(), -torch.ones(16)],
+        *[torch.ones(16).cfloat(), torch.ones(16).bool()],
+    ],
     "bn1.weight": [torch.ones(16).bfloat16(), torch.ones(16).to(torch.float8_e4m3fn), torch.ones(16).cfloat()],
     "bn1.num_batches_tracked": [torch.tensor(1.0), torch.tensor([1])],
     "layer1.0.conv1.weight": [torch.ones(16, 16, 3, 3)],
