@@ -339,7 +339,7 @@ def test_gradients_that_no_scale_helps_end_the_run_with_a_sentence(tmp_path, mon
     scale = torch.amp.GradScaler.scale
     monkeypatch.setattr(torch.amp.GradScaler, "scale", lambda self, loss: scale(self, loss) * math.nan)
     monkeypatch.setattr(runs.FiniteCheck, "SMALLEST_SCALE", 2.0**15)
-    with pytest.raises(runs.RunError, match=r"gradients in float16.* NaN or infinite by step 3.* --amp bf16"):
+    with pytest.raises(runs.RunError, match=r"gradients in float16.* NaN or infinite by step [23].* --amp bf16"):
         train(tmp_path, *FLOAT16, "--limit-steps", "3")
 
 
