@@ -258,7 +258,13 @@ def test_amp_is_the_number_format_of_the_network_in_training_and_tests(tmp_path,
 def test_amp_takes_bfloat16_where_the_device_has_it(tmp_path, monkeypatch):
     train(tmp_path, "--amp", "--limit-steps", "1", "--batch-size", "8")
     assert json.loads((tmp_path / "run" / "args.json").read_text())["amp"] == "bf16"
-    assert train_fsg.main(["--resume", str(tmp_path / "run"), "--amp", "--limit-steps", "2"]) == 0
+    again = ["--resume", str(tmp_path / "run"), "--limit-steps", "2", "--amp"]
+    with pytest.raises(runs.RunError, match="--amp cannot change within a run"):
+        train_fsg.main([*again, "fp16"])
+    assert train_fsg.main(again) == 0
+    train(tmp_path, "--limit-steps", "1", name="float32")
+    with pytest.raises(runs.RunError, match="--amp cannot change within a run"):
+        train_fsg.main(["--resume", str(tmp_path / "float32"), "--limit-steps", "2", "--amp"])
     for has in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
         assert runs.pick_amp("auto", torch.device("cuda")) == ("bf16" if has else "fp16")
