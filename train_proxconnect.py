@@ -387,7 +387,6 @@ def main(argv=None) -> int:
         world_size=world_size,
     )
     runs.match_data(args, checkpoint, train, val, test)
-    mixup = Mixup(args, train)
 
     # Network. Its parameters are the latent weights; the binary layers compute w = F(w*).
     net = network(args, train.num_classes, train.shape, args.pretrained_timm and not checkpoint).to(device)
@@ -404,7 +403,8 @@ def main(argv=None) -> int:
         with true_signs(layers), runs.reestimate_batchnorm(net, train, device, args.amp, args.bn_batches):
             return runs.report(runs.evaluate_all(model, args, device, val=val, test=test), test)
 
-    # Optimizer.
+    # Optimizer, and the mixing of images.
+    mixup = Mixup(args, train)
     optimizer = runs.make_optimizer(optimizer_groups(net, args), args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")  # otherwise it changes nothing
 
