@@ -113,9 +113,10 @@ def flags():
     add("--rho", type=float, nargs=2, help="ρ of pc, pq and rpc at the start and the end (default: 0.01 10)")
     add("--act", default="none", choices=["none", "sign"], help="sign: binary activations too (W1A1)")
     add("--binarize-all", action="store_true", help="binarize the first and the last layer too")
-    mixed = "timm's %s of training images: α of the Beta distribution of their shares (default: 0, off)"
-    add("--mixup", type=float, default=0.0, metavar="ALPHA", help=mixed % "Mixup")
-    add("--cutmix", type=float, default=0.0, metavar="ALPHA", help=mixed % "CutMix; with both, one of them per batch")
+    mixup = "timm's Mixup of training images: α of the Beta distribution of their shares (default: 0, off)"
+    add("--mixup", type=float, default=0.0, metavar="ALPHA", help=mixup)
+    cutmix = "timm's CutMix likewise; with both flags, each batch gets one of them (default: 0, off)"
+    add("--cutmix", type=float, default=0.0, metavar="ALPHA", help=cutmix)
     add("--patch-size", type=int, help="width of a transformer's patches in pixels (default: the model's)")
     add("--pretrained-timm", action="store_true", help="start from timm's weights, which are downloaded")
     return parser
