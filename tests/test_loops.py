@@ -168,7 +168,7 @@ def check_loop(name, quantizer, loop, seed):
                     assert (
                         torch.allclose(w.grad, G, 0, 0, equal_nan=True)
                         if bad
-                        else relative(w.grad, G) < near or not G.any()
+                        else relative(w.grad, G) < near or G.abs().max() < 1e-100  # of a gradient of zeros
                     )
             if bad:
                 assert_same_state(before, gen.state_dict())
@@ -302,6 +302,7 @@ def test_a_step_that_a_scaler_skips_for_another_weight(name):
         optimizer = torch.optim.Adam(net.parameters(), 1e-2)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaled)
         for t in range(9):
+            before = [w.detach().clone() for w in gen.weights]
             optimizer.zero_grad()
             if hasattr(gen, "look_ahead"):
                 gen.look_ahead(0.01)
@@ -310,7 +311,6 @@ def test_a_step_that_a_scaler_skips_for_another_weight(name):
             if t in (0, 3, 4):
                 other.grad.view(-1)[0] = float("inf")
             scaler.unscale_(optimizer)
-            before = [w.detach().clone() for w in gen.weights]
             gen.generate()
             if scaled or t not in (0, 3, 4):
                 scaler.step(optimizer)
