@@ -585,8 +585,9 @@ def _trial(model: nn.Module, training: bool = False):
             m.training = mode
         for m, key, b in places:
             m._buffers[key] = b
-        for b, value in buffers:  # the observers of quantization resize theirs
-            b.data.resize_(value.shape).copy_(value)
+        with torch.no_grad():
+            for b, value in buffers:  # observers of quantization resize theirs
+                b.resize_(value.shape).copy_(value)
 
 
 def _call(model: nn.Module, example) -> list[Tensor]:

@@ -625,7 +625,8 @@ class Learned(Generator):
     def generate(self) -> None:
         """Set every `weight.grad` from ĝ_t to G_t. The first gradient of a layer becomes D ⊙ ĝ, as under STE.
 
-        Call it once after one or several backward(); optimizer.step() may be skipped. A layer without a gradient is
+        Call it once after one or several backward(). optimizer.step() may be skipped, as a GradScaler does if a weight
+        of another layer has a gradient that is not finite: ĝ_t counts all the same. A layer without a gradient is
         left out: what is kept of it stays as it is. If any element of ĝ_t is not finite, all that is kept stays, φ
         included, and ĝ_t stays in `weight.grad`. This does not make the host wait for the device.
         Raises RuntimeError where no layer has had a gradient since the last call.
@@ -922,7 +923,8 @@ class _Balanced(torch.autograd.Function):
         target = seen.ghat_rms
         sums = torch.stack([per_layer(term.square(), seen.sizes, seen.lengths), seen.lengths.to(term.dtype)])
         square, count = shard.all_reduce_sum(sums)
-        rms, least = (square / count.clamp_min(1)).sqrt(), 1e-3 * target
+        rms = (square / count.clamp_min(1)).sqrt()
+        least = (1e-3 * target).clamp_min(torch.finfo(target.dtype).tiny)  # where ĝ is 0, the factor is 1
         scale = target / torch.maximum(rms, least)
         y = term * scale.index_select(0, seen.layer_of)
         # ⟨y, y⟩ of each layer; infinite where the factor is at its limit, which switches the projection off.

@@ -23,7 +23,7 @@ sets, networks or numbers of epochs.
 
 A RUN is the folder of a run, or a CSV file with the following columns, in any order. Other columns are not used.
 
-    epoch, seconds, train_loss, test_acc, flip_ratio      needed
+    epoch, seconds, train_loss, test_acc, flip_ratio      needed; flip_ratio is nan at full precision
     step                                                  for --x step
     val_loss, val_acc                                     drawn dotted; the table adds the test accuracy of the epoch
                                                           with the best val_acc

@@ -217,8 +217,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
         parser.set_defaults(**before)
         args = parser.parse_args(argv)
         args.name, args.out = path.parent.name, str(path.parent.parent)
-        if args.amp == "auto":
-            args.amp = before.get("amp")
+        if args.amp == "auto" and before.get("amp"):
+            args.amp = before["amp"]
         for name, value in vars(args).items():
             if name not in MAY_CHANGE and value != before.get(name, value):
                 raise RunError(

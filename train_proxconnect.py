@@ -113,9 +113,10 @@ def flags():
     add("--rho", type=float, nargs=2, help="ρ of pc, pq and rpc at the start and the end (default: 0.01 10)")
     add("--act", default="none", choices=["none", "sign"], help="sign: binary activations too (W1A1)")
     add("--binarize-all", action="store_true", help="binarize the first and the last layer too")
-    mixed = "timm's %s of training images: α of the Beta distribution of their shares (default: 0, off)"
-    add("--mixup", type=float, default=0.0, metavar="ALPHA", help=mixed % "Mixup")
-    add("--cutmix", type=float, default=0.0, metavar="ALPHA", help=mixed % "CutMix; with both, one of them per batch")
+    mixup = "timm's Mixup of training images: α of the Beta distribution of their shares (default: 0, off)"
+    add("--mixup", type=float, default=0.0, metavar="ALPHA", help=mixup)
+    cutmix = "timm's CutMix likewise; with both flags, each batch gets one of them (default: 0, off)"
+    add("--cutmix", type=float, default=0.0, metavar="ALPHA", help=cutmix)
     add("--patch-size", type=int, help="width of a transformer's patches in pixels (default: the model's)")
     add("--pretrained-timm", action="store_true", help="start from timm's weights, which are downloaded")
     return parser
@@ -387,7 +388,6 @@ def main(argv=None) -> int:
         world_size=world_size,
     )
     runs.match_data(args, checkpoint, train, val, test)
-    mixup = Mixup(args, train)
 
     # Network. Its parameters are the latent weights; the binary layers compute w = F(w*).
     net = network(args, train.num_classes, train.shape, args.pretrained_timm and not checkpoint).to(device)
@@ -404,7 +404,8 @@ def main(argv=None) -> int:
         with true_signs(layers), runs.reestimate_batchnorm(net, train, device, args.amp, args.bn_batches):
             return runs.report(runs.evaluate_all(model, args, device, val=val, test=test), test)
 
-    # Optimizer.
+    # Optimizer, and the mixing of images.
+    mixup = Mixup(args, train)
     optimizer = runs.make_optimizer(optimizer_groups(net, args), args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")  # otherwise it changes nothing
 

@@ -4,6 +4,7 @@ import copy
 import importlib
 import io
 import pickle
+import types
 import warnings
 
 import pytest
@@ -162,9 +163,10 @@ class Reader(nn.Module):
         super().__init__()
         self.stem, self.a, self.b, self.c = (nn.Linear(*sizes) for sizes in ((6, 8), (8, 8), (8, 8), (8, 8)))
         self.conv, self.twice, self.head = nn.Conv1d(8, 8, 3, padding=1), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.scale, self.act = 0.5, torch.relu  # binary layers have attributes of these names
 
     def forward(self, x):
-        x = self.stem(x).relu()
+        x = self.act(self.scale * self.stem(x))
         x = (x @ self.a.weight.t() + self.a.bias).relu()
         x = F.linear(x, self.b.weight.clone()).relu()
         x = torch.einsum("bi,oi->bo", x, self.c.weight)
@@ -179,6 +181,43 @@ class Reader(nn.Module):
 
 def reader():
     return Reader(), torch.randn(5, 6)
+
+
+class Patched(nn.Module):
+    """Weights are read by hooks, by a `forward` that was assigned to a layer, and by `__call__`; inputs have names."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b, self.c, self.d, self.head = (nn.Linear(8, 8) for _ in range(6))
+        self.body = nn.Sequential(self.d, nn.Tanh())
+        self.a.forward = types.MethodType(lambda layer, x: 2 * F.linear(x, layer.weight), self.a)
+        self.b.register_forward_hook(lambda m, x, y: F.linear(y, m.weight))
+        self.body.register_forward_hook(lambda m, x, y: F.linear(y, m[0].weight))
+
+    def __call__(self, x):
+        return super().__call__(F.linear(self.stem(x), self.c.weight))
+
+    def forward(self, x):
+        return self.head(input=self.body(self.b(input=self.a(x))))
+
+
+class Checkpointed(Reader):
+    """Parts are run again in the backward pass."""
+
+    def __init__(self, use_reentrant):
+        super().__init__()
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        part = lambda x: self.twice(F.linear(x, self.a.weight) + self.b(x)).relu()
+        x = torch.utils.checkpoint.checkpoint(part, x, use_reentrant=self.use_reentrant)
+        return self.head(self.squash(self.conv, self.c(x)))
+
+
+def traced():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, 2))
+    return torch.fx.symbolic_trace(net), images(size=8)
 
 
 class Padded(nn.Conv2d):
@@ -261,6 +300,10 @@ NETWORKS = {
     "attention": attention(),
     "attention, kdim": attention(kdim=12, vdim=8, bias=False, add_bias_kv=True),
     "reader": reader,
+    "patched": lambda: (Patched(), torch.randn(5, 8)),
+    "checkpointed": lambda: (Checkpointed(False), torch.randn(5, 6)),
+    "checkpointed, reentrant": lambda: (Checkpointed(True), torch.randn(5, 6)),
+    "traced": traced,
     "subclasses": subclasses,
     "transposed linear": transposed_linear,
     "tied": lambda: (Tied(), tokens()),
@@ -503,9 +546,37 @@ def test_a_network_that_keeps_its_latent_weights_elsewhere_is_refused():
 
     net = Cached(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
     net.cache = [net[1].weight]
-    with pytest.raises(models.ModelError, match=r"skip=\['1'\]"):
-        models.binarize_(net, example=torch.randn(3, 4))
+    for scale in (None, 1e30):  # with outputs that are not finite too
+        with pytest.raises(models.ModelError, match=r"skip=\['1'\]"):
+            models.binarize_(net, example=torch.randn(3, 4), scale=scale)
     assert not models.binary_layers(net) and type(net) is Cached
+
+
+def test_an_example_leaves_no_trace():
+    """Buffers that a pass replaces, resizes or fills, and what a module keeps from a pass in eval mode."""
+
+    class Observer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("replaced", torch.zeros(1))
+            self.register_buffer("resized", torch.zeros(0))
+            self.cache = None
+
+        def train(self, mode=True):
+            self.cache = None
+            return super().train(mode)
+
+        def forward(self, x):
+            self.replaced, self.cache = self.replaced + 1, x if not self.training else None
+            self.resized.resize_(2).fill_(1)
+            return x
+
+    net = nn.Sequential(nn.Linear(4, 4), Observer(), nn.Linear(4, 4), nn.Linear(4, 2))
+    replaced, before = net[1].replaced, net.train().state_dict()
+    models.binarize_(net, example=torch.randn(3, 4))
+    assert net[1].replaced is replaced and net[1].cache is None and net.training
+    assert not replaced.any() and net[1].resized.shape == (0,) and net.state_dict().keys() == before.keys()
+    copy.deepcopy(net)
 
 
 def test_embeddings_recurrent_layers_and_odd_classes_are_named(capsys):
@@ -559,24 +630,80 @@ def test_the_weight_is_latent_outside_of_forward_passes():
         assert net.a.weight.is_leaf
 
 
-def test_checkpointing_repeats_the_forward_pass_with_bits():
-    class Checkpointed(Reader):
-        def forward(self, x):
-            body = lambda x: super(Checkpointed, self).forward(x)
-            return torch.utils.checkpoint.checkpoint(body, x, use_reentrant=False)
-
+@pytest.mark.parametrize("name", ["encoder", "attention, kdim", "tied", "subclasses"])
+def test_data_parallel_copies_compute_with_bits(name):
+    """nn.DataParallel puts tensors in the place of the parameters; gradients pass through them."""
     torch.manual_seed(0)
-    net, x = models.binarize_(Checkpointed()), torch.randn(5, 6)
-    check_computes_with_bits(net, x)
+    net, x = NETWORKS[name]()
+    net = models.binarize_(net).eval()
+    moved = {p: 1 * p for p in net.parameters()}
+    copies = {m: m._replicate_for_data_parallel() for m in net.modules()}
+    for m, copied in copies.items():
+        for key, child in m._modules.items():
+            copied._modules[key] = copies[child]
+        for key, p in m._parameters.items():
+            setattr(copied, key, moved.get(p))
+    ours, theirs = (binarize._call(n, x)[0] for n in (copies[net], net))
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    of = [layer.weight for layer in models.binary_layers(net)]
+    through = torch.autograd.grad(ours.square().sum(), [moved[w] for w in of], retain_graph=True)
+    assert all(torch.equal(g, h) for g, h in zip(through, torch.autograd.grad(ours.square().sum(), of), strict=True))
+    assert all(g.any() for g in through)
 
 
-def test_data_parallel_copies_compute_with_bits():
-    layer = models.binarize_(nn.Linear(4, 3), first=True, last=True)
-    copied = layer._replicate_for_data_parallel()
-    for name, p in layer.named_parameters():
-        setattr(copied, name, p * 1)
-    x = torch.randn(2, 4)
-    assert torch.equal(copied(x), layer(x))
+def test_tracing(capsys):
+    """A graph of torch.fx calls binary layers; layers that it would read keep full precision, or it is refused."""
+    net, x = traced()[0], images(size=8)
+    net = models.binarize_(nn.Sequential(*net.children())).eval()
+    graph = torch.fx.symbolic_trace(net)
+    net[1].weight.data *= torch.randn_like(net[1].weight).sign()
+    assert torch.equal(graph(x), net(x)) and [*graph.parameters()] == [*net.parameters()]
+
+    class CalledAndRead(nn.Sequential):
+        def forward(self, x):
+            return self[3](self[2](F.linear(self[1](self[0](x)), self[1].weight)))
+
+    read = torch.fx.symbolic_trace(CalledAndRead(*(nn.Linear(4, 4) for _ in range(4))))
+    models.binarize_(read)
+    assert models.binary_layer_names(read) == ["2"]
+    assert "1 (read by a graph of torch.fx)" in capsys.readouterr().err
+    with pytest.raises(models.ModelError, match=r"bits of a: trace before binarize_"):
+        torch.fx.symbolic_trace(models.binarize_(Reader()))
+    with pytest.raises(models.ModelError, match=r"torch\.jit\.script cannot .* use torch\.jit\.trace"):
+        torch.jit.script(net)
+
+
+def test_functions_of_parameters():
+    """torch.func: the gradients of single images, and an ensemble."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 2)), torch.randn(5, 6)
+    models.binarize_(net)
+    parameters = {name: p.detach() for name, p in net.named_parameters()}
+    loss = lambda p, x: torch.func.functional_call(net, p, x[None]).square().sum()
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for i, row in enumerate(x):
+        net.zero_grad()
+        net(row[None]).square().sum().backward()
+        for name, p in net.named_parameters():
+            assert torch.allclose(found[name][i], p.grad, atol=1e-5), name
+    stacked = {name: torch.stack([p, -p]) for name, p in parameters.items()}
+    both = torch.func.vmap(lambda p: torch.func.functional_call(net, p, x))(stacked)
+    assert torch.allclose(both[0], net(x), atol=1e-6) and not torch.allclose(both[1], net(x), atol=1e-2)
+
+
+def test_what_would_take_the_weight_away_is_refused():
+    for change in (
+        lambda layer: nn.utils.weight_norm(layer),
+        lambda layer: prune.random_unstructured(layer, "weight", 0.3),
+        lambda layer: nn.utils.parametrizations.spectral_norm(layer),
+        lambda layer: nn.utils.parametrizations.weight_norm(layer),
+    ):
+        net, x = reader()
+        models.binarize_(net)
+        with warnings.catch_warnings(), pytest.raises(models.ModelError, match=r"after binarize_.*before it"):
+            warnings.simplefilter("ignore")
+            change(net.a)
+            net(x)
 
 
 def test_compiled():
