@@ -884,12 +884,14 @@ def predict(
     function = getattr(library, f"{name}_predict{'_uint8' if is_bytes else ''}{'_in' if threads > 1 else ''}")
     images = (images if is_bytes else images.float()).contiguous()
     logits = torch.empty(len(images), num_classes)
+    function.argtypes = [ctypes.c_void_p] * (3 if threads > 1 else 2)
+    sizes = [array.stride(0) * array.element_size() for array in (images, logits)]
 
     def part(first: int) -> None:  # every image whose index is first, first + threads, …
         room = aligned(np.empty(ram, dtype=np.uint8))
-        for image, out in zip(images[first::threads], logits[first::threads], strict=True):
-            arrays = (image, out) if threads == 1 else (room, image, out)
-            function(*map(pointer, arrays))
+        buffers = [room.ctypes.data] if threads > 1 else []
+        for i in range(first, len(images), threads):
+            function(*buffers, images.data_ptr() + i * sizes[0], logits.data_ptr() + i * sizes[1])
 
     if threads == 1:
         part(0)

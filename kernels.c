@@ -1053,7 +1053,8 @@ BNN_FUNCTION BNN_AVX512 void bnn_pack_avx512(const float *x, int pixels, int cha
             const int n = channels - from;
             const __mmask16 some = (__mmask16)(n < 16 ? (1 << n) - 1 : 0xffff);
             const __m512 v = _mm512_maskz_loadu_ps(some, x + from);
-            const unsigned set = _mm512_mask_cmp_ps_mask(some, v, _mm512_setzero_ps(), _CMP_GE_OQ);
+            unsigned set = _mm512_mask_cmp_ps_mask(some, v, _mm512_setzero_ps(), _CMP_GE_OQ);
+            __asm__("" : "+r"(set)); /* clang would store and load it to take its bytes */
             *bits++ = (uint8_t)set;
             if (n > 8) *bits++ = (uint8_t)(set >> 8);
         }
