@@ -62,7 +62,7 @@ class GatedHistory(Generator):
 
     def scale(self) -> Tensor:
         """D / (ε + r): [N]. The threshold is W = 0 under all quantizers."""
-        D, _ = self.calibrate()
+        D, _ = self.calibrate(pre=False)
         r = self.latent.abs() / self.spread(self.rms(self.latent.unsqueeze(0)))
         return D / (self.epsilon + r)
 

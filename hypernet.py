@@ -468,21 +468,23 @@ class Generator(nn.Module):
         """The `.grad` of each layer's weight; None where the layer had no gradient in the last step."""
         return [w.grad if given else None for w, given in zip(self.weights, self.given, strict=True)]
 
-    def calibrate(self) -> tuple[Tensor, Tensor]:
+    def calibrate(self, pre: bool = True) -> tuple[Tensor, Tensor | None]:
         """D and W̃ of the latent weights, [N] each: quantizers.calibration and pre_quantize for all layers at once.
+
+        Without `pre`, W̃ is not computed, and is None.
 
         dorefa:      D = (1 − tanh² W) / max|tanh W|,   W̃ = tanh W / (2 max|tanh W|) + ½      (max over the layer)
                      D = 1 − tanh² W                    where the maximum is below 0.001, so that D is bounded
         bwn, -f, -l: D = 1,                             W̃ = W
         """
         if self.kind != "dorefa":
-            return torch.ones_like(self.latent), self.latent.clone()
+            return torch.ones_like(self.latent), self.latent.clone() if pre else None
         top = per_layer(self.latent.abs(), self.sizes, self.lengths, "max")
         top = self.shard.all_reduce_max(top).tanh()  # max|tanh W| = tanh(max|W|)
-        bounded = self.spread(torch.where(top < 1e-3, 1, top))  # [N]
-        top = self.spread(top.clamp_min(torch.finfo(top.dtype).tiny))  # [N]
         t = torch.tanh(self.latent)
-        return (1 - t.square()) / bounded, t / (2 * top) + 0.5
+        D = (1 - t.square()).div_(self.spread(torch.where(top < 1e-3, 1, top)))
+        double = 2 * top.clamp_min(torch.finfo(top.dtype).tiny)
+        return D, (t / self.spread(double)).add_(0.5) if pre else None
 
     def hand_back(self, G: Tensor) -> None:
         """Set the `weight.grad` of each layer that had one to its part of G [N], which every process gets whole."""
@@ -515,7 +517,7 @@ class Generator(nn.Module):
         cosine: between G and D ⊙ ĝ, the straight-through gradient. step: mean |ΔW| / lr. Where G has two terms (see
         `terms`): fast_rms and slow_rms, the RMS of each, and slow_share, Σ slow² / Σ (slow² + fast²).
         """
-        straight, G = self.calibrate()[0] * self.ghat, self.flatten(self.gradients())
+        straight, G = self.calibrate(pre=False)[0] * self.ghat, self.flatten(self.gradients())
         change = (self.flatten(self.weights) - self.latent) * self.spread(self.new)
         sums = [(G * straight).sum(), G.square().sum(), straight.square().sum(), change.abs().sum()]
         sums += [term.square().sum() for term in self.terms()]
@@ -571,8 +573,8 @@ class STE(Generator):
     def generate(self) -> None:
         """`weight.grad` ← D ⊙ ĝ for every layer with a gradient. A ĝ that is not finite stays as it is."""
         new = self.collect()
-        D, _ = self.calibrate()
-        self.hand_back(torch.where(new, D * self.ghat, self.ghat))
+        D, _ = self.calibrate(pre=False)
+        self.hand_back(torch.where(new, D.mul_(self.ghat), self.ghat))
 
 
 class Seen(NamedTuple):
