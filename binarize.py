@@ -67,6 +67,8 @@ class _Called:
     """Mixed into the class of a module: in a call of it, the `weight` of binary layers is Ŵ. A call runs hooks too."""
 
     def __call__(self, *args, **kwargs):
+        if getattr(self, "act", "none") in ("sign", "si") and "forward" not in self.__dict__:
+            return super().__call__(*args, **kwargs)  # hooks of a layer with binary inputs may look at W
         return _in_pass(super().__call__, *args, **kwargs)
 
     def __init_subclass__(cls):

@@ -630,7 +630,7 @@ def plain_network(net: nn.Module) -> nn.Module:
     """The network as a user of PyTorch would run it: Ŵ are ordinary float32 weights, activations are binarized."""
     net = copy.deepcopy(net).to(memory_format=torch.channels_last)
     for layer in models.binary_layers(net):
-        layer.forward = lambda x, m=layer: layer_function(m)(m.binary_input(x), m.weight, m.bias)
+        layer.forward = lambda x, m=layer: layer_function(m)(m.binary_input(x), m.latent(), m.bias)
     return net
 
 

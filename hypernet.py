@@ -925,12 +925,12 @@ class _Balanced(torch.autograd.Function):
         target = seen.ghat_rms
         sums = torch.stack([per_layer(term.square(), seen.sizes, seen.lengths), seen.lengths.to(term.dtype)])
         square, count = shard.all_reduce_sum(sums)
-        rms = (square / count.clamp_min(1)).sqrt()
-        least = (1e-3 * target).clamp_min(torch.finfo(target.dtype).tiny)  # where ĝ is 0, the factor is 1
-        scale = target / torch.maximum(rms, least)
+        rms, least = (square / count.clamp_min(1)).sqrt(), 1e-3 * target
+        there = target.square() > 0  # whether ĝ is not 0 in the layer; otherwise the term is 0 and has no gradient
+        scale = torch.where(there, target / torch.maximum(rms, least), 0)
         y = term * scale.index_select(0, seen.layer_of)
         # ⟨y, y⟩ of each layer; infinite where the factor is at its limit, which switches the projection off.
-        energy = torch.where(rms > least, target.square() * count, math.inf)
+        energy = torch.where(there & (rms > least), target.square() * count, math.inf)
         ctx.save_for_backward(y, scale, energy)
         ctx.seen, ctx.shard = seen, shard
         return y

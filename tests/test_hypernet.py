@@ -452,7 +452,9 @@ def formula(name, gen, layers, latents, grads, states=None, sampled=None):
 
 
 def balanced(term, g, at=slice(None)):
-    """`term` at the RMS of g, amplified at most a thousandfold."""
+    """`term` at the RMS of g, amplified at most a thousandfold; 0 where g is 0."""
+    if not g.any():
+        return 0 * term
     target, rms = (x.square().mean().clamp_min(1e-300).sqrt() for x in (g, term[at]))
     return term * target / torch.maximum(rms, 1e-3 * target)
 

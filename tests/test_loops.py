@@ -415,6 +415,24 @@ def test_a_layer_without_a_gradient_is_left_out(name):
 
 
 @pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_layer_whose_gradient_is_zero_in_a_step(name, dtype):
+    """As behind ReLUs that are all off. What is learned stays finite."""
+    net = network(dtype=dtype)
+    torch.manual_seed(1)
+    gen = ALL[name](models.binary_layers(net))
+    for t in range(9):
+        if hasattr(gen, "look_ahead"):
+            gen.look_ahead(0.01)
+        backward(net, t)
+        gen.weights[1].grad *= 0.0 if t in (0, 5) else 1.0
+        gen.generate()
+        for w in gen.weights:
+            w.data -= 0.01 * w.grad
+    assert all(p.isfinite().all() for p in [*gen.parameters(), *gen.weights])
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_generate_wants_a_new_backward(name):
     net = network()
     layers = models.binary_layers(net)
