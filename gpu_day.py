@@ -1140,7 +1140,7 @@ def grids(stage: Stage) -> None:
             if seconds < 5:
                 break
             pretrained = ["--pretrained", PRETRAINED] if name != "w1a1" and not day.dry else []
-            command = [sys.executable, ROOT / "experiments.py", name, "--jobs", 1 if day.dry else JOBS]
+            command = [sys.executable, ROOT / "experiments.py", name, "--jobs", 2 if day.dry else JOBS]
             command += ["--only", "0.9 0.97"] if day.dry else []
             command += ["--results", results, "--out", home / "runs", "--", *flags, *pretrained]
             stopped = ["timeout", "--signal=TERM", f"{seconds:.0f}", "env", "-C", home]

@@ -155,7 +155,7 @@ def test_damaged_results(tmp_path, monkeypatch, capsys):
 def test_the_others_run_where_some_fail(tmp_path, monkeypatch, capsys):
     wrong = f"{SMALL} --beta 7 --grad fsg"
     grid = [search(wrong), search(), search(f"{wrong} --no-flip")]
-    assert run(monkeypatch, tmp_path, grid, "--jobs", "1") == 1
+    assert run(monkeypatch, tmp_path, grid) == 1
     error = capsys.readouterr().err
     assert "beta is the share" in error and error.endswith("; 1 more cannot\n")
     assert [row["command"] for row in rows(tmp_path)] == [f"python {search().at('1e-3', 0)}"]
