@@ -98,8 +98,8 @@ GRIDS = {
             (FSG, "--grad ste --betas 0.9 0.97", "1e-3"),
             (FSG, f"--grad fsg --hgs mamba {SAMPLED}", "1e-3"),
             (FSG, "--grad gate", "1e-3"),
-            (FSG, "--grad multifc", "1e-3"),
-            (PROX, "--opt adam --method parq", "1e-3"),
+            (FSG, "--grad multifc", "3e-4"),
+            (PROX, "--opt adam --method parq", "3e-3"),
             (BIHALF, "--opt adam --weight-decay 0", "1e-3"),
         )
     ],

@@ -229,8 +229,7 @@ def convert(node: fx.Node, traced: fx.GraphModule, inputs: list[Op], shape: tupl
         kind = "add"
     elif (
         pools_to_size
-        or isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd)
-        or (isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1))
+        or isinstance(module, nn.Identity | nn.Flatten | nn.modules.dropout._DropoutNd)
         or (function in ("flatten", torch.flatten) and node.args[1:] == (1,))
     ):
         return []

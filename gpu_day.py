@@ -1065,6 +1065,12 @@ def stop_mps(env: dict[str, str]) -> None:
             subprocess.run(["nvidia-cuda-mps-control"], **options)
 
 
+def decoded_images(stage: Stage) -> Path:
+    """The folder of the images, once start_background()'s process has decoded them."""
+    wait_for(stage, "images", 40)
+    return stage.day.scratch / "images"
+
+
 def training(stage: Stage) -> None:
     day = stage.day
     if day.dry:
@@ -1073,13 +1079,10 @@ def training(stage: Stage) -> None:
         start_mps(stage)
         train_all(stage, RUNS[:2], lambda method: [*common, *method_flags(method)], 2, 1, (1,))
         return
-    if "images" not in day.background:
-        day.start("images", unpack)
     mps = start_mps(stage)
     day.env |= mps
     try:
-        wait_for(stage, "images", 40)
-        common = ["--dataset", "folder", "--data-dir", str(day.scratch / "images"), "--arch", "resnet20"]
+        common = ["--dataset", "folder", "--data-dir", str(decoded_images(stage)), "--arch", "resnet20"]
         common += ["--batch-size", "128", "--schedule", "cosine", "--device", "cuda", "--workers", "2"]
         common += ["--pretrained", str(CARRIED / "resnet20.pth")] + ["--compile"] * graphs_work(day)
         epochs = choose(stage.left() - 5)
@@ -1097,10 +1100,7 @@ def w1a1(stage: Stage) -> None:
     if day.dry:
         common = ["--dataset", "digits", "--batch-size", "64", "--limit-steps", "2", "--device", "cpu"]
     else:
-        if "images" not in day.background:
-            day.start("images", unpack)
-        wait_for(stage, "images", 40)
-        common = ["--dataset", "folder", "--data-dir", str(day.scratch / "images"), "--batch-size", "128"]
+        common = ["--dataset", "folder", "--data-dir", str(decoded_images(stage)), "--batch-size", "128"]
         common += ["--device", "cuda", "--workers", "2"] + ["--compile"] * graphs_work(day)
     common += ["--arch", arch, "--act", "sign", "--schedule", "cosine"]
     runs, choices = [("ste", 0), ("gate", 0)], (1,) if day.dry else (30, 20, 10, 5)
@@ -1127,10 +1127,7 @@ def grids(stage: Stage) -> None:
         flags = ["--dataset", "digits", "--val", 200, "--arch", "resnet8", "--batch-size", 32, "--limit-steps", 1]
         flags += ["--epochs", 1]
     else:
-        if "images" not in day.background:
-            day.start("images", unpack)
-        wait_for(stage, "images", 40)
-        for name, target in (("data/cifar10-jpeg", day.scratch / "images"), (PRETRAINED, CARRIED / PRETRAINED)):
+        for name, target in (("data/cifar10-jpeg", decoded_images(stage)), (PRETRAINED, CARRIED / PRETRAINED)):
             (home / name).unlink(missing_ok=True)
             (home / name).symlink_to(target)
     mps = start_mps(stage)
