@@ -133,7 +133,7 @@ COPIES = {
 def test_bench_measures_and_writes_json(tmp_path):
     code = """
         import bench
-        small = "--arch resnet8 --rounds 2 --expand 2 --hidden 4 --batch-size 16 --device cpu".split()
+        small = "--arch resnet8 --rounds 1 --expand 2 --hidden 4 --batch-size 16 --device cpu".split()
         bench.main(["step", *small])
         bench.main(["scan", "--lstm", *small])
         bench.main(["quantizers", *small])

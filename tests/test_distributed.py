@@ -41,7 +41,7 @@ VARIANTS = {
     "released-lstmfc": "ReleasedLSTMFC(layers, 3)",
 }
 
-# Eleven steps with the gradients of a fixed function of the weights, the checkpoint of the sixth loaded into a new
+# Eight steps with the gradients of a fixed function of the weights, the checkpoint of the fourth loaded into a new
 # generator: what is left after them is written to FILE. Layers of odd sizes, one of them channels_last.
 GENERATOR = """
     import copy, os, sys, torch, torch.distributed as dist
@@ -64,12 +64,12 @@ GENERATOR = """
         make = lambda: eval(maker, globals(), {"layers": layers})
         generator = make()
         optimizer = torch.optim.SGD([layer.weight for layer in layers], 0.05)
-        for t in range(11):
-            if t == 6:
+        for t in range(8):
+            if t == 4:
                 generator.gather()
-                sixth = generator.state_dict()
+                fourth = generator.state_dict()
                 generator = make()
-                generator.load_state_dict(copy.deepcopy(before or sixth))
+                generator.load_state_dict(copy.deepcopy(before or fourth))
             if isinstance(generator, LookAhead): generator.look_ahead(0.05)
             for layer, target in zip(layers, targets):
                 layer.weight.grad = (layer.weight.detach() - target) * (1 + torch.sin(10 * target)) / 100
@@ -81,10 +81,10 @@ GENERATOR = """
         weights = [layer.weight.detach() for layer in layers]
         found = {"measured": generator.measure(0.05), "G": grads, "weights": weights}
         generator.gather()
-        return {**found, "state": generator.state_dict(), "sixth": sixth}
+        return {**found, "state": generator.state_dict(), "fourth": fourth}
 
     before = torch.load(saved) if world > 1 else {}
-    found = {maker: run(maker, before.get(maker, {}).get("sixth")) for maker in makers}
+    found = {maker: run(maker, before.get(maker, {}).get("fourth")) for maker in makers}
     if int(os.environ.get("RANK", 0)) == 0: torch.save(found, file)
     if world > 1: dist.barrier(), dist.destroy_process_group()
 """
@@ -199,14 +199,15 @@ def trained(tmp_path_factory):
         assert all(output == "" for output in outputs[1:]), "rank 0 alone speaks"
 
     def runs(label, steps, *more):
-        common = [*DIGITS, "--arch", "tiny", "--schedule", "none", "--limit-steps", steps, "--out", str(out), *more]
+        common = [*DIGITS, "--arch", "tiny", "--val", "1000", "--schedule", "none", "--limit-steps", steps]
+        common += ["--out", str(out), *more]
         common += ["--name"]
         return [[*argv, *common, f"{name}-{label}"] for name, argv in TRAINERS.items()]
 
-    run(1, *runs(1, "30"))
-    run(2, *runs(2, "30", "--accumulate", "3"), *runs("parts", "27"))
-    run(3, *runs(3, "30"))
-    more = ["--limit-steps", "30", "--resume"]
+    run(1, *runs(1, "11"))  # the second epoch begins with the eighth step
+    run(2, *runs(2, "11", "--accumulate", "3"), *runs("parts", "9"))
+    run(3, *runs(3, "11"))
+    more = ["--limit-steps", "11", "--resume"]
     run(1, *([argv[0], *more, str(out / f"{name}-parts")] for name, argv in TRAINERS.items()))
     return out
 

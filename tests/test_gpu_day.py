@@ -141,5 +141,5 @@ def test_a_dry_run_of_all_stages(tmp_path):
     assert {s for name, s in status.items() if name not in skipped} == {"ok"}, status
     assert found[3]["compile"]["error"] == ["no nvcc"]
     assert found[4]["ste-seed0"]["complete"] and found[4]["ste-seed0"]["rows"][0]["epoch"] == 1
-    assert found[6]["protocol"]["rows_done"] == 5, "three learning rates, and two more seeds of the best"
+    assert found[6]["ablations"]["rows_done"] == 3, "three seeds"
     assert "test" in result.stdout and "checks" in result.stdout

@@ -145,7 +145,7 @@ def test_the_sibling_papers_learn_digits(tmp_path, trainer, extra, capsys):
 
 @pytest.mark.parametrize("grad", GRADS)
 def test_sgd_trains_with_every_generator(tmp_path, grad):
-    steps = {"fsg-lstm": 88, "lstmfc": 200, "multifc": 400, "fcgrad": 400}.get(grad, 150)
+    steps = {"fsg-lstm": 88, "lstmfc": 100, "multifc": 250, "fcgrad": 250}.get(grad, 150)
     rows = train(tmp_path, "run", *GRADS[grad], "--opt", "sgd", "--limit-steps", str(steps), "--epochs", "99")
     assert rows[-1]["step"] == steps
     assert all(math.isfinite(v) for r in rows for v in r.values())
@@ -370,13 +370,21 @@ def start_process(out, name, *extra, trainer=train_fsg):
     return subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-SIGNALS = [(train_fsg, signal.SIGINT), *((trainer, signal.SIGTERM) for trainer in TRAINERS.values())]
+SIGNALS = [(trainer, signal.SIGINT if trainer is train_fsg else signal.SIGTERM) for trainer in TRAINERS.values()]
 
 
 @pytest.mark.parametrize("trainer, which", SIGNALS)
 def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path, trainer, which):
     # Nothing that depends on the number of steps, which --limit-steps changes.
-    common = ["--epochs", "40", "--schedule", "none", *(["--method", "bnn"] if trainer is train_proxconnect else [])]
+    common = [
+        "--epochs",
+        "40",
+        "--schedule",
+        "none",
+        "--val",
+        "900",
+        *(["--method", "bnn"] if trainer is train_proxconnect else []),
+    ]
     process = start_process(tmp_path, "cut", *common, trainer=trainer)
     while not (tmp_path / "cut" / "best.pt").exists():
         assert process.poll() is None, process.stdout.read()
@@ -389,7 +397,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path, trainer, which)
     assert f"python {trainer.__name__}.py --resume {tmp_path / 'cut'}" in out
     state = torch.load(tmp_path / "cut" / "last.pt", weights_only=True)
     assert state["step"] == stopped
-    more = str(stopped + 30)
+    more = str(stopped + 5)
     assert trainer.main(["--resume", str(tmp_path / "cut"), "--limit-steps", more]) == 0
     train(tmp_path, "whole", *common, "--limit-steps", more, trainer=trainer)
     same_bits(*(torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("whole", "cut")))
