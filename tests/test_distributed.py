@@ -301,7 +301,7 @@ def test_batches_that_cannot_be_shared(tmp_path):
     )
     assert 0 not in codes and outputs[1] == ""
     assert (
-        outputs[0].strip().endswith("2 processes cannot share batches of 61 images evenly: use --batch-size 60 or 62")
+        outputs[0].strip().endswith("2 processes cannot divide batches of 61 images equally: use --batch-size 60 or 62")
     )
     assert not list(tmp_path.iterdir())
 

@@ -142,7 +142,7 @@ def test_binary_layers_sum_whole_numbers_when_tested(act):
 def test_bits_are_the_checkpoint_bit_for_bit(network, capsys):
     assert export.main([str(network), "--to", "bits"]) == 0
     out = capsys.readouterr().out
-    assert "359 of 359 test images" in out and "differ by 0.0e+00" in out and "in all" in out
+    assert "359 of 359 test images" in out and "differ by 0.0e+00" in out and "total" in out
     # The checkpoint's network as its trainer tests it, past all of export.py.
     checkpoint = torch.load(network / "best.pt", weights_only=True)
     args = Namespace(**checkpoint["args"])

@@ -439,7 +439,7 @@ def test_the_command_line_ends_with_one_sentence(tmp_path):
     process = start_process(tmp_path, "x", "--beta", "1.5")
     out = process.communicate(timeout=60)[0].strip().splitlines()
     assert process.returncode == 1
-    assert out == ["error: beta is the share of the slow gradient and must lie in [0, 1]; it is 1.5"]
+    assert out == ["error: beta is the weight of the slow gradient and must lie in [0, 1]; it is 1.5"]
     assert not (tmp_path / "x").exists()
 
 
