@@ -251,7 +251,7 @@ def test_transformers_of_a_run(tmp_path, capsys):
     assert "359 of 359" in capsys.readouterr().out
     said = sentence(folder, "--to", "c")
     assert "blocks.0.norm1 (LayerNorm)" in said and "blocks.1.mlp.act (GELU)" in said
-    assert "of a network of your own" in sentence(folder / "run.safetensors", "--to", "onnx")
+    assert "names no network of models.build" in sentence(folder / "run.safetensors", "--to", "onnx")
 
 
 @needs_compiler
@@ -368,7 +368,7 @@ def test_hub_folder(binary_run, tmp_path, capsys, monkeypatch):
     # Written again, it replaces what it wrote; a README of someone else stays.
     assert export.main([str(binary_run), "--to", "hub-folder", "--out", str(tmp_path / "hub")]) == 0
     (tmp_path / "README.md").write_text("mine")
-    assert "README.md of its own" in sentence(binary_run, "--to", "hub-folder", "--out", tmp_path)
+    assert "has another README.md" in sentence(binary_run, "--to", "hub-folder", "--out", tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine" and not (tmp_path / "model.safetensors").exists()
     assert "cannot be made" in sentence(binary_run, "--to", "hub-folder", "--out", tmp_path / "README.md" / "a")
     monkeypatch.setattr(export, "load_test", no_data)
@@ -394,7 +394,7 @@ def test_bad_input(binary_run, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     assert "train it first" in sentence(tmp_path / "empty", "--to", "bits")
     shutil.copy(binary_run / "last.pt", tmp_path / "empty")
-    assert "go on with it (--resume" in sentence(tmp_path / "empty", "--to", "bits")
+    assert "continue it (--resume" in sentence(tmp_path / "empty", "--to", "bits")
     torch.save({"model": {}}, tmp_path / "state.pt")
     assert "not a checkpoint of a run" in sentence(tmp_path / "state.pt", "--to", "onnx")
     old = torch.load(binary_run / "best.pt", weights_only=True)
