@@ -84,7 +84,9 @@ def failing_layers(net: nn.Module, example: Tensor, attempt: Callable) -> str:
         with torch.no_grad():
             net(example)
     except Exception as e:
-        raise RunError(f"the network cannot take the example, {list(example.shape)} ({one_line(e)})") from None
+        raise RunError(
+            f"the network cannot take the example, {list(example.shape)} ({one_line(e)}): give another example"
+        ) from None
     finally:
         for hook in hooks:
             hook.remove()
@@ -490,7 +492,7 @@ def factor_and_shift(trained: Trained) -> list[Tensor]:
 
 
 def say(text: str) -> None:
-    """Print a line. Brackets in it are no markup."""
+    """Print a line as it is, with brackets."""
     runs.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -302,7 +302,7 @@ def read_bits(path: Path | str, net: nn.Module | None = None) -> tuple[nn.Module
     """`load_bits`, and the file's build, shape and normalisation, each None or what save_bits was given."""
     path = Path(path)
     if not os.path.isfile(path):
-        raise RunError(f"there is no file {path}")
+        raise RunError(f"there is no file {path}: check its name")
     advice = "export it again" if net is None else "give the network that was saved, or export it again"
     try:
         fields, tensors = read_safetensors(path)

@@ -51,7 +51,7 @@ class GatedHistory(Generator):
     def generate(self) -> None:
         """`weight.grad` ← G for every layer with a gradient.
 
-        If any element of ĝ_t is not finite, h stays as it is, and ĝ_t stays in `weight.grad`.
+        If any element of ĝ_t is not finite, h does not change, and ĝ_t stays in `weight.grad`.
         """
         positive = self.latent >= 0  # the signs one step ago; sign(0) is +1
         new = self.collect()

@@ -571,7 +571,7 @@ class STE(Generator):
 
     @torch.no_grad()
     def generate(self) -> None:
-        """`weight.grad` ← D ⊙ ĝ for every layer with a gradient. A ĝ that is not finite stays as it is."""
+        """`weight.grad` ← D ⊙ ĝ for every layer with a gradient. If ĝ is not finite, nothing changes."""
         new = self.collect()
         D, _ = self.calibrate(pre=False)
         self.hand_back(torch.where(new, D.mul_(self.ghat), self.ghat))
@@ -663,7 +663,7 @@ class Learned(Generator):
         """One Adam step on φ. v [N] is the loss's gradient with respect to G_{t−1}, up to a positive factor.
 
         generate() normalises it to ‖v‖ = 1: Adam divides out its scale, but Adam's eps does not.
-        wanted [] bool: without it, φ and the state of Adam stay as they are.
+        wanted [] bool: if it is false, φ and the state of Adam do not change.
         """
         self.optimizer.zero_grad()
         self.last_G.backward(v if self.sample is None else v[self.sample.at] * self.sample.stands_for)

@@ -859,7 +859,7 @@ class Trackers:
                 raise RunError(f"--wandb cannot start ({reason}): log in, or set WANDB_MODE=offline") from None
 
     def log(self, row: dict) -> None:
-        """Send a row of the metrics. The columns of single layers become histograms; W&B gets them as they are too.
+        """Send a row of the metrics. The columns of single layers become histograms; W&B also gets their values.
 
         TensorBoard shows the columns in groups: those of accuracy, loss, weights (flip_ratio, …) and progress (lr, …).
         """
@@ -1046,7 +1046,7 @@ class Run:
                 torch.cuda.set_rng_state(checkpoint["cuda_rng"], self.sums.device)
         except (RuntimeError, ValueError, KeyError, TypeError) as e:
             reason = " ".join(str(e).split())[:200]
-            raise RunError(f"{source} is not a run of this trainer and these flags ({reason})") from None
+            raise RunError(f"{source} is not a run of this trainer and these flags ({reason}): use another") from None
         if self.batch >= len(self.train):
             raise RunError(f"{source} was trained on more images than {self.args.data_dir} has: use its data")
         if threads != torch.get_num_threads() and self.sums.device.type == "cpu":

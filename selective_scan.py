@@ -164,8 +164,8 @@ def _find(name: str) -> ctypes.CDLL | None:
 def _compile(name: str, flags: list[str]) -> ctypes.CDLL:
     """Compile SOURCE into the cache, and load it. Raises RuntimeError with the reason if that fails.
 
-    The file gets its final name when it is complete. So several processes may do this at once, and each may be killed at
-    any moment.
+    The file gets its final name when it is complete. So several processes may compile at once, and each may be killed
+    at any moment.
     """
     compiler, folder = _compiler(), _cache()
     try:

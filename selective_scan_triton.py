@@ -781,9 +781,9 @@ if triton is not None:
         values, totals, plan, table, layers, T, d, BACK: tl.constexpr, LAYERS: tl.constexpr, BLOCKS: tl.constexpr,
         K: tl.constexpr, n: tl.constexpr, N: tl.constexpr,
     ):  # fmt: skip
-        """Hand h on from chunk to chunk, for one layer and block of channels; BACK: the adjoint, backwards in time.
+        """Carry h from chunk to chunk, for one layer and block of channels; BACK: the adjoint, backwards in time.
 
-        values [chunks, n, d]: what each chunk hands on if it receives 0. It is replaced by what the chunk receives.
+        values [chunks, n, d]: the h after each chunk if the h before it is 0. The h before each chunk replaces it.
         """
         layer, block = tl.program_id(0), tl.program_id(1)
         begin = tl.load(layers + LAYERS + layer)
