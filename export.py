@@ -8,7 +8,7 @@ In your own code, for any network made with binarize_() or models.build():
     export.to_c(net, "net.c", example)           # one C99 file: void net_predict(const float *image, float *logits)
 
 For a run of a trainer, use the command. It checks the file on the test images. It exits with 0 only if the file and
-PyTorch make equal predictions (ONNX and C: for 99.9 % of the images, because rounding can change a binary activation):
+PyTorch make equal predictions (with ONNX and C for 99.9 % of the images, with --half for 99 %, because of rounding):
 
     python export.py runs/NAME --to bits         # runs/NAME/NAME.safetensors
     python export.py runs/NAME --to onnx

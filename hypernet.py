@@ -799,7 +799,7 @@ class FSG(Learned):
         self.start()
         if selective_scan is None and self.latent.dtype == torch.float32 and self.backend() == "reference" != scan:
             files = "selective_scan.py, selective_scan_cpu.cpp and selective_scan_triton.py"
-            warnings.warn(f"copy {files} beside hypernet.py: without them Mamba is 30 to 60 times slower", stacklevel=2)
+            warnings.warn(f"copy {files} beside hypernet.py: without them Mamba is many times slower", stacklevel=2)
 
     def parameter_groups(self) -> list[dict]:
         slow = [*self.slow.parameters(), *(() if self.lre is None else self.lre.parameters())]

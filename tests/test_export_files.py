@@ -154,7 +154,7 @@ def test_a_network_of_ones_own(tmp_path, act):
     export.save_bits(twin, tmp_path / "again.safetensors")
     checksums = [read_with_numpy(f.read_bytes())[0]["checksum"] for f in (file, tmp_path / "again.safetensors")]
     assert checksums[0] == checksums[1]
-    with pytest.raises(runs.RunError, match="names no network of models.build"):
+    with pytest.raises(runs.RunError, match=r"names no network of models\.build"):
         export.load_bits(file)
 
 
