@@ -89,7 +89,8 @@ def flags():
     parser = runs.common_flags("train_fsg.py", __doc__, weight_decay=None)
     add = parser.add_argument_group("binary network").add_argument
     quantizers = ["dorefa", "bwn", "bwn-f", "bwn-l", "none"]
-    add("--quantizer", default="dorefa", choices=quantizers, help="see quantizers.py; none: full precision")
+    quantizer = "bwn: the sign; bwn-f, bwn-l: with a scale per filter or layer; none: full precision (quantizers.py)"
+    add("--quantizer", default="dorefa", choices=quantizers, help=quantizer)
     add("--act", default="none", choices=["none", "sign"], help="activations; sign: −1 and +1; none: full precision")
     add("--binarize-all", action="store_true", help="binarize the first and the last layer too")
     title = "gradient generator; a flag that the chosen generator does not have is refused"
