@@ -313,7 +313,7 @@ def test_the_parts_of_a_batch_are_the_batch(size, batch, processes):
     for train in (True, False):
         make = functools.partial(data.ResidentBatches, images, labels, 0 * one, one, 10, batch, train)
         if train and size % batch % processes and size < batch:
-            with pytest.raises(data.DataError, match="cannot share"):
+            with pytest.raises(data.DataError, match="cannot divide"):
                 make(rank=0, world_size=processes)
             continue
         whole = [sorted(y.tolist()) for _, y in make().epoch(3)]

@@ -119,7 +119,7 @@ sys.exit(experiments.main(["ablations", "--results", r"{tmp_path}/results", "--o
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    assert "the same command goes on" in process.communicate(timeout=60)[1] and process.returncode == 130
+    assert "stopped; repeat the command" in process.communicate(timeout=60)[1] and process.returncode == 130
     (last,) = tmp_path.glob("runs/ablations/*/last.pt")
     before = last.with_name("metrics.csv").read_text().splitlines()
     assert 1 < len(before) < 17 and not (tmp_path / "results").exists()

@@ -221,7 +221,7 @@ def test_half(network, capsys):
     whole, half = network / "whole.safetensors", network / "half.safetensors"
     assert export.main([str(network), "--to", "bits", "--out", str(whole)]) == 0
     if export.read(network).act != "none":
-        assert "changes binary activations" in sentence(network, "--to", "bits", "--half", "--out", half)
+        assert "would change binary activations" in sentence(network, "--to", "bits", "--half", "--out", half)
         assert not half.exists()
         return
     assert export.main([str(network), "--to", "bits", "--half", "--out", str(half)]) == 0
@@ -238,7 +238,7 @@ def test_a_packed_file_is_exported_like_a_checkpoint(binary_run, tmp_path, capsy
     digits = ["--dataset", "digits"]
     assert export.main([str(file), "--to", "onnx", "--out", str(tmp_path / "a.onnx"), *digits]) == 0
     assert capsys.readouterr().out.count("359 of 359") == 2
-    assert "say it with --dataset" in sentence(file, "--to", "onnx", "--out", tmp_path / "b.onnx")
+    assert "name them with --dataset" in sentence(file, "--to", "onnx", "--out", tmp_path / "b.onnx")
 
 
 def test_transformers_of_a_run(tmp_path, capsys):
