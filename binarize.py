@@ -348,7 +348,7 @@ def sign_bits(layers: list[nn.Module]) -> Tensor:
 # binarize_().
 
 SETTINGS = ("quantizer", "act", "options", "unit", "scale", "rho", "leader", "layer_name", "calls_itself", "saw_input")
-SCALED = ("bwn-f", "bwn-l", "sibnn", "parq", "identity")  # quantizers whose Ŵ is of the size of W
+SCALED = ("bwn-f", "bwn-l", "sibnn", "parq", "identity")  # quantizers whose Ŵ has the scale of W
 RELAXED = ("bnn", "bnn+", "bnn++", "pc")  # quantizers that compare |W| with 1
 
 
@@ -582,7 +582,7 @@ def _trial(model: nn.Module, training: bool = False):
             torch.manual_seed(0)
             yield model.train(training)
     finally:
-        model.train(modes[0][1])  # train() of some modules empties what they have cached
+        model.train(modes[0][1])  # train() of some modules clears their caches
         for m, mode in modes:
             m.training = mode
         for m, key, b in places:
@@ -611,7 +611,7 @@ def _ends(model: nn.Module, candidates: dict, example) -> tuple[set[str], set[st
     differentiable = lambda t: isinstance(t, Tensor) and t.is_floating_point()
     example = tree_map(lambda t: t.detach().clone().requires_grad_() if differentiable(t) else t, example)
     inputs = {id(t) for t in tree_leaves(example)}
-    outputs = []  # of all modules: what is computed from them may be detached, and they may be modified in place
+    outputs = []  # of all modules, because later operations may detach them or modify them in place
     eager = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     hooks = [m.register_forward_hook(lambda m, x, y: outputs.extend(tree_leaves(y))) for m in eager]
     unchecked = SimpleNamespace(apply=lambda function, preserve_rng_state, *args: function(*args))
@@ -739,7 +739,7 @@ def _matrices(model: nn.Module) -> list[tuple[str, Tensor, nn.Module | None, str
             if p is None or p.dim() < 2 or id(p) in found or key in ("theta", "delta"):
                 continue
             name = names.get(id(p), f"{prefix}.{key}" if prefix else key)
-            # Names of the parameters of which a layer's weight is computed begin with the layer's name.
+            # If a layer's weight is computed from other parameters, their names begin with the layer's name.
             why = [whys[layer] for layer in whys if whys[layer] and f"{name}.".startswith(f"{layer}.")]
             why = why or [plain_class(m).__name__ if name not in whys else "not chosen"]
             found[id(p)] = name, p, binary.get(name), why[0]

@@ -95,7 +95,7 @@ def failing_layers(net: nn.Module, example: Tensor, attempt: Callable) -> str:
             attempt(m, x)
         except RunError as e:
             failing.append(f"{names[m]} ({type(m).__name__} with {e})")
-        except Exception:  # of any type: a converter's, or PyTorch's
+        except Exception:  # any type, from a converter or from PyTorch
             failing.append(f"{names[m]} ({type(m).__name__})")
     return ", ".join(failing)
 

@@ -67,7 +67,7 @@ PRETRAINED = "ResNet20-CIFAR10-pretrain.pth"
 NAMES = ("correctness", "steps", "mamba-ssm", "training", "w1a1", "grids")
 FILES = {i: f"{i}-{name}.json" for i, name in enumerate(NAMES, 1)}
 SECONDS = {1: 130, 2: 110, 3: 60, 4: 250, 5: 90, 6: 300}
-DRY_SECONDS = {1: 180, 2: 90, 3: 10, 4: 120, 5: 60, 6: 60}  # limits, for a busy machine; it takes less
+DRY_SECONDS = {1: 180, 2: 90, 3: 10, 4: 120, 5: 60, 6: 60}  # upper limits, for a busy machine
 MOST_OUT = 15 * 2**20  # bytes of one file in OUT
 
 
@@ -218,7 +218,7 @@ class Day:
                 "TRITON_CACHE_DIR": f"{self.cache}/triton",
             }
             self.env |= {"TORCH_EXTENSIONS_DIR": f"{self.scratch}/extensions"}
-        # What the training runs compile is kept apart, for a second call.
+        # The training runs have a separate cache, for a second call.
         training = self.scratch / "training-cache"
         names = {"TORCHINDUCTOR_CACHE_DIR": training, "TRITON_CACHE_DIR": training / "triton", "OMP_NUM_THREADS": 2}
         self.training_env = {} if dry else {name: str(value) for name, value in names.items()}
@@ -724,7 +724,7 @@ def steps(dry: bool, scratch: Path, arch: str, size: int, ways: list, seconds: f
     import models
 
     device, batch = ("cpu", 4) if dry else ("cuda", 128)
-    torch.backends.cudnn.deterministic = True  # as in the trainers
+    torch.backends.cudnn.deterministic = True  # as with --deterministic
     images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(10, (batch,), device=device)
     for how, precision, methods in ways:
@@ -859,7 +859,7 @@ def build_mamba_ssm(dry: bool, scratch: Path) -> None:
     from torch.utils.cpp_extension import load
 
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
-    os.environ.setdefault("MAX_JOBS", "4")  # four files
+    os.environ.setdefault("MAX_JOBS", "4")  # there are four files
     folder, source = scratch / "selective_scan_cuda", scratch / "selective_scan"
     shutil.rmtree(source, ignore_errors=True)
     shutil.copytree(CARRIED / "mamba-ssm" / "csrc" / "selective_scan", source)
@@ -1209,7 +1209,7 @@ def train_all(stage: Stage, runs, flags, level: int, epochs: int, choices) -> No
                 compiles = False
                 queue.insert(0, run["key"])
         times = [run["times"] for run in running.values() if len(run["times"]) > 2]
-        pace = [(t[-1] - t[0]) / (len(t) - 1) for t in times]  # seconds an epoch
+        pace = [(t[-1] - t[0]) / (len(t) - 1) for t in times]  # seconds per epoch
         paces = pace or paces
         if again and running and len(pace) == len(running):
             again = False

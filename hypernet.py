@@ -405,12 +405,12 @@ class Generator(nn.Module):
         self.sizes = self.shard.sizes  # this process's weights in each layer
         n, sizes = sum(self.sizes), torch.tensor(self.sizes, device=like.device)
         self.register_buffer("layer_of", torch.arange(len(layers), device=like.device).repeat_interleave(sizes), False)
-        self.register_buffer("lengths", sizes, False)  # `sizes`, on the device
-        self.register_buffer("layer_size", torch.tensor(counts, device=like.device), False)  # of whole layers
+        self.register_buffer("lengths", sizes, False)  # `sizes` as a tensor
+        self.register_buffer("layer_size", torch.tensor(counts, device=like.device), False)  # over all processes
         self.register_buffer("latent", like.new_zeros(n), self.keeps_latent)  # W_t
         self.register_buffer("ghat", like.new_zeros(n), False)  # ĝ_t
         self.given = [False] * len(layers)  # which layers had a gradient in the last step, see collect()
-        self.register_buffer("new", torch.zeros_like(sizes, dtype=torch.bool), False)  # and a finite one, on the device
+        self.register_buffer("new", torch.zeros_like(sizes, dtype=torch.bool), False)  # which had a finite one
         self.gathered = None  # see gather()
 
     @property
@@ -586,10 +586,10 @@ class Seen(NamedTuple):
     history: Tensor  # [l, n] the HGS, oldest first
     layer_of: Tensor  # [n] the number of each weight's layer
     sizes: list[int]  # how many of the n weights each layer has
-    lengths: Tensor  # the same, on the device
+    lengths: Tensor  # `sizes` as a tensor
     history_rms: Tensor | None = None  # [layers] RMS of the layer's history, for FSG
     ghat_rms: Tensor | None = None  # [layers] RMS of the layer's ĝ_t, for FSG
-    slow: Tensor | None = None  # [n] the slow-net's outputs, where they are known
+    slow: Tensor | None = None  # [n] the slow-net's outputs, if they are known
 
 
 class Learned(Generator):
@@ -611,7 +611,7 @@ class Learned(Generator):
         # The history starts as zeros and is oldest first. steps [layers]: how many gradients each layer has stored.
         self.register_buffer("history", self.latent.new_zeros(length, len(self.latent)))
         self.register_buffer("steps", torch.zeros_like(self.layer_size))
-        self.last_G = self.sample = None  # G_{t−1} [n] with its graph to φ, and the weights that it is of; None: all
+        self.last_G = self.sample = None  # G_{t−1} [n] with its graph to φ; the sampled weights, None for all
 
     def start(self) -> None:
         """Move φ to the device of the weights and make φ's optimizer. Call it when all nets are made."""
@@ -858,7 +858,7 @@ class FSG(Learned):
         self.sample, every = self.sampler.draw(self.sample_seed + self.t, D.device), self.seen(D, pre)
         with torch.no_grad():
             every = every._replace(slow=self.slow_output(every))
-        with torch.enable_grad():  # the same outputs, with their graph
+        with torch.enable_grad():  # these outputs again, with their graph
             some = self.sample.of(every)
             self.last_G = self.gradient(some._replace(slow=self.slow_output(some, known=some.slow)))
         with torch.no_grad():
@@ -957,7 +957,7 @@ class Sample(NamedTuple):
     stands_for: Tensor  # [n] how many weights each of them stands for
     layer_of: Tensor  # [n] the number of each weight's layer
     sizes: list[int]  # how many of the n weights each layer has
-    lengths: Tensor  # the same, on the device
+    lengths: Tensor  # `sizes` as a tensor
 
     def of(self, seen: Seen) -> Seen:
         """The sampled weights of `seen`."""
@@ -1013,7 +1013,7 @@ class Shard:
                 f"{len(counts)} layers of {self.count} weights cannot be divided between {self.world_size} processes: "
                 "use fewer of them" + (", or --history per-weight" if whole_layers else "")
             )
-        self.rank_counts = [b - a for a, b in itertools.pairwise(cuts)]  # of each process
+        self.rank_counts = [b - a for a, b in itertools.pairwise(cuts)]  # weights of each process
         self.begin, self.end = cuts[rank], cuts[rank + 1]
         self.sizes = [max(0, min(b, self.end) - max(a, self.begin)) for a, b in itertools.pairwise(ends)]
 

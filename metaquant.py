@@ -91,7 +91,7 @@ class LSTMFC(Learned):
         nn.init.ones_(self.out.bias)
 
     def push(self, new: Tensor) -> None:
-        if self.next_state is not None:  # of a layer's first step there is none
+        if self.next_state is not None:  # None until the first G is made
             self.state = torch.where(self.spread(self.learned()).unsqueeze(1), self.next_state, self.state)
         super().push(new)
 
@@ -138,8 +138,8 @@ class LookAhead(Learned):
 
     SHARDED: ClassVar = Generator.SHARDED | {"before": 0}
     ATTRIBUTES = (*Learned.ATTRIBUTES, "step_size")
-    displaced = None  # the persistent weights and biases, while the model stands at the look-ahead weights
-    undo = ()  # latent, before, bias_before and step_size, as they were before look_ahead()
+    displaced = None  # the weights and biases to restore, between look_ahead() and generate()
+    undo = ()  # latent, before, bias_before and step_size before look_ahead()
 
     def __init__(self, layers: list[nn.Module], *arguments, **options):
         super().__init__(layers, *arguments, **options)
@@ -171,7 +171,7 @@ class LookAhead(Learned):
         if self.t == 0:
             return
         self.gathered, self.undo = None, (self.latent, self.before, self.bias_before, self.step_size)
-        _, pre = self.calibrate()  # of the weights where ĝ_{t−1} was measured
+        _, pre = self.calibrate()  # W̃_{t−1}, at the weights where ĝ_{t−1} was measured
         self.latent = self.flatten(self.weights)
         D, _ = self.calibrate()
         self.make(D, pre)

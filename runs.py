@@ -398,7 +398,7 @@ def parallel(net: torch.nn.Module, args, device: torch.device) -> torch.nn.Modul
     graphs = device.type == "cuda" and world_size() == args.accumulate == 1
     model = torch.compile(net, mode="reduce-overhead" if graphs else "default") if args.compile else net
     if world_size() > 1:
-        with warnings.catch_warnings():  # torch 2.13 renamed an argument
+        with warnings.catch_warnings():  # torch 2.13 warns about a renamed argument
             warnings.simplefilter("ignore", FutureWarning)
             model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     return model
@@ -940,7 +940,7 @@ class FiniteCheck:
         if world_size() > 1:
             dist.all_reduce(self.first, dist.ReduceOp.MIN)
         first = self.first.tolist()
-        # The weights too: a finite step can overflow them, and the loss stays finite because sign(NaN) is −1.
+        # A finite step can overflow weights, and the loss stays finite because sign(NaN) is −1. So weights are checked.
         values = [*zip(self.names, self.weights, strict=True), *self.phi]
         finite = torch.stack(torch._foreach_norm([w.detach() for _, w in values], math.inf)).isfinite().tolist()
         if min(first) < self.NEVER:

@@ -50,8 +50,8 @@ GATE_LR = 6e-3  # with Adam under --grad gate
 # Adam's learning rates for φ: LR_FAST for the fast-net, LR_SLOW for the slow-net and the LRE.
 LR_FAST = {"fsg": 1e-2, "fcgrad": 1e-3, "multifc": 1e-3, "lstmfc": 1e-3}
 LR_SLOW = 1e-3
-# SGD's step is lr·G. With --balance none, and with MetaQuant's generators, φ can make G arbitrarily large, so that φ
-# must learn slowly there.
+# SGD's step is lr·G. With --balance none and with MetaQuant's generators, φ can make G arbitrarily large. So φ must
+# learn slowly there.
 LR_PHI_UNBOUNDED = 1e-5
 
 # The generators (--grad) that have each flag. The other generators refuse it.
