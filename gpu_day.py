@@ -337,7 +337,7 @@ def network_sizes(arch: str) -> list[int]:
 
 
 def method_flags(method: str) -> list[str]:
-    """The flags of train_fsg.py that select a method, at its best learning rate and betas."""
+    """The flags of train_fsg.py for a method, with its learning rate and betas."""
     flags = {
         "ste": "--grad ste --lr 1e-3",
         "ste-default-betas": "--grad ste --lr 1e-3",

@@ -44,7 +44,7 @@ from gate import GatedHistory
 from hypernet import FSG, STE
 from metaquant import LSTMFC, AuthorsAdam, FCGrad, LookAhead, MultiFC, ReleasedFCGrad, ReleasedLSTMFC, ReleasedMultiFC
 
-# Measured learning rates for the latent weights (results/README.md).
+# Learning rates for the latent weights, chosen by the measurements in results/README.md.
 DEFAULT_LR = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.3, "sgdm": 0.1}
 GATE_LR = 6e-3  # with Adam under --grad gate
 # Adam's learning rates for φ: LR_FAST for the fast-net, LR_SLOW for the slow-net and the LRE.
