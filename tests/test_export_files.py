@@ -543,7 +543,7 @@ def test_a_hostile_file_is_refused(packed_file, tmp_path, place, name, value):
             del fields[name]
     file = crafted(tmp_path / "net.safetensors", metadata, tensors)
     said = refused(file)
-    assert "export it again" in said or "export the run again" in said or "load_bits(path, net)" in said or "packed bits" in said
+    assert any(words in said for words in ("export it again", "export the run again", "load_bits(path", "packed bits"))
     if place != "metadata" or name != "build":  # with a network of one's own, too
         refused(file, models.build("resnet8", 4, "bwn", "sign", in_channels=1, image_size=8)) if place != "build" else 0
     assert list(tmp_path.iterdir()) == [file]
