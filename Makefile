@@ -1,12 +1,13 @@
-# make demo   set up everything in .venv, train FSG with Mamba on handwritten digits, draw the curves (a few minutes)
-# make test   set up everything in .venv, run the tests
-# make lint   ruff
+# make demo        set up .venv, train FSG with Mamba on handwritten digits, draw the curves (a few minutes)
+# make test        set up .venv, run the tests
+# make lint        ruff
 # make gpu-check   the tests and benchmarks that need a CUDA GPU
-# make gpu-day   everything that only a GPU can answer, in MINUTES=10, as JSON files in runs/gpu-day (see gpu_day.py)
+# make gpu-day     all measurements on a GPU, in MINUTES=10, as JSON files in runs/gpu-day (see gpu_day.py)
+# make clean       delete .venv and the caches
 
 PYTHON ?= python3
 PY := .venv/bin/python
-# What the tests are run with. For another build: make test TORCH="torch==2.11.0 torchvision==0.26.0"
+# The versions for the tests. For another build: make test TORCH="torch==2.11.0 torchvision==0.26.0"
 TORCH ?= torch==2.13.0 torchvision==0.28.0
 
 .PHONY: demo test lint gpu-check gpu-day clean

@@ -2,7 +2,7 @@
 
     python bench.py step                                        # ResNet-20, batch 128, every generator
     python bench.py step --arch resnet20 resnet56 resnet110 --grads ste fsg-mamba fsg-flat --rounds 7
-    python bench.py step --grads pytorch ste gate brevitas parq # compared with other people's code
+    python bench.py step --grads pytorch ste gate brevitas parq # compared with the code of others
     python bench.py step --device cuda --grads ste ste+amp ste+compile fsg-mamba fsg-mamba+amp+compile
     python bench.py scan                                        # Mamba alone, on ResNet-20's weights: ten minutes
     python bench.py quantizers                                  # every weight quantizer on one large layer
@@ -11,13 +11,13 @@
 The variants take turns, one step each per round, so a change in the machine's speed affects all of them alike. (`scan`
 measures the variants of one layout before those of the next.) The tables give medians over the rounds. The column
 `ratio` is the median, over the rounds, of a variant's time divided by the baseline's time in the same round. The
-baseline is `pytorch` (without it `ste`) or `fused`. Memory is the peak of one more step, less what is held between
+baseline is `pytorch` (without it `ste`) or `fused`. Memory is the peak of one more step, less the memory in use between
 steps. The results are also written to a JSON file.
 
 The variants of `step` are those of train_fsg.py, with its optimizer, metrics and check for NaN. `plain` is its network
-in full precision, so `ste` − `plain` is the cost of binary weights. Three variants are not ours:
+in full precision, so `ste` − `plain` is the cost of binary weights. Three variants do not use this repository's layers:
 
-    pytorch     the straight-through estimator as one writes it by hand, w + (sign(w) − w).detach(), in a bare loop,
+    pytorch     a straight-through estimator as users write it by hand, w + (sign(w) − w).detach(), in a bare loop,
                 with channels_last and the fused Adam
     brevitas    brevitas' binary layers (SignedBinaryWeightPerTensorConst) in the loop of `pytorch`
     parq        torchao's PARQ, per channel, in the loop of `pytorch`
@@ -89,7 +89,7 @@ class Stopwatch:
 
 
 def peak_memory(device: torch.device, function) -> float | None:
-    """Peak memory of function() in MB (2^20 bytes), less what was held before the call.
+    """Peak memory of function() in MB (2^20 bytes), less the memory in use before the call.
 
     Returns None on devices and systems that do not report it (anything but CUDA and Linux).
     """
@@ -154,14 +154,14 @@ def make_generator(grad: str, layers, args):
 
 
 class HandWrittenConv2d(nn.Conv2d):
-    """A convolution with binary weights as one writes it by hand."""
+    """A convolution with binary weights as users write it by hand."""
 
     def forward(self, x):
         return self._conv_forward(x, hand_written_ste(self.weight), self.bias)
 
 
 class HandWrittenLinear(nn.Linear):
-    """A linear layer with binary weights as one writes it by hand."""
+    """A linear layer with binary weights as users write it by hand."""
 
     def forward(self, x):
         return F.linear(x, hand_written_ste(self.weight), self.bias)
@@ -212,7 +212,7 @@ def other_network(grad: str, arch: str, device: torch.device) -> tuple[nn.Module
 
 
 def make_step(grad: str, arch: str, args, device: torch.device):
-    """A function that takes one training step and returns the seconds of each part of the step.
+    """A function that does one training step and returns the seconds of each part of the step.
 
     Raises ImportError if the variant's package is missing.
     """
@@ -257,7 +257,7 @@ def make_step(grad: str, arch: str, args, device: torch.device):
 
 
 def make_steps(arch: str, args, device: torch.device) -> dict:
-    """By name, the steps of --grads. Prints a sentence for each that is skipped. Raises ValueError if none is left."""
+    """The steps of --grads, by name. Prints a sentence for each that is skipped. Raises ValueError if none is left."""
     steps = {}
     for grad in args.grads:
         try:
@@ -292,7 +292,7 @@ def bench_step(arch: str, args, device: torch.device) -> dict:
     steps = make_steps(arch, args, device)
     stream = (batch for number in itertools.count() for batch in batches.epoch(number))
     rounds, began = [], time.perf_counter()
-    warm_up = 3  # only from its third step on does a generator do all of its work
+    warm_up = 3  # a generator does all of its work from its third step on
     while len(rounds) < warm_up + args.rounds and (
         len(rounds) <= warm_up or time.perf_counter() - began < args.seconds
     ):
@@ -378,10 +378,10 @@ def peak_rate(device: torch.device) -> float | None:
 
 
 def operations(layout: str, way: str, weights: int, length: int, d: int, n: int, k: int, on_cpu: bool) -> float:
-    """The smallest number of bounding operations with which the kernel's arithmetic can be done.
+    """The smallest number of operations that the kernel's arithmetic needs, of the kind that bounds its speed.
 
     On a CPU these are multiplications and multiply-adds, counted as at the top of selective_scan_cpu.cpp. On a GPU they
-    are exponentials only. For the flat layout the `weights` newest tokens are counted and no older ones.
+    are exponentials. For the flat layout, only the `weights` newest tokens are counted.
 
     way: 'forward' or 'backward'. d, n, k: channels, states per channel and taps of the convolution.
     """
@@ -434,8 +434,8 @@ def bench_scan(args, device: torch.device) -> dict:
         runs["per-weight, LSTM"] = lambda: lstm.last(tokens)
         runs["per-weight, nn.LSTM alone"] = lambda: lstm.lstm(tokens)[0][:, -1].sum(1)
 
-    # Only variants that are compared with each other take turns: after a variant that has freed gigabytes, the next
-    # ones run more slowly for some seconds.
+    # Only variants that are compared with each other take turns, because variants run more slowly for some seconds
+    # after another one has freed gigabytes.
     groups = itertools.groupby(runs, key=lambda name: (name.partition(",")[0], "LSTM" in name))
     rates = [peak_rate(device)]  # measured again at the end; the higher of the two is used
     rounds = {name: [] for name in runs}
@@ -517,7 +517,7 @@ def bench_quantizers(args, device: torch.device) -> dict:
 
 
 def run_process(rank: int, world_size: int, grad: str, args, folder: str) -> None:
-    """What each process runs. It writes its measurements to the file `RANK.json` in the folder."""
+    """The function that each process runs. It writes its measurements to the file `RANK.json` in the folder."""
     torch.set_num_threads(1)
     if world_size > 1:
         dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=world_size)
@@ -588,7 +588,7 @@ def describe(device: torch.device) -> str:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", choices=["step", "scan", "quantizers", "scale"])
+    parser.add_argument("benchmark", choices=["step", "scan", "quantizers", "scale"], help="see above")
     parser.add_argument(
         "--arch", nargs="+", default=["resnet20"], choices=models.ARCHS, help="networks; scan and scale use the first"
     )
@@ -597,7 +597,7 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--seconds", type=float, default=300, help="step: start no new round after this time (default: %(default)s)"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, …")
     parser.add_argument("--hidden", type=int, default=100, help="width of fast-net and LSTM (default: %(default)s)")
     parser.add_argument("--d-state", type=int, default=16, help="Mamba: states per channel (default: %(default)s)")
     parser.add_argument("--d-conv", type=int, default=8, help="Mamba: taps of the convolution (default: %(default)s)")

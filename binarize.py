@@ -40,22 +40,22 @@ class ModelError(ValueError):
 # optimizers, initialisation and state dicts work as with nn.Conv2d and nn.Linear, and full-precision checkpoints load.
 #
 # Many networks do not call their layers: Swin, BEiT and the fast path of nn.TransformerEncoderLayer pass `layer.weight`
-# to a function. So `weight` is a property. It is W for optimizers and for everyone else outside of a pass through the
-# network, and Ŵ within: from the beginning to the end of a call of a binary layer or of any module that contains one,
-# hooks included (_Scoped), and in the backward pass, in which checkpointing repeats parts of the forward pass. This
-# needs neither an example input nor a list of such networks. With torch.nn.utils.parametrize, `layer.weight` would be Ŵ
-# for optimizers too, and the names in the state dict would change.
+# to a function. So `weight` is a property. It is Ŵ within a pass through the network, and W outside, for optimizers and
+# other code. A pass is a call of a binary layer or of any module that contains one, hooks included (_Scoped). The
+# backward pass counts too, because checkpointing repeats parts of the forward pass in it. This needs neither an example
+# input nor a list of such networks. With torch.nn.utils.parametrize, `layer.weight` would be Ŵ for optimizers too, and
+# the names in the state dict would change.
 
 
 class _ForwardPasses(threading.local):
-    depth = 0  # how many calls of modules with binary layers are under way in this thread
+    depth = 0  # the number of nested calls of modules with binary layers in this thread
 
 
 _passes = _ForwardPasses()
 
 
 def _in_pass(function, *args, **kwargs):
-    """function(*args, **kwargs), in which the `weight` of binary layers is Ŵ."""
+    """Call function(*args, **kwargs). In the call, the `weight` of binary layers is Ŵ."""
     _passes.depth += 1
     try:
         return function(*args, **kwargs)
@@ -64,16 +64,16 @@ def _in_pass(function, *args, **kwargs):
 
 
 class _Called:
-    """Mixed into the class of a module: in a call of it, the `weight` of binary layers is Ŵ. A call runs hooks too."""
+    """Mixed into the class of a module. In a call of it, hooks included, the `weight` of binary layers is Ŵ."""
 
     def __call__(self, *args, **kwargs):
         if getattr(self, "act", "none") in ("sign", "si") and "forward" not in self.__dict__:
-            return super().__call__(*args, **kwargs)  # hooks of a layer with binary inputs may look at W
+            return super().__call__(*args, **kwargs)  # hooks of a layer with binary inputs may read W
         return _in_pass(super().__call__, *args, **kwargs)
 
     def __init_subclass__(cls):
-        if cls.__name__.startswith("Parametrized"):  # torch.nn.utils.parametrize makes it; its `weight` is not ours
-            raise ModelError("a parametrization was registered after binarize_(): do that before it, in a new network")
+        if cls.__name__.startswith("Parametrized"):  # torch.nn.utils.parametrize makes it, with another `weight`
+            raise ModelError("a parametrization was registered after binarize_(): register it before, in a new network")
 
     def __prepare_scriptable__(self):
         raise ModelError("torch.jit.script cannot compile binary layers: use torch.jit.trace or torch.export")
@@ -87,12 +87,12 @@ class _Scoped(_Called):
 
 
 class _Binary(_Called):
-    """What all binary layers have in common. This class is mixed into the class of the layer.
+    """The base of all binary layers. This class is mixed into the class of the layer.
 
     quantizer, act: names of a weight quantizer and an activation quantizer (quantizers.py).
     options: keyword arguments of the weight quantizer, such as {"ratio": 0.5}.
     unit, scale: constants, Ŵ = scale · Q(W / unit).
-    leader: a layer with which this one shares its weight, or None. The leader's settings count for both.
+    leader: a layer with which this one shares its weight, or None. Both use the leader's settings.
     With act 'si' the layer has the parameters theta and delta, [C_in, 1, 1] or [F_in], and the constant rho: see
     `step_activation`.
     """
@@ -104,14 +104,14 @@ class _Binary(_Called):
     rho = 0.3
     leader = None
     layer_name = "a binary layer"  # in the network, for messages
-    calls_itself = False  # whether the layer's own forward is under way
+    calls_itself = False  # whether the layer's forward is running
     saw_input = False
 
     def latent(self) -> Tensor:
-        """W, also within a forward or backward pass. In copies of nn.DataParallel and in FSDP it is no parameter."""
+        """W, also within a pass. In the copies of nn.DataParallel and in FSDP, it is not a parameter."""
         w = self._parameters.get("weight")
         if w is None and ("weight_orig" in self._parameters or "weight_g" in self._parameters):
-            raise ModelError(f"{self.layer_name} got weight_norm or pruning after binarize_(): do that before it")
+            raise ModelError(f"{self.layer_name} got weight_norm or pruning after binarize_(): add it before")
         w = self.__dict__.get("weight") if w is None else w
         if w is None:
             raise AttributeError("weight")
@@ -162,7 +162,7 @@ class _Binary(_Called):
         return ACTIVATION_QUANTIZERS[self.act](x)
 
     def forward(self, *args, **kwargs) -> Tensor:
-        """The forward of the layer's own class, in which `weight` is Ŵ."""
+        """The forward of the layer's original class, in which `weight` is Ŵ."""
         if args:
             args = (self.binary_input(args[0]), *args[1:])
         elif kwargs:
@@ -209,7 +209,7 @@ class FloatConv2d(nn.Conv2d):
 class Projection(_Binary, nn.Module):
     """A projection of the inputs of an nn.MultiheadAttention, as a layer: `weight` is the attention's parameter.
 
-    It is no submodule of the attention, so the names in the state dict stay as they are.
+    It is not a submodule of the attention, so the names in the state dict do not change.
     """
 
     def __init__(self, attention: nn.MultiheadAttention, parameter: str):
@@ -258,7 +258,7 @@ for name in PROJECTIONS:
 
 @functools.cache
 def _with(mixin: type, cls: type) -> type:
-    """The class `cls` with a mixin. A module changes its behaviour, and stays the same object, by taking this class."""
+    """The class `cls` with a mixin. A module that takes it behaves differently but remains the same object."""
     if mixin is _Binary and cls.forward in {c.forward for c in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}:
         mixin = _Summing
     fields = {"plain": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
@@ -348,7 +348,7 @@ def sign_bits(layers: list[nn.Module]) -> Tensor:
 # binarize_().
 
 SETTINGS = ("quantizer", "act", "options", "unit", "scale", "rho", "leader", "layer_name", "calls_itself", "saw_input")
-SCALED = ("bwn-f", "bwn-l", "sibnn", "parq", "identity")  # quantizers whose Ŵ is of the size of W
+SCALED = ("bwn-f", "bwn-l", "sibnn", "parq", "identity")  # quantizers whose Ŵ has the scale of W
 RELAXED = ("bnn", "bnn+", "bnn++", "pc")  # quantizers that compare |W| with 1
 
 
@@ -367,32 +367,32 @@ def binarize_(
     """Make the layers of a model binary, in place, and return the model.
 
     Linear layers, convolutions and transposed convolutions in 1, 2 and 3 dimensions, classes derived from them,
-    nn.MultiheadAttention (its input projections are the layer `in_proj`) and transformers' Conv1D become binary. All
-    else keeps full precision: embeddings, LSTM and GRU, norms, biases, and layers whose weight is computed from other
-    parameters (weight_norm, spectral_norm, pruning). One line on stderr says what does; `summary` lists all.
+    nn.MultiheadAttention (its input projections are the layer `in_proj`) and transformers' Conv1D become binary.
+    Embeddings, LSTM and GRU, norms, biases, and layers whose weight is computed from other parameters (weight_norm,
+    spectral_norm, pruning) keep full precision. One line on stderr says what is binary; `summary` lists all layers.
 
     quantizer: one of WEIGHT_QUANTIZERS (quantizers.py). 'none' makes all layers full-precision layers again. Set the
         arguments of a quantizer afterwards: for layer in binary_layers(model): layer.options = {"ratio": 0.5}.
     act: how the inputs of the binary layers are quantized. 'none' keeps full precision, 'sign' gives −1 and +1, 'si'
-        gives 0 and 1 (Si-BNN). With 'sign' do not place a ReLU right before such a layer, since every input would
+        gives 0 and 1 (Si-BNN). With 'sign' do not place a ReLU right before such a layer, because every input would
         become +1; use Hardtanh, PReLU or nothing. 'si' adds the parameters theta and delta to each layer, so create
         the optimizer afterwards. Inside nn.MultiheadAttention, inputs keep full precision.
     first, last: whether the first and the last layer become binary too. By default they keep full precision, as in
-        most papers. Without `example`, the first is that in the order of `model.modules()`, unless an embedding comes
-        before; the last are timm's `get_classifier()`, transformers' `get_output_embeddings()`, or the last one in
-        that order. With `example` all first and last layers are found in the autograd graph.
+        most papers. Without `example`, the first layer is the first in the order of `model.modules()`; there is none
+        after an embedding. The last layers are timm's `get_classifier()`, transformers' `get_output_embeddings()`, or
+        the last layer in that order. With `example`, all first and last layers are found in the autograd graph.
     skip: further layers that keep full precision: names of layers or of modules that contain them, or a function of
         the layer's name and its module.
     scale: a constant that multiplies the binary weights. None means the attribute `default_scale` of the model's class,
         which the networks of models.py have. Without it, None means `he_scale` for layers that no BatchNorm, GroupNorm
-        or InstanceNorm follows, whose outputs would grow from layer to layer, and 1 for the others and for quantizers
-        with a scale of their own.
+        or InstanceNorm follows, because their outputs would grow from layer to layer. It means 1 for the other layers,
+        and for quantizers that have a scale (SCALED).
     example: an input of the model: a tensor, a tuple of arguments, or a dict of keyword arguments. The model runs on
         it, to find the first and last layers, and to check that its outputs depend on the signs of the latent weights
         alone. Layers that the example does not reach keep full precision.
     quiet: do not print the line.
 
-    The modules stay the same objects with the same parameters. Hooks and optimizers that refer to them keep working.
+    The modules and their parameters remain the same objects, so hooks and optimizers that refer to them keep working.
     Raises ModelError for an unknown name, if there is no layer to make binary, and if the check fails (all layers then
     have full precision).
     """
@@ -438,7 +438,7 @@ def binarize_(
         binarize_(model, "none")
         raise ModelError(
             f"the outputs depend on more than the signs of {_shortened(names)}, because the network reads these "
-            f"weights in a way that binarize_ cannot change: leave them in full precision with skip={names[:3]}"
+            f"weights in a way that binarize_ cannot change: keep them in full precision with skip={names[:3]}"
         )
     if not quiet:
         print(describe(model), file=sys.stderr)
@@ -529,7 +529,7 @@ def _let_read(module: nn.Module, act: str) -> None:
     """Let `weight` be Ŵ in calls of the module, unless it has no binary layers or is known to call them.
 
     A `forward` with the attribute `calls_layers` calls its layers and does not read their weights (models.py). So do
-    containers, and graphs of torch.fx, see `_float_layers`. A graph has a class of its own, which must stay.
+    containers, and graphs of torch.fx, see `_float_layers`. The class of a graph must not change.
     """
     calls_them = plain_class(module) in (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     calls_them = calls_them or hasattr(module.forward, "calls_layers")
@@ -569,12 +569,12 @@ def _add_thresholds(layer: nn.Module) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What an example tells.
+# What a run on an example shows.
 
 
 @contextlib.contextmanager
 def _trial(model: nn.Module, training: bool = False):
-    """Within `with _trial(model)`, the model can run: mode, buffers and random numbers are restored at the end."""
+    """Let the model run within `with _trial(model)`. At the end, mode, buffers and random numbers are restored."""
     modes, buffers = [(m, m.training) for m in model.modules()], [(b, b.clone()) for b in model.buffers()]
     places = [(m, key, b) for m in model.modules() for key, b in m._buffers.items()]
     try:
@@ -582,7 +582,7 @@ def _trial(model: nn.Module, training: bool = False):
             torch.manual_seed(0)
             yield model.train(training)
     finally:
-        model.train(modes[0][1])  # train() of some modules empties what they have cached
+        model.train(modes[0][1])  # train() of some modules clears their caches
         for m, mode in modes:
             m.training = mode
         for m, key, b in places:
@@ -605,13 +605,13 @@ def _ends(model: nn.Module, candidates: dict, example) -> tuple[set[str], set[st
     """The first layers, the last ones, and those that the example does not reach, by the autograd graph.
 
     A layer is a node of the graph in which something that depends on the input meets something that depends on its
-    weight and not on the input. It is first if there is no layer before it, and last if there is none behind it. The
-    vectors of an embedding count as input, and nothing is first behind them.
+    weight and not on the input. It is first if there is no layer before it, and last if there is none after it. The
+    vectors of an embedding count as input, and no layer after them is first.
     """
     differentiable = lambda t: isinstance(t, Tensor) and t.is_floating_point()
     example = tree_map(lambda t: t.detach().clone().requires_grad_() if differentiable(t) else t, example)
     inputs = {id(t) for t in tree_leaves(example)}
-    outputs = []  # of all modules: what is computed from them may be detached, and they may be modified in place
+    outputs = []  # of all modules, because later operations may detach them or modify them in place
     eager = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     hooks = [m.register_forward_hook(lambda m, x, y: outputs.extend(tree_leaves(y))) for m in eager]
     unchecked = SimpleNamespace(apply=lambda function, preserve_rng_state, *args: function(*args))
@@ -658,8 +658,8 @@ def _ends(model: nn.Module, candidates: dict, example) -> tuple[set[str], set[st
 def latent_readers(model: nn.Module, example) -> list[str]:
     """The binary layers, by name, whose latent weights change model(example) while their signs stay the same.
 
-    There should be none. The model runs in eval mode with and without gradients and, where it can run on the example,
-    in training mode. example: see `binarize_`.
+    There should be none. The model runs in eval mode with and without gradients and, if it can, in training mode.
+    example: see `binarize_`.
     """
     layers = named_binary_layers(model)
     settings = [(layer, layer.quantizer, layer.options, layer.unit, layer.scale) for layer in layers.values()]
@@ -739,7 +739,7 @@ def _matrices(model: nn.Module) -> list[tuple[str, Tensor, nn.Module | None, str
             if p is None or p.dim() < 2 or id(p) in found or key in ("theta", "delta"):
                 continue
             name = names.get(id(p), f"{prefix}.{key}" if prefix else key)
-            # Names of the parameters of which a layer's weight is computed begin with the layer's name.
+            # If a layer's weight is computed from other parameters, their names begin with the layer's name.
             why = [whys[layer] for layer in whys if whys[layer] and f"{name}.".startswith(f"{layer}.")]
             why = why or [plain_class(m).__name__ if name not in whys else "not chosen"]
             found[id(p)] = name, p, binary.get(name), why[0]
@@ -768,7 +768,7 @@ def describe(model: nn.Module) -> str:
 
 
 def summary(model: nn.Module, example=None):
-    """A rich.table.Table of all matrices and kernels: weights, memory, and whether they are binary or why not.
+    """A rich.table.Table of all matrices and kernels: weights, memory, and whether they are binary, or why not.
 
     With `example` (a batch of one; see `binarize_`) it also has the multiply-accumulate operations (MACs). With binary
     inputs and weights they are 1-bit MACs, which are XNOR and popcount. Layers that the model does not call have none.
@@ -783,10 +783,10 @@ def summary(model: nn.Module, example=None):
         state = f"no: {why}" if layer is None else layer.quantizer + f", {layer.act}" * is_w1a1
         rows.append([name, p.numel(), macs.get(name, 0), macs.get(name, 0) * is_w1a1, size, state])
         rest, rest_bytes = rest - p.numel(), rest_bytes - p.nbytes
-    rows.append(["all else", rest, 0, 0, rest_bytes, "no: norms, biases, …"])
+    rows.append(["other", rest, 0, 0, rest_bytes, "no: norms, biases, …"])
     binary, total = sum(layer.latent().numel() for layer in binary_layers(model)), sum(row[1] for row in rows)
     sums = [sum(row[i] for row in rows) for i in (1, 2, 3, 4)]
-    rows.append(["in all", *sums, f"{100 * binary / max(total, 1):.1f} % binary"])
+    rows.append(["total", *sums, f"{100 * binary / max(total, 1):.1f} % binary"])
     table = Table(title=plain_class(model).__name__, title_justify="left")
     table.add_column("layer", overflow="fold")
     headers = ("weights", "MACs", "1-bit MACs", "kB") if macs else ("weights", "kB")
@@ -796,5 +796,5 @@ def summary(model: nn.Module, example=None):
     for name, weights, count, one_bit, size, state in rows:
         counts = [f"{n / 1e6:,.1f} M" if n > 1e5 else f"{n:,}" for n in (count, one_bit)] if macs else []
         cells = [f"{weights:,}", *counts, f"{size / 1000:,.1f}", state]
-        table.add_row(name, *cells, style="bold" if name == "in all" else None)
+        table.add_row(name, *cells, style="bold" if name == "total" else None)
     return table

@@ -69,25 +69,25 @@ def load(
 
     name: 'cifar10', 'cifar100' and 'mnist' are read from data_dir, and downloaded there by torchvision if missing.
         'digits' is scikit-learn's set of handwritten 8×8 digits and needs no download. 'imagenet' and 'folder' are
-        images in data_dir/train/CLASS/ and data_dir/test/CLASS/ (or data_dir/val/CLASS/), and in the folders in them.
+        images in data_dir/train/CLASS/ and data_dir/test/CLASS/ (or data_dir/val/CLASS/), including their subfolders.
         Their classes are the names of the folders in ascending order. Hidden files and folders are ignored. The
         images become RGB: they are turned as their EXIF orientation says, transparent ones are put on white, 16-bit
-        grey is scaled to 8 bits, and of several frames the first one is taken.
+        grey is scaled to 8 bits, and only the first of several frames is read.
     batch_size: images per batch, over all processes.
-    val: how many training images are held out for validation. Each class gives its proportional share, and the seed
-        alone decides which images it gives. Training, and the default mean and std, use the remaining images only.
+    val: how many training images are held out for validation, in equal proportion from each class. The images depend
+        on the seed only. Training, and the default mean and std, use the remaining images only.
     crop, flip: augmentation of the training images. crop pads by H/8 pixels (4 for CIFAR) and crops at random. flip
         mirrors half of the images; digits and MNIST are never mirrored. Large images are always cropped, by
         RandomResizedCrop.
     image_size: height and width in pixels, to which images are resized. Default: for 'folder', see `choose_size`; for
-        'imagenet', 224; for the others, their own size. The others can have at most 96.
+        'imagenet', 224; for the other data sets, the size of their images. These can have at most 96.
     workers: DataLoader workers for large images.
     mean, std: of each channel, for pixels from 0 to 1; the images are normalised with them. Three values for grey
         images stand for their average. Default: those of the training images; for large images, ImageNet's.
     transforms: for training and for testing, functions of a PIL image that return a normalised tensor
         [3, image_size, image_size]. They replace crop, flip and normalisation of large images.
-    log: called with a message when images are decoded or files ignored, and when the image size was chosen.
-    rank, world_size: of torch.distributed. Each process gets its own part of every batch.
+    log: called with a message when images are decoded, files ignored, or the image size chosen.
+    rank, world_size: of torch.distributed. Each process gets its part of every batch.
 
     Raises DataError if the data cannot be used, ValueError for an unknown name.
     """
@@ -154,14 +154,15 @@ def load(
 def hold_out(labels: Tensor, classes: list[str], val: int, seed: int) -> tuple[Tensor, Tensor]:
     """Choose `val` of the images with these labels, [N] int64, for validation.
 
-    Returns the indices of the remaining images, [N - val], and of the validation images, [val], both ascending. Each
-    class gives its proportional share, rounded by the method of largest remainders, and keeps at least one image.
+    Returns the indices of the remaining images, [N - val], and of the validation images, [val], both ascending. The
+    classes give in equal proportion, rounded by the method of largest remainders. Each keeps at least one image. Raises
+    DataError if there are too few images.
     """
     counts = torch.bincount(labels, minlength=len(classes)).tolist()
     limit = sum(max(count - 1, 0) for count in counts)
     if not 0 <= val <= limit:
         raise DataError(
-            f"--val {val} cannot be held out of {len(labels)} training images, since each of the {len(classes)} "
+            f"--val {val} cannot be held out of {len(labels)} training images, because each of the {len(classes)} "
             f"classes must keep one: use 0 to {limit}"
         )
     given = [val * count // len(labels) for count in counts]
@@ -197,12 +198,12 @@ def given_statistic(values: tuple[float, ...], channels: int) -> Tensor:
 def resize(images: Tensor, size: int, name: str) -> Tensor:
     """uint8 [N, C, H, W] -> [N, C, size, size], bilinear with antialiasing."""
     if size > RESIDENT_UP_TO:
-        raise DataError(f"--image-size {size} is over {RESIDENT_UP_TO}, the most for {name}, which is held in memory")
+        raise DataError(f"--image-size {size} is too large for {name}: use at most {RESIDENT_UP_TO}")
     return torch.cat([F.interpolate(x, (size, size), mode="bilinear", antialias=True) for x in images.split(1000)])
 
 
 def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], list[str]]:
-    """scikit-learn's 1,797 handwritten 8×8 digits, like `downloaded`. Every fifth one is a test image."""
+    """scikit-learn's 1,797 handwritten 8×8 digits, in the form of `downloaded`. Every fifth image is a test image."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -252,17 +253,17 @@ def downloaded(name: str, data_dir: Path) -> tuple[tuple[Tensor, Tensor], tuple[
 
 
 def check_batch_size(batch_size: int, world_size: int) -> None:
-    """Raise DataError unless the processes get equal parts of a batch."""
+    """Raise DataError unless all processes get equally many images of a batch."""
     if batch_size % world_size:
         less = batch_size - batch_size % world_size
         raise DataError(
-            f"{world_size} processes cannot share batches of {batch_size} images evenly: use --batch-size "
+            f"{world_size} processes cannot divide batches of {batch_size} images equally: use --batch-size "
             f"{less or less + world_size} or {less + world_size}"
         )
 
 
 def batch_slice(batch: int, batch_size: int, size: int, rank: int, world_size: int) -> slice:
-    """The images of a batch that belong to this process, as positions in the order of the epoch."""
+    """This process's images of a batch, as positions in the order of the epoch."""
     begin = batch * batch_size
     count = min(batch_size, size - begin)
     return slice(begin + count * rank // world_size, begin + count * (rank + 1) // world_size)
@@ -418,7 +419,7 @@ class StreamedBatches:
                 images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
                 yield images, labels.to(self.device, non_blocking=True)
         except (DataError, RuntimeError, OSError, MemoryError) as e:
-            # A worker's error contains its traceback, whose last line is the kind of the error and its own message.
+            # A worker's error contains its traceback. The last line has the type of the error and its message.
             reason = (str(e).strip() or repr(e)).splitlines()[-1].split(f"{type(e).__name__}: ")[-1]
             if isinstance(e, DataError):
                 error = DataError(reason)
@@ -436,7 +437,7 @@ class StreamedBatches:
 
 
 class Strings:
-    """Many strings in two tensors. A list of 1.28 million paths would take 400 MB in each DataLoader worker."""
+    """A list of strings in two tensors. As a list, 1.28 million paths would take 400 MB in each DataLoader worker."""
 
     def __init__(self, strings: list[str]):
         encoded = [os.fsencode(string) for string in strings]
@@ -482,8 +483,8 @@ def start_workers(loader: torch.utils.data.DataLoader):
 def leave_signals_to_the_trainer(worker: int) -> None:
     """Let a DataLoader worker ignore Ctrl-C and SIGTERM, which terminals and launchers send to all processes.
 
-    The training process handles them: it finishes its step and saves, and needs its workers until then. A worker ends
-    if the training process ends or sends it SIGTERM. (macOS does not tell who sent a signal. There, any SIGTERM does.)
+    The training process handles these signals. It finishes its step and saves, and needs its workers until then. A
+    worker ends if the training process ends or sends it SIGTERM. (On macOS, every SIGTERM ends it.)
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigtimedwait"):
@@ -510,8 +511,8 @@ Batches = ResidentBatches | StreamedBatches
 def scan_folder(root: Path, log) -> tuple[list[str], dict[str, tuple[list[str], list[int]]]]:
     """Return the class names, and {"train": (files, labels), "test": (files, labels)}.
 
-    The files are root/train/CLASS/* and root/test/CLASS/* (or root/val/CLASS/*). A message says what is ignored. Raises
-    DataError if the folder does not have this layout.
+    The files are root/train/CLASS/* and root/test/CLASS/* (or root/val/CLASS/*). Ignored files are logged.
+    Raises DataError if the folder does not have this layout.
     """
     ignored = collections.defaultdict(list)  # the reason -> paths
     try:
@@ -538,12 +539,12 @@ def scan_folder(root: Path, log) -> tuple[list[str], dict[str, tuple[list[str], 
         if missing:
             raise DataError(
                 f"{root / has} has the class {missing[0]!r} and {root / lacks} does not: "
-                "both must hold the same class folders"
+                "both must contain the same class folders"
             )
         empty = [name for name, files in images[has].items() if not files]
         if empty:
             raise DataError(
-                f"{root / has / empty[0]} holds no images ({', '.join(SUFFIXES)}): add some or delete the class"
+                f"{root / has / empty[0]} contains no images ({', '.join(SUFFIXES)}): add some or delete the class"
             )
     if len(classes) == 1:
         raise DataError(f"{root} has only the class {classes[0]!r}: put the images of other classes beside it")
@@ -566,7 +567,7 @@ def scan_split(folder: Path, ignored: dict[str, list[str]]) -> dict[str, list[st
             ignored["hidden" if e.name.startswith(".") else "outside the class folders"].append(e.path)
     for name, files in images.items():
         folders = [folder / name]
-        for e in (e for f in folders for e in os.scandir(f)):  # `folders` grows meanwhile
+        for e in (e for f in folders for e in os.scandir(f)):  # the loop adds to `folders`
             if e.name.startswith("."):
                 ignored["hidden"].append(e.path)
             elif not e.name.lower().endswith(SUFFIXES):
@@ -575,7 +576,7 @@ def scan_split(folder: Path, ignored: dict[str, list[str]]) -> dict[str, list[st
                 else:
                     ignored["in linked folders" if os.path.isdir(e) else "with other suffixes"].append(e.path)
             elif e.is_file(follow_symlinks=False) or os.path.isfile(e) or os.path.isdir(e) or not os.path.exists(e):
-                files.append(e.path)  # reading fails, with a message, if it is a folder or a broken link
+                files.append(e.path)  # if it is a folder or a broken link, reading fails with a message
             else:
                 ignored["that are pipes, sockets or devices"].append(e.path)  # reading could wait forever
         files.sort()
@@ -619,9 +620,9 @@ def unreadable(broken: list[tuple[str, Exception]]) -> DataError:
 def choose_size(root: Path, files: list[str], log) -> int:
     """The height and width in pixels to which the images of a folder are resized, if the user does not say.
 
-    The median width and height decide. If both are at most RESIDENT_UP_TO and they differ by less than a fifth, it is
-    the larger one. Otherwise it is 224: larger images and oblong ones are cropped. The medians are those of all
-    training images, or of 1,000 random ones. Only their headers are read.
+    If the median width and height are at most RESIDENT_UP_TO and differ by less than a fifth, it is the larger one.
+    Otherwise it is 224, and the images are cropped. The medians are those of all training images, or of 1,000
+    random ones. Only the headers of the files are read.
     """
     from PIL import Image
 
@@ -648,10 +649,10 @@ def decode_all(
 ) -> tuple[Tensor, Tensor]:
     """Decode all images of a split: images [N, 3, size, size] uint8, and labels [N] int64.
 
-    Images of another size are resized. The result is cached in root/.SPLIT-SIZE.pt, and reused as long as the names,
-    sizes and times of the files stay the same. The times are those of the last modification and of the last change of
-    the file's entry, which unpacking and copying cannot set. Images that cannot be read are added to `broken`, each
-    with its error. While there are any, nothing is cached.
+    Images of another size are resized. The result is cached in root/.SPLIT-SIZE.pt, and used again if the names, sizes
+    and times of the files have not changed. The times are those of the last modification and of the last change of the
+    file's entry, which unpacking and copying cannot set. Images that cannot be read are added to `broken`, each with
+    its error. If there are any, nothing is cached.
     """
     fingerprint = hashlib.sha256(b"3\n")  # of the files and of what decode() does: number its versions
     for file in files:
@@ -669,7 +670,7 @@ def decode_all(
             return cached["images"], cached["labels"]
     except Exception:  # the cache is missing or damaged
         pass
-    log(f"decoding {len(files):,} {split} images of {root} at {size}×{size} (only once: {cache.name} keeps them)")
+    log(f"decoding {len(files):,} {split} images of {root} at {size}×{size} (only once: {cache.name} caches them)")
 
     images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
 
@@ -694,7 +695,7 @@ def decode_all(
         torch.save({"fingerprint": fingerprint, "images": images, "labels": labels}, temporary)
         temporary.replace(cache)
     except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError if the disk is full
-        log(f"could not keep the decoded images in {cache} ({e}): the next run will decode them again")
+        log(f"the decoded images could not be cached in {cache} ({e}): the next run decodes them again")
         with contextlib.suppress(OSError):
             temporary.unlink()
     return images, labels

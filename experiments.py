@@ -6,17 +6,17 @@
     # Add flags to all commands of a grid: the papers start from a full-precision network.
     python experiments.py protocol -- --dataset folder --data-dir my/cifar10 --pretrained runs/fp32/best.pt
 
-A grid is a list of searches; add your own to GRIDS. A search trains one method at each of its learning rates with seed
-0. The learning rate with the best validation accuracy at the end of the run is then trained with the other seeds. The
-test images choose nothing. A command whose row is in the CSV file is not run again, and an interrupted run resumes
-where it stopped, so the same command can be repeated until the grid is complete. On CPUs two runs at a time share the
-cores (--jobs); on GPUs each GPU takes one run. When a run fails, the others continue, the error is reported at the end
-and the exit code is 1. For other images or flags choose another --results folder.
+A grid is a list of searches; add yours to GRIDS. A search trains one method at each of its learning rates with seed 0.
+The learning rate with the best validation accuracy at the end of the run is then trained with the other seeds. Nothing
+is chosen on the test images. A command whose row is in the CSV file is not run again, and an interrupted run resumes
+where it stopped. So repeat the command until the grid is complete. On CPUs two runs at a time share the cores (--jobs);
+on GPUs each GPU has one run. When a run fails, the others continue, the error is reported at the end and the exit code
+is 1. For other images or flags choose another --results folder.
 
-results/NAME.csv has one row per run: the exact command, its seed, and of the last epoch the training loss, the
-validation and the test accuracy, the test accuracy with BatchNorm statistics of the last weights, and the share of the
-signs that flipped; then the seconds of training. A run that diverged has "nan". results/NAME.md has one row per
-command, with the mean ± standard deviation over its seeds.
+results/NAME.csv has one row per run: the command, its seed, the seconds of training, and these values of the last
+epoch: training loss, validation and test accuracy, test accuracy with BatchNorm statistics of the last weights, and the
+fraction of the signs that flipped. A run that diverged has "nan". results/NAME.md has one row per command, with the
+mean ± standard deviation over its seeds.
 
 Copy with: plot.py, runs.py, and the trainers of the grid with their files: for train_fsg.py models.py, binarize.py,
 quantizers.py, hypernet.py, metaquant.py, gate.py, fsg_released.py, data.py.
@@ -109,7 +109,7 @@ GRIDS = {
         *(Search(f"{PROX} --opt sgd --method {method}", ("1e-2", "1e-3", "1e-1")) for method in METHODS),
         Search(f"{BIHALF} --opt sgd --weight-decay 0", SGD),
     ],
-    # Binary activations too, in networks made for them.
+    # Binary weights and activations, in networks made for them.
     "w1a1": [
         Search(f"train_fsg.py {BUDGET.replace('resnet20', 'birealnet20')} --act sign --grad {grad}", ADAM)
         for grad in ("ste", "gate")
@@ -118,7 +118,7 @@ GRIDS = {
         Search(f"train_sibnn.py {BUDGET.replace('resnet20', 'birealnet20')}", ADAM),
         Search(f"train_bihalf.py {BUDGET.replace('resnet20', 'birealnet20')} --act sign", ADAM),
     ],
-    # The paper's ablations of FSG: the share β of the slow gradient (default 0.9), the length of the history (default
+    # The paper's ablations of FSG: the weight β of the slow gradient (default 0.9), the length of the history (default
     # 5), the layer embedding and the history itself.
     "ablations": [
         Search(f"{FSG} {SAMPLED} {flags}".strip(), ("1e-3",))
@@ -143,9 +143,9 @@ class Interrupted(Exception):
 
 
 class Slots:
-    """The places for runs at the same time: one per GPU, or equal shares of the CPU's cores.
+    """The slots in which runs are started, as many as run at a time. On GPUs a slot is a GPU, on a CPU some cores.
 
-    A place is a set of environment variables for the run's process.
+    A slot is a set of environment variables for the process of the run.
     """
 
     def __init__(self, jobs: int | None):
@@ -162,7 +162,7 @@ class Slots:
     def run(self, command: list[str]) -> tuple[int, str]:
         """Run a command; return its exit code and the last line of its standard error.
 
-        Waits for a free place. Raises Interrupted after stop().
+        Waits for a free slot. Raises Interrupted after stop().
         """
         environment = self.free.get()
         try:
@@ -174,7 +174,7 @@ class Slots:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
-                start_new_session=True,  # Ctrl-C in the terminal must not reach the run; stop() tells it once
+                start_new_session=True,  # Ctrl-C in the terminal does not reach the run; stop() ends it
             )
             self.running.add(process)
             if self.stopping.is_set():
@@ -186,7 +186,7 @@ class Slots:
             self.free.put(environment)
 
     def stop(self) -> None:
-        """Start no further runs, and let the present ones save their state and end."""
+        """Start no more runs, and let the running ones save their state and end."""
         self.stopping.set()
         for process in list(self.running):
             process.terminate()
@@ -296,7 +296,7 @@ def read_results(file: Path) -> dict[str, dict]:
 
 
 def write(file: Path, rows) -> None:
-    """Write the CSV file and, beside it, the Markdown table. The runs of a command stand together."""
+    """Write the CSV file and the Markdown table beside it. The rows of a command are next to each other."""
     order = list(dict.fromkeys(without_seed(row) for row in rows))
     rows = sorted(rows, key=lambda row: (order.index(without_seed(row)), int(row["seed"])))
     try:
@@ -324,7 +324,7 @@ def table(rows: list[dict]) -> str:
         "training loss": ("train_loss", 1, 3),
         "validation acc. %": ("val_acc", 100, 1),
         "test acc. %": ("test_acc", 100, 1),
-        "the same, BatchNorm re-estimated": ("test_acc_bn", 100, 1),
+        "test acc. %, BatchNorm re-estimated": ("test_acc_bn", 100, 1),
         "flips in the last epoch, %": ("flip_ratio", 100, 1),
         "seconds": ("seconds", 1, 0),
     }
@@ -343,7 +343,7 @@ def table(rows: list[dict]) -> str:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("grid", choices=GRIDS)
+    parser.add_argument("grid", choices=GRIDS, help="name of the grid")
     parser.add_argument("--list", action="store_true", help="print the commands and which are done; run nothing")
     parser.add_argument("--only", default="", metavar="TEXT", help="only the searches whose command contains this text")
     parser.add_argument("--jobs", type=int, help="runs at a time (default: one per GPU, or 2 on CPUs)")
@@ -371,7 +371,7 @@ def main(argv=None) -> int:
             return 0
         run_grid(args.grid, grid, command, Path(args.results), Path(args.out).resolve(), args.jobs)
     except (KeyboardInterrupt, Interrupted):
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; repeat the command to go on", file=sys.stderr)
         return 130
     except RunError as e:
         print(f"error: {e}", file=sys.stderr)

@@ -7,8 +7,8 @@ In your own code, for any network made with binarize_() or models.build():
     export.to_onnx(net, "net.onnx", example)     # example: a batch of inputs    (pip install onnx onnxruntime)
     export.to_c(net, "net.c", example)           # one C99 file: void net_predict(const float *image, float *logits)
 
-For a run of a trainer. The command checks the file on the test images. It exits with 0 only if the file and PyTorch
-predict the same (ONNX and C: for 99.9 % of the images, because rounding can change a binary activation):
+For a run of a trainer, use the command. It checks the file on the test images. It exits with 0 only if the file and
+PyTorch make equal predictions (with ONNX and C for 99.9 % of the images, with --half for 99 %, because of rounding):
 
     python export.py runs/NAME --to bits         # runs/NAME/NAME.safetensors
     python export.py runs/NAME --to onnx
@@ -62,7 +62,7 @@ from runs import RunError
 
 
 def on_cpu(example: Tensor) -> Tensor:
-    """The example where a frozen network is, and in its precision."""
+    """The example on the device and in the precision of a frozen network."""
     example = example.detach().cpu()
     return example.float() if example.is_floating_point() else example
 
@@ -70,7 +70,7 @@ def on_cpu(example: Tensor) -> Tensor:
 def failing_layers(net: nn.Module, example: Tensor, attempt: Callable) -> str:
     """The layers for which attempt(layer, its input) raises an error, with their types, for a message.
 
-    What a RunError says is the reason, such as "dilation=2".
+    The message of a RunError, such as "dilation=2", is given as the reason.
     """
     inputs, failing = {}, []
     names = {m: name for name, m in net.named_modules() if next(m.children(), None) is None}
@@ -84,7 +84,9 @@ def failing_layers(net: nn.Module, example: Tensor, attempt: Callable) -> str:
         with torch.no_grad():
             net(example)
     except Exception as e:
-        raise RunError(f"the network cannot take the example, {list(example.shape)} ({one_line(e)})") from None
+        raise RunError(
+            f"the network cannot take the example, {list(example.shape)} ({one_line(e)}): give another example"
+        ) from None
     finally:
         for hook in hooks:
             hook.remove()
@@ -93,7 +95,7 @@ def failing_layers(net: nn.Module, example: Tensor, attempt: Callable) -> str:
             attempt(m, x)
         except RunError as e:
             failing.append(f"{names[m]} ({type(m).__name__} with {e})")
-        except Exception:  # of any type: a converter's, or PyTorch's
+        except Exception:  # any type, from a converter or from PyTorch
             failing.append(f"{names[m]} ({type(m).__name__})")
     return ", ".join(failing)
 
@@ -101,10 +103,10 @@ def failing_layers(net: nn.Module, example: Tensor, attempt: Callable) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # ONNX. torch.onnx traces a copy of the network in which some modules compute in another form:
 # - The weight of a binary layer is int8, followed by Cast and, if its input is not binary, by Mul with the scales. A
-#   runtime computes both once, when it loads the file. (onnxruntime computes the usual operator, DequantizeLinear, at
-#   each call, and then takes 1.5 to 2 times as long.)
+#   runtime computes both once, when it loads the file. (The usual operator is DequantizeLinear. onnxruntime computes it
+#   at each call, which takes 1.5 to 2 times as long.)
 # - If its input is binary, the convolution adds integers, and the scale follows. As in PyTorch, the sums are exact.
-# - An adaptive pool whose windows differ in size is two matrix products.
+# - An adaptive pool with windows of different sizes becomes two matrix products.
 
 FLOAT32_NOTE = (
     "Run this network in float32. With binary activations, bfloat16 or float16 changes many predictions. OpenVINO's "
@@ -120,13 +122,16 @@ def import_onnx(name: str = "onnx"):
 
 
 def to_onnx(net: nn.Module, path: Path | str, example: Tensor, normalisation: list[list[float]] | None = None) -> None:
-    """Write an ONNX file: 'image', float32, normalised as in training -> 'logits'. Both have any batch size.
+    """Write an ONNX file with the input 'image', float32, normalised as in training, and the output 'logits'.
 
-    example: a batch of inputs, [B, C, H, W] for images. The network is traced with it, so a branch that depends on
-        values is fixed as the example takes it.
+    The file accepts any batch size.
+
+    example: a batch of inputs, [B, C, H, W] for images. The network is traced with it: if a branch depends on values,
+        the file contains only the branch that the example takes.
     normalisation: written to the file's metadata as 'scale' and 'shift', see `save_bits`.
 
-    Raises RunError if onnx is not installed, if the file cannot be written, or names all layers that ONNX lacks.
+    Raises RunError if onnx is not installed, if the file cannot be written, or if ONNX lacks some layers, which the
+    message names.
     """
     onnx, net, example = import_onnx(), frozen(net), on_cpu(example)
     try:
@@ -147,12 +152,12 @@ def to_onnx(net: nn.Module, path: Path | str, example: Tensor, normalisation: li
 
 
 def traced(net: nn.Module, example: Tensor) -> bytes:
-    """torch.onnx.export by tracing, which keeps the operations on constants as they are."""
+    """torch.onnx.export by tracing, which does not change the operations on constants."""
     file, fast_attention = io.BytesIO(), torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it is one operator, which ONNX does not have
     try:
         with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # of the exporter about itself
+            warnings.simplefilter("ignore")  # the exporter warns that it is deprecated
             torch.onnx.export(
                 net,
                 (example,),
@@ -161,7 +166,7 @@ def traced(net: nn.Module, example: Tensor) -> bytes:
                 output_names=["logits"],
                 dynamic_axes={"image": {0: "batch"}, "logits": {0: "batch"}},
                 opset_version=17,
-                do_constant_folding=False,  # it would make floats of the int8 weights
+                do_constant_folding=False,  # it would turn the int8 weights into floats
                 dynamo=False,
             )
     finally:
@@ -170,10 +175,10 @@ def traced(net: nn.Module, example: Tensor) -> bytes:
 
 
 def for_onnx(net: nn.Module) -> nn.Module:
-    """A copy of a frozen network whose modules compute as the comment above says."""
+    """A copy of a frozen network with modules in the form for ONNX, see above."""
     net = copy.deepcopy(net)
     for name, layer in models.named_binary_layers(net).items():
-        for factor in ("signs", "filter_scale"):  # what is computed from buffers stays as it is in the trace
+        for factor in ("signs", "filter_scale"):  # the trace keeps operations on buffers
             net.register_buffer(f"{name}_{factor}".replace(".", "_"), getattr(layer, factor))
         layer.binary_weight = functools.partial(onnx_weight, layer)
         if sums(layer):
@@ -260,12 +265,13 @@ def to_c(
     """Write one C99 file with the function NAME_predict(const float *image, float *logits).
 
     example: a batch of inputs, [B, C, H, W] for images.
-    normalisation: see `save_bits`. With it, net_predict() takes pixels of 0 to 255; without it, what the network takes.
+    normalisation: see `save_bits`. With it, net_predict() takes pixels of 0 to 255. Without it, net_predict() takes the
+        inputs of the network.
     about: a few words for the comment at the top of the file.
-    name: the prefix of all names in the file, so that a program can hold several networks.
+    name: the prefix of all names in the file, so that a program can contain several networks.
 
     Returns the bytes of its constants (flash, besides the code) and of its buffers (RAM).
-    Raises RunError if the file cannot be written, or names all layers for which export_c.py has no rule.
+    Raises RunError if the file cannot be written, or if export_c.py has no rule for some layers.
     """
     ops, normalisation = c_operations(frozen(net), on_cpu(example), normalisation)
     write(path, export_c.c_source(ops, normalisation, about, name).encode())
@@ -305,11 +311,11 @@ ARCH_NAME = re.compile(r"[A-Za-z0-9_.-]{1,80}")  # not a path, and not an addres
 
 @dataclass
 class Trained:
-    """A trained network, frozen, and what is known about it.
+    """A trained network, frozen, with the facts that exports and checks need.
 
     net: see `frozen`. path: the file that it was read from. shape: [C, H, W] of an image.
     normalisation, build: see `save_bits`. build is None for a transformer.
-    make: returns a network of the same layers, for load_bits.
+    make: returns a network with these layers, for load_bits.
     dataset, data_dir: of the test images, or None. data_options: arguments of data.load.
     """
 
@@ -342,7 +348,7 @@ def read(path: Path | str) -> Trained:
     path = Path(path)
     if os.path.isdir(path):
         if not (path / "best.pt").exists():
-            advice = f"go on with it (--resume {path})" if (path / "last.pt").exists() else "train it first"
+            advice = f"continue it (--resume {path})" if (path / "last.pt").exists() else "train it first"
             raise RunError(f"{path} has no best.pt, because no epoch of this run has been tested yet: {advice}")
         path = path / "best.pt"
     if path.suffix != ".safetensors":
@@ -437,9 +443,9 @@ def flags_of(flags: dict, path: Path) -> tuple[argparse.Namespace, object]:
 
 
 def trained_network(trainer, args: argparse.Namespace, num_classes: int, shape: tuple, path: Path) -> nn.Module:
-    """The network that a trainer makes of its flags, freshly initialised.
+    """The network before training that a trainer makes from its flags.
 
-    Raises ValueError for flags that make no network or one for which the file is too small.
+    Raises ValueError for flags that make no network, or a network for which the file is too small.
     """
     try:
         with torch.device("meta"):  # allocates no memory
@@ -449,32 +455,32 @@ def trained_network(trainer, args: argparse.Namespace, num_classes: int, shape: 
         return trainer.network(args, num_classes, shape)
     except RunError:  # a package is missing
         raise
-    except Exception as e:  # what a network's constructor raises for wrong arguments can be anything
+    except Exception as e:  # a network's constructor can raise any type for wrong arguments
         raise ValueError(f"its flags do not make a network: {one_line(e)}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks on the test images.
 
-# The share of the test images for which a file must predict what PyTorch predicts. Elsewhere the order of summation can
-# change the last digit of a float, and with it a binary activation.
+# The fraction of the test images for which a file must predict what PyTorch predicts. It is below 1 where the order of
+# summation can change the last digit of a float, and with it a binary activation.
 LEAST_EQUAL = {"bits": 1.0, "half": 0.99, "onnx": 0.999, "c": 0.999}
 
 
 def load_test(trained: Trained, dataset: str | None = None, data_dir: str | None = None):
     """The test batches of the data set that the network was trained with, normalised as in training.
 
-    dataset, data_dir: the user's words, or None. Raises DataError or RunError if there are no such images.
+    dataset, data_dir: the user's flags, or None. Raises DataError or RunError if there are no such images.
     """
     dataset, folder = dataset or trained.dataset, data_dir or trained.data_dir or "data"
     if dataset is None:
-        raise RunError("a .safetensors file does not say where its images are: say it with --dataset and --data-dir")
+        raise RunError("a .safetensors file does not name its test images: name them with --dataset and --data-dir")
     options = trained.data_options or {}
     test = data.load(dataset, folder, image_size=trained.shape[1], log=say, **options)[-1]
     if test.shape != trained.shape or test.num_classes != trained.num_classes:
         raise RunError(
             f"{folder} has images of {test.shape} and {test.num_classes} classes, and the network is for images of "
-            f"{trained.shape} and {trained.num_classes} classes: say with --data-dir where its own are"
+            f"{trained.shape} and {trained.num_classes} classes: name the folder of its images with --data-dir"
         )
     test.scale, test.shift = factor_and_shift(trained)
     return test
@@ -486,13 +492,16 @@ def factor_and_shift(trained: Trained) -> list[Tensor]:
 
 
 def say(text: str) -> None:
-    """Print a line. Brackets in it are no markup."""
+    """Print a line as it is, with brackets."""
     runs.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @dataclass
 class Comparison:
-    """equal: images with the same prediction, of `count`. largest: difference of logits. correct: of the file."""
+    """Of `count` images, `equal` have equal predictions, and the file predicts `correct` correctly.
+
+    largest: the largest difference of a logit.
+    """
 
     equal: int = 0
     count: int = 0
@@ -524,7 +533,7 @@ def check(trained: Trained, test, to: str, path: Path, limit: int | None, name: 
 
 @torch.no_grad()
 def compare(net: nn.Module, test, logits_of: Callable, limit: int | None) -> Comparison:
-    """Compare a network's logits with others, those of logits_of(images). limit: use only so many images."""
+    """Compare the logits of a network with logits_of(images). limit: the number of images to use, None for all."""
     found, limit = Comparison(), min(test.size, limit or test.size)
     with Progress(console=runs.console, transient=True, disable=not runs.console.is_terminal) as bar:
         task = bar.add_task("checking", total=limit)
@@ -543,7 +552,7 @@ def compare(net: nn.Module, test, logits_of: Callable, limit: int | None) -> Com
 
 
 def size_table(trained: Trained, half: bool) -> Table:
-    """Bytes of the weights before (float32) and after packing, by layer and in all."""
+    """Bytes of the weights before (float32) and after packing, of each layer and in total."""
     table = Table(title=f"{trained.arch}, weights by {trained.quantizer}", title_justify="left")
     table.add_column("", overflow="fold")
     for column in ("weights", "float32 bytes", "packed bytes", "ratio", "+1 %", "0 %"):
@@ -558,8 +567,8 @@ def size_table(trained: Trained, half: bool) -> Table:
         rows.append([name, signs.numel(), 4 * signs.numel(), packed, *shares])
     others = [value for name, value in trained.net.state_dict().items() if name not in packed_names]
     count = sum(value.numel() for value in others if value.is_floating_point())
-    rows.append(["all else, float16" if half else "all else", count, 4 * count, (2 if half else 4) * count])
-    rows.append(["in all", *[sum(row[i] for row in rows) for i in (1, 2, 3)]])
+    rows.append(["other, float16" if half else "other", count, 4 * count, (2 if half else 4) * count])
+    rows.append(["total", *[sum(row[i] for row in rows) for i in (1, 2, 3)]])
     for row in rows:
         name, count, before, after, *shares = row
         style = "bold" if row is rows[-1] else None
@@ -619,7 +628,7 @@ def check_card_folder(folder: Path) -> None:
     """Raises RunError if a folder has a README.md that is not a model card of this script."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         if CARD_MARK not in (folder / "README.md").read_text(errors="replace"):
-            raise RunError(f"{folder} has a README.md of its own: give another folder with --out")
+            raise RunError(f"{folder} has another README.md: give another folder with --out")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -627,7 +636,7 @@ def check_card_folder(folder: Path) -> None:
 
 
 def plain_network(net: nn.Module) -> nn.Module:
-    """The network as a user of PyTorch would run it: Ŵ are ordinary float32 weights, activations are binarized."""
+    """The network in ordinary PyTorch: Ŵ are float32 weights, and activations are binarized."""
     net = copy.deepcopy(net).to(memory_format=torch.channels_last)
     for layer in models.binary_layers(net):
         layer.forward = lambda x, m=layer: layer_function(m)(m.binary_input(x), m.latent(), m.bias)
@@ -635,7 +644,7 @@ def plain_network(net: nn.Module) -> nn.Module:
 
 
 def plain_sessions(net: nn.Module, example: Tensor, folder: Path, threads: int) -> tuple:
-    """onnxruntime with what users would take in place of a binary network: the full-precision one, in float32 and int8.
+    """onnxruntime with the full-precision network, in float32 and in int8: the alternatives to a binary network.
 
     For int8 the file is prepared as onnxruntime's documentation says, which folds the BatchNorms into the convolutions.
     Weights are quantized per channel, activations per tensor (QDQ), and calibrated on random images.
@@ -653,7 +662,7 @@ def plain_sessions(net: nn.Module, example: Tensor, folder: Path, threads: int) 
     files = [folder / f"{name}.onnx" for name in ("float32", "prepared", "int8")]
     files[0].write_bytes(traced(models.binarize_(copy.deepcopy(net), "none", quiet=True), example))
     kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8, "quant_format": QuantFormat.QDQ}
-    logging.disable(logging.WARNING)  # of the quantizer about layers that it leaves in float32
+    logging.disable(logging.WARNING)  # the quantizer warns about layers that stay in float32
     try:
         quant_pre_process(str(files[0]), str(files[1]))
         quantize_static(files[1], files[2], Images(), per_channel=True, **kinds)
@@ -666,8 +675,8 @@ def plain_sessions(net: nn.Module, example: Tensor, folder: Path, threads: int) 
 def bench(trained: Trained, rounds: int) -> dict:
     """Time the network in PyTorch, onnxruntime and C, and its binary convolutions one by one. Prints two tables.
 
-    With several cores, the C file computes one image on each core at a time. "float32" and "int8" are the same network
-    in full precision, in onnxruntime; "ONNX" is the file of `to_onnx`.
+    With several cores, the C file computes one image on each core at a time. "float32" and "int8" are the network in
+    full precision, in onnxruntime; "ONNX" is the file of `to_onnx`.
 
     Returns {"networks": rows, "layers": rows}. In rows of networks, {name: [wall, CPU]} are ms per image; CPU is the
     time of all cores together.
@@ -720,14 +729,14 @@ def flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("run", help="a run's folder, a checkpoint, or a .safetensors file that this script has written")
-    parser.add_argument("--to", metavar="FORMAT", help=f"one of {', '.join(SUFFIXES)}")
+    parser.add_argument("run", help="a run's folder, a checkpoint, or a .safetensors file of this script")
+    parser.add_argument("--to", metavar="FORMAT", help=f"format of the export: {', '.join(SUFFIXES)}")
     parser.add_argument("--out", help="the file or folder to write (default: in the run's folder, with its name)")
     parser.add_argument("--name", default="net", help="prefix of the names in the C file (default: %(default)s)")
-    parser.add_argument("--half", action="store_true", help="what is not binary in float16 (with float activations)")
+    parser.add_argument("--half", action="store_true", help="bits: other values in float16 (with float activations)")
     parser.add_argument("--dataset", help="data set of the test images (default: the run's)")
     parser.add_argument("--data-dir", help="folder of the test images (default: the run's)")
-    parser.add_argument("--images", type=int, help="check only the first so many test images (default: all)")
+    parser.add_argument("--images", type=int, help="number of test images to check (default: all)")
     parser.add_argument("--bench", action="store_true", help="time the network against PyTorch and onnxruntime")
     parser.add_argument("--rounds", type=int, default=9, help="rounds of --bench (default: 9)")
     return parser
@@ -736,7 +745,7 @@ def flags() -> argparse.ArgumentParser:
 def main(argv=None) -> int:
     args = flags().parse_args(argv)
     if args.bench == bool(args.to) or (args.to and args.to not in SUFFIXES):
-        raise RunError(f"say what to make, --to {', --to '.join(SUFFIXES)}, or else --bench")
+        raise RunError(f"give one of --to {', --to '.join(SUFFIXES)} and --bench")
     for name in ("images", "rounds"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise RunError(f"--{name} must be at least 1; it is {getattr(args, name)}")

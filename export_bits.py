@@ -12,23 +12,23 @@ The format is .safetensors. For each binary layer L with weights [C_out, C_in, k
                        if layers say "inputs_first", [C_in, C_out, k, k] is transposed in each group before).
                        Weight i is bit i % 8 (0 is the lowest) of byte i // 8: 1 is +1, 0 is −1. A row is padded with 0
                        to words of 64 bits: read as little-endian uint64, weight i is bit i % 64 of word i // 64.
-    L.weight.nonzero   The same layout, only if some weights are 0 (pruned): 1 where the weight is not 0.
+    L.weight.nonzero   In this layout, only if some weights are 0 (pruned): 1 where the weight is not 0.
     L.weight.scale     float32 [C_out]. Ŵ = scale · (±1 or 0), exactly.
-All other parameters and buffers have their own names, in float32 (with `half` in float16) or integers. The metadata are
-strings; all but format and checksum are JSON:
+All other parameters and buffers have their names in the state dict, in float32 (with `half` in float16) or integers.
+The metadata are strings; all but format and checksum are JSON:
     format             bnn-bits-2
     layers             {name: {"type": class, and its constants, such as "stride" or "eps"}} of the modules that
                        contain no others, in the order of the network's definition. Binary layers also have "shape",
-                       the weight's, and "act", how their input is quantized. The input projections of an
-                       nn.MultiheadAttention a are the binary layer a.in_proj. Layers with "shares" have the weight of
-                       that layer.
-    activations        {act: formula}, for the acts of this file: what is computed of a layer's input x
-    build              the arguments of models.build that make the network, or null for a network of your own
+                       the weight's, and "act", the quantizer of their input. The input projections of an
+                       nn.MultiheadAttention a are the binary layer a.in_proj. A layer with "shares" has the weight of
+                       the layer that is named there.
+    activations        {act: formula}, for the acts of this file: the function of a layer's input x
+    build              the arguments of models.build that make the network, or null for another network
     shape              [C, H, W] of an image, or null
     normalisation      two lists by channel, x = factor · pixel + shift for pixels of 0 to 255, or null
-    checksum           SHA-256, as hexadecimal digits, of each other field as the line "name=value\n" (UTF-8, in the
-                       alphabetical order of the names), and then of each tensor, in the same order, as the line
-                       "name dtype shape\n", such as "fc.bias float32 [10]\n", and its bytes (little-endian)
+    checksum           SHA-256, as hexadecimal digits, of all other fields, each as the line "name=value\n" (UTF-8, in
+                       the alphabetical order of the names), and then of all tensors in alphabetical order, each as the
+                       line "name dtype shape\n", such as "fc.bias float32 [10]\n", and its bytes (little-endian)
 BatchNorm computes (x − running_mean) / √(running_var + eps) · weight + bias.
 
 Copy with: models.py, binarize.py, quantizers.py, runs.py.
@@ -88,7 +88,7 @@ def freeze(layer: nn.Module, signs: Tensor, scale: Tensor) -> None:
 def factorize(rows: Tensor) -> tuple[Tensor, Tensor] | None:
     """Ŵ [C_out, n] as signs (int8) and the scale of each filter [C_out]. None if Ŵ does not have this form."""
     scale = rows.abs().amax(1)
-    signs = torch.where(scale[:, None] == 0, 1, rows.sign()).to(torch.int8)  # if a filter is all 0, its scale says so
+    signs = torch.where(scale[:, None] == 0, 1, rows.sign()).to(torch.int8)  # a filter of zeros has the scale 0
     return (signs, scale) if torch.equal(signs * scale[:, None], rows) else None
 
 
@@ -104,7 +104,7 @@ def frozen(net: nn.Module) -> nn.Module:
     layers = models.named_binary_layers(net)
     if not layers:
         raise RunError(
-            "this is a full-precision network, which has no bits: give one with binary weights (models.binarize_)"
+            "this is a full-precision network, which has no bits: use one with binary weights (models.binarize_)"
         )
     bad = bad_tensors(net.state_dict())
     if bad:
@@ -130,11 +130,11 @@ def bad_tensors(tensors: dict[str, Tensor]) -> list[str]:
     ]
 
 
-# Attributes of modules, and of binary layers, that do not matter for testing, or that the tensors' shapes say.
+# Attributes of modules, and of binary layers, that have no effect in eval mode, or follow from the tensors' shapes.
 NOT_DESCRIBED = {"training", "momentum", "track_running_stats", "inplace", "return_indices", "affine", "transposed"}
 NOT_DESCRIBED |= {"in_channels", "out_channels", "in_features", "out_features", "num_features"}
 NOT_DESCRIBED_IF_BINARY = NOT_DESCRIBED | {"unit", "scale", "rho", "calls_itself", "saw_input"}
-DESCRIBED_TEXTS = {"act", "padding", "padding_mode", "approximate", "mode"}  # a text of your own could be a path
+DESCRIBED_TEXTS = {"act", "padding", "padding_mode", "approximate", "mode"}  # other strings could be paths
 
 
 def describe(net: nn.Module) -> dict[str, dict]:
@@ -207,17 +207,17 @@ def save_bits(
     build: the arguments with which models.build made the network, such as {"arch": "resnet20", "num_classes": 10}.
         With them load_bits(path) needs no network.
     shape: [C, H, W] of an image. normalisation: factors and shifts by channel, x = factor · pixel + shift, for pixels
-        of 0 to 255. Both are for the file's readers.
-    half: write what is not binary in float16, except tensors with elements that float16 cannot hold. The logits then
-        differ a little. It is refused with binary activations, which amplify the differences.
+        of 0 to 255. Both are for programs that read the file.
+    half: write what is not binary in float16, except tensors with elements that float16 cannot represent. The logits
+        then differ a little. It is refused with binary activations, which amplify the differences.
 
-    Raises RunError if the file cannot be written, if the network has no binary layers, or names all layers whose
-    weights are not −1, 0 and +1 times one scale per filter.
+    Raises RunError if the file cannot be written, if the network has no binary layers, or if the weights of some layers
+    (the message names them) are not −1, 0 and +1 times one scale per filter.
     """
     net = frozen(net)
     layers = models.named_binary_layers(net)
     if half and any(layer.act != "none" for layer in layers.values()):
-        raise RunError("half precision changes binary activations, and with them predictions: leave out half (--half)")
+        raise RunError("half precision would change binary activations and so predictions: leave out half (--half)")
     tensors, packed = {}, packed_parameters(net)
     for name, value in net.state_dict().items():
         if name not in packed:
@@ -255,7 +255,10 @@ def checksum(fields: dict[str, str], tensors: dict[str, Tensor]) -> str:
 
 
 def write(path: Path | str, contents: bytes) -> None:
-    """Write a file. At any moment `path` is the old file or the complete new one. Checkpoints are never overwritten."""
+    """Write a file. At any moment `path` is the old file or the complete new one.
+
+    Raises RunError if it cannot be written, or if it is a checkpoint, which is never overwritten.
+    """
     path = Path(path)
     if not path.name or os.path.isdir(path):
         raise RunError(f"{path} is a folder: give the name of a file")
@@ -275,8 +278,8 @@ def is_checkpoint(path: Path) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Packed bits: reading. A file can come from anyone. Nothing in it is executed or used as a path or an address. What it
-# says is checked before it is used: names must be known, sizes must fit the file, and the checksum must be right.
+# Packed bits: reading. A file can come from anyone. Nothing in it is executed or used as a path or an address. Its
+# contents are checked before use: names must be known, sizes must fit the file, and the checksum must be right.
 
 LARGEST = 2**16  # of classes, channels and pixels per side
 LONGEST_HEADER = 2**24  # bytes
@@ -286,8 +289,8 @@ BUILD_DEFAULTS = {"quantizer": "dorefa", "act": "none", "binarize_all": False, "
 def load_bits(path: Path | str, net: nn.Module | None = None) -> nn.Module:
     """The network of packed bits, in eval mode. Its logits are those of the network that was saved, bit for bit.
 
-    net: a network of your own, made as it was when the file was written, binarize_() included. It is filled in
-        place and returned. Without it, the file must name a network of models.build (`save_bits` with `build`).
+    net: your network, made in the way of the one that was saved, binarize_() included. Its weights are replaced in
+        place, and it is returned. Without it, the file must name a network of models.build (`save_bits` with `build`).
 
     Raises RunError if the file does not exist, is damaged, is of another kind, or does not fit the network.
     """
@@ -299,12 +302,12 @@ def read_bits(path: Path | str, net: nn.Module | None = None) -> tuple[nn.Module
     """`load_bits`, and the file's build, shape and normalisation, each None or what save_bits was given."""
     path = Path(path)
     if not os.path.isfile(path):
-        raise RunError(f"there is no file {path}")
+        raise RunError(f"there is no file {path}: check its name")
     advice = "export it again" if net is None else "give the network that was saved, or export it again"
     try:
         fields, tensors = read_safetensors(path)
         if not fields.get("format", "").startswith("bnn-bits-"):
-            raise RunError(f"{path} is a .safetensors file, but not one of packed bits: export one")
+            raise RunError(f"{path} is a .safetensors file, but not of packed bits: export the network again")
         if fields["format"] != FORMAT:
             raise RunError(f"{path} has the format of another version: export it again")
         if fields.keys() != FIELDS:
@@ -318,7 +321,7 @@ def read_bits(path: Path | str, net: nn.Module | None = None) -> tuple[nn.Module
             raise ValueError("it has a normalisation, but no shape of the images")
         if net is None:
             if known["build"] is None:
-                raise RunError(f"{path} is of a network of your own: make it, and call load_bits(path, net)")
+                raise RunError(f"{path} names no network of models.build: make it, and call load_bits(path, net)")
             elements = sum(value.numel() for value in build_named(known["build"], "meta").state_dict().values())
             if elements > 8 * path.stat().st_size:  # each has at least a bit
                 raise ValueError("it is too small for a network of this size")
@@ -350,7 +353,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def one_line(error: Exception) -> str:
-    """The first line of an error's message. It can quote a file, so what could control a terminal is replaced."""
+    """The first line of an error's message. It can quote a file, so characters that control a terminal are replaced."""
     return printable((str(error).splitlines() or [type(error).__name__])[0])
 
 
@@ -421,7 +424,7 @@ def unpacked(net: nn.Module, tensors: dict[str, Tensor]) -> dict:
     tensors, values, packed = dict(tensors), {}, packed_parameters(net)
     dtypes = {torch.uint8, torch.float32, torch.float16} | {value.dtype for value in net.state_dict().values()}
     for name, value in tensors.items():
-        if value.dtype not in dtypes:  # what is computed below is not defined for every dtype
+        if value.dtype not in dtypes:  # the operations below are not defined for every dtype
             raise ValueError(f"{name!r:.80} has a dtype that no network has, {value.dtype}")
     bad = bad_tensors(tensors)
     if bad:

@@ -1,6 +1,6 @@
 """Write a binary network as one C99 file, compile it, and call it.
 
-    ops = operations(net, shape)                        # the network as a list of operations, also for ONNX
+    ops = operations(net, shape)                        # the network as a list of operations
     text = c_source(ops, normalisation, about)          # the C file
     flash, ram = memory(ops, normalisation)             # bytes of its constants and of its buffers
     library = compile_library(file, folder)             # needs a C compiler
@@ -60,7 +60,7 @@ ELEMENTWISE = ("scale", "bias", "batchnorm", "relu", "hardtanh", "prelu", "add")
 class Op:
     """One operation of the network.
 
-    kind: what it computes of its inputs, by channel c. The operation's constants stand in brackets.
+    kind: the function of its inputs, by channel c. The operation's constants are in brackets.
         image       the network's input
         sign        x ≥ 0 ? +1 : −1
         step        (x − θ)·Δ ≥ 0 ? 1 : 0                           [θ, Δ: each [C], or [C, H, W]]
@@ -73,8 +73,8 @@ class Op:
         avgpool     kernel 0: adaptive, output i of n averages inputs ⌊i·H/n⌋ to ⌈(i + 1)·H/n⌉
         add         the sum of two inputs
     shape: [C, H, W] of the result; [C, 1, 1] after a linear layer.
-    weight: of conv, [C_out, C_in, k, k]: float32, or int8 (−1, 0, +1) in a binary layer, whose filters' scales are then
-        the 'scale' operation that follows.
+    weight: of conv, [C_out, C_in, k, k]: float32, or int8 (−1, 0, +1) in a binary layer. The scales of the filters are
+        the next operation, 'scale'.
     """
 
     kind: str
@@ -94,7 +94,7 @@ class Op:
 
 
 class LeafTracer(fx.Tracer):
-    """Traces down to the modules that contain no others."""
+    """Traces the modules that contain no others as single calls."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return next(module.children(), None) is None
@@ -125,7 +125,7 @@ def operations(net: nn.Module, shape: tuple[int, int, int]) -> list[Op]:
         new = convert(node, traced, inputs, result_shape)
         ops += new
         op_of[node] = new[-1] if new else inputs[0]
-        if writes_in_place(node, traced):  # whoever takes what was overwritten gets the result
+        if writes_in_place(node, traced):  # operations that read the overwritten tensor get the result
             op_of = {other: op_of[node] if op is inputs[0] else op for other, op in op_of.items()}
     ops = share_signs(ops)
     for op in ops:
@@ -184,9 +184,9 @@ def square(size: int | tuple[int, int]) -> int:
 
 
 def convert(node: fx.Node, traced: fx.GraphModule, inputs: list[Op], shape: tuple[int, int, int]) -> list[Op]:
-    """The operations of one node of the graph; none where it passes its input on. shape: [C, H, W] of its result."""
+    """The operations of one node of the graph; [] if its result is its input. shape: [C, H, W] of its result."""
     module = traced.get_submodule(node.target) if node.op == "call_module" else None
-    function = None if module else node.target  # or the name of a method. A module can have such a name too
+    function = None if module else node.target  # or the name of a method; a module can have that name too
     properties = without_rule(module, torch.empty(1, *node.args[0].meta["tensor_meta"].shape[1:])) if module else ""
     if properties:
         raise not_convolutional(f"there is no rule for {type(module).__name__} with {properties}")
@@ -267,7 +267,7 @@ def convert_layer(layer: nn.Conv2d | nn.Linear, name: str, x: Op, shape: tuple[i
 
 
 def share_signs(ops: list[Op]) -> list[Op]:
-    """Layers with the same input share its sign: one operation instead of one for each layer."""
+    """Merge the signs of one input for several layers into one operation."""
     sign_of = {}
     for op in ops:
         if op.kind == "sign":
@@ -278,7 +278,7 @@ def share_signs(ops: list[Op]) -> list[Op]:
 
 
 def consumers(ops: list[Op]) -> dict[Op, list[Op]]:
-    """For each operation, those that take its result."""
+    """For each operation, the operations that read its result."""
     return {op: [other for other in ops if op in other.inputs] for op in ops}
 
 
@@ -286,9 +286,9 @@ def consumers(ops: list[Op]) -> dict[Op, list[Op]]:
 class Group:
     """An operation and the elementwise operations that follow it, which are computed together.
 
-    result: the operation whose result the group leaves.
-    max_sum: where the first operation makes sums of bits (integers), the largest magnitude that a sum can have.
-    leaves_sums: the group's result are those sums, as integers.
+    result: the last operation, whose result is that of the group.
+    max_sum: if the first operation makes sums of bits (integers), the largest magnitude of a sum.
+    leaves_sums: whether the result of the group is these sums, as integers.
     """
 
     ops: list[Op]
@@ -306,7 +306,7 @@ def fuse(ops: list[Op]) -> list[Group]:
         inputs = [group_of[x] for x in op.inputs if x in group_of]
         host = None
         for group in inputs if op.kind in ELEMENTWISE else []:
-            # `group` can compute op if nothing else takes its result and op's other input is computed before it.
+            # `group` can compute op if only op reads its result and op's other input is computed before it.
             is_latest = all(groups.index(other) <= groups.index(group) for other in inputs)
             is_only_use = uses[group.result] == [op] and len({*op.inputs}) == len(op.inputs)  # not x + x
             if group.result in op.inputs and is_only_use and is_latest:
@@ -317,7 +317,7 @@ def fuse(ops: list[Op]) -> list[Group]:
         host.ops.append(op)
         host.result, group_of[op] = op, host
         if op.kind == "maxpool" and inputs[0].max_sum and uses[inputs[0].result] == [op]:
-            # A scale is positive, so it can follow the maximum, as can a bias: the maximum is then one of integers.
+            # A scale is positive, so it can follow the maximum. So can a bias. Then the maximum is that of integers.
             conv, *after = inputs[0].ops
             if all(each.kind in ("scale", "bias") for each in after):
                 inputs[0].ops, inputs[0].leaves_sums = [conv], True
@@ -326,7 +326,7 @@ def fuse(ops: list[Op]) -> list[Group]:
 
 
 def interval(group: Group, activation: Op) -> tuple[Tensor, Tensor] | None:
-    """The sums for which the binary activation behind a group is 1: low ≤ sum ≤ high, int32 [C] each.
+    """The sums for which the binary activation after a group is 1: low ≤ sum ≤ high, int32 [C] each.
 
     It is found by trying every sum in PyTorch's arithmetic. Returns None if the group makes no sums of bits, if a
     shortcut is added to them, or if in some channel the sums are not one interval (after a PReLU).
@@ -358,8 +358,8 @@ def interval(group: Group, activation: Op) -> tuple[Tensor, Tensor] | None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The C file: the functions of kernels.c, and the code of net_run(). Images are [height][width][channels] in memory. A
-# group of operations is one loop over the rows of its result. If only binary activations follow, it stores their bits
-# and nothing else.
+# group of operations is one loop over the rows of its result. If only binary activations follow, it stores only their
+# bits.
 
 ELEMENTWISE_C = {  # of v, channel c of element i. {0}, {1}: the operation's constants or, of 'add', the other summand
     "scale": "v *= {0}[c];",
@@ -416,7 +416,7 @@ def c_source(ops: list[Op], normalisation: list[list[float]], about: str, name: 
     normalisation: per channel the factors for pixels of 0 to 255, and what is added to the products.
     about: a few words for the comment at the top of the file. All but letters, digits, spaces and . , : ; + _ - become
         underscores, so the comment cannot be closed.
-    name: what all names in the file begin with. Raises RunError unless it consists of letters, digits and underscores.
+    name: the prefix of all names in the file. Raises RunError unless it consists of letters, digits and underscores.
     """
     if not IDENTIFIER.fullmatch(name):
         raise RunError(f"{name!r:.80} cannot begin the names in a C file: use letters, digits and underscores")
@@ -424,7 +424,7 @@ def c_source(ops: list[Op], normalisation: list[list[float]], about: str, name: 
     (c, h, w), upper = ops[0].shape, name.upper()
     pixels = "pixels from 0 to 255 as in the image file. They are normalised here."
     if all(value == 1 for value in normalisation[0]) and all(value == 0 for value in normalisation[1]):
-        pixels = "the numbers that the network takes. Nothing is normalised here."
+        pixels = "the inputs of the network. They are not normalised here."
     header = f"""/* {NOT_PLAIN.sub("_", about[:200])}. Written by export.py.
 
    void {name}_predict(const float *image, float *logits);
@@ -438,7 +438,7 @@ def c_source(ops: list[Op], normalisation: list[list[float]], about: str, name: 
    void {name}_predict_in(float *ram, const float *image, float *logits);
    void {name}_predict_uint8_in(float *ram, const uint8_t *image, float *logits);
 
-   each with {upper}_RAM_BYTES of its own. The file is C99 and needs libc and libm:
+   each with {upper}_RAM_BYTES of separate memory. The file is C99 and needs libc and libm:
 
        cc -O3 -std=c99 -c FILE.c
 
@@ -469,7 +469,7 @@ class Buffer:
 
 
 def place(buffers: list[Buffer]) -> int:
-    """Give buffers that are needed at the same time places that do not overlap. Returns the bytes in all."""
+    """Set the offsets so that buffers in use at one time do not overlap. Returns the bytes of all buffers."""
     placed = []
     for buffer in sorted(buffers, key=lambda b: -b.size):
         busy = [b for b in placed if b.first <= buffer.last and buffer.first <= b.last]
@@ -508,7 +508,7 @@ class CWriter:
         self.ram = place(self.buffers)
 
     def pooled(self, group: Group) -> Group | None:
-        """The group whose rows a pooling takes as they are made: windows lie side by side and nothing else needs it."""
+        """The group whose rows a pooling reads at once, if its windows do not overlap and only it reads the group."""
         pool = group.ops[0]
         if pool.kind not in ("maxpool", "avgpool") or not pool.kernel or pool.kernel != pool.stride or pool.padding:
             return None
@@ -540,7 +540,7 @@ class CWriter:
     # Buffers.
 
     def buffer(self, kind: str, size: int, op: Op | None = None) -> str:
-        """A new buffer for an operation's result, or for this step alone. size: elements of floats, bytes of bits.
+        """A new buffer for an operation's result, or only for this step. size: elements of floats, bytes of bits.
 
         Returns its name.
         """
@@ -560,7 +560,7 @@ class CWriter:
         return buffer.name
 
     def can_take_over(self, group: Group) -> Op | None:
-        """The operation whose result is read here for the last time, element by element: the group's can replace it."""
+        """The operation whose result the group can overwrite: it is read here for the last time, element by element."""
         read_elsewhere = set() if group.ops[0].kind in ELEMENTWISE else set(group.ops[0].inputs)
         inner = self.pooled(group)
         if inner:
@@ -596,7 +596,7 @@ class CWriter:
             return
 
         chain = [] if sums_are_compared else self.chain_of(group)
-        # Where the results go: to the logits, to a buffer that is kept, or to one that is reused for the next rows.
+        # The results go to the logits, to a buffer that is kept, or to one that the next rows reuse.
         rows = 1 if inner else self.rows_at_once(first, w * c, h)
         is_last = group.result is self.ops[-1]
         replaced = None if only_bits_are_needed or is_last else self.can_take_over(group)
@@ -613,7 +613,7 @@ class CWriter:
         if first.kind in ELEMENTWISE:
             source = f"{self.buffer_of[chain[0].inputs[0]].name} + y * {w * c}"
         else:
-            if replaced:  # what is replaced is still needed when the first operation has made its rows
+            if replaced:  # the overwritten result is still read after the first operation has made its rows
                 source = self.buffer("floats", rows * w * c)
             code += self.first_operation(group, inner, rows, source)
         if chain:
@@ -725,7 +725,7 @@ class CWriter:
         return self.call(tuple(op.kind for op in ops), source, to, pixels, c, arguments)
 
     def compared(self, op: Op, bounds: tuple[Tensor, Tensor] | None, to: str, pixels: int) -> str:
-        """The call that makes of the rows at `out` what a binary activation compares with 0."""
+        """The call that computes, from the rows at `out`, the values that a binary activation compares with 0."""
         c, _, w = op.shape
         if bounds:
             arguments = [
@@ -758,8 +758,8 @@ class CWriter:
             passed = "".join(f", {name}" for name in names)
             lines = "\n".join(f"        {line}" for line in body)
             texts.append(f"""
-/* {", ".join(kinds)}, of n <= 16 channels from channel `from` on, element `at`. `out` may be `in`: all are read before
-   the first one is written. */
+/* {", ".join(kinds)}, of n <= 16 channels from channel `from` on, element `at`. `out` may be `in`: all values are read
+   before the first one is written. */
 BNN_INLINE void {function}_part(const int unit, const int n, int at, int from, {pointers}) {{
     float values[16];
     (void)unit;
@@ -826,7 +826,7 @@ def weight_bytes(conv: Op) -> int:
 
 
 def window(op: Op, index: str, size: int, out_size: int) -> tuple[str, str]:
-    """The begin and end, as C expressions, of what result `index` of a pooling is made of, in one direction."""
+    """The begin and end of a pooling's window `index` in one direction, as C expressions."""
     if op.kernel == 0:
         return f"{index} * {size} / {out_size}", f"(({index} + 1) * {size} + {out_size - 1}) / {out_size}"
     begin = f"{index} * {op.stride} - {op.padding}" if op.padding else f"{index} * {op.stride}"
@@ -854,7 +854,7 @@ def compile_library(source: Path, folder: Path, *flags: str) -> ctypes.CDLL:
         raise RunError("there is no C compiler here (cc): install one, such as gcc")
     library = folder / f"{source.stem}.so"
     options = ["-O3", "-shared", "-fPIC", "-std=c99", *shlex.split(os.environ.get("CFLAGS", ""))]
-    inputs = ["-x", "c", str(source.resolve()), "-x", "none"]  # the name may end with anything
+    inputs = ["-x", "c", str(source.resolve()), "-x", "none"]  # the name may have any ending
     command = [*shlex.split(compiler), *options, *inputs, "-o", str(library), *flags, "-lm"]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)
@@ -876,8 +876,8 @@ def predict(
 ) -> Tensor:
     """Call a compiled C file on images [N, C, H, W] with pixels of 0 to 255. Returns the logits [N, num_classes].
 
-    images: uint8, or any type of floats. name: what the names in the file begin with.
-    threads: how many compute different images at the same time. More than one need ram, the file's NAME_RAM_BYTES.
+    images: uint8, or any type of floats. name: the prefix of the names in the file.
+    threads: how many threads compute different images at a time. With more than one, ram is the file's NAME_RAM_BYTES.
     """
     is_bytes = images.dtype == torch.uint8
     function = getattr(library, f"{name}_predict{'_uint8' if is_bytes else ''}{'_in' if threads > 1 else ''}")
@@ -924,7 +924,7 @@ void float_conv(const bnn_Conv *s, const float *x, const float *weights, const u
     bnn_float_conv(s, x, weights, bits, present, 0, bnn_output_size(s, s->height), out);
 }
 
-/* What a unit does per vector, without memory accesses: n times exclusive-or, popcount and addition. */
+/* The work of a unit per vector, without memory accesses: n times exclusive-or, popcount and addition. */
 int64_t peak(int64_t);
 #ifdef BNN_X86
 BNN_AVX512 int64_t peak(int64_t n) {
@@ -977,7 +977,7 @@ def kernel() -> ctypes.CDLL:
 
 
 def packed_activations(bits: Tensor) -> np.ndarray:
-    """bits [C, H, W] bool -> [H, W, ⌈C/8⌉] uint8, the layout of kernels.c. It has 4 bytes more on both sides."""
+    """bits [C, H, W] bool -> [H, W, ⌈C/8⌉] uint8, the layout of kernels.c, with 4 more bytes before and after."""
     packed = np.packbits(rearrange(bits, "c h w -> h w c").numpy(), axis=-1, bitorder="little")
     room = np.zeros(packed.size + 8, dtype=np.uint8)
     room[4:-4] = packed.ravel()
@@ -1028,7 +1028,7 @@ IMAGENET_LAYERS = ((64, 56), (128, 28), (256, 14), (512, 7))
 
 
 def seconds_per_call(function, at_least: float = 0.02) -> tuple[float, float]:
-    """The mean over as many calls as take `at_least` seconds: by the clock, and CPU time of all threads."""
+    """Mean seconds of a call over `at_least` seconds of calls: by the clock, and CPU time of all threads."""
     calls, start, cpu = 0, time.perf_counter(), time.process_time()
     while calls == 0 or time.perf_counter() - start < at_least:
         function()
@@ -1037,7 +1037,7 @@ def seconds_per_call(function, at_least: float = 0.02) -> tuple[float, float]:
 
 
 def compare_speed(functions: dict, rounds: int) -> dict[str, tuple[float, float]]:
-    """Median seconds of a call of each function, as above. They take turns. A first round does not count."""
+    """Median seconds of a call of each function, as in seconds_per_call. They take turns, after a warm-up round."""
     seconds = {name: [] for name in functions}
     for r in range(rounds + 1):
         for name, function in functions.items():
@@ -1098,7 +1098,7 @@ def bench_convolutions(ops: list[Op], rounds: int) -> list[dict]:
     runs.console.print(table)
     if peak:
         runs.console.print(
-            f"the peak: {peak / 1e9:.2f} G vectors of 512 bits per second, each exclusive-or, popcount and addition"
+            f"the peak: {peak / 1e9:.2f} G vectors of 512 bits per second, each with exclusive-or, popcount, addition"
         )
     return rows
 
@@ -1116,7 +1116,7 @@ def convolutions_to_time(shape: ConvShape) -> dict:
     w = signs.float().contiguous(memory_format=torch.channels_last)
     return {
         "pytorch": lambda: nn.functional.conv2d(x, w, None, shape.stride, shape.padding),
-        "ours": lambda arrays=arrays: lib.binary_conv(*arguments),  # arrays: to keep them alive
+        "ours": lambda arrays=arrays: lib.binary_conv(*arguments),  # `arrays` keeps the arrays alive
     }
 
 

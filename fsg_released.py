@@ -1,13 +1,13 @@
 """FSG as its authors' code trains it (https://github.com/two-tiger/FSG), step by step: `--preset released`.
 
-Copy this file with hypernet.py and metaquant.py. The paper's text has one update (hypernet.FSG). The released code,
-which grew out of MetaQuant's, has two. Its step is metaquant.LookAhead's with
+Copy this file with hypernet.py and metaquant.py. The paper has one update (hypernet.FSG). The released code moves the
+weights twice. Its step is that of metaquant.LookAhead with
 
     forward and backward at    W − lr·((1 − β)·D ⊙ fast + β·slow)        the look-ahead weights; no D at the slow term
-    the update of W            G = D ⊙ fast                              the slow gradient never enters it
+    the update of W            G = D ⊙ fast                              without the slow gradient
 
-where fast and slow are made of the gradient that was measured one step before. So φ is trained through the look-ahead,
-and the slow gradient acts only through the weights at which the next gradient is measured.
+Here fast and slow are made of the gradient that was measured one step before. So φ is trained through the look-ahead.
+The slow gradient has an effect only on the weights at which the next gradient is measured.
 
     fsg = ReleasedFSG(layers)
     optimizer = metaquant.AuthorsAdam(model.parameters(), lr)         # or torch.optim.SGD
@@ -15,7 +15,7 @@ and the slow gradient acts only through the weights at which the next gradient i
         fsg.look_ahead(lr)                                            # moves the weights
         F.cross_entropy(model(images), labels).backward()
         fsg.generate()                                                # moves them back; w.grad = D ⊙ fast
-        if fsg.t > 1: optimizer.step()                                # the first step updates nothing
+        if fsg.t > 1: optimizer.step()                                # no update in the first step
         optimizer.zero_grad()
 """
 
@@ -43,10 +43,10 @@ class FastUpdate(LookAhead):
 class ReleasedFSG(FastUpdate, FSG):
     """FSG with Mamba, as released.
 
-    The history is flat and starts empty: it holds min(t, l) gradients. Nothing is normalised or balanced, and the
-    linear MLP starts as nn.Linear does.
+    The history is flat and starts empty: it contains min(t, l) gradients. Nothing is normalised or balanced. The linear
+    MLP has the initialisation of nn.Linear.
 
-    layers, length, beta, hidden, d_state, d_conv, expand, scan, lr_fast, lr_slow: see FSG.
+    layers, length, beta, hidden, d_state, d_conv, expand, scan, lr_fast, lr_slow: see FSG. Raises ValueError as FSG.
     """
 
     def __init__(
@@ -91,11 +91,12 @@ class ReleasedFSG(FastUpdate, FSG):
 class ReleasedFSGLSTM(FastUpdate, LSTMFC):
     """FSG with the LSTM of the released code. It is not an LSTM over the history:
 
-        slow = ĝ ⊙ FC(LSTM(W̃))         every weight carries its own state from step to step, as in metaquant.LSTMFC
+        slow = ĝ ⊙ FC(LSTM(W̃))         every weight has its own LSTM state, as in metaquant.LSTMFC
 
     There is no history and no layer embedding.
 
     layers, beta, hidden, lr_fast, lr_slow: see FSG. lstm_hidden: size of the state; `hidden` by default.
+    Raises ValueError if beta is outside [0, 1].
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class ReleasedFSGLSTM(FastUpdate, LSTMFC):
         lr_slow: float = 1e-3,
     ):
         if not 0 <= beta <= 1:
-            raise ValueError(f"beta is the share of the slow gradient and must lie in [0, 1]; it is {beta}")
+            raise ValueError(f"beta is the weight of the slow gradient and must lie in [0, 1]; it is {beta}")
         self.beta, self.lr_fast, self.fast_hidden = beta, lr_fast, hidden
         super().__init__(layers, lstm_hidden or hidden, lr_slow)
 

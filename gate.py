@@ -1,6 +1,6 @@
-"""The gated history: fast and slow gradients for binary networks, without hypernetworks. This project's own generator.
+"""The gated history: fast and slow gradients for binary networks, without hypernetworks. It is not from a paper.
 
-Copy this file with hypernet.py. It is used as FSG is:
+Copy this file with hypernet.py. The class has the interface of FSG:
 
     gate = GatedHistory(layers)                       # binarize.binary_layers(model)
     optimizer = gate.without_momentum(torch.optim.Adam(model.parameters(), 6e-3))
@@ -22,17 +22,17 @@ class GatedHistory(Generator):
         slow = (h_t − ĝ_t) / (ε + r)
         G    = D ⊙ (fast + slow)
 
-    *Near the threshold a weight leaps.* r is the distance of a weight from W = 0, where its sign changes. The factor
-    1 / (ε + r) grows as a weight approaches 0, so that the weight crosses over instead of oscillating there. (Adam
-    divides out a constant factor per weight; what has an effect is that this factor changes.)
+    *Weights near their threshold take longer steps.* r is the distance of a weight from W = 0, where its sign changes.
+    The factor 1 / (ε + r) grows as a weight approaches 0, so the weight changes its sign instead of staying near 0.
+    (Adam divides out a constant factor per weight. This factor has an effect because it changes.)
     *A flip clears the history.* Averaging over past gradients reduces noise. But gradients from before a flip were
-    measured at the weight's other sign. If they were kept, they would push the weight further before anything has been
-    measured on the new side.
+    measured at the other sign of the weight. They would move the weight further before a gradient is measured at the
+    new sign.
     The history acts as momentum, so the optimizer must have none for these weights (`without_momentum`).
 
-    λ and ε were chosen by comparing whole training runs. FSG's objective would not find them: it asks whether G_{t−1}
-    lowers the loss at the very next step, and so prefers small or reversed steps where successive gradients are
-    anti-correlated (short-horizon bias, https://arxiv.org/abs/1803.02021).
+    λ and ε were chosen by comparing whole training runs. FSG's objective would not find them. It depends only on the
+    loss of the next step, and so prefers small or reversed steps where successive gradients are anti-correlated
+    (short-horizon bias, https://arxiv.org/abs/1803.02021).
 
     layers: as for Generator. memory: λ in [0, 1); 0 is no history. epsilon: ε > 0.
     Raises ValueError for other values. Memory: about 11 N elements, 6 N of them between steps.
@@ -51,7 +51,7 @@ class GatedHistory(Generator):
     def generate(self) -> None:
         """`weight.grad` ← G for every layer with a gradient.
 
-        If any element of ĝ_t is not finite, h stays as it is, and ĝ_t stays in `weight.grad`.
+        If any element of ĝ_t is not finite, h does not change, and ĝ_t stays in `weight.grad`.
         """
         positive = self.latent >= 0  # the signs one step ago; sign(0) is +1
         new = self.collect()
@@ -73,10 +73,10 @@ class GatedHistory(Generator):
     def without_momentum(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Switch momentum off for the latent weights in an optimizer, and return the optimizer.
 
-        Call it before a learning rate scheduler is made: it gives the latent weights parameter groups of their own.
-        `momentum`, or β₁ of `betas`, is set to 0 in these groups before every step. So a scheduler that changes
+        Call it before you make a learning rate scheduler, because it moves the latent weights to separate parameter
+        groups. `momentum`, or β₁ of `betas`, is set to 0 in these groups before every step. So a scheduler that changes
         it, as OneCycleLR does by default, changes it for the other weights only.
-        Raises ValueError where the optimizer has none of the latent weights.
+        Raises ValueError if the optimizer has none of the latent weights.
         """
 
         def latent(group: dict) -> list[Tensor]:
@@ -91,7 +91,7 @@ class GatedHistory(Generator):
                     group["betas"] = (0.0, *group["betas"][1:])
 
         if not any(map(latent, optimizer.param_groups)):
-            raise ValueError("the optimizer has none of the weights of the gated history's layers: give it those too")
+            raise ValueError("the optimizer has none of the latent weights of the gated history: add them to it")
         for group in list(optimizer.param_groups):
             ours = latent(group)
             rest = [p for p in group["params"] if not any(p is w for w in ours)]

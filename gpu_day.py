@@ -1,41 +1,39 @@
-"""One call on a machine with a GPU: correctness, step times, mamba-ssm, training runs, as JSON files in a folder.
+"""All measurements on a GPU in one call: correctness, step times, mamba-ssm, training runs. Results are JSON files.
 
     python gpu_day.py --prepare DATA_DIR PRETRAINED.pth         # before, with internet: fills the folder gpu-day/
     python gpu_day.py --out OUT --minutes 10                    # on the GPU machine, offline
-    python gpu_day.py --out OUT --minutes 5 --stages 1 2 3      # a part of it
-    python gpu_day.py --out OUT --minutes 10 --stages 6         # the grids of experiments.py, as far as the time lasts
+    python gpu_day.py --out OUT --minutes 5 --stages 1 2 3      # some of the stages
+    python gpu_day.py --out OUT --minutes 10 --stages 6         # as many runs of experiments.py as the time allows
     python gpu_day.py --out OUT --dry-run                       # all stages at toy size on a CPU
 
-The stages run in the order of their worth. Every stage is made of items; an item is a process of its own with a time
-limit. What an item has found is written to its stage's JSON file at once. An item that fails, hangs or is killed is
-recorded with its error, and the next one starts. OUT then holds:
+This file needs the whole repository. The most important stages come first. Each stage has several items. An item is a
+separate process with a time limit, and its results are written to the stage's JSON file at once. If an item fails,
+hangs or is killed, its error is recorded and the next item starts. OUT then contains:
 
-    1-correctness.json   the Triton kernels, the generators, AMP, resume and CUDA graphs against what they should do
-    2-steps.json         milliseconds a training step of every generator, and the scan against the GPU's peak rates
-    3-mamba-ssm.json     the mamba-ssm package's kernel against ours: results and speed
+    1-correctness.json   checks of the Triton kernels, the generators, AMP, resume and CUDA graphs
+    2-steps.json         milliseconds per training step of every generator, and the scan against the GPU's peak rates
+    3-mamba-ssm.json     the kernel of the mamba-ssm package against the fused scan: results and speed
     4-training.json      training runs from the full-precision ResNet-20 on CIFAR-10 (JPEG): metrics of every epoch
-    5-w1a1.json          the same for the Bi-Real ResNet-18 with binary activations
-    6-grids.json         what experiments.py printed; its rows are in the CSV files in grids/. Rows that results/ has
-                         are not run again: copy the CSV files there, and a second call goes on
-    log.txt              what the items printed
-    compile-cache.tar.gz what torch.compile and Triton have compiled, for a second call
+    5-w1a1.json          training runs of the Bi-Real ResNet-18 with binary activations: metrics of every epoch
+    6-grids.json         the output of experiments.py; its rows are in the CSV files in grids/. Rows in results/ are not
+                         run again: copy the CSV files there to continue with a second call
+    log.txt              the output of the items
+    compile-cache.tar.gz what torch.compile and Triton have compiled: copy it to gpu-day/, and a second call on a fresh
+                         machine starts faster
 
-A second call on a fresh machine starts faster with the first one's compile-cache.tar.gz in gpu-day/.
+The time of each stage (SECONDS below), as measured on an H100 with 16 CPU cores:
 
-The stages' times, and why (SECONDS below; an H100 with 16 CPU cores is meant):
-
-    stage  seconds  reason (measured on an H100 with 16 CPU cores)
-    1          130  all items at a time; with that, Triton compiles `last` in 20 s and `tails` in 50 s per shape, and
+    stage  seconds  reason
+    1          130  all items run at a time; then Triton compiles `last` in 20 s and `tails` in 50 s per shape, and
                     torch.compile the ResNet-20 in 60 s
-    2          110  a process takes 10 s to start and a method 2 s; the graphs of ResNet-32 take 30 s to load; what
-                    matters most comes first
+    2          110  a process takes 10 s to start and a method 2 s; the graphs of ResNet-32 take 30 s to load
     3           60  the extension compiles in 240 s beside stages 1 and 2; the comparison takes 45 s
     4          250  a run takes 40 s to start, an epoch 4 s (STE) to 10 s (FSG with Mamba) with four runs at a time
     5           90  2 runs of a network that fills the GPU alone
-    6          300  it always has work left: the grids have some 400 runs
+    6          300  it uses all of its time: the grids have some 400 runs
 
---minutes gives the stages their seconds in this order while they last; a stage that would get less than half of its
-seconds is left out; what is left over goes to training. A stage that ends early leaves its time to the next ones.
+The stages get their seconds in this order until --minutes are used up. A stage that would get less than half of its
+seconds is left out. Remaining time goes to training. A stage that ends early leaves its time to the next stages.
 """
 
 import argparse
@@ -69,12 +67,12 @@ PRETRAINED = "ResNet20-CIFAR10-pretrain.pth"
 NAMES = ("correctness", "steps", "mamba-ssm", "training", "w1a1", "grids")
 FILES = {i: f"{i}-{name}.json" for i, name in enumerate(NAMES, 1)}
 SECONDS = {1: 130, 2: 110, 3: 60, 4: 250, 5: 90, 6: 300}
-DRY_SECONDS = {1: 180, 2: 90, 3: 10, 4: 120, 5: 60, 6: 60}  # limits, for a busy machine; it takes less
+DRY_SECONDS = {1: 180, 2: 90, 3: 10, 4: 120, 5: 60, 6: 60}  # upper limits, for a busy machine
 MOST_OUT = 15 * 2**20  # bytes of one file in OUT
 
 
 def plan(minutes: float, stages: list[int], seconds: dict[int, int] = SECONDS) -> dict[int, float]:
-    """When each stage must have ended, in seconds from the start. Stages that there is no time for are not in it."""
+    """When each stage must have ended, in seconds from the start. Stages without enough time are left out."""
     left, given = 60 * minutes, {}
     for stage in sorted(stages):
         if left >= seconds[stage] / 2:
@@ -86,7 +84,7 @@ def plan(minutes: float, stages: list[int], seconds: dict[int, int] = SECONDS) -
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Processes with a time limit, and the JSON files that say how they went.
+# Processes with a time limit, and the JSON files with their results.
 
 
 def write_json(path: Path, value) -> None:
@@ -96,14 +94,14 @@ def write_json(path: Path, value) -> None:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """End the process and all that it has started."""
+    """End the process and all processes that it has started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def start(command: list, output: Path, env: dict | None = None) -> subprocess.Popen:
-    """The command in a process group of its own, in the repository's folder; stdout and stderr go to a file."""
+    """Start the command in a new process group, in the repository's folder; stdout and stderr go to a file."""
     with open(output, "wb") as f:
         options = {"stdin": subprocess.DEVNULL, "stdout": f, "stderr": subprocess.STDOUT, "start_new_session": True}
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})}
@@ -111,7 +109,10 @@ def start(command: list, output: Path, env: dict | None = None) -> subprocess.Po
 
 
 def wait(process: subprocess.Popen, end: float, watch=lambda: None) -> str:
-    """Wait until time.monotonic() is `end` at most, then kill: 'ok', 'failed' or 'time limit'. Calls watch() while."""
+    """Wait for the process until time.monotonic() is `end`, then kill it: 'ok', 'failed' or 'time limit'.
+
+    Calls watch() while it waits.
+    """
     while process.poll() is None:
         if time.monotonic() > end:
             kill(process)
@@ -119,12 +120,12 @@ def wait(process: subprocess.Popen, end: float, watch=lambda: None) -> str:
         time.sleep(0.1)
         watch()
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)  # what it has left behind
+        os.killpg(process.pid, signal.SIGKILL)  # processes that it has not ended
     return "failed" if process.returncode else "ok"
 
 
 def found(output: Path) -> list[dict]:
-    """What a child process has reported so far with `say`."""
+    """The results that a child process has reported with `say` until now."""
     lines = output.read_text(errors="replace").splitlines() if output.exists() else []
     results = []
     for line in lines:
@@ -141,7 +142,7 @@ def last_lines(output: Path, count: int = 12) -> list[str]:
 
 
 class Stage:
-    """One stage: its JSON file, and how to run its items."""
+    """One stage. It runs items and writes its JSON file."""
 
     def __init__(self, number: int, day, end: float):
         self.number, self.day, self.end = number, day, end
@@ -194,12 +195,12 @@ class Stage:
         return values["status"]
 
     def item(self, name: str, function, limit: float, env: dict | None = None, prefix=(), **arguments) -> str:
-        """Run a function of this file as an item, in a process of its own."""
+        """Run a function of this file as an item, in a new process."""
         return self.run(name, [*prefix, *self.day.child(function, **arguments)], limit, env)
 
 
 class Day:
-    """What all stages share."""
+    """The folders, the environment and the background processes of all stages."""
 
     def __init__(self, out: Path, dry: bool):
         self.out, self.dry = out, dry
@@ -217,7 +218,7 @@ class Day:
                 "TRITON_CACHE_DIR": f"{self.cache}/triton",
             }
             self.env |= {"TORCH_EXTENSIONS_DIR": f"{self.scratch}/extensions"}
-        # What the training runs compile is kept apart, for a second call.
+        # The training runs have a separate cache, for a second call.
         training = self.scratch / "training-cache"
         names = {"TORCHINDUCTOR_CACHE_DIR": training, "TRITON_CACHE_DIR": training / "triton", "OMP_NUM_THREADS": 2}
         self.training_env = {} if dry else {name: str(value) for name, value in names.items()}
@@ -262,7 +263,7 @@ class Day:
             shutil.copy(archive, self.out)
 
 
-# What a child process (an item) uses. All of them import torch themselves: the process that starts them need not.
+# Functions for child processes (items). Only these import torch, not the process that starts them.
 
 
 def say(**values) -> None:
@@ -289,8 +290,10 @@ def synchronize(device: str) -> None:
 
 
 def milliseconds(function, device: str, seconds: float, repeats: int = 3) -> dict[str, float]:
-    """Milliseconds a call: the median of `repeats` measurements of about seconds / repeats, each of many calls with one
-    synchronisation at its end; and the lowest and the highest of them."""
+    """Milliseconds per call: median, lowest and highest of `repeats` measurements of about seconds / repeats each.
+
+    A measurement is of many calls, with one synchronisation at its end.
+    """
     import torch
 
     def measure(calls):
@@ -316,7 +319,7 @@ def milliseconds(function, device: str, seconds: float, repeats: int = 3) -> dic
 
 @contextlib.contextmanager
 def reported(**where):
-    """An error within the block becomes a result, and does not end the item."""
+    """Report an error within the block as a result. It does not end the item."""
     try:
         yield
     except Exception as e:
@@ -330,11 +333,11 @@ def network_sizes(arch: str) -> list[int]:
     return [layer.weight.numel() for layer in models.binary_layers(models.build(arch, 10, "dorefa"))]
 
 
-# The methods that are compared, as flags of train_fsg.py and as objects.
+# The compared methods, as flags of train_fsg.py and as objects.
 
 
 def method_flags(method: str) -> list[str]:
-    """The flags of train_fsg.py that select a method, at its best learning rate and betas."""
+    """The flags of train_fsg.py for a method, with its learning rate and betas."""
     flags = {
         "ste": "--grad ste --lr 1e-3",
         "ste-default-betas": "--grad ste --lr 1e-3",
@@ -371,7 +374,7 @@ def make_generator(method: str, layers):
 
 
 def train(flags: list[str], folder: Path, name: str) -> list[dict]:
-    """Run train_fsg.py; the rows of metrics.csv. Raises RuntimeError with the last lines of its output."""
+    """Run train_fsg.py. Returns the rows of metrics.csv. Raises RuntimeError with the last lines of its output."""
     command = [sys.executable, "train_fsg.py", *map(str, flags), "--out", str(folder), "--name", name]
     result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(result.stdout, flush=True)
@@ -393,7 +396,7 @@ def metrics(run: Path) -> list[dict]:
 
 
 def correctness(stage: Stage) -> None:
-    """All items at the same time: none of them is timed, and each kernel tries its smallest size first."""
+    """Run all items at a time: none of them is timed, and each kernel starts with its smallest size."""
     dry = stage.day.dry
     sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
     commands = [
@@ -423,7 +426,7 @@ def correctness(stage: Stage) -> None:
 
 
 def machine(dry: bool, scratch: Path) -> None:
-    """The card, and the versions."""
+    """The GPU, and the versions."""
     import torch
 
     say(python=sys.version.split()[0], torch=torch.__version__, triton=getattr(triton, "__version__", None))
@@ -440,7 +443,7 @@ def machine(dry: bool, scratch: Path) -> None:
 
 
 def mamba_pair(device: str, d: int, n: int, k: int):
-    """The same Mamba block with the fused scan in float32 and with the reference in float64 and in float32."""
+    """One Mamba block three times: with the fused scan in float32, with the reference in float64 and in float32."""
     import torch
 
     import selective_scan_triton
@@ -459,7 +462,7 @@ def mamba_pair(device: str, d: int, n: int, k: int):
 
 
 def compare(what: str, names: list[str], ours, exact, reference, gradient_limit: float) -> None:
-    """Report errors relative to float64; beside each, the error of plain float32 PyTorch."""
+    """Report errors relative to float64, each with the error of plain float32 PyTorch."""
     for name, a, b, c in zip(names, ours, exact, reference, strict=True):
         plain = relative(c, b)
         limit = 1e-5 if name == "y" else gradient_limit
@@ -523,7 +526,7 @@ def kernel_tails(dry: bool, scratch: Path) -> None:
 
 
 def smallest(dry: bool, scratch: Path) -> None:
-    """Both kernels once, at a size that compute-sanitizer gets through. The shapes are no multiples of the blocks."""
+    """Run both kernels once, small enough for compute-sanitizer. The shapes are not multiples of the blocks."""
     import torch
 
     device = "cpu" if dry else "cuda"
@@ -537,7 +540,7 @@ def smallest(dry: bool, scratch: Path) -> None:
 
 
 def generators(dry: bool, scratch: Path) -> None:
-    """Five generate() steps in float32: the GPU's G against the CPU's for the same gradients and weights."""
+    """Five generate() steps in float32: the GPU's G against the CPU's, for equal gradients and weights."""
     import torch
 
     import hypernet
@@ -569,7 +572,7 @@ def generators(dry: bool, scratch: Path) -> None:
                 torch.manual_seed(1)
                 nets.append(models.binary_layers(net))
                 makers.append(make(nets[-1]))
-            if "fsg" in name or name == "multifc":  # the nets' random start does not depend on the device
+            if "fsg" in name or name == "multifc":  # equal random numbers on both devices
                 makers[1].load_state_dict(makers[0].state_dict())
             random = torch.Generator().manual_seed(2)
             for step in range(5):
@@ -590,7 +593,7 @@ def toy(dry: bool, epochs: int, hgs: str = "--hgs mamba --d-state 4 --expand 8")
 
 
 def resume(dry: bool, scratch: Path) -> None:
-    """A run of 2 epochs, and one of 1 epoch that is resumed: the same weights and the same metrics, bit for bit."""
+    """A run of 2 epochs against one of 1 epoch that is resumed: equal weights and metrics, bit for bit."""
     import torch
 
     folder, one = scratch / "resume", ["--limit-steps", "1"] if dry else ["--epochs", "1"]
@@ -634,7 +637,7 @@ def cuda_graphs(dry: bool, scratch: Path) -> None:
 
 METHODS = ["ste", "plain", "fsg", "gate", "fsg-all", "multifc", "fsg-lstm16", "fsg-flat", "fsg-lstm100"]
 FEW = ["ste", "plain", "fsg", "gate", "fsg-all"]
-# A network's ways to run: how, precision, methods. tf32 is PyTorch's default: convolutions in TF32, the rest float32.
+# How a network runs: mode, precision, methods. tf32 is PyTorch's default: convolutions in TF32, the rest in float32.
 EAGER = [("eager", "tf32", METHODS)]
 GRAPHS = [("graphs", "tf32", METHODS)]
 OTHER = [("eager", "bf16", FEW), ("eager", "fp32", FEW), ("graphs", "bf16", ["ste", "fsg", "gate"])]
@@ -662,7 +665,7 @@ def step_times(stage: Stage) -> None:
 
 
 def wait_for(stage: Stage, name: str, limit: float) -> None:
-    """Let a background process end, so that the times are not disturbed."""
+    """Wait for a background process, so that it does not disturb the timings. Kill it after `limit` seconds."""
     if name in stage.day.background:
         process, output, began = stage.day.background[name]
         end = min(stage.end, time.monotonic() + limit)
@@ -684,7 +687,7 @@ def precision_is(precision: str) -> None:
 
 
 def make_step(model, net, method: str, images, labels, precision: str):
-    """A function that takes one training step as the trainer does."""
+    """A function that does one training step as the trainer does."""
     import torch
     from torch.nn import functional as F
 
@@ -715,13 +718,13 @@ def compiled(net, how: str):
 
 
 def steps(dry: bool, scratch: Path, arch: str, size: int, ways: list, seconds: float = 0.3) -> None:
-    """Milliseconds a step at batch 128, and the ratio to STE's. seconds: how long to measure; 0: only compile."""
+    """Milliseconds per step at batch 128, and the ratio to STE's. seconds: how long to measure; 0: only compile."""
     import torch
 
     import models
 
     device, batch = ("cpu", 4) if dry else ("cuda", 128)
-    torch.backends.cudnn.deterministic = True  # as in the trainers
+    torch.backends.cudnn.deterministic = True  # as with --deterministic
     images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(10, (batch,), device=device)
     for how, precision, methods in ways:
@@ -732,7 +735,7 @@ def steps(dry: bool, scratch: Path, arch: str, size: int, ways: list, seconds: f
             where = {"arch": arch, "size": size, "batch": batch, "how": how, "precision": precision, "method": method}
             with reported(**where):
                 quantizer = "none" if method == "plain" else "dorefa"
-                if quantizer not in kept:  # the methods share the network, and so what was compiled for it
+                if quantizer not in kept:  # the methods share the network and its compiled code
                     torch.manual_seed(0)
                     net = models.build(arch, 10, quantizer, image_size=size).to(device)
                     state = {k: v.clone() for k, v in net.state_dict().items()}
@@ -741,7 +744,7 @@ def steps(dry: bool, scratch: Path, arch: str, size: int, ways: list, seconds: f
                 net.load_state_dict(state)
                 step = make_step(model, net, method, images, labels, precision)
                 began = time.perf_counter()
-                for _ in range(2 if dry else 6):  # a generator's third step is the first that does everything
+                for _ in range(2 if dry else 6):  # a generator does all of its work from its third step on
                     step()
                 synchronize(device)
                 first = time.perf_counter() - began
@@ -762,7 +765,7 @@ def steps(dry: bool, scratch: Path, arch: str, size: int, ways: list, seconds: f
 
 
 def peak_rates(device: str) -> dict[str, float]:
-    """Exponentials a second of the special function units, and multiply-adds a second in float32, measured."""
+    """Measure the exponentials per second of the special function units, and the float32 multiply-adds per second."""
     import torch
 
     import bench
@@ -779,13 +782,13 @@ def peak_rates(device: str) -> dict[str, float]:
     return rates
 
 
-# Operations a weight at the paper's size (L = 6, d = 100, n = 16), from selective_scan_triton.py's header: exponentials
-# with reciprocals, which the special function units compute, and float32 multiply-adds as FLOPs / 2.
+# Operations per weight at the paper's size (L = 6, d = 100, n = 16), from the top of selective_scan_triton.py:
+# exponentials and reciprocals, which the special function units compute, and float32 multiply-adds as FLOPs / 2.
 COUNTS = {"forward": (1863, 6_500), "backward": (2200, 20_500)}
 
 
 def scan_alone(dry: bool, scratch: Path) -> None:
-    """Forward and backward milliseconds of both kernels, with what the peak rates allow at best."""
+    """Forward and backward milliseconds of both kernels, and the fractions of the peak rates that they reach."""
     import torch
 
     device, archs = ("cpu", ["resnet8"]) if dry else ("cuda", ["resnet20", "resnet32"])
@@ -819,7 +822,7 @@ def scan_alone(dry: bool, scratch: Path) -> None:
 
 
 def one_scan(dry: bool, scratch: Path) -> None:
-    """What ncu looks at: both kernels once at ResNet-20's size."""
+    """The program that ncu profiles: both kernels once at ResNet-20's size."""
     import torch
 
     net, *_ = mamba_pair("cuda", 100, 16, 8)
@@ -856,7 +859,7 @@ def build_mamba_ssm(dry: bool, scratch: Path) -> None:
     from torch.utils.cpp_extension import load
 
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
-    os.environ.setdefault("MAX_JOBS", "4")  # four files
+    os.environ.setdefault("MAX_JOBS", "4")  # there are four files
     folder, source = scratch / "selective_scan_cuda", scratch / "selective_scan"
     shutil.rmtree(source, ignore_errors=True)
     shutil.copytree(CARRIED / "mamba-ssm" / "csrc" / "selective_scan", source)
@@ -958,8 +961,10 @@ def mamba_ssm_equal(dry: bool, scratch: Path) -> None:
 
 
 def released_flat(net, past, sizes: list[int], first):
-    """The flat layout as the FSG authors' code drives mamba-ssm: layer by layer, the whole history, one sequence each;
-    the gate z and the softplus within mamba-ssm's kernel, which is its fastest use."""
+    """The flat layout as the FSG authors' code calls mamba-ssm: the whole history of a layer as one sequence.
+
+    The gate z and the softplus are computed in mamba-ssm's kernel, which is the fastest way to use it.
+    """
     import torch
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
     from torch.nn import functional as F
@@ -1042,8 +1047,11 @@ def graphs_work(day: Day) -> bool:
 
 
 def start_mps(stage: Stage) -> dict[str, str]:
-    """NVIDIA's multi-process service lets kernels of several processes run at the same time. The variables with which
-    processes use it; none where it cannot be started. No setting of the card changes."""
+    """Start NVIDIA's multi-process service, which runs kernels of several processes at a time.
+
+    Returns the environment variables for the processes that use it; none if it cannot be started. It changes no setting
+    of the GPU.
+    """
     if stage.day.dry or not shutil.which("nvidia-cuda-mps-control"):
         stage.record("MPS", status="skipped", error=["no GPU" if stage.day.dry else "no nvidia-cuda-mps-control"])
         return {}
@@ -1114,8 +1122,10 @@ JOBS = 8  # of experiments.py: without CUDA graphs the CPU's cores limit a run
 
 
 def grids(stage: Stage) -> None:
-    """The grids of experiments.py, one after the other. Their commands name the images and the network as the rows in
-    results/ do, and these rows are not run again."""
+    """The grids of experiments.py, one after the other.
+
+    Their commands name the images and the network as the rows in results/ do, so these rows are not run again.
+    """
     day, home, results = stage.day, stage.day.scratch / "grids", stage.day.out / "grids"
     (home / "data").mkdir(parents=True, exist_ok=True)
     results.mkdir(exist_ok=True)
@@ -1151,8 +1161,10 @@ def grids(stage: Stage) -> None:
 
 
 def train_all(stage: Stage, runs, flags, level: int, epochs: int, choices) -> None:
-    """Train the runs in this order, `level` at a time, while the stage's time lasts. Where the first ones turn out to
-    be so slow that they cannot complete, all start again, once, with fewer epochs."""
+    """Train the runs in this order, `level` at a time, until the stage's time is over.
+
+    If the first runs are too slow to complete, all start again, once, with fewer epochs.
+    """
     queue, running, paces, again, compiles = list(runs), {}, [], True, True
     attempt = 1
     while queue or running:
@@ -1197,7 +1209,7 @@ def train_all(stage: Stage, runs, flags, level: int, epochs: int, choices) -> No
                 compiles = False
                 queue.insert(0, run["key"])
         times = [run["times"] for run in running.values() if len(run["times"]) > 2]
-        pace = [(t[-1] - t[0]) / (len(t) - 1) for t in times]  # seconds an epoch
+        pace = [(t[-1] - t[0]) / (len(t) - 1) for t in times]  # seconds per epoch
         paces = pace or paces
         if again and running and len(pace) == len(running):
             again = False
@@ -1228,7 +1240,7 @@ def record_run(stage: Stage, name: str, run: dict, status: str, epochs: int) -> 
 
 
 def unpack(dry: bool, scratch: Path) -> None:
-    """The carried JPEG images, unpacked and decoded once; the trainers then find the decoded ones."""
+    """Unpack the JPEG images in gpu-day/ and decode them once. The trainers then find the cached images."""
     import data
 
     folder = scratch / "images"
@@ -1239,7 +1251,7 @@ def unpack(dry: bool, scratch: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Before: what the GPU machine needs and cannot download.
+# --prepare: what the GPU machine needs and cannot download.
 
 
 def prepare(data_dir: Path, pretrained: Path) -> None:
@@ -1251,15 +1263,18 @@ def prepare(data_dir: Path, pretrained: Path) -> None:
     prepare_network(archive, pretrained)
     prepare_mamba_ssm()
     size = sum(path.stat().st_size for path in CARRIED.rglob("*") if path.is_file())
-    print(f"gpu-day/ holds {size / 2**20:.1f} MiB")
+    print(f"gpu-day/ has {size / 2**20:.1f} MiB")
     if size > 60 * 2**20:
-        raise SystemExit("error: gpu-day/ is over 60 MiB: leave something out")
+        raise SystemExit("error: gpu-day/ has more than 60 MiB: delete a part of it")
 
 
 def prepare_network(archive: Path, pretrained: Path) -> None:
-    """The authors' network has no BatchNorm before the classifier, and ours has one, bn_fc. It gets the mean and the
-    variance of 5,120 training images' features, and a weight and a bias that undo the normalisation: in evaluation, and
-    in training up to a batch's deviation from the whole, the network's function is the authors'."""
+    """Add the BatchNorm before the classifier, bn_fc, which the authors' network lacks, to the pretrained weights.
+
+    bn_fc gets the mean and the variance of the features of 5,120 training images, and a weight and a bias that undo the
+    normalisation. So in evaluation the network's function does not change, and in training it changes by the deviation
+    of a batch's statistics from these.
+    """
     import torch
 
     import data
@@ -1292,7 +1307,7 @@ def prepare_network(archive: Path, pretrained: Path) -> None:
 
 
 def prepare_mamba_ssm() -> None:
-    """mamba-ssm's selective scan from its source package: the CUDA source, the interface, the licence."""
+    """Copy mamba-ssm's selective scan from its source package: the CUDA source, the interface, the licence."""
     folder = CARRIED / "mamba-ssm"
     shutil.rmtree(folder, ignore_errors=True)
     with tempfile.TemporaryDirectory() as work:
@@ -1309,7 +1324,7 @@ def prepare_mamba_ssm() -> None:
         for name in (f"{module}.py" for module in modules):
             (package / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source / "mamba_ssm" / name, package / name)
-        for name in ("", "ops", "ops/triton", "utils"):  # the package's own imports the language models
+        for name in ("", "ops", "ops/triton", "utils"):  # the original __init__.py imports the language models
             (package / name / "__init__.py").write_text("")
 
 
@@ -1323,7 +1338,7 @@ ITEMS = {function.__name__: function for function in ITEMS}
 
 
 def start_background(day: Day, stages) -> None:
-    """What needs CPUs more than the GPU runs beside the first stages: compilers, and the images' decoder."""
+    """Start what needs the CPUs more than the GPU beside the first stages: compilers, and the decoding of images."""
     restored = CARRIED / "compile-cache.tar.gz"
     if restored.exists():
         with contextlib.suppress(OSError, tarfile.TarError), tarfile.open(restored) as tar:
@@ -1351,7 +1366,7 @@ def run_day(out: Path, minutes: float, stages: list[int], dry: bool) -> None:
             stage = Stage(number, day, began + end)
             try:
                 STAGES[number](stage)
-            except Exception as e:  # a fault of this file must not end the day
+            except Exception as e:  # an error in one stage must not end the others
                 stage.record("stage", status="failed", error=[f"{type(e).__name__}: {e}"[:500]])
                 day.log(f"stage {number} failed: {type(e).__name__}: {e}")
             stage.write()
@@ -1402,9 +1417,10 @@ def figures(item: dict) -> str:
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder of the results")
-    parser.add_argument("--minutes", type=float, default=10, help="in all (default: %(default)s)")
-    parser.add_argument("--stages", type=int, nargs="+", default=list(STAGES), choices=STAGES, help="default: all")
-    parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU")
+    parser.add_argument("--minutes", type=float, default=10, help="time of all stages (default: %(default)s)")
+    stages = "numbers of the stages to run (default: all)"
+    parser.add_argument("--stages", type=int, nargs="+", default=list(STAGES), choices=STAGES, help=stages)
+    parser.add_argument("--dry-run", action="store_true", help="run all stages at toy size on the CPU")
     parser.add_argument("--prepare", type=Path, nargs=2, metavar=("DATA_DIR", "PRETRAINED"), help="fill gpu-day/")
     parser.add_argument("--item", choices=ITEMS, help=argparse.SUPPRESS)  # one item, in this process
     parser.add_argument("--arguments", default="{}", help=argparse.SUPPRESS)
@@ -1415,7 +1431,7 @@ def main(argv=None) -> int:
     elif args.item:
         ITEMS[args.item](args.dry_run, args.scratch, **json.loads(args.arguments))
     elif args.out is None:
-        parser.error("say where the results go with --out")
+        parser.error("--out is missing: name the folder of the results")
     else:
         run_day(args.out.resolve(), args.minutes, sorted(set(args.stages)), args.dry_run)
     return 0

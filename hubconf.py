@@ -32,11 +32,11 @@ def from_pretrained(source: Path | str, net: nn.Module | None = None, *, sha256:
     """The network of packed bits, in eval mode, see export_bits.load_bits. Nothing in the file is executed.
 
     source: a .safetensors file, a folder with model.safetensors, an http or https address, or a repository on the
-        Hugging Face Hub, OWNER/NAME or OWNER/NAME@REVISION. What has an address is downloaded at each call.
-    net: a network of your own, made as it was when the file was written. Without it, the file must name a network of
+        Hugging Face Hub, OWNER/NAME or OWNER/NAME@REVISION. An address is downloaded at each call.
+    net: your network, made in the way of the one that was saved. Without it, the file must name a network of
         models.build.
-    sha256: the SHA-256 that the file must have, 64 hexadecimal digits. The checksum in the file only shows that it is
-        complete: whoever exchanges the file can write another one.
+    sha256: the SHA-256 that the file must have, 64 hexadecimal digits. The checksum in the file shows only that the
+        file is complete, not who wrote it.
 
     Raises RunError if the file cannot be found, has another SHA-256, is damaged, or does not fit the network.
     """
@@ -63,7 +63,7 @@ def from_pretrained(source: Path | str, net: nn.Module | None = None, *, sha256:
 
 
 def downloaded(address: str) -> bytes:
-    """What is at an address. Raises RunError if it cannot be read."""
+    """The contents of an address. Raises RunError if it cannot be read."""
     try:
         with urllib.request.urlopen(address, timeout=60) as response:
             return response.read()
@@ -72,7 +72,7 @@ def downloaded(address: str) -> bytes:
 
 
 def from_hub(name: str, revision: str | None) -> Path:
-    """model.safetensors of a repository on the Hugging Face Hub, in the cache of huggingface_hub."""
+    """The path of a Hub repository's model.safetensors in the cache of huggingface_hub. Raises RunError on failure."""
     try:
         from huggingface_hub import hf_hub_download
     except ImportError as e:
@@ -84,6 +84,6 @@ def from_hub(name: str, revision: str | None) -> Path:
         return Path(hf_hub_download(name, FILE, revision=revision))
     except Exception as e:  # huggingface_hub raises many types
         raise RunError(
-            f"{name} is no file or folder, and {FILE} of that repository cannot be read from the Hugging Face Hub "
+            f"{name} is not a file or folder, and {FILE} of that repository cannot be read from the Hugging Face Hub "
             f"({one_line(e)}): check the name and the connection"
         ) from None

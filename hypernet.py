@@ -1,7 +1,7 @@
 """FSG: Fast and Slow Gradient generation for binary neural networks (AAAI 2025, https://arxiv.org/abs/2412.11777).
 
-Copy this file alone; it needs only torch. Copy selective_scan.py, selective_scan_cpu.cpp and selective_scan_triton.py
-beside it, and Mamba runs many times faster. Two lines turn a training loop into FSG's:
+Copy this file alone; it needs only torch. With selective_scan.py, selective_scan_cpu.cpp and selective_scan_triton.py
+beside it, Mamba runs many times faster. FSG needs two lines in a training loop:
 
     fsg = FSG(layers)                                          # binarize.binary_layers(model)
     for images, labels in batches:
@@ -10,12 +10,12 @@ beside it, and Mamba runs many times faster. Two lines turn a training loop into
         optimizer.step(), optimizer.zero_grad()                # any torch.optim optimizer
 
 A layer is a module with a `.weight`, a `.quantizer` ('dorefa', 'bwn', …) and a forward pass that computes with the
-binary weights and hands their gradient to `.weight` unchanged, as models.BinaryConv2d does. `Learned.generate` says how
-it treats micro-batches, frozen layers and gradients that are not finite. With a GradScaler, call
+binary weights and passes their gradient to `.weight` unchanged, as models.BinaryConv2d does. `Learned.generate` says
+how it treats micro-batches, frozen layers and gradients that are not finite. With a GradScaler, call
 scaler.unscale_(optimizer) before it. With several processes, all of them call fsg.gather() before fsg.state_dict().
 
 The problem. The optimizer moves latent weights W. The network computes with binary weights Ŵ = Q(W̃), where W̃ = A(W) is
-the pre-quantized weight and Q rounds it to −1 or +1. The derivative of a rounding is zero almost everywhere. The
+the pre-quantized weight and Q rounds it to −1 or +1. The derivative of the rounding is 0 almost everywhere. The
 straight-through estimator (STE) replaces it by 1: it updates W with D ⊙ ĝ_t, where
 
     ĝ_t = ∂L/∂Ŵ at step t      the gradient at the binary weights
@@ -24,17 +24,17 @@ straight-through estimator (STE) replaces it by 1: it updates W with D ⊙ ĝ_t,
 The method. Two hypernetworks with parameters φ generate the gradient instead:
 
     fast_t = ĝ_t ⊙ MLP(W̃_t)                                   the fast-net sees the present
-    slow_t = SlowNet(LRE, ĝ_{t−l+1}, …, ĝ_t)                   the slow-net sees each weight's own past
+    slow_t = SlowNet(LRE, ĝ_{t−l+1}, …, ĝ_t)                   the slow-net sees the past of each weight
     G_t    = D_t ⊙ ((1 − β)·fast_t + β·slow_t)                 the optimizer's gradient
 
 The last l gradients of a weight, ĝ_t included, are the historical gradient storage (HGS). The layer recognition
 embedding (LRE) is one learned value per layer; it is the first token of every sequence and tells the layers apart.
 
-The balance. With `balance='layer-rms'`, the default, both terms are scaled to the RMS of ĝ_t in each layer: β then sets
-the mix of their amplitudes. `balance='none'` is the paper's formula as written. What φ minimises below is linear in G,
-so a larger term always looks better; without the balance the terms grow, and one soon outgrows the other.
+The balance. With `balance='layer-rms'`, the default, both terms are scaled to the RMS of ĝ_t in each layer, and β sets
+the mix of their amplitudes. `balance='none'` is the paper's formula as written. The objective of φ below is linear in
+G, so a larger term always lowers it. Without the balance the terms grow, and one soon outgrows the other.
 
-How φ learns. The optimizer moved W by −lr·G_{t−1}, and ĝ_t is measured where that led to. To first order
+How φ learns. The optimizer moves W by −lr·G_{t−1}, and ĝ_t is measured at the new weights. To first order
 
     L(W_t) − L(W_{t−1}) = −lr·⟨D_t ⊙ ĝ_t, G_{t−1}⟩
 
@@ -42,8 +42,8 @@ so the gradient of the loss with respect to G_{t−1} is lr·v with v = −D_t �
 back-propagated through the graph that made G_{t−1}, into φ only. (Under Adam the move has another factor for each
 weight, which FSG ignores.) No second derivative is needed.
 
-`FSG.generate()` is three steps in order: train φ on v, store ĝ_t, generate G_t. G_1, which has no history, is the
-straight-through gradient; so φ is trained for the first time in step 3.
+`FSG.generate()` has three steps: train φ on v, store ĝ_t, generate G_t. G_1, which has no history, is the
+straight-through gradient. So φ is trained for the first time in step 3.
 MetaQuant's generators are in metaquant.py, the gated history in gate.py, the authors' released step in fsg_released.py.
 """
 
@@ -75,8 +75,8 @@ class FastNet(nn.Module):
     Raises ValueError for an unknown `act`.
 
     Without biases the MLP with act 'none' is one learned factor times its input. With 'relu' it is two factors, one for
-    each sign of the input, because relu(s·x) = s·relu(x) for s > 0. `forward` uses that: it evaluates the MLP at +1
-    and −1 only and multiplies. The gradients are those of the full MLP.
+    each sign of the input, because relu(s·x) = s·relu(x) for s > 0. So `forward` evaluates the MLP only at +1 and −1
+    and multiplies. The gradients are those of the full MLP.
     """
 
     def __init__(self, hidden: int = 100, act: str = "none", bias: bool = False, depth: int = 3):
@@ -111,8 +111,8 @@ class FastNet(nn.Module):
     def start_at(self, points: dict[float, float]) -> None:
         """Choose the last layer's weights so that the MLP maps each key to its value (least squares, smallest norm).
 
-        The hidden layers are drawn again where they do not allow it, for instance because all ReLUs are off.
-        Raises ValueError where 100 draws do not help.
+        The hidden layers are drawn again if they do not allow it, for instance because all ReLUs are off.
+        Raises ValueError if 100 draws do not help.
         """
         last = self.linears[-1]
         x = last.weight.new_tensor(list(points)).unsqueeze(1)
@@ -151,7 +151,7 @@ def fast_net(kind: str, hidden: int, act: str | None) -> FastNet:
 class SlowLSTM(nn.Module):
     """The slow-net as an LSTM: nn.LSTM(1, hidden), then a linear layer hidden → 1.
 
-    The linear layer starts at 0. A random one would add the same offset, as large as the gradient, to all weights.
+    The linear layer starts at 0. A random one would add one offset, as large as the gradient, to all weights.
     """
 
     def __init__(self, hidden: int = 100):
@@ -166,7 +166,7 @@ class SlowLSTM(nn.Module):
         return self.out(self.lstm(u)[0])
 
     def last(self, u: Tensor, known: Tensor | None = None) -> Tensor:
-        """u [B, L, 1] -> [B]: the value of `forward(u)[:, -1, 0]`, computed in chunks. `known` makes no difference."""
+        """u [B, L, 1] -> [B]: the value of `forward(u)[:, -1, 0]`, computed in chunks. `known` is not used."""
         elements = 16 * self.lstm.hidden_size * u.shape[1]  # gates and states of a sequence, and their gradients
         last = lambda u: self.out(self.lstm(u)[1][0][0]).squeeze(1)  # of the hidden state after the last token
         return in_chunks(last, elements_at_once(u.device) // elements, self.parameters(), u)
@@ -271,7 +271,7 @@ class SlowMamba(nn.Module):
     def last(self, u: Tensor, known: Tensor | None = None) -> Tensor:
         """The per-weight layout: u [B, L, 1] -> [B], the value of `forward(u)[:, -1, 0]`.
 
-        known [B]: this value, where it is known. Then the fused scan computes the gradients only.
+        known [B]: this value, if it is known. Then the fused scan computes the gradients only.
         """
         backend = self.backend(u.device, u.dtype, u.shape[1])
         if backend == "fused":
@@ -286,7 +286,7 @@ class SlowMamba(nn.Module):
         """The flat layout: past [l, N] -> [N].
 
         Layer i has sizes[i] columns of `past`, in order. They are one sequence: its part of past[0], …, its part of
-        past[l − 1], after first[i] where `first` [layers] is given. Returned are the block's last sizes[i] outputs.
+        past[l − 1], after first[i] if `first` [layers] is given. Returns the last sizes[i] outputs of each sequence.
         """
         if self.backend(past.device, past.dtype, None) == "fused":
             return selective_scan.tails(past, sizes, first, *self.in_kernel_order())
@@ -316,7 +316,7 @@ class SlowMamba(nn.Module):
 
     @staticmethod
     def why_not_fused(device: torch.device, dtype: torch.dtype, tokens: int | None) -> str | None:
-        """None where the fused scan runs for such tensors, else one sentence that says why it does not."""
+        """None if the fused scan runs for such tensors, else one sentence that says why it does not."""
         if selective_scan is None:
             return "the fused scan needs selective_scan.py and its kernels beside hypernet.py"
         return selective_scan.why_not(device, dtype, tokens)
@@ -352,7 +352,7 @@ class SlowMamba(nn.Module):
 
 
 def mamba_ssm_scan():
-    """mamba_ssm's selective_scan_fn. Raises RuntimeError with the package's own message where importing it fails."""
+    """mamba_ssm's selective_scan_fn. Raises RuntimeError, with the error of the import, if mamba_ssm cannot be used."""
     try:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
     except Exception as e:  # the package or its compiled extension is missing, or does not fit the installed torch
@@ -365,27 +365,27 @@ def mamba_ssm_scan():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Gradient generators. generate() turns every `weight.grad` from ĝ into G. state_dict() and load_state_dict() hold all
-# that the next generate() depends on. Per-weight tensors are flat, [N], layer after layer.
+# Gradient generators. generate() turns every `weight.grad` from ĝ into G. A state_dict() contains all that the next
+# generate() depends on. Per-weight tensors are flat, [N], layer after layer.
 
 
 class Generator(nn.Module):
-    """What all generators share: reading ĝ and W, the calibration, handing G back.
+    """The base class of all generators: it reads ĝ and W, computes the calibration, and sets `weight.grad` to G.
 
-    layers: modules with a `.weight` (the latent weight) and a `.quantizer`: 'dorefa', 'bwn', 'bwn-f' or 'bwn-l', the
-        same for all. A layer that the network gets later is not among them: make a new generator then. Raises
-        ValueError where there is no layer, or for another quantizer.
+    layers: modules with a `.weight` (the latent weight) and a `.quantizer`: 'dorefa', 'bwn', 'bwn-f' or 'bwn-l', one
+        for all layers. If the network gets more layers later, make a new generator. Raises ValueError if there is no
+        layer, or for another quantizer.
     sharded: whether the processes of torch.distributed, if there are several, share the work (see Shard). Each process
-        then holds N / world_size weights in every per-weight tensor but G, and all processes call generate(), measure()
+        then has N / world_size elements of every per-weight tensor but G, and all processes call generate(), measure()
         and, before state_dict(), gather(). A state_dict is of all N weights; any number of processes can load it.
     whole_layers: whether a process gets whole layers only.
 
-    The generator follows the network: .to(), .double() and load_state_dict(assign=True) of the network may come later.
+    .to(), .double() and load_state_dict(assign=True) of the network may be called later: the generator follows.
     """
 
     keeps_latent = False  # whether a checkpoint needs W of the last step
     SHARDED: ClassVar = {"latent": 0, "past": 0, "history": 1, "state": 1}  # buffers [.., N, ..], and the axis of N
-    ATTRIBUTES = ("strides",)  # what a state_dict holds besides parameters and buffers
+    ATTRIBUTES = ("strides",)  # what a state_dict contains besides parameters and buffers
 
     def __init__(self, layers: list[nn.Module], sharded: bool = False, whole_layers: bool = False):
         super().__init__()
@@ -405,12 +405,12 @@ class Generator(nn.Module):
         self.sizes = self.shard.sizes  # this process's weights in each layer
         n, sizes = sum(self.sizes), torch.tensor(self.sizes, device=like.device)
         self.register_buffer("layer_of", torch.arange(len(layers), device=like.device).repeat_interleave(sizes), False)
-        self.register_buffer("lengths", sizes, False)  # `sizes`, on the device
-        self.register_buffer("layer_size", torch.tensor(counts, device=like.device), False)  # of whole layers
+        self.register_buffer("lengths", sizes, False)  # `sizes` as a tensor
+        self.register_buffer("layer_size", torch.tensor(counts, device=like.device), False)  # over all processes
         self.register_buffer("latent", like.new_zeros(n), self.keeps_latent)  # W_t
         self.register_buffer("ghat", like.new_zeros(n), False)  # ĝ_t
         self.given = [False] * len(layers)  # which layers had a gradient in the last step, see collect()
-        self.register_buffer("new", torch.zeros_like(sizes, dtype=torch.bool), False)  # and a finite one, on the device
+        self.register_buffer("new", torch.zeros_like(sizes, dtype=torch.bool), False)  # which had a finite one
         self.gathered = None  # see gather()
 
     @property
@@ -419,12 +419,12 @@ class Generator(nn.Module):
         return [layer.weight for layer in self.layers]
 
     def collect(self) -> Tensor:
-        """Read ĝ_t and W_t. Returns whether each weight has a new gradient: bool [N], or [] if the answer is one.
+        """Read ĝ_t and W_t. Returns whether each weight has a new gradient: bool [N], or [] if it is equal for all.
 
-        The weights of a layer have none where `weight.grad` is None or the weight is frozen. No weight has one where
-        any element of ĝ_t, in any process, is not finite or so large that its square is not. `ghat` is 0 where there is
-        no gradient; with `keeps_latent`, `latent` keeps what it is for weights without a new one.
-        Raises RuntimeError where no layer has a gradient since the last generate().
+        The weights of a layer have none if `weight.grad` is None or the weight is frozen. No weight has one if the norm
+        of ĝ_t over all layers is not finite. `ghat` is 0 for weights without a gradient. With `keeps_latent`, `latent`
+        does not change for weights without a new one.
+        Raises RuntimeError if no layer got a gradient since the last generate().
         """
         self.follow()
         weights, self.gathered = self.weights, None
@@ -448,7 +448,7 @@ class Generator(nn.Module):
     def follow(self) -> None:
         """Move to the device and the data type of the weights.
 
-        Raises RuntimeError where they have several, or where the layers are not those that the generator was made for.
+        Raises RuntimeError if they have several, or if the layers are not those that the generator was made for.
         """
         places = [(w.device, w.dtype) for w in self.weights]
         if [w.shape for w in self.weights] != self.shapes:
@@ -461,11 +461,11 @@ class Generator(nn.Module):
             self.to(*places[0])
 
     def spread(self, values: Tensor) -> Tensor:
-        """values [layers] -> [N], each weight's layer's value."""
+        """values [layers] -> [N]: for each weight, the value of its layer."""
         return values.index_select(0, self.layer_of)
 
     def gradients(self) -> list[Tensor | None]:
-        """The `.grad` of each layer's weight; None where the layer had no gradient in the last step."""
+        """The `.grad` of each layer's weight; None if the layer had no gradient in the last step."""
         return [w.grad if given else None for w, given in zip(self.weights, self.given, strict=True)]
 
     def calibrate(self, pre: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -487,11 +487,11 @@ class Generator(nn.Module):
         return D, (t / self.spread(double)).add_(0.5) if pre else None
 
     def hand_back(self, G: Tensor) -> None:
-        """Set the `weight.grad` of each layer that had one to its part of G [N], which every process gets whole."""
+        """Set the `weight.grad` of each layer that had one to its part of G [N]. Every process gets all of G."""
         G = self.shard.all_gather(G)
         for w, part, given in zip(self.weights, self.layer_views(G), self.given, strict=True):
             if given:
-                w.grad, part.made_at = part, part._version  # a mark that is valid until something is written to it
+                w.grad, part.made_at = part, part._version  # a mark that is valid until the gradient is written to
 
     def layer_views(self, flat: Tensor) -> list[Tensor]:
         """The parts of a flat tensor of all weights, each with the shape of its layer's weight."""
@@ -535,9 +535,9 @@ class Generator(nn.Module):
         return ()
 
     def gather(self) -> None:
-        """Make the next state_dict() one of all N weights. All processes call it; one alone does not need it.
+        """Collect the state of all N weights for state_dict(). All processes call it; a single process need not.
 
-        It holds until the next generate(). In between any process may call state_dict(), which does not wait.
+        It is valid until the next generate(). Until then any process may call state_dict(), which does not wait.
         """
         buffers = [(name, axis) for name, axis in self.SHARDED.items() if name in self._buffers]
         self.gathered = {name: self.shard.all_gather(getattr(self, name), axis) for name, axis in buffers}
@@ -546,7 +546,7 @@ class Generator(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.shard.world_size > 1:
             if self.gathered is None:
-                raise RuntimeError("a shared gradient generator has a state_dict() once all processes called gather()")
+                raise RuntimeError("call gather() in all processes before state_dict() of a gradient generator")
             destination.update({prefix + name: whole for name, whole in self.gathered.items()})
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
@@ -571,7 +571,7 @@ class STE(Generator):
 
     @torch.no_grad()
     def generate(self) -> None:
-        """`weight.grad` ← D ⊙ ĝ for every layer with a gradient. A ĝ that is not finite stays as it is."""
+        """`weight.grad` ← D ⊙ ĝ for every layer with a gradient. If ĝ is not finite, nothing changes."""
         new = self.collect()
         D, _ = self.calibrate(pre=False)
         self.hand_back(torch.where(new, D.mul_(self.ghat), self.ghat))
@@ -586,18 +586,18 @@ class Seen(NamedTuple):
     history: Tensor  # [l, n] the HGS, oldest first
     layer_of: Tensor  # [n] the number of each weight's layer
     sizes: list[int]  # how many of the n weights each layer has
-    lengths: Tensor  # the same, on the device
+    lengths: Tensor  # `sizes` as a tensor
     history_rms: Tensor | None = None  # [layers] RMS of the layer's history, for FSG
     ghat_rms: Tensor | None = None  # [layers] RMS of the layer's ĝ_t, for FSG
-    slow: Tensor | None = None  # [n] the slow-net's outputs, where they are known
+    slow: Tensor | None = None  # [n] the slow-net's outputs, if they are known
 
 
 class Learned(Generator):
     """A generator with hypernetworks φ: the history (HGS) and the training of φ.
 
     A subclass has `gradient(seen)` -> G [n] with its graph to φ, and φ's learning rate `lr` (or `parameter_groups()`).
-    `gradient` depends on `seen` and on buffers only: a checkpoint suffices to build the last step's graph again.
-    length: l. Raises ValueError where it is below 1.
+    `gradient` depends on `seen` and on buffers only, so that the last step's graph can be built from a checkpoint.
+    length: l. Raises ValueError if it is below 1.
     """
 
     keeps_latent = True  # to build the last step's graph again
@@ -611,10 +611,10 @@ class Learned(Generator):
         # The history starts as zeros and is oldest first. steps [layers]: how many gradients each layer has stored.
         self.register_buffer("history", self.latent.new_zeros(length, len(self.latent)))
         self.register_buffer("steps", torch.zeros_like(self.layer_size))
-        self.last_G = self.sample = None  # G_{t−1} [n] with its graph to φ, and the weights that it is of; None: all
+        self.last_G = self.sample = None  # G_{t−1} [n] with its graph to φ; the sampled weights, None for all
 
     def start(self) -> None:
-        """Call it once φ is made: moves φ to the weights' device and makes φ's optimizer."""
+        """Move φ to the device of the weights and make φ's optimizer. Call it when all nets are made."""
         self.to(device=self.latent.device, dtype=self.latent.dtype)
         self.shard.broadcast(self.parameters())
         self.optimizer = torch.optim.Adam(self.parameter_groups(), fused=True)
@@ -627,11 +627,11 @@ class Learned(Generator):
     def generate(self) -> None:
         """Set every `weight.grad` from ĝ_t to G_t. The first gradient of a layer becomes D ⊙ ĝ, as under STE.
 
-        Call it once after one or several backward(). optimizer.step() may be skipped, as a GradScaler does if a weight
-        of another layer has a gradient that is not finite: ĝ_t counts all the same. A layer without a gradient is
-        left out: what is kept of it stays as it is. If any element of ĝ_t is not finite, all that is kept stays, φ
-        included, and ĝ_t stays in `weight.grad`. This does not make the host wait for the device.
-        Raises RuntimeError where no layer has had a gradient since the last call.
+        Call it once after one or several backward(). optimizer.step() may be skipped, as a GradScaler does if another
+        layer has a gradient that is not finite; the history still gets ĝ_t. The state of a layer without a gradient
+        does not change. If any element of ĝ_t is not finite, neither the state nor φ changes, and ĝ_t stays in
+        `weight.grad`. The host does not wait for the device.
+        Raises RuntimeError if no layer got a gradient since the last call.
         """
         if self.last_G is None:  # the first steps, or after load_state_dict(), copy.deepcopy() or pickle.load()
             self.rebuild()
@@ -651,7 +651,7 @@ class Learned(Generator):
         self.hand_back(torch.where(new, G, self.ghat))
 
     def learned(self) -> Tensor:
-        """[layers] bool: the layers whose G_{t−1} was made by φ, and led to where ĝ_t was measured."""
+        """[layers] bool: the layers that have a new gradient and whose G_{t−1} was made by φ."""
         return self.new & (self.steps > 1)
 
     def rebuild(self) -> None:
@@ -663,23 +663,23 @@ class Learned(Generator):
         """One Adam step on φ. v [N] is the loss's gradient with respect to G_{t−1}, up to a positive factor.
 
         generate() normalises it to ‖v‖ = 1: Adam divides out its scale, but Adam's eps does not.
-        wanted [] bool: without it, φ and the state of Adam stay as they are.
+        wanted [] bool: if it is false, φ and the state of Adam do not change.
         """
         self.optimizer.zero_grad()
         self.last_G.backward(v if self.sample is None else v[self.sample.at] * self.sample.stands_for)
         self.last_G = None
         self.shard.all_reduce_grads(self.parameters())
-        self.optimizer.found_inf = (~wanted).float()  # torch's own switch for a step, as torch.amp.GradScaler uses it
+        self.optimizer.found_inf = (~wanted).float()  # as torch.amp.GradScaler does to skip a step
         self.optimizer.step()
 
     def push(self, new: Tensor) -> None:
-        """Store ĝ_t in the history, in place of the oldest gradient, of the weights for which `new` [N] is true."""
+        """Store ĝ_t in the history and drop the oldest gradient, for the weights for which `new` [N] is true."""
         pushed = torch.cat([self.history[1:], self.ghat.unsqueeze(0)])
         self.history = torch.where(new, pushed, self.history)
         self.steps = self.steps + self.new
 
     def make(self, D: Tensor, pre: Tensor) -> Tensor:
-        """G_t [N]. The graph that made it is kept in `self.last_G`."""
+        """G_t [N]. `self.last_G` keeps its graph."""
         with torch.enable_grad():
             self.last_G = self.gradient(self.seen(D, pre))
         return self.last_G.detach()
@@ -722,18 +722,19 @@ class FSG(Learned):
     normalize: 'layer-rms' divides the history by its RMS in the layer and multiplies the slow-net's output by it, so
         that `slow` scales as the gradient does. 'none' does not.
     balance: 'none' is the formula as written. 'layer-rms' scales `fast` and `slow` to the RMS of ĝ_t in each layer. It
-        uses |MLP(W̃)|, so that the fast term keeps the sign of ĝ_t, and s·SlowNet(LRE, s·history) with s = sign ĝ_t of
-        each weight: otherwise the slow-net could push all weights of a layer the same way. Under dorefa the balanced
-        fast term with `fast_act` 'none' or 'relu' does not depend on φ, because W̃ >= 0; its MLP is not trained.
+        uses |MLP(W̃)|, so that the fast term keeps the sign of ĝ_t. It uses s·SlowNet(LRE, s·history) with s = sign ĝ_t
+        of each weight, because the slow-net could otherwise move all weights of a layer in one direction. Under dorefa,
+        the balanced fast term with `fast_act` 'none' or 'relu' does not depend on φ, because W̃ >= 0; its MLP is not
+        trained.
     lre: whether there is a layer recognition embedding; `self.lre` is an nn.Embedding(layers, 1) or None. It starts at
-        0, and without the balance as nn.Embedding does.
+        0, or with balance 'none' at nn.Embedding's random values.
     hidden: width of the fast-net and of the LSTM. fast_act: see fast_net. d_state, d_conv, expand, scan: see SlowMamba.
     lr_fast, lr_slow: Adam's learning rates for φ: the fast-net's; the slow-net's and the LRE's.
-    hyper_sample: the share of the weights that φ is trained on, drawn anew in each step. None is 1/8, and 1 (all) for
-        the flat history, which cannot be sampled. φ's gradient is a sum over all weights, which a sample estimates in
-        less time. Every weight gets its G.
+    hyper_sample: the fraction of the weights that φ is trained on, a new sample in each step. None is 1/8, or 1 for the
+        flat history, which cannot be sampled. φ's gradient is a sum over all weights, which a sample estimates in less
+        time. Every weight gets its G.
 
-    Attributes: fast, slow, lre, history [length, N]. Raises ValueError for an impossible argument.
+    Attributes: fast, slow, lre, history [length, N]. Raises ValueError for an argument with a wrong value.
     Memory: (3·length + 16) N elements and a chunk of the slow-net; with the fused flat scan up to 256 MB more.
     """
 
@@ -771,7 +772,7 @@ class FSG(Learned):
         if hyper_sample is None:
             hyper_sample = 1.0 if flat else 0.125
         for wrong, what in (
-            (not 0 <= beta <= 1, f"beta is the share of the slow gradient and must lie in [0, 1]; it is {beta}"),
+            (not 0 <= beta <= 1, f"beta is the weight of the slow gradient and must lie in [0, 1]; it is {beta}"),
             (not 0 < hyper_sample <= 1, f"hyper_sample must be above 0 and at most 1; it is {hyper_sample}"),
             (flat and hgs == "lstm", f"an LSTM cannot run over {sequence}, or --hgs mamba"),
             (flat and hyper_sample < 1, f"a sample of weights cannot be taken from {sequence}, or --hyper-sample 1"),
@@ -798,7 +799,7 @@ class FSG(Learned):
         self.start()
         if selective_scan is None and self.latent.dtype == torch.float32 and self.backend() == "reference" != scan:
             files = "selective_scan.py, selective_scan_cpu.cpp and selective_scan_triton.py"
-            warnings.warn(f"copy {files} beside hypernet.py: without them Mamba is 30 to 60 times slower", stacklevel=2)
+            warnings.warn(f"copy {files} beside hypernet.py: without them Mamba is many times slower", stacklevel=2)
 
     def parameter_groups(self) -> list[dict]:
         slow = [*self.slow.parameters(), *(() if self.lre is None else self.lre.parameters())]
@@ -857,7 +858,7 @@ class FSG(Learned):
         self.sample, every = self.sampler.draw(self.sample_seed + self.t, D.device), self.seen(D, pre)
         with torch.no_grad():
             every = every._replace(slow=self.slow_output(every))
-        with torch.enable_grad():  # the same outputs, with their graph
+        with torch.enable_grad():  # these outputs again, with their graph
             some = self.sample.of(every)
             self.last_G = self.gradient(some._replace(slow=self.slow_output(some, known=some.slow)))
         with torch.no_grad():
@@ -874,7 +875,7 @@ class FSG(Learned):
         return self.backend_and_why().split(" (")[0]
 
     def backend_and_why(self) -> str:
-        """`backend()`, with the reason where `scan='auto'` could not take the fused scan."""
+        """`backend()`, with the reason if `scan='auto'` could not take the fused scan."""
         if isinstance(self.slow, SlowLSTM):
             return "nn.LSTM"
         tokens = None if self.layout == "flat" else self.length + (self.lre is not None)
@@ -885,7 +886,7 @@ class FSG(Learned):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What stands apart from the equations: sums per layer, balancing, sampling, several processes, memory.
+# Besides the equations: sums per layer, balancing, sampling, several processes, memory.
 
 
 def per_layer(x: Tensor, sizes: list[int], lengths: Tensor, reduce: str = "sum") -> Tensor:
@@ -956,7 +957,7 @@ class Sample(NamedTuple):
     stands_for: Tensor  # [n] how many weights each of them stands for
     layer_of: Tensor  # [n] the number of each weight's layer
     sizes: list[int]  # how many of the n weights each layer has
-    lengths: Tensor  # the same, on the device
+    lengths: Tensor  # `sizes` as a tensor
 
     def of(self, seen: Seen) -> Seen:
         """The sampled weights of `seen`."""
@@ -968,7 +969,8 @@ class Sample(NamedTuple):
 class Sampler:
     """Draws stratified samples: each layer is cut into equal intervals, and one weight of each interval is drawn.
 
-    shard: the weights of this process. share: of the weights, in each sample; at least one weight of each layer.
+    shard: the weights of this process. share: the fraction of the weights in a sample, which has at least one weight of
+        each layer.
     """
 
     def __init__(self, shard: "Shard", share: float):
@@ -981,7 +983,7 @@ class Sampler:
         self.most, self.of_layer, self.shard = ends[of_layer] - 1, of_layer, shard
 
     def draw(self, seed: int, device: torch.device) -> Sample:
-        """The sample of that seed. It is drawn on the CPU, so that it is the same on a GPU, and its sizes are known."""
+        """The sample of a seed. It is drawn on the CPU: it does not depend on the device, and its sizes are known."""
         random = torch.rand(len(self.width), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         at = (self.begin + random * self.width).clamp_max(self.most).long()
         mine = slice(*torch.searchsorted(at, torch.tensor([self.shard.begin, self.shard.end])).tolist())
@@ -992,10 +994,10 @@ class Sampler:
 
 
 class Shard:
-    """A process's part of all weights: the slice [begin, end) of them, laid end to end. One process has all.
+    """A process's part of all weights: the slice [begin, end) of all layers' weights in order. One process has all.
 
     counts: the number of weights in each layer. sizes: how many of them this process has.
-    whole_layers: no layer is divided between processes. Raises ValueError where a process would get no weight.
+    whole_layers: no layer is divided between processes. Raises ValueError if a process would get no weight.
     """
 
     def __init__(self, counts: list[int], sharded: bool, whole_layers: bool):
@@ -1011,7 +1013,7 @@ class Shard:
                 f"{len(counts)} layers of {self.count} weights cannot be divided between {self.world_size} processes: "
                 "use fewer of them" + (", or --history per-weight" if whole_layers else "")
             )
-        self.rank_counts = [b - a for a, b in itertools.pairwise(cuts)]  # of each process
+        self.rank_counts = [b - a for a, b in itertools.pairwise(cuts)]  # weights of each process
         self.begin, self.end = cuts[rank], cuts[rank + 1]
         self.sizes = [max(0, min(b, self.end) - max(a, self.begin)) for a, b in itertools.pairwise(ends)]
 

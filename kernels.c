@@ -1,17 +1,18 @@
 /* The functions that a network's C file is made of: convolutions of bits and of floats, binary activations, pooling.
 
    export_c.py copies this text into every C file that it writes, with the network's name in place of "bnn", so several
-   networks can be parts of one program. It is C99. On x86-64 (gcc and clang) what takes time exists three times, for
-   AVX-512 with VPOPCNTDQ, for AVX2 and in plain C, and bnn_unit says which is called. 64-bit ARM uses NEON, all other
-   machines plain C. Every unit computes the same bits.
+   networks can be parts of one program. It is C99. On x86-64 (gcc, clang) the main functions have three versions, for
+   AVX-512 with VPOPCNTDQ, for AVX2 and in plain C, and bnn_unit selects one. 64-bit ARM uses NEON, all other machines
+   plain C. All versions give equal bits.
 
    Bits       [height][width][bytes]: channel c of a pixel is bit c % 8 of byte c / 8. Bits past the last channel are 0.
    Floats     [height][width][channels].
-   Weights    [block of 16 filters][ky][kx ...][16 filters]. A vector register holds 16 filters, and what belongs to a
-              pixel is broadcast to all of them, so no sum runs across a register.
+   Weights    [block of 16 filters][ky][kx ...][16 filters]. A vector register contains 16 filters, and the values of a
+              pixel are broadcast to all of them, so no sum runs across a register.
 
-   The bits of the pixels under one row of a kernel are contiguous. They are read as words of 32 bits, the last one only
-   in part. The weights of a convolution of bits are [block][ky][word][plane][16]. What a bit means depends on the mode:
+   The bits of the pixels under one row of a kernel are contiguous. They are read as words of 32 bits, of which the last
+   one is used in part. The weights of a convolution of bits are [block][ky][word][plane][16]. The mode says what a bit
+   means:
 
        XNOR     activation 1: +1, 0: -1     weight 1: +1, 0: -1
        AND      activation 1: +1, 0:  0     weight 1: +1, 0: -1
@@ -23,7 +24,7 @@
        AND      sum = 2 popcount(a & w) - popcount(a)
        MASKED   sum = popcount(m) - 2 popcount((a ^ w) & m)
 
-   Padding is neither +1 nor -1: taps outside the image are left out, so n depends on the pixel. */
+   Padding is neither +1 nor -1. Taps outside the image are left out, so n depends on the pixel. */
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -64,8 +65,8 @@
 
 enum { BNN_PLAIN, BNN_WITH_AVX2, BNN_WITH_AVX512 };
 
-/* The kinds of convolutions: the modes of bits (see above), and what the weights of the others are. Only those in
-   BNN_KINDS are compiled. */
+/* The kinds of convolutions: three modes of bits (see above), and three kinds of weights for activations that are
+   floats. Only the kinds in BNN_KINDS are compiled. */
 enum { BNN_XNOR, BNN_AND, BNN_MASKED, BNN_FLOAT, BNN_SIGN, BNN_SIGN_OR_0 };
 #ifndef BNN_KINDS
 #define BNN_KINDS 63
@@ -84,9 +85,9 @@ BNN_FUNCTION int bnn_best_unit(void) {
     return BNN_PLAIN;
 }
 
-static int bnn_unit = -1; /* the unit in use. -1: bnn_best_unit() has not been asked yet */
+static int bnn_unit = -1; /* the unit in use. -1: not yet set by bnn_best_unit() */
 
-/* From the inline function name_on(unit, ...), make a function for each unit, and one that calls that of bnn_unit. */
+/* Make a function for each unit from the inline function name_on(unit, ...), and one that calls the one of bnn_unit. */
 #ifdef BNN_X86
 #define BNN_FOR_EACH_UNIT(name, parameters, ...)                                                     \
     BNN_FUNCTION BNN_AVX512 void name##_avx512 parameters { name##_on(BNN_WITH_AVX512, __VA_ARGS__); } \
@@ -104,10 +105,10 @@ static int bnn_unit = -1; /* the unit in use. -1: bnn_best_unit() has not been a
     BNN_FUNCTION void name parameters { name##_on(BNN_PLAIN, __VA_ARGS__); }
 #endif
 
-/* a * b + c, rounded once, as PyTorch's convolutions and BatchNorms compute it on most machines. One rounding is needed
-   where a result is compared with a threshold, because its last digit can change the bit. Elsewhere, and where the
-   machine has no such instruction, two do (BNN_ONE_ROUNDING is 0). gcc defines __FP_FAST_FMAF even where the C library
-   does not define FP_FAST_FMAF. */
+/* a * b + c, rounded once, as PyTorch's convolutions and BatchNorms compute it on most machines. If the network has
+   binary activations, one rounding is needed, because the last digit of a result can change a bit. Otherwise
+   (BNN_ONE_ROUNDING is 0) a machine without such an instruction may round twice. gcc defines __FP_FAST_FMAF even if
+   the C library does not define FP_FAST_FMAF. */
 #ifndef BNN_ONE_ROUNDING
 #define BNN_ONE_ROUNDING 1
 #endif
@@ -155,7 +156,7 @@ BNN_FUNCTION void bnn_inner(const bnn_Conv *s, int size, int *from, int *to) {
     *to = size + s->padding >= s->kernel ? (size + s->padding - s->kernel) / s->stride + 1 : 0;
 }
 
-/* Before the first region of rows [y0, y1) of the output. */
+/* The state before the first region of rows [y0, y1) of the output, for bnn_next. */
 BNN_FUNCTION bnn_Region bnn_before(const bnn_Conv *s, int y0, int y1) {
     bnn_Region g;
     memset(&g, 0, sizeof g);
@@ -165,7 +166,7 @@ BNN_FUNCTION bnn_Region bnn_before(const bnn_Conv *s, int y0, int y1) {
     return g;
 }
 
-/* Go on to the next region. Returns 0 behind the last one. */
+/* Go on to the next region. Returns 0 after the last one. */
 BNN_FUNCTION int bnn_next(const bnn_Conv *s, bnn_Region *g) {
     g->x += g->pixels;
     if (g->x >= g->end_x) {
@@ -184,19 +185,19 @@ BNN_FUNCTION int bnn_next(const bnn_Conv *s, bnn_Region *g) {
 /* ----------------------------------------------------------------------------------------------------------------- */
 /* Convolutions of bits. */
 
-/* A region, as the units' kernels take it. Distances of x are in bytes, those of w in words of 32 bits. */
+/* A region, in the form for the units' kernels. Distances of x are in bytes, those of w in words of 32 bits. */
 typedef struct {
     const uint8_t *x;  /* the first word inside the image, of the first pixel */
     const uint32_t *w; /* its weights in the first block */
     ptrdiff_t x_row, w_row, w_block;   /* between rows of taps, and between blocks */
     ptrdiff_t x_pixel, x_line;         /* between pixels, and between lines of pixels */
-    ptrdiff_t out_pixel, out_line;     /* the same in the output, in pixels */
+    ptrdiff_t out_pixel, out_line;     /* likewise in the output, in pixels */
     int pixels, lines;
     int rows, words, mode; /* rows of taps inside the image, and words in each */
-    int masked;            /* whether some words count only in part: */
-    uint32_t first, last;  /* the bits that count in the first and in the last word of a row */
-    int32_t base;          /* XNOR: what is the same for all filters */
-    const int32_t *bases;  /* AND: the same for each pixel of a line */
+    int masked;            /* whether some words are used only in part: */
+    uint32_t first, last;  /* the used bits of the first and of the last word of a row */
+    int32_t base;          /* XNOR: the term of the sum that is equal for all filters */
+    const int32_t *bases;  /* AND: this term for each pixel of a line */
     int filters;
     float *sums;           /* [pixels][filters], or NULL: */
     uint8_t *bits;         /* [pixels][bits_pixel] */
@@ -205,12 +206,12 @@ typedef struct {
     int bits_pixel;
 } bnn_Bits;
 
-/* Four bytes from any address. Compilers make one instruction of it where the machine has one. */
+/* Four bytes from any address. Compilers make one instruction of it if the machine has one. */
 BNN_INLINE uint32_t bnn_load32(const uint8_t *p) {
     return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
 }
 
-/* The bits of word i that count. */
+/* The used bits of word i. */
 BNN_INLINE uint32_t bnn_mask(const bnn_Bits *r, int i) {
     return (i == 0 ? r->first : ~(uint32_t)0) & (i == r->words - 1 ? r->last : ~(uint32_t)0);
 }
@@ -224,7 +225,7 @@ BNN_INLINE uint32_t bnn_bytes(uint32_t nibbles) { return (nibbles & 0x0f0f0f0fu)
 
 BNN_INLINE int32_t bnn_popcount(uint32_t v) { return (int32_t)(bnn_bytes(bnn_nibbles(v)) * 0x01010101u >> 24); }
 
-/* The number of bits that count among the activations of a pixel. */
+/* The number of used bits that are 1 among the activations of a pixel. */
 BNN_INLINE int32_t bnn_ones(const bnn_Bits *r, const uint8_t *x) {
     int32_t n = 0;
     for (int row = 0; row < r->rows; row++)
@@ -248,8 +249,8 @@ BNN_INLINE void bnn_write(const bnn_Bits *r, int block, ptrdiff_t pixel, const i
     }
 }
 
-/* Plain C. A full adder reduces three words to two. The popcounts of 16 filters are collected in bytes: the 24 bits in
-   the same byte of three words can be added ten times. */
+/* Plain C. A full adder reduces three words to two. The popcounts of 16 filters are collected in bytes: one byte of
+   three words has 24 bits, which can be added ten times. */
 BNN_INLINE void bnn_tile_plain(const int mode, const bnn_Bits *r, int block, const uint8_t *x0, ptrdiff_t out) {
     int32_t sum[16];
     const int32_t base = mode == BNN_AND ? -bnn_ones(r, x0) : r->base, sign = mode == BNN_AND ? 2 : -2;
@@ -304,8 +305,8 @@ BNN_FUNCTION void bnn_bits_plain(const bnn_Bits *r, int block, int blocks) {
 }
 
 #ifdef BNN_X86
-/* In mode BNN_XNOR, low <= base - 2 count <= low + range is a condition for the count alone, from <= count <= to. Where
-   bits are wanted, counting starts at -from, and the bit is 1 if the end is at most to - from, as unsigned numbers. */
+/* In mode BNN_XNOR, low <= base - 2 count <= low + range is a condition for the count alone, from <= count <= to. For
+   bits, counting starts at -from, and the bit is 1 if the result is at most to - from, as unsigned numbers. */
 typedef struct {
     __m512i start, most;
 } bnn_Limits_avx512;
@@ -363,7 +364,7 @@ BNN_INLINE BNN_AVX512 __m512i bnn_count_avx512(const int mode, const int masked,
     return _mm512_popcnt_epi32(masked ? _mm512_and_si512(v, mask) : v);
 }
 
-enum { BNN_AHEAD = 16 }; /* words that are fetched into the cache before they are needed */
+enum { BNN_AHEAD = 16 }; /* how many words ahead the prefetch into the cache is */
 
 /* B blocks of filters by P pixels, all of whose counts are kept in registers. The pixels are neighbours in a line or,
    if square, 2 x 2. masked: r->masked. */
@@ -448,7 +449,7 @@ BNN_INLINE BNN_AVX512 void bnn_blocks_avx512(
         for (int p = 0; p < rest; p += 4) bnn_tile_avx512(mode, masked, B, 4, 0, r, block, line, p, limits);
     line = 0;
     if (r->pixels & 2) {
-        if (mode != BNN_AND) /* whose lines come one by one */
+        if (mode != BNN_AND) /* in mode AND, a region has one line */
             for (; line + 2 <= r->lines; line += 2)
                 bnn_tile_avx512(mode, masked, B, 4, 1, r, block, line, rest, limits);
         for (; line < r->lines; line++) bnn_tile_avx512(mode, masked, B, 2, 0, r, block, line, rest, limits);
@@ -704,9 +705,9 @@ BNN_FUNCTION void bnn_bits_neon(const bnn_Bits *r, int block, int blocks) {
 }
 #endif
 
-/* Rows [y0, y1) of a convolution of bits: sums [y1 - y0][width][filters] or, where sums is NULL, the bits of the binary
+/* Rows [y0, y1) of a convolution of bits: sums [y1 - y0][width][filters] or, if sums is NULL, the bits of the binary
    activation that follows, [y1 - y0][width][bytes]. low, range: see bnn_Bits.
-   Four bytes before and after x must be readable, because a word that counts only in part is read whole. */
+   Four bytes before and after x must be readable, because whole words are read. */
 BNN_FUNCTION void bnn_binary_conv(const bnn_Conv *s, const uint8_t *x, const uint32_t *w, int y0, int y1, float *sums,
                                   uint8_t *bits, const int32_t *low, const uint32_t *range) {
     const int pixel = (s->channels + 7) / 8, blocks = (s->filters + 15) / 16, width = bnn_output_size(s, s->width);
@@ -718,8 +719,8 @@ BNN_FUNCTION void bnn_binary_conv(const bnn_Conv *s, const uint8_t *x, const uin
     r.x_pixel = (ptrdiff_t)s->stride * pixel, r.x_line = s->stride * r.x_row, r.out_pixel = 1, r.out_line = width;
     r.mode = s->mode, r.filters = s->filters, r.bits_pixel = (s->filters + 7) / 8;
     r.low = low, r.range = range, r.bases = NULL;
-    /* Blocks are outermost, so that their weights stay in the cache. The region inside comes first: its tiles compute
-       longest with each weight, which gives time to fetch the next ones. */
+    /* Blocks are the outermost loop, so that their weights stay in the cache. The region inside comes first: its tiles
+       compute longest with each weight, which gives time to fetch the next weights. */
     for (int i = 0; i < (blocks + 3) / 4 * 2; i++) {
         const int block = i / 2 * 4, is_inside = i % 2 == 0;
         bnn_Region g = bnn_before(s, y0, y1);
@@ -764,7 +765,7 @@ BNN_FUNCTION void bnn_binary_conv(const bnn_Conv *s, const uint8_t *x, const uin
 /* Convolutions of floats. The weights of a tap and channel are 16 floats or, if they are binary, 16 bits. Products are
    added tap by tap and, in each tap, channel by channel, which is PyTorch's order. */
 
-/* A line of a region, as the units' kernels take it. Distances of x are in floats, those of weights in groups of 16. */
+/* A line of a region, in the form for the units' kernels. Distances of x are in floats, of weights in groups of 16. */
 typedef struct {
     const float *x;           /* the first tap inside the image, of the first pixel */
     ptrdiff_t x_row, x_pixel; /* between rows of taps, and between pixels */
@@ -1083,7 +1084,7 @@ BNN_FUNCTION void bnn_pack(const float *x, int pixels, int channels, uint8_t *bi
         bnn_pack_plain(x, pixels, channels, bits);
 }
 
-/* A row of a pooling. x holds the rows [y0, y1) of the input, [y1 - y0][width][channels]. */
+/* A row of a pooling. x is the rows [y0, y1) of the input, [y1 - y0][width][channels]. */
 typedef struct {
     int width, channels, out_width;
     int kernel, stride, padding; /* kernel 0: adaptive, output i of n is made of inputs i W / n to (i + 1) W / n */
@@ -1148,7 +1149,7 @@ BNN_INLINE void bnn_average_on(const int unit, const bnn_Pool *s, const float *x
 BNN_FOR_EACH_UNIT(bnn_maximum, (const bnn_Pool *s, const float *x, int rows, float *out), s, x, rows, out)
 BNN_FOR_EACH_UNIT(bnn_average, (const bnn_Pool *s, const float *x, int rows, float *out), s, x, rows, out)
 
-/* Rows [y0, y1) of an image [channels][height][width] of floats or, where floats is NULL, of bytes: out = factor x +
+/* Rows [y0, y1) of an image [channels][height][width] of floats or, if floats is NULL, of bytes: out = factor x +
    shift, [y1 - y0][width][channels]. */
 BNN_FUNCTION void bnn_normalise(const float *floats, const uint8_t *bytes, int channels, int height, int width,
                                 const float *factor, const float *shift, int y0, int y1, float *out) {

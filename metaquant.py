@@ -1,12 +1,15 @@
-"""MetaQuant's gradient generators (NeurIPS 2019, https://arxiv.org/abs/1910.05898): FCGrad, MultiFC and LSTMFC.
+"""MetaQuant's gradient generators: FCGrad, MultiFC and LSTMFC.
 
-Copy this file with hypernet.py. They are used as FSG is, and their φ is trained as FSG's is:
+Paper: MetaQuant: Learning to Quantize by Learning to Penetrate Non-differentiable Quantization (NeurIPS 2019),
+https://papers.nips.cc/paper_files/paper/2019/hash/f8e59f4b2fe7c5705bf878bbd494ccdf-Abstract.html
+
+Copy this file with hypernet.py. The generators have the interface of FSG, and their φ is trained as FSG's:
 
     generator = MultiFC(layers)                       # binarize.binary_layers(model)
     …backward(); generator.generate(); optimizer.step()
 
-These are the simple form: G_t is made of the gradient ĝ_t that was measured at the present weights, and φ starts so
-that G is the straight-through gradient. MetaQuant's released code (https://github.com/csyhhu/MetaQuant) differs: see
+These classes are a simple form: G_t is made of the gradient ĝ_t that was measured at the present weights, and φ starts
+so that G is the straight-through gradient. MetaQuant's released code (https://github.com/csyhhu/MetaQuant) differs, see
 LookAhead. ReleasedFCGrad, ReleasedMultiFC and ReleasedLSTMFC repeat it step by step:
 
     generator = ReleasedMultiFC(layers)
@@ -15,7 +18,7 @@ LookAhead. ReleasedFCGrad, ReleasedMultiFC and ReleasedLSTMFC repeat it step by 
         generator.look_ahead(lr)                                     # moves the weights
         F.cross_entropy(model(images), labels).backward()
         generator.generate()                                         # moves them back; w.grad = G
-        if generator.t > 1: optimizer.step()                         # the first step updates nothing
+        if generator.t > 1: optimizer.step()                         # no update in the first step
         optimizer.zero_grad()
 """
 
@@ -29,7 +32,7 @@ from hypernet import FastNet, Generator, Learned, Seen, elements_at_once, fast_n
 
 
 class FCGrad(Learned):
-    """G = D ⊙ FC(ĝ), the network 1 → hidden → 1, which starts as the identity.
+    """G = D ⊙ FC(ĝ). FC is an MLP 1 → hidden → 1 and starts as the identity.
 
     hidden, act: see FastNet. lr: Adam's learning rate for φ.
     """
@@ -49,7 +52,7 @@ class FCGrad(Learned):
 
 
 class MultiFC(Learned):
-    """G = D ⊙ ĝ ⊙ MLP(W̃), the MLP 1 → hidden → hidden → 1. It starts as STE.
+    """G = D ⊙ ĝ ⊙ MLP(W̃). The MLP is 1 → hidden → hidden → 1 and starts at 1, as STE.
 
     hidden, act: see hypernet.fast_net. lr: Adam's learning rate for φ.
     """
@@ -68,7 +71,7 @@ class MultiFC(Learned):
 
 
 class LSTMFC(Learned):
-    """G = D ⊙ ĝ ⊙ FC(LSTM(W̃)). Every weight carries its own LSTM state from step to step. It starts about as STE.
+    """G = D ⊙ ĝ ⊙ FC(LSTM(W̃)). Every weight has its own LSTM state, which is kept from step to step. Starts near STE.
 
     hidden: size of the state. lr: Adam's learning rate for φ. Memory: up to three copies of 2·hidden·N elements.
     """
@@ -77,7 +80,7 @@ class LSTMFC(Learned):
         super().__init__(layers)
         self.lr, self.hidden = lr, hidden
         self.make_nets(hidden)
-        # The state before the last step. The state after it is `next_state`; it can be computed again from this one.
+        # The state before the last step. `next_state`, the state after it, can be computed again from this one.
         self.register_buffer("state", self.latent.new_zeros(2, len(self.latent), hidden))
         self.next_state = None
         self.start()
@@ -88,7 +91,7 @@ class LSTMFC(Learned):
         nn.init.ones_(self.out.bias)
 
     def push(self, new: Tensor) -> None:
-        if self.next_state is not None:  # of a layer's first step there is none
+        if self.next_state is not None:  # None until the first G is made
             self.state = torch.where(self.spread(self.learned()).unsqueeze(1), self.next_state, self.state)
         super().push(new)
 
@@ -109,7 +112,7 @@ class LSTMFC(Learned):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# As released. FSG's released code (fsg_released.py) grew out of MetaQuant's and shares what follows.
+# As released. FSG's released code (fsg_released.py) has this training step too.
 
 
 class LookAhead(Learned):
@@ -123,20 +126,20 @@ class LookAhead(Learned):
         the optimizer receives       G_t
 
     R_{t−1}, the refined gradient, is the direction in which the optimizer moved the weights one step before:
-    W_t = W_{t−1} − lr·R_{t−1}. In step 2 it is ∂Ŵ/∂W ⊙ ĝ_1. The biases of the binary layers look ahead as well, along
-    their own refined gradient, in step 2 along the gradient itself. Other parameters do not.
-    Step 1 is at the weights as they are. Nothing may be updated after it: call optimizer.step() only where t > 1.
-    φ starts at random, as torch.nn starts it.
-    If any element of ĝ_t is not finite, generate() moves the weights back and changes nothing else. To know it, the
-    host waits for the device.
+    W_t = W_{t−1} − lr·R_{t−1}. In step 2 it is ∂Ŵ/∂W ⊙ ĝ_1. The biases of the binary layers look ahead along their
+    refined gradient, and in step 2 along their gradient. Other parameters do not look ahead.
+    Step 1 has no look-ahead and no update: call optimizer.step() only if t > 1.
+    φ has the random initialisation of torch.nn.
+    If any element of ĝ_t is not finite, generate() moves the weights back and changes nothing else. The host waits for
+    the device to find this out.
 
     Attributes: t, the number of generate() calls with a finite ĝ. Memory: about 5 N elements more than the simple form.
     """
 
     SHARDED: ClassVar = Generator.SHARDED | {"before": 0}
     ATTRIBUTES = (*Learned.ATTRIBUTES, "step_size")
-    displaced = None  # the persistent weights and biases, while the model stands at the look-ahead weights
-    undo = ()  # latent, before, bias_before and step_size, as they were before look_ahead()
+    displaced = None  # the weights and biases to restore, between look_ahead() and generate()
+    undo = ()  # latent, before, bias_before and step_size before look_ahead()
 
     def __init__(self, layers: list[nn.Module], *arguments, **options):
         super().__init__(layers, *arguments, **options)
@@ -159,8 +162,8 @@ class LookAhead(Learned):
     def look_ahead(self, lr: float) -> None:
         """Before the forward pass: make G_t and move the weights to the look-ahead weights.
 
-        Does nothing before the first generate().
-        Raises RuntimeError where it is called twice without generate().
+        It has no effect before the first generate().
+        Raises RuntimeError if it is called twice without generate().
         """
         if self.displaced is not None:
             raise RuntimeError("look_ahead() was called twice: call it once before each forward pass")
@@ -168,7 +171,7 @@ class LookAhead(Learned):
         if self.t == 0:
             return
         self.gathered, self.undo = None, (self.latent, self.before, self.bias_before, self.step_size)
-        _, pre = self.calibrate()  # of the weights where ĝ_{t−1} was measured
+        _, pre = self.calibrate()  # W̃_{t−1}, at the weights where ĝ_{t−1} was measured
         self.latent = self.flatten(self.weights)
         D, _ = self.calibrate()
         self.make(D, pre)
@@ -201,10 +204,10 @@ class LookAhead(Learned):
     def generate(self) -> None:
         """Train φ through the look-ahead, move the weights back, and set every `weight.grad` to G_t.
 
-        The first call gives D ⊙ ĝ. Raises RuntimeError where look_ahead() was not called before the forward pass.
+        The first call gives D ⊙ ĝ. Raises RuntimeError if look_ahead() was not called before the forward pass.
         """
         if self.t and self.displaced is None:
-            raise RuntimeError("a released generator wants look_ahead(lr) before every forward pass")
+            raise RuntimeError("a released generator needs a call of look_ahead(lr) before every forward pass")
         new = self.collect()  # ĝ, and the look-ahead weights where it was measured
         finite = bool(self.new.any())
         if self.displaced is None:
@@ -233,7 +236,7 @@ class LookAhead(Learned):
     def derivative(self) -> Tensor:
         """∂Ŵ/∂W straight through the sign, at the weights where ĝ was measured: [n].
 
-        It is D, except for bwn-l: there it is mean|W| where |W| ≤ 1, else 0. (Their update has D = 1 all the same.)
+        It is D, except for bwn-l: there it is mean|W| where |W| ≤ 1, else 0. (In the authors' update, D is still 1.)
         """
         if self.kind != "bwn-l":
             return self.calibrate()[0]
@@ -242,7 +245,7 @@ class LookAhead(Learned):
         return self.spread(mean) * (size <= 1)
 
     def measure(self, lr: float) -> dict[str, float]:
-        """Empty: ĝ is measured elsewhere than where the weights are."""
+        """Empty, because ĝ is measured at other weights than those of the network."""
         return {}
 
     def rebuild(self) -> None:
@@ -251,7 +254,8 @@ class LookAhead(Learned):
     def must_stand_back(self) -> None:
         if self.displaced is not None:
             raise RuntimeError(
-                "a released generator can be copied, moved, saved and loaded before look_ahead() or after generate()"
+                "the weights are displaced: copy, move, save or load a released generator before look_ahead() or after "
+                "generate()"
             )
 
     def _apply(self, fn, recurse=True):
@@ -297,7 +301,7 @@ class AuthorsAdam(torch.optim.Optimizer):
 
         p ← p − lr·√(1 − β₂ᵗ)/(1 − β₁ᵗ)·m / (√v + ε)
 
-    torch.optim.Adam adds ε to √v after its bias correction: here ε counts up to 30 times as much in the first steps.
+    torch.optim.Adam adds ε to √v after its bias correction. Here ε has up to 30 times the effect in the first steps.
     params, lr, betas, eps, weight_decay (added to the gradient): as in torch.optim.Adam.
     """
 

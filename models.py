@@ -1,8 +1,8 @@
-"""The networks of the papers, and the public names of binarize.py, such as `binarize_` for your own networks.
+"""The networks of the papers. The public names of binarize.py, such as `binarize_`, can be imported from here too.
 
     model = build("resnet20", num_classes=10)  # a CIFAR ResNet with binary weights
 
-`python models.py resnet20` prints the layers of a network: weights, memory, operations, and what is binary.
+`python models.py resnet20` prints the layers of a network: weights, memory, operations, and whether they are binary.
 
 Copy with: binarize.py, quantizers.py.
 """
@@ -64,7 +64,7 @@ def pooled_projection(c_in: int, c_out: int, stride: int) -> nn.Module:
 
 
 class ZeroPadded(nn.Module):
-    """A shortcut without parameters: every `stride`-th pixel, and channels of zeros, one half before, one half behind.
+    """A shortcut without parameters: every `stride`-th pixel, with channels of zeros before and after the input's.
 
     x [B, C_in, H, W] -> [B, C_out, H/stride, W/stride]. He et al., CVPR 2016, option A, https://arxiv.org/abs/1512.03385
     """
@@ -125,9 +125,9 @@ class BiRealBlock(nn.Module):
         y = bn1(conv1(x)) + shortcut(x)
         output = bn2(conv2(y)) + y
 
-    The shortcuts carry full-precision values past the binary activations. With a nonlinearity, it stands between the
-    convolution and its BatchNorm, and each convolution has its own. Bi-Real Net has none besides the sign, whose
-    gradient it approximates by a piecewise linear function; `sign_activation` has the gradient of the hard tanh.
+    The shortcuts carry full-precision values past the binary activations. A nonlinearity, if there is one, is between
+    each convolution and its BatchNorm. Bi-Real Net has none besides the sign, whose gradient it approximates by a
+    piecewise linear function; `sign_activation` has the gradient of the hard tanh.
 
     Liu et al., ECCV 2018, https://arxiv.org/abs/1808.00278
     """
@@ -146,7 +146,7 @@ class BiRealBlock(nn.Module):
 
 
 class EqualBitsBlock(BasicBlock):
-    """Equal Bits' block, with a shortcut around each convolution and one PReLU, which is used twice.
+    """Equal Bits' block, with a shortcut around each convolution. It uses one PReLU twice.
 
         y = bn1(prelu(conv1(x))) + shortcut(x)
         output = bn2(prelu(conv2(y))) + y
@@ -190,10 +190,10 @@ class ResNet(nn.Module):
 
     blocks, widths: number of blocks and of channels in each stage. Every stage after the first halves the resolution.
     stem: 'cifar' is a 3×3 convolution; 'imagenet' is a 7×7 convolution of stride 2 and a max pool.
-    block, nonlinearity, shortcut: the class of the blocks, and what it is given.
-    stem_nonlinearity: behind the stem's BatchNorm, or before it with nonlinearity_first.
+    block, nonlinearity, shortcut: the class of the blocks, and its arguments.
+    stem_nonlinearity: after the stem's BatchNorm, or before it with nonlinearity_first.
     last_nonlinearity: before the average pool.
-    norm_fc: whether a BatchNorm1d precedes the classifier. fc_nonlinearity: behind it.
+    norm_fc: whether a BatchNorm1d precedes the classifier. fc_nonlinearity: between it and the classifier.
     """
 
     def __init__(
@@ -322,7 +322,7 @@ PLAIN_NETS = {  # features, side, hidden, norm
     "conv8": ([64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M"], 2, [256, 256], False),
 }
 
-# What `binarize_` cannot see: the papers multiply binary weights by no constant, and `forward` only calls its layers.
+# Facts for `binarize_`: the papers do not multiply binary weights by a constant, and `forward` only calls its layers.
 for kind in (BasicBlock, IRNetBlock, BiRealBlock, EqualBitsBlock, SiBNNBlock, ResNet, PlainNet):
     kind.default_scale, kind.forward.calls_layers = 1.0, True
 
@@ -348,12 +348,12 @@ hardtanh: Nonlinearity = lambda channels: nn.Hardtanh(inplace=True)
 no_nonlinearity: Nonlinearity = lambda channels: nn.Identity()
 
 # The nonlinearity between the layers, by activation quantizer. The sign of a ReLU's output is always +1, so networks
-# with sign activations use the hard tanh. Si-BNN's step already is a nonlinearity.
+# with sign activations use the hard tanh. Si-BNN's step is a nonlinearity itself.
 NONLINEARITIES = {"none": relu, "sign": hardtanh, "si": no_nonlinearity}
 
 
 def resnet_design(arch: str, act: str, stem: str) -> dict:
-    """What distinguishes the paper's ResNet of that name from others: keyword arguments of ResNet."""
+    """The keyword arguments of ResNet that make the paper's network of that name."""
     nonlinearity = NONLINEARITIES[act]
     design = dict(block=BasicBlock, nonlinearity=nonlinearity, shortcut=binary_projection)
     design |= dict(stem_nonlinearity=nonlinearity, last_nonlinearity=no_nonlinearity, fc_nonlinearity=no_nonlinearity)
@@ -401,21 +401,21 @@ def build(
         resnet18/34: FSG's ResNets of 64 to 512 channels, with a BatchNorm1d before the classifier and full-precision
             1×1 convolutions in the shortcuts.
         resnet8/20/32/44/56/110-metaquant: MetaQuant's CIFAR ResNets, without the BatchNorm1d and otherwise like FSG's.
-        resnet18/34-metaquant: the same for 64 to 512 channels, for which MetaQuant's code has no network.
+        resnet18/34-metaquant: FSG's ResNets of 64 to 512 channels without the BatchNorm1d. MetaQuant's code has none.
         resnet8/20-irnet: IR-Net's. With binary activations (W1A1) it has a shortcut around each convolution, with
             act 'none' (W1A32) one around two. The shortcuts have no parameters.
         resnet8/20-sibnn and resnet18/34-sibnn: Si-BNN's, see SiBNNBlock.
         resnet8/20-equalbits and resnet18/34-equalbits: Equal Bits', see EqualBitsBlock.
         birealnet8/20 and birealnet18/34: Bi-Real Net's. The suffix -prelu selects PReLU as nonlinearity.
         lenet, vgg-small, vgg16, alexnet, conv2/4/6/8: networks without shortcuts.
-    quantizer, act: see `binarize_`. quantizer 'none' gives the full-precision network of the same state dict.
+    quantizer, act: see `binarize_`. quantizer 'none' gives a full-precision network with the same names of parameters.
     binarize_all: whether the first convolution and the classifier become binary too, as in MetaQuant and in FSG's
         released code.
     image_size: height and width of the images in pixels. Networks of 18 and 34 layers start with a 3×3 convolution if
         it is at most 96, else with a 7×7 convolution and a max pool (ImageNet's stem). None means ImageNet's stem.
 
     The weights start as in the authors' codes, see `initialise`. conv2/4/6/8 have no normalisation, so their binary
-    weights are multiplied by `he_scale`. Quantizers with a scale of their own (SCALED in binarize.py) need none.
+    weights are multiplied by `he_scale`, unless the quantizer has a scale (SCALED in binarize.py).
     Raises ModelError for an unknown name, and for AlexNet on images of less than 63 pixels.
     """
     if arch not in ARCHS:
@@ -423,7 +423,7 @@ def build(
     if act not in NONLINEARITIES:
         raise ModelError(f"no activation is called {act!r}: use one of {', '.join(NONLINEARITIES)}")
     if arch == "alexnet" and image_size and image_size < 63:
-        raise ModelError(f"alexnet wants images of at least 63 pixels a side; these have {image_size}: use vgg-small")
+        raise ModelError(f"alexnet needs images of at least 63×63 pixels; these have {image_size}: use vgg-small")
     if arch in PLAIN_NETS:
         features, side, hidden, norm = PLAIN_NETS[arch]
         net = PlainNet(features, side, hidden, norm, num_classes, in_channels, NONLINEARITIES[act])
@@ -445,7 +445,7 @@ def build(
 
 @torch.no_grad()
 def initialise(net: nn.Module, arch: str) -> None:
-    """Draw the weights of the convolutions and of the classifier. n is the number of weights of a filter.
+    """Initialise the weights of the convolutions and of the classifier. n is the number of weights of a filter.
 
         Equal Bits      PyTorch's default, uniform within ±1/√n
         Si-BNN          normal, standard deviation 1/n
@@ -471,10 +471,10 @@ def main(argv: list[str] | None = None) -> None:
     quantizers = f"one of none, {', '.join(WEIGHT_QUANTIZERS)}"
     parser.add_argument("--quantizer", default="dorefa", help=f"{quantizers} (default: dorefa)")
     parser.add_argument("--act", default="none", help="inputs of the binary layers: none, sign, si (default: none)")
-    parser.add_argument("--binarize-all", action="store_true", help="the first and the last layer are binary too")
-    parser.add_argument("--num-classes", type=int, default=10)
-    parser.add_argument("--in-channels", type=int, default=3)
-    parser.add_argument("--image-size", type=int, help="pixels a side (default: 32; 224 for ImageNet's networks)")
+    parser.add_argument("--binarize-all", action="store_true", help="binarize the first and the last layer too")
+    parser.add_argument("--num-classes", type=int, default=10, help="number of classes (default: 10)")
+    parser.add_argument("--in-channels", type=int, default=3, help="channels of an image (default: 3)")
+    parser.add_argument("--image-size", type=int, help="width in pixels (default: 32; 224 for ImageNet's networks)")
     args = parser.parse_args(argv)
     is_large = args.arch == "alexnet" or any(depth in args.arch for depth in ("18", "34"))
     size = args.image_size or (224 if is_large else 32)

@@ -5,21 +5,21 @@
     python plot.py runs/A runs/B --x step                     # by optimizer step instead of by epoch
     python plot.py --layers runs/A                            # writes runs/layers.png: flips and bits of each layer
     python plot.py --table runs/*                             # Markdown: mean ± standard deviation over the seeds
-    python plot.py --table runs/* --baseline ste              # the same, and the differences to ste, paired by seed
+    python plot.py --table runs/* --baseline ste              # also the differences to ste, paired by seed
 
 The left column of the figure is by epoch (or step), the right one by training time: a method that learns its gradients
 costs more per step, so it may win by epoch and lose by time. Training time is the sum of the epochs' training seconds,
-without the evaluation after each epoch. The bottom row shows the share of the binary weights whose sign changed in the
-epoch. A full-precision run has none, and no curve there.
+without the evaluation after each epoch. The bottom row shows the fraction of the binary weights whose sign changed in
+the epoch. A full-precision run has no binary weights, and no curve there.
 
 Runs that differ only in --seed (according to their args.json) form a group: one curve, their mean, with a band of ± one
 standard deviation, and one row of the table. A group extends to the last epoch that all of its runs have reached.
 
 The table has three measures of the spread: ± one standard deviation over the seeds, the 95 % confidence interval of the
 mean accuracy (Student's t), and with --baseline the mean difference to that row with its 95 % confidence interval. The
-difference is taken seed by seed, so what the seed does to both methods cancels. The table leaves out a run that has not
-reached the last epoch of its --epochs, and says so. A line below the table says whether the rows are of different data
-sets, networks or numbers of epochs.
+difference is taken seed by seed, which cancels the effect of the seed on both methods. Runs that have not reached the
+last epoch of their --epochs are left out, with a note. A line below the table says whether the rows are of different
+data sets, networks or numbers of epochs.
 
 A RUN is the folder of a run, or a CSV file with the following columns, in any order. Other columns are not used.
 
@@ -29,7 +29,7 @@ A RUN is the folder of a run, or a CSV file with the following columns, in any o
                                                           with the best val_acc
     test_acc_bn                                           test accuracy with re-estimated BatchNorm statistics: drawn
                                                           dashed, and a column of the table
-    flips/LAYER, plus/LAYER                               for --layers: flip_ratio of one layer, and its share of +1
+    flips/LAYER, plus/LAYER                               for --layers: flip_ratio of one layer, and its fraction of +1
 
 The figure needs matplotlib. This file reads CSV files and args.json only. It can be copied alone, and it can be used
 while the runs are still training.
@@ -59,7 +59,7 @@ NOT_THE_EXPERIMENT = {"seed", "name", "out", "resume", "eval_only", "workers", "
 LAST = 10  # the table averages the test accuracy over this many epochs at the end of a run
 
 # Okabe and Ito's palette for colour-blind readers, without its yellow, which is too pale on white. After the last
-# colour comes the first one again, with the next dash and marker.
+# colour, the colours repeat with the next dash and marker.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
 FEW = 25  # curves of at most this many points have markers, so that a run of one epoch is visible
@@ -109,7 +109,7 @@ def read_run(path: Path | str) -> dict[str, np.ndarray]:
     time        seconds of training up to the end of the epoch
     train_loss  mean cross-entropy over the epoch
     test_acc    0 to 1
-    flip_ratio  share of the binary weights that changed sign in the epoch, 0 to 1; nan for a full-precision run
+    flip_ratio  fraction of the binary weights that changed sign in the epoch, 0 to 1; nan for a full-precision run
     step, val_loss, val_acc, test_acc_bn, flips/LAYER, plus/LAYER: only if the file has them; nan where a field is empty
 
     path: the run's folder, or a CSV file. Raises Unfinished if it has no epoch yet, and PlotError if there is no such
@@ -141,7 +141,7 @@ def read_run(path: Path | str) -> dict[str, np.ndarray]:
         raise PlotError(f"{file} cannot be read ({e.strerror or e}): make it readable, or leave this run out") from None
     except (ValueError, csv.Error) as e:  # UnicodeDecodeError, from a binary file, is a ValueError
         reason = "not a text file" if isinstance(e, UnicodeError) else e
-        advice = "or resume it (--resume), which writes the file anew" if path.is_dir() else "or correct the file"
+        advice = "or resume it (--resume), which writes a new file" if path.is_dir() else "or correct the file"
         raise PlotError(f"{file} is damaged ({reason}): leave this run out, {advice}") from None
     run["time"] = np.cumsum(run.pop("seconds"))
     return run
@@ -193,14 +193,14 @@ def label_runs(folders: list[Path]) -> list[str]:
 def group_runs(folders: list[Path]) -> list[list[int]]:
     """Group the runs that have the same flags and different seeds. Returns lists of indices into `folders`.
 
-    A run without a readable args.json is a group of its own.
+    A run without a readable args.json is a separate group.
     """
     groups, seen = {}, {}
     for i, folder in enumerate(folders):
         flags = read_flags(folder)
         experiment = json.dumps({k: v for k, v in flags.items() if k not in NOT_THE_EXPERIMENT}, sort_keys=True)
         if flags:
-            repeats = seen.setdefault((experiment, str(flags.get("seed"))), [])  # runs with the same seed are apart
+            repeats = seen.setdefault((experiment, str(flags.get("seed"))), [])  # equal seeds: separate groups
         else:
             experiment, repeats = f"{i}", []
         groups.setdefault((experiment, len(repeats)), []).append(i)
@@ -220,7 +220,7 @@ def label_group(labels: list[str]) -> str:
 def average(runs: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """The mean of the curves of runs read by read_run(), as long as the shortest run, of the columns that all have.
 
-    For more than one run, `NAME_sd` holds the standard deviation of the curve NAME, except for the columns of layers.
+    For more than one run, `NAME_sd` is the standard deviation of the curve NAME, except for the columns of layers.
     """
     epochs = min(len(run["epoch"]) for run in runs)
     common = [name for name in runs[0] if all(name in run for run in runs)]
@@ -274,7 +274,7 @@ def table(groups: dict[str, list[dict]], seeds: dict[str, list], baseline: str |
     others are compared with. Raises PlotError if no group has that label.
     """
     if baseline is not None and baseline not in groups:
-        raise PlotError(f"--baseline {baseline} is none of the rows: give one of {', '.join(groups)}")
+        raise PlotError(f"--baseline {baseline} is not a row of the table: give one of {', '.join(groups)}")
     has = lambda column: any(column in run for runs in groups.values() for run in runs)
     by_seed = {
         label: {seed: run for seed, run in zip(seeds[label], runs, strict=True) if seed is not None}
@@ -471,7 +471,7 @@ MOST_LAYERS = 40  # names of layers on an axis; with more layers, only some are 
 def draw_layers(runs: dict[str, dict], title: str = ""):
     """Heat maps of every layer over the epochs, for the groups {label: average([…])}; returns a matplotlib Figure.
 
-    The axes [2, groups] show the share of a layer's weights that changed sign in the epoch, and its share of +1.
+    The axes [2, groups] show the fraction of a layer's weights that changed sign in the epoch, and the fraction of +1.
     Raises PlotError if matplotlib is missing, for more than four groups, and if a group has no columns of layers.
     """
     if len(runs) > 4:
@@ -528,7 +528,7 @@ def save(figure, path: Path) -> None:
     try:
         figure.savefig(image, format=path.suffix[1:])
     except ValueError:
-        raise PlotError(f"--out {path} is of no known kind: let it end in .png (or .pdf, .svg)") from None
+        raise PlotError(f"--out {path} has an unknown format: use a name that ends in .png, .pdf or .svg") from None
     try:
         path.write_bytes(image.getvalue())
     except OSError as e:
@@ -546,7 +546,7 @@ def flags():
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, such as runs/NAME, or a CSV file")
     out = "file to write (default: curves.png, with --layers layers.png, beside the first run)"
     parser.add_argument("--out", metavar="FILE.png", help=out)
-    parser.add_argument("--x", choices=["epoch", "step"], default="epoch", help="left column of the figure")
+    parser.add_argument("--x", choices=["epoch", "step"], default="epoch", help="x axis of the left column")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--layers", action="store_true", help="draw heat maps of the layers' flips and bits")
     what.add_argument("--table", action="store_true", help="print a Markdown table and draw nothing")

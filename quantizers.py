@@ -16,8 +16,8 @@ Notation of all files:
 
 Q has a derivative of 0 almost everywhere, so every function here replaces its gradient. Most weight quantizers pass
 the gradient to W unchanged: after `loss.backward()` the parameter's `.grad` is ĝ. The classical straight-through
-estimator (STE) then updates W with D ⊙ ĝ, and FSG generates another gradient from ĝ. The quantizers of BNN, BNN+ and
-BNN++ have a backward function of their own, which their docstrings give.
+estimator (STE) then updates W with D ⊙ ĝ, and FSG generates another gradient from ĝ. The quantizers of BNN, BNN+, BNN++
+and Si-BNN change the gradient, as their docstrings say.
 
 sign(0) = +1, so a binary weight is never 0. The exceptions are `bihalf_prune`, which makes zeros, and `sibnn`, in which
 sign(0) = 0 as in the authors' code. In the authors' codes of Equal Bits and MetaQuant, sign(0) = 0 too.
@@ -62,7 +62,7 @@ def _signs(x: Tensor) -> Tensor:
 
 
 def per_filter(values: Tensor, w: Tensor) -> Tensor:
-    """One value per filter, [C_out] -> [C_out, 1, ..., 1] with as many dimensions as w: broadcasts over the filters."""
+    """values [C_out], one per filter -> [C_out, 1, ..., 1] with as many dimensions as w, so that they broadcast."""
     return rearrange(values, "f -> f" + " 1" * (w.dim() - 1))
 
 
@@ -125,20 +125,21 @@ def bwn_l(w: Tensor) -> Tensor:
 
     The backward pass treats α as a constant, and does not multiply the gradient by it.
 
-    Chen et al. (MetaQuant), NeurIPS 2019, https://arxiv.org/abs/1910.05898
+    Chen et al. (MetaQuant), NeurIPS 2019,
+    https://papers.nips.cc/paper_files/paper/2019/hash/f8e59f4b2fe7c5705bf878bbd494ccdf-Abstract.html
     """
     scale = w.detach().abs().mean()
     return straight_through(w, torch.where(w >= 0, scale, -scale))
 
 
 def parq(w: Tensor, inverse_slope: float | Tensor = 0.0) -> Tensor:
-    """PARQ with 1 bit: the proximal map of a piecewise affine regularizer. It becomes steeper during training.
+    """PARQ with 1 bit: the proximal map of a piecewise affine regularizer, which becomes steeper during training.
 
         α_f = mean|W_f|                              the mean over filter f; constant in the backward pass
         Ŵ_f = clip(W_f / r, −α_f, α_f)               α_f sign(W_f) where r = 0
         ∂L/∂W := ∂L/∂Ŵ
 
-    w: [C_out, ...], the result has its shape. inverse_slope: r in [0, 1]; it may be a 0-dimensional tensor.
+    inverse_slope: r in [0, 1]; it may be a 0-dimensional tensor.
 
     Jin et al., ICML 2025, https://arxiv.org/abs/2503.15748
     """
@@ -155,7 +156,7 @@ def sibnn(w: Tensor) -> Tensor:
         Ŵ_f = α_f sign(W_f)                                          sign(0) = 0
         ∂L/∂W_f := (1 − 1/n) ĝ_f + sign(W_f) mean(sign(W_f) ĝ_f)     the first term is 0 where |W| > 1
 
-    Clamp W to [−1, 1] after each step of the optimizer, as Si-BNN does. The first term is then never cut.
+    Clamp W to [−1, 1] after each step of the optimizer, as Si-BNN does. Then the first term is never 0 for this reason.
 
     The rule is that of the authors' code, https://github.com/peiswang/SiBNN.
     Wang et al., AAAI 2020, https://doi.org/10.1609/aaai.v34i07.6900
@@ -178,7 +179,7 @@ class _SiBNN(torch.autograd.Function):
 
 
 def bihalf(w: Tensor, ratio: float = 0.5) -> Tensor:
-    """Equal Bits: in every filter, the share `ratio` of the weights that are largest becomes +1, the rest −1.
+    """Equal Bits: in every filter, the fraction `ratio` of largest weights becomes +1, the others −1.
 
         Ŵ_f = −1 for the ⌊(1 − ratio) n⌋ smallest of the n weights of a filter, +1 for the others
         ∂L/∂W := ∂L/∂Ŵ
@@ -192,14 +193,14 @@ def bihalf(w: Tensor, ratio: float = 0.5) -> Tensor:
     Li et al., AAAI 2022, eqs. 4 to 7, https://arxiv.org/abs/2112.03406
     """
     if not 0 <= ratio <= 1:
-        raise ValueError(f"ratio is the share of +1 in a filter and must be in [0, 1]; it is {ratio}")
+        raise ValueError(f"ratio is the fraction of +1 in a filter and must be in [0, 1]; it is {ratio}")
     n = w[0].numel()
     minus = _floor((1 - ratio) * n)
     return straight_through(w, _by_rank(w.detach(), minus=minus, plus=n - minus))
 
 
 def bihalf_prune(w: Tensor, prune: float) -> Tensor:
-    """Equal Bits with pruning: in every filter, the share `prune` in the middle becomes 0.
+    """Equal Bits with pruning: in every filter, the fraction `prune` of the weights, in the middle, becomes 0.
 
         i = ⌊(1 − prune)/2 · n⌋,  j = ⌊(1 + prune)/2 · n⌋
         Ŵ_f = −1 for the i smallest of the n weights of a filter, +1 for the n − j largest, 0 for the others
@@ -212,7 +213,7 @@ def bihalf_prune(w: Tensor, prune: float) -> Tensor:
     Li et al., AAAI 2022, section on bi-half with pruning, https://arxiv.org/abs/2112.03406
     """
     if not 0 <= prune <= 1:
-        raise ValueError(f"prune is the share of zeros in a filter and must be in [0, 1]; it is {prune}")
+        raise ValueError(f"prune is the fraction of zeros in a filter and must be in [0, 1]; it is {prune}")
     n = w[0].numel()
     i, j = _floor((1 - prune) / 2 * n), _floor((1 + prune) / 2 * n)
     return straight_through(w, _by_rank(w.detach(), minus=i, plus=n - j))
@@ -247,7 +248,7 @@ def linear_quantizer(w: Tensor, rho: float | Tensor) -> Tensor:
         F(w) = L_ρ(w) = sign(w) · min(1, |w| + ρ)
         B(w) = 1
 
-    L_ρ is the proximal map of the distance to {−1, +1}. rho may be a 0-dimensional tensor.
+    On [−1, 1], L_ρ is the proximal map of ρ times the distance to {−1, +1}. rho may be a 0-dimensional tensor.
 
     Dockhorn et al., NeurIPS 2021, https://arxiv.org/abs/2110.13220
     """
@@ -272,7 +273,7 @@ def sign_swish(x: Tensor, mu: float | Tensor) -> Tensor:
         F(x) = SS_μ(x)  = 2σ(μx) (1 + μx (1 − σ(μx))) − 1
         B(x) = SS′_μ(x) = μ (2 − μx tanh(μx/2)) / (1 + cosh(μx))
 
-    SS′ is negative for |μx| > 2.4: SS exceeds 1 there before it returns to 1. mu may be a 0-dimensional tensor.
+    SS rises to 1.2 at μx = 2.4 and then falls to 1: SS′ is negative for |μx| > 2.4. mu may be a 0-dimensional tensor.
 
     Lu et al., NeurIPS 2023, https://arxiv.org/abs/2402.17710
     """
@@ -299,7 +300,7 @@ class _SignSwish(torch.autograd.Function):
         ctx.save_for_backward(x, mu)
         if hard:
             return _signs(x)
-        z = (mu * x).clamp_(-1e3, 1e3)  # SS is constant beyond; without the clamp ∞ · 0 could occur
+        z = (mu * x).clamp_(-1e3, 1e3)  # beyond, SS is constant, and ∞ · 0 could occur
         t = torch.tanh(z / 2)  # 2σ(z) − 1
         return t + z * (1 - t * t) / 2
 
@@ -347,8 +348,8 @@ def pre_quantize(w: Tensor, kind: str) -> Tensor:
         kind 'dorefa'           A(W) = tanh(W) / (2 max|tanh(W)|) + ½, in [0, 1]; ½ everywhere if W = 0
         kind 'bwn…'             A(W) = W
 
-    w is the weight of one layer, over which the maximum is taken. For 'bwn', 'bwn-f' and 'bwn-l' the result shares its
-    memory.
+    w is the weight of one layer, over which the maximum is taken. For 'bwn', 'bwn-f' and 'bwn-l' the result shares the
+    memory of w.
     Raises ValueError for another kind.
     """
     if kind == "dorefa":
@@ -398,8 +399,8 @@ def sign_activation(x: Tensor) -> Tensor:
         a = +1 where x ≥ 0, else −1
         ∂L/∂x := ∂L/∂a where |x| < 1, else 0
 
-    After a ReLU every x is ≥ 0 and every a is +1: do not place a ReLU in front. At x = −1 and x = 1 the gradient is 0,
-    as in the code of Equal Bits; BNN's eq. 4 passes it there. In that code sign(0) = 0.
+    After a ReLU every x is ≥ 0 and every a is +1, so do not place a ReLU before it. At x = ±1 the gradient is 0, as in
+    the code of Equal Bits; in BNN's eq. 4 it passes there.
 
     Hubara et al., NeurIPS 2016, eq. 4, https://arxiv.org/abs/1602.02830
     """

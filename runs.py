@@ -1,10 +1,10 @@
-"""What all trainers share and no paper is about: common flags, devices and processes, checkpoints, metrics, progress.
+"""What all trainers use besides the algorithms: common flags, devices, processes, checkpoints, metrics, progress.
 
 Needs no other file of this repository; copy it with any train_*.py. A run writes the folder runs/NAME/:
 
     args.json     the flags that the run used, and under "environment" the versions, the commit, the device, the command
     log.txt       what the run printed
-    metrics.csv   one row per epoch, with the columns METRICS below and the trainer's own
+    metrics.csv   one row per epoch, with the columns METRICS below and those of the trainer
     last.pt       the whole state of the run; --resume continues from it bit for bit
     best.pt       the network to use: with --val the one with the best validation accuracy, otherwise the last one
 
@@ -64,7 +64,7 @@ class Terminal(Console):
             f.writelines(lines)
 
 
-MANY_FLIPS = 0.02  # share of the signs that flip in an epoch, above which BatchNorm's running statistics lag behind
+MANY_FLIPS = 0.02  # fraction of signs that flip in an epoch; above it, BatchNorm's running statistics lag behind
 console = Terminal(highlight=False, markup=False, emoji=False, soft_wrap=True)  # a name may contain [ ] and :x:
 
 
@@ -81,12 +81,12 @@ def command(main, *errors: type[Exception]) -> None:
     except Exception as e:
         reason = " ".join(str(e).split())[:150]
         if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in reason:
-            code = f"error: out of memory ({reason}): use a smaller --batch-size, or --accumulate 2 with the same one"
+            code = f"error: out of memory ({reason}): use a smaller --batch-size, or add --accumulate 2"
         elif type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            code = f"error: --compile failed ({reason}): leave it out; it needs a C++ compiler, on a GPU Triton"
+            code = f"error: --compile failed ({reason}): leave it out, or install a C++ compiler (on a GPU: Triton)"
         else:
             raise
-    except KeyboardInterrupt:  # before training, or the second Ctrl-C: last.pt is the last one that was saved
+    except KeyboardInterrupt:  # before training, or the second Ctrl-C: last.pt stays as it is
         code = 128 + signal.SIGINT
     if isinstance(code, str):
         code = 1 if rank() else code  # rank 0 prints the sentence
@@ -131,62 +131,63 @@ def common_flags(script: str, description: str, **defaults) -> argparse.Argument
     parser = argparse.ArgumentParser(script, description=description, formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument_group("data and network").add_argument
     datasets = ["cifar10", "cifar100", "mnist", "digits", "imagenet", "folder"]
-    folder = "cifar and mnist: downloaded; digits: in scikit-learn; folder: DATA_DIR/{train,test}/CLASS/*.png"
-    add("--arch", default="resnet20", help="the network, one of models.ARCHS")
+    folder = "cifar, mnist: downloaded; digits: in scikit-learn; folder, imagenet: DATA_DIR/{train,test}/CLASS/*.png"
+    add("--arch", default="resnet20", help="name of the network; an unknown name prints the known ones")
     add("--dataset", default="cifar10", choices=datasets, help=folder)
     add("--data-dir", default="data", help="the folder with the images, or to download them to")
     add(
         "--image-size",
         type=int,
-        help="width and height in pixels (default: the images' own up to 96, if square; else 224)",
+        help="width and height in pixels (default: the images' own if nearly square and at most 96, else 224)",
     )
     held_out = "hold N training images out for validation, which then chooses best.pt (default: %(default)s)"
     add("--val", type=int, default=0, metavar="N", help=held_out)
     add("--no-crop", action="store_true", help="no random crops of training images (images of up to 96 pixels)")
     add("--no-flip", action="store_true", help="no horizontal flips of training images")
-    add("--workers", type=int, default=8, help="number of processes that decode large images")
+    add("--workers", type=int, default=8, help="number of processes that decode images of more than 96 pixels")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=100, help="passes over the training images (default: %(default)s)")
     add("--limit-steps", type=int, help="stop after this many steps (default: no limit)")
     add("--batch-size", type=int, default=128, help="images per step, over all processes (default: %(default)s)")
     add("--accumulate", type=int, default=1, metavar="N", help="split each batch into N micro-batches to save memory")
     optimizers = ["adam", "adamw", "sgd", "sgdm"]
-    add("--opt", default="adam", choices=optimizers, help="sgdm: momentum 0.9 (default: %(default)s)")
+    add("--opt", default="adam", choices=optimizers, help="sgdm: SGD with momentum 0.9 (default: %(default)s)")
     add("--lr", type=float, help="learning rate at the start (default: %(default)s)")
-    betas = "adam and adamw: decay per step of its averages of the gradient and of its square (default: 0.9 0.999)"
+    betas = "adam, adamw: decay per step of the averages of the gradient and of its square (default: 0.9 0.999)"
     add("--betas", type=float, nargs=2, metavar=("B1", "B2"), help=betas)
     decay = "L2 penalty; with adamw, decay per step in units of the learning rate (default: %(default)s)"
     add("--weight-decay", type=float, default=0.0, help=decay)
-    schedules = "step: divide by 10 at each milestone; cosine: decay to 0 over all steps (default: %(default)s)"
+    schedules = "of the learning rate; step: ÷ 10 at each milestone; cosine: to 0 over all steps (default: %(default)s)"
     add("--schedule", default="step", choices=["step", "cosine", "none"], help=schedules)
     warmup = "the learning rate rises linearly to its value in this many epochs (default: %(default)s)"
     add("--warmup", type=float, default=0.0, metavar="EPOCHS", help=warmup)
     milestones = "epochs at which --schedule step divides the learning rate (default: %(default)s)"
     add("--milestones", type=int, nargs="*", default=[30, 60, 90], help=milestones)
-    smoothing = "share of the target that is spread evenly over all classes (default: %(default)s)"
-    add("--label-smoothing", type=float, default=0.0, metavar="SHARE", help=smoothing)
-    clip = "scale the gradients down to this norm, over all weights together (default: no limit)"
+    smoothing = "fraction of the target that is spread evenly over all classes (default: %(default)s)"
+    add("--label-smoothing", type=float, default=0.0, metavar="FRACTION", help=smoothing)
+    clip = "largest norm of the gradients of all weights together (default: no limit)"
     add("--clip", type=float, metavar="NORM", help=clip)
-    ema = "test, and keep in best.pt, an exponential moving average of the weights with this decay per step"
+    ema = "test and save (best.pt) an exponential moving average of the weights with this decay per step"
     add("--ema", type=float, metavar="DECAY", help=ema + " (default: off)")
     add("--seed", type=int, default=0, help="seed of the weights, the order of the images and the augmentation")
     add("--pretrained", metavar="FILE", help="start from the weights of this checkpoint or state dict")
-    batchnorm = "test also with BatchNorm statistics of the present weights, from N training batches: test_acc_bn"
+    batchnorm = "also test with BatchNorm statistics of the present weights, from N training batches (test_acc_bn; in "
+    batchnorm += "train_proxconnect.py: all tests use them)"
     add("--bn-batches", type=int, default=0, metavar="N", help=batchnorm + " (default: %(default)s)")
     add = parser.add_argument_group("machine and run").add_argument
     add("--device", default="auto", help="cpu, cuda, cuda:1, … (default: cuda if there is a GPU, else cpu)")
     amp = "forward pass in 16 bits; fp16 scales the loss; auto: bf16 where the device has it, else fp16 (default: off)"
     add("--amp", nargs="?", const="auto", choices=["auto", *AMP], help=amp)
     add("--compile", action="store_true", help="compile the network with torch.compile")
-    deterministic = "on GPUs: bit for bit the same result each time, also after --resume; slower"
+    deterministic = "on GPUs: equal results in every run and after --resume, bit for bit; slower"
     add("--deterministic", action="store_true", help=deterministic)
-    add("--tensorboard", action="store_true", help="write the metrics for TensorBoard too, into the run folder")
-    add("--wandb", metavar="PROJECT", help="send the metrics to this project of Weights & Biases too")
+    add("--tensorboard", action="store_true", help="also write the metrics for TensorBoard, into the run folder")
+    add("--wandb", metavar="PROJECT", help="also send the metrics to this project of Weights & Biases")
     add("--save-every", type=float, default=10.0, metavar="MINUTES", help="time between checkpoints within an epoch")
-    add("--out", default="runs", help="the folder in which run folders are made")
+    add("--out", default="runs", help="the folder of the run folders")
     add("--name", help="name of the run and its folder (default: made from the flags)")
-    add("--resume", metavar="RUN", help="continue the run in this folder, with the flags that it was started with")
-    add("--eval-only", action="store_true", help="test the network of --resume or --pretrained, do not train")
+    add("--resume", metavar="RUN", help="continue the run in this folder, with the flags of its start")
+    add("--eval-only", action="store_true", help="do not train; test the network of --resume or --pretrained")
     parser.set_defaults(script=script, **defaults)
     return parser
 
@@ -229,7 +230,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
         value, smallest = getattr(args, name, None), SMALLEST.get(name, 0)
         largest = 1e30 if isinstance(value, float) else 2**63 - 1
         if value is not None and not smallest <= value <= largest:
-            raise RunError(f"{option(name)} must be a number from {smallest} on; it is {value}")
+            raise RunError(f"{option(name)} must be a number of at least {smallest}; it is {value}")
     for name in ("label_smoothing", "ema"):
         value = getattr(args, name)
         if value is not None and not 0 <= value < 1:
@@ -239,7 +240,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
     if args.name is not None and (args.name in (".", "..", "") or Path(args.name).name != args.name):
         raise RunError(f"--name is the name of a folder in --out, without / or ..; it is {args.name!r}")
     if any(milestone < 1 for milestone in getattr(args, "milestones", None) or []):
-        raise RunError(f"--milestones are numbers of epochs from 1 on; they are {args.milestones}")
+        raise RunError(f"--milestones are epochs and must be at least 1; they are {args.milestones}")
     if args.opt:  # otherwise the trainer chooses the optimizer, and calls complete_betas() then
         complete_betas(args)
     if args.eval_only and not (args.resume or args.pretrained):
@@ -258,8 +259,8 @@ def complete_betas(args: argparse.Namespace) -> None:
 def only_for(args: argparse.Namespace, choice: str, flags: dict[str, tuple[str, ...]]) -> None:
     """Refuse the flags that the chosen method does not have, and remove them from `args`.
 
-    choice: the flag that chooses, such as "method". flags: for each flag the values of `choice` that have it.
-    These flags have the argparse default None, or False. Raises RunError if one is given to a method without it.
+    choice: the flag that chooses the method, such as "method". flags: for each flag, the values of `choice` that have
+    it. These flags have the argparse default None or False. Raises RunError if one is given to a method without it.
     """
     chosen = getattr(args, choice, None)
     for name, owners in flags.items():
@@ -287,7 +288,8 @@ def pick_device(name: str, deterministic: bool = False) -> torch.device:
     """The device that --device names; "auto" is the GPU if there is one. torchrun's processes take one GPU each.
 
     On a GPU, cuDNN tries several algorithms per layer and keeps the fastest, and float32 matrix products may round
-    their factors to TF32. With deterministic=True neither happens, and the results are the same each time.
+    their factors to TF32. With deterministic=True neither happens, and every run gives the same results.
+    Raises RunError if the device cannot be used.
     """
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
@@ -318,15 +320,15 @@ def pick_amp(amp: str | None, device: torch.device) -> str | None:
 
 
 def autocast(device: torch.device, amp: str | None) -> torch.autocast:
-    """Within `with autocast(device, amp)`, networks compute in the number format `amp`, see pick_amp()."""
+    """Let networks compute in the number format `amp` within `with autocast(device, amp)`, see pick_amp()."""
     return torch.autocast(device.type, AMP.get(amp, torch.bfloat16), enabled=bool(amp))
 
 
 def keep_freed_memory() -> None:
     """Let the C library keep the memory that a process frees, where it is glibc.
 
-    Otherwise it returns every tensor of more than 32 MB to the system, and each step asks for it again and has it
-    cleared. That is half of the time of a step with 11 million weights.
+    Otherwise it returns every tensor of more than 32 MB to the system, and each step gets cleared memory again. This
+    takes half of the time of a step with 11 million weights.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -337,7 +339,7 @@ def keep_freed_memory() -> None:
 def start_processes(device: torch.device) -> tuple[int, int]:
     """Join the process group if torchrun started this process: (rank, world_size). Only rank 0 prints and writes."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        # gloo also on GPU machines: the small messages between the hosts need not wait for the devices.
+        # gloo also on GPU machines, so that small messages between the hosts do not wait for the devices.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     console.quiet = rank() > 0
     return rank(), world_size()
@@ -366,7 +368,7 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def any_process(*facts) -> list[bool]:
-    """For each fact, whether it is true in any process. All processes must leave the training loop at the same step."""
+    """For each fact, whether it is true in any process. So all processes leave the training loop at the same step."""
     if world_size() == 1:
         return [bool(fact) for fact in facts]
     return [count > 0 for count in all_reduce_sum(torch.tensor([int(bool(fact)) for fact in facts])).tolist()]
@@ -385,18 +387,18 @@ def on_rank_0(write, *arguments) -> None:
 
 
 def parallel(net: torch.nn.Module, args, device: torch.device) -> torch.nn.Module:
-    """The network as the training step calls it: compiled with --compile, gradients averaged over the processes.
+    """The network as the training step calls it: compiled with --compile, in DistributedDataParallel if needed.
 
     On GPUs BatchNorm uses the statistics of the whole batch, on CPUs those of each process's images.
     """
     if world_size() > 1 and device.type == "cuda":
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    # CUDA graphs save the launch of each kernel, but they overwrite the gradients of the last call. This rules out
-    # micro-batches, which accumulate gradients, and other processes, which wait for them.
+    # CUDA graphs save the launch of each kernel, but they overwrite the gradients of the last call. So they cannot be
+    # used with micro-batches, which accumulate gradients, or with other processes, which wait for gradients.
     graphs = device.type == "cuda" and world_size() == args.accumulate == 1
     model = torch.compile(net, mode="reduce-overhead" if graphs else "default") if args.compile else net
     if world_size() > 1:
-        with warnings.catch_warnings():  # torch 2.13 renamed an argument
+        with warnings.catch_warnings():  # torch 2.13 warns about a renamed argument
             warnings.simplefilter("ignore", FutureWarning)
             model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     return model
@@ -405,7 +407,7 @@ def parallel(net: torch.nn.Module, args, device: torch.device) -> torch.nn.Modul
 def micro_batches(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, count: int):
     """Split a batch into `count` micro-batches; yield (images, labels, fraction of the batch) of each.
 
-    Weight each loss by the fraction. The gradients are averaged over the processes once, after the last micro-batch.
+    Multiply each loss by its fraction. The gradients are averaged over the processes once, after the last micro-batch.
     """
     count = max(1, min(count, len(labels) // 2))  # BatchNorm needs two images
     chunks = list(zip(images.tensor_split(count), labels.tensor_split(count), strict=True))
@@ -431,8 +433,8 @@ def make_optimizer(params, args) -> torch.optim.Optimizer:
     complete_betas(args)
     params = list(params)
     first = params[0]["params"][0] if isinstance(params[0], dict) else params[0]
-    # A fused optimizer updates all weights in one pass. Not so where a GradScaler may skip SGD's first step: the fused
-    # one would leave its momentum uninitialised.
+    # A fused optimizer updates all weights in one pass. But fused SGD leaves its momentum uninitialised if a GradScaler
+    # skips the first step.
     fused = first.device.type in ("cpu", "cuda") and (args.opt, args.amp) != ("sgdm", "fp16")
     options = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": fused}
     if args.opt in ("adam", "adamw"):
@@ -442,7 +444,14 @@ def make_optimizer(params, args) -> torch.optim.Optimizer:
 
 
 def learning_rate(args, epoch: int, step: int, total_steps: int) -> float:
-    """--schedule step divides --lr by 10 at each milestone (an epoch); cosine lets it decay to 0 over all steps."""
+    """The learning rate of a step, without the warm-up, by --schedule.
+
+        step       lr · 0.1^(number of milestones ≤ epoch)
+        cosine     lr · ½ (1 + cos(π · step / total_steps))
+        none       lr
+
+    epoch, step: the numbers of complete epochs and steps before this step.
+    """
     if args.schedule == "step":
         return args.lr * 0.1 ** sum(epoch >= m for m in args.milestones)
     if args.schedule == "cosine":
@@ -454,7 +463,7 @@ def learning_rate(args, epoch: int, step: int, total_steps: int) -> float:
 def evaluate(model: torch.nn.Module, batches, device: torch.device, amp: str | None) -> dict[str, float]:
     """{"loss": mean cross-entropy, "acc": accuracy, 0 to 1} over the batches of a data set.
 
-    With more than 50 classes also "top5": the share of the images whose class is among the five largest logits.
+    With more than 50 classes also "top5": the fraction of the images whose class is among the five largest logits.
     """
     model.eval()
     k = 5 if batches.num_classes > 50 else 1
@@ -475,16 +484,15 @@ def evaluate(model: torch.nn.Module, batches, device: torch.device, amp: str | N
 @contextlib.contextmanager
 @torch.no_grad()
 def reestimate_batchnorm(net: torch.nn.Module, batches, device: torch.device, amp: str | None, count: int = 32):
-    """Within `with reestimate_batchnorm(net, …)`, BatchNorm's running statistics are those of the weights of now.
+    """Compute BatchNorm's running statistics with the present weights, for the body of `with reestimate_batchnorm(…)`.
 
-    The running statistics of training are averages over the weights of many steps. Use this to test weights that
+    In training, the running statistics are averages over the weights of many steps. Use this to test weights that
     change quickly, or that are not the trained ones.
 
-    batches: the training batches, augmented as in training: the statistics of images without the borders of random
-    crops are those of another network input, and cost 1 to 3 points of accuracy on CIFAR-10. count: how many of them
-    are used; they are those of epoch 0. The result is the average over the batches, as in
-    torch.optim.swa_utils.update_bn, and over the processes. The rest of the network is in eval mode: no dropout. On
-    leaving, the running statistics are what they were before.
+    batches: the training batches, augmented as in training. (Statistics of images without the borders of random crops
+    cost 1 to 3 points of accuracy on CIFAR-10.) count: how many batches of epoch 0 are used. The result is the average
+    over the batches, as in torch.optim.swa_utils.update_bn, and over the processes. The rest of the network is in eval
+    mode, without dropout. At the end the previous running statistics come back.
     """
     norms = [
         m for m in net.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
@@ -546,9 +554,12 @@ def report(columns: dict[str, float], test) -> int:
 
 
 class Interrupt:
-    """Within `with Interrupt() as interrupt`, Ctrl-C, SIGTERM, SIGHUP (the terminal closes) and SIGUSR1 (a cluster
-    warns) only make `interrupt` true, so that the loop can save and stop after the current step. A second signal stops
-    at once. Python delivers signals to its main thread only; in another thread nothing changes."""
+    """Delay signals within `with Interrupt() as interrupt`.
+
+    Ctrl-C, SIGTERM, SIGHUP (the terminal closes) and SIGUSR1 (a cluster warns) make `interrupt` true, so that the loop
+    can save and stop after the current step. A second signal stops at once. Python delivers signals to its main thread
+    only, so in another thread this has no effect.
+    """
 
     def __enter__(self):
         self.signal = None
@@ -579,10 +590,10 @@ class Interrupt:
 
 @contextlib.contextmanager
 def replacing(path: Path, mode: str = "w"):
-    """Open a temporary file, and let it replace `path` at the end: readers see the old file or the new one, complete.
+    """Open a temporary file that replaces `path` at the end. Readers see the complete old file or the complete new one.
 
     mode: "w" or "wb". Every writer has its own temporary file. Raises RunError if it cannot be written; `path` then
-    stays as it was.
+    does not change.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -595,7 +606,7 @@ def replacing(path: Path, mode: str = "w"):
         reason = str(e).splitlines()[0]
         with contextlib.suppress(OSError):
             reason += f"; {shutil.disk_usage(path.parent).free >> 20:,} MB are free"
-        kept = "the one before it is untouched" if os.path.exists(path) else "there was none before it"
+        kept = "the old file has not changed" if os.path.exists(path) else "there is no older file"
         raise RunError(
             f"{path} could not be written ({reason}): make room there, or make it writable; {kept}"
         ) from None
@@ -613,22 +624,23 @@ def save(path: Path, checkpoint: dict) -> None:
 def load(path: Path | str) -> dict:
     """Read a checkpoint. Raises RunError if there is none or if it is damaged."""
     if not Path(path).is_file():
-        raise RunError(f"there is no checkpoint at {path}")
+        raise RunError(f"there is no checkpoint at {path}: give a run's folder or one of its .pt files")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # a damaged file raises many types: RuntimeError, EOFError, UnpicklingError, …
         reason = str(e).strip().splitlines()[0][:100] if str(e).strip() else type(e).__name__
         raise RunError(f"the checkpoint {path} is damaged or not a checkpoint ({reason}): use another one") from None
     if not isinstance(checkpoint, dict):
-        raise RunError(f"{path} is not a checkpoint: it holds a {type(checkpoint).__name__}")
+        raise RunError(f"{path} is not a checkpoint but a {type(checkpoint).__name__}: use another file")
     return checkpoint
 
 
 def load_weights(net: torch.nn.Module, args, checkpoint: dict | None, may_lack: tuple[str, ...] = ()) -> None:
-    """Load the weights of --resume or --pretrained into the network. Without either it keeps its own.
+    """Load the weights of --resume or --pretrained into the network. Without these flags nothing is loaded.
 
     checkpoint: what parse() returned. may_lack: endings of the names of parameters that a --pretrained file may lack.
-    It may also lack the BatchNorm1d before the classifier (bn_fc), which then starts fresh; a line says so.
+    It may also lack the BatchNorm1d before the classifier (bn_fc). That layer then keeps its initial state, and a line
+    is printed. Raises RunError if the file is of another network, or with --eval-only of other flags.
     """
     if checkpoint:
         return load_model(net, checkpoint["model"], args.resume)
@@ -638,7 +650,7 @@ def load_weights(net: torch.nn.Module, args, checkpoint: dict | None, may_lack: 
     theirs = checkpoint.get("args", {})
     arch = theirs.get("arch", args.arch)
     if arch != args.arch:
-        raise RunError(f"--pretrained {path} holds a {arch}, not a {args.arch}: use --arch {arch} or another file")
+        raise RunError(f"--pretrained {path} is of {arch}, not of {args.arch}: use --arch {arch} or another file")
     weights = checkpoint.get("model", checkpoint)  # a file without "model" is a plain state dict
     if args.eval_only:  # training may start from any weights, but a test must be of the network that was trained
         for name in ("script", "quantizer", "method", "act", "binarize_all", "ratio", "prune", "rho"):
@@ -654,17 +666,17 @@ def load_weights(net: torch.nn.Module, args, checkpoint: dict | None, may_lack: 
         if fresh and not fresh.keys() & weights.keys():
             weights = fresh | weights
             console.print(
-                f"{path} has no bn_fc, the BatchNorm1d before the classifier: it starts fresh; it normalises the "
-                "classifier's input in training, and in a test before any training it changes nothing"
+                f"{path} has no bn_fc, the BatchNorm1d before the classifier, which therefore keeps its initial state: "
+                "it has no effect in a test before training, and normalises the classifier's input in training"
             )
     load_model(net, weights, path)
 
 
 def match_data(args, checkpoint: dict | None, train, val, test) -> None:
-    """Use the normalisation of the checkpoint's run, and refuse data with other classes.
+    """Use the normalisation of the checkpoint's run. Raises RunError if the data have other classes.
 
-    checkpoint: what parse() returned; with --eval-only, also the file of --pretrained counts. train, val, test: what
-    data.load() returned. If the number of images has changed, a line says so.
+    checkpoint: what parse() returned; with --eval-only and --pretrained, that file is used. train, val, test: what
+    data.load() returned. A line is printed if the number of images has changed.
     """
     source = args.resume or args.pretrained
     if checkpoint is None and args.eval_only:
@@ -691,7 +703,7 @@ def match_data(args, checkpoint: dict | None, train, val, test) -> None:
 
 
 def load_model(net: torch.nn.Module, weights: dict, path: Path | str) -> None:
-    """net.load_state_dict(weights), with the first mismatch in a RunError of one sentence. path: for the sentence."""
+    """net.load_state_dict(weights). Raises RunError, which names `path` and a mismatch, if they do not fit."""
     try:
         net.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as e:
@@ -707,7 +719,7 @@ def open_folder(folder: Path, reuse: bool, resumed: bool) -> tuple[Path, int | N
     """Make and lock the run folder, and delete the temporary files of killed processes: (folder, lock).
 
     reuse: use this folder (--name); otherwise the first of NAME, NAME-2, NAME-3, … that does not exist.
-    Raises RunError if it cannot be written, if another process uses it, or if it holds a run and this one is new.
+    Raises RunError if it cannot be written, if another process uses it, or if it contains a run and this one is new.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -723,7 +735,7 @@ def open_folder(folder: Path, reuse: bool, resumed: bool) -> tuple[Path, int | N
         if not resumed and any((folder / file).exists() for file in ("last.pt", "best.pt")):
             unlock(lock)
             resume = f"resume it (--resume {folder}), or " if (folder / "last.pt").exists() else ""
-            raise RunError(f"{folder} holds a run already: {resume}choose another --name")
+            raise RunError(f"{folder} contains a run already: {resume}choose another --name")
         for file in ("args.json", "metrics.csv", "last.pt", "best.pt"):
             for temporary in folder.glob(f"{file}.*.tmp"):
                 temporary.unlink()
@@ -755,7 +767,7 @@ def unlock(lock: int | None) -> None:
 
 
 def environment(device: torch.device) -> dict:
-    """What a run depends on beside its flags, for args.json."""
+    """What a run depends on besides its flags, for args.json."""
     here = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str | None:
@@ -779,13 +791,13 @@ def environment(device: torch.device) -> dict:
 
 
 def command_line(script: str, *words: str | Path) -> str:
-    """The command as it is typed in a shell, with torchrun if this process was started by it."""
+    """The command as it is typed in a shell, with torchrun if there are several processes."""
     start = ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', world_size())}"]
     return shlex.join([*(start if world_size() > 1 else ["python"]), script, *map(str, words)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Metrics, progress, finite checks. A row of metrics is a dictionary: METRICS and the trainer's own columns.
+# Metrics, progress, finite checks. A row of metrics is a dictionary: METRICS and the columns of the trainer.
 
 METRICS = (
     *("epoch", "step", "train_loss", "train_acc", "test_loss", "test_acc", "lr", "seconds", "images_per_s"),
@@ -803,7 +815,7 @@ def write_metrics(folder: Path, rows: list[dict]) -> None:
 
 
 def best_row(rows: list[dict]) -> dict:
-    """The row of the network in best.pt: the first with the best val_acc, or without --val the last."""
+    """The row of the network in best.pt: with --val the first row with the best val_acc, otherwise the last row."""
     return max(rows, key=lambda row: row.get("val_acc", row["step"]))
 
 
@@ -824,7 +836,7 @@ class Trackers:
     GROUPS |= {"_ratio": "weights", "zeros": "weights"}
 
     def __init__(self, args, folder: Path, step: int):
-        """step: of the last row that is there already; TensorBoard hides what an interrupted run wrote after it."""
+        """step: of the last row in metrics.csv. TensorBoard hides what an interrupted run wrote after it."""
         self.board = self.wandb = None
         if args.tensorboard:
             try:
@@ -847,7 +859,7 @@ class Trackers:
                 raise RunError(f"--wandb cannot start ({reason}): log in, or set WANDB_MODE=offline") from None
 
     def log(self, row: dict) -> None:
-        """Send a row of the metrics. The columns of single layers become histograms; W&B gets them as they are too.
+        """Send a row of the metrics. The columns of single layers become histograms; W&B also gets their values.
 
         TensorBoard shows the columns in groups: those of accuracy, loss, weights (flip_ratio, …) and progress (lr, …).
         """
@@ -886,7 +898,7 @@ class Bar(Progress):
         self.next = 0.0
 
     def due(self) -> bool:
-        """True twice a second. To read a number from a GPU the host must wait for it, so not every step does that."""
+        """True twice a second. Not in every step, because the host must wait for a GPU to read a number from it."""
         return time.perf_counter() >= self.next
 
     def show(self, description: str, step: int, **fields: float) -> None:
@@ -897,8 +909,8 @@ class Bar(Progress):
 class FiniteCheck:
     """Finds the first loss, gradient or weight that is NaN or infinite.
 
-    watch() is called in every step and leaves its findings on the device. check() reads them and waits for the device
-    to do so; it is called only now and then.
+    Call watch() in every step. It leaves its findings on the device. Call check() rarely, because it waits for the
+    device to read them.
     scaler: an enabled GradScaler, or None. It skips a step whose gradients are not finite and halves its scale. So
     such gradients are normal, and only a scale below SMALLEST_SCALE is an error.
     """
@@ -921,11 +933,14 @@ class FiniteCheck:
         self.first.clamp_max_(torch.where(largest.isfinite(), self.NEVER, step))
 
     def check(self, epoch: int, step: int, folder: Path, test_loss: float) -> None:
-        """Raise RunError if something has become NaN or infinite; it names what did so first. The rest: to name it."""
+        """Raise RunError, which names the first loss, gradient or weight that is NaN or infinite, if there is one.
+
+        epoch, step, folder: for the message. test_loss: is checked too.
+        """
         if world_size() > 1:
             dist.all_reduce(self.first, dist.ReduceOp.MIN)
         first = self.first.tolist()
-        # The weights too: a finite step can overflow them, and the loss stays finite because sign(NaN) is −1.
+        # A finite step can overflow weights, and the loss stays finite because sign(NaN) is −1. So weights are checked.
         values = [*zip(self.names, self.weights, strict=True), *self.phi]
         finite = torch.stack(torch._foreach_norm([w.detach() for _, w in values], math.inf)).isfinite().tolist()
         if min(first) < self.NEVER:
@@ -940,7 +955,7 @@ class FiniteCheck:
         else:
             return
         last = folder / "last.pt"
-        kept = f"the last good checkpoint is {last}" if last.exists() else "there was no checkpoint yet"
+        kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
         smaller = "--lr or --lr-fast" if self.phi else "--lr"
         smaller += ", or --amp bf16" if self.scaler else ""
         raise RunError(
@@ -966,12 +981,12 @@ class Run:
                 run.end_epoch(evaluate_all(…), bits)
         return run.finish()
 
-    kind: the first part of the name of a run without --name. about: a sentence for the first line that is printed.
+    kind: the first part of the name of a run without --name. about: the end of the first line that is printed.
     train, val, test: batches (data.py); val can be None. layers: the binary layers of the network. bits [N] bool: the
     signs of their weights, in this order. checkpoint: what parse() returned.
-    state: what a checkpoint holds, objects with state_dict() and load_state_dict(), or None. "model" is one of them;
-    the trainer has loaded it already. "scaler" is a GradScaler; one that is not enabled is left out.
-    Raises RunError if the folder cannot be written or holds another run, or if the checkpoint does not fit.
+    state: the objects that a checkpoint contains, with state_dict() and load_state_dict(), or None. "model" is one of
+    them; the trainer has loaded it already. "scaler" is a GradScaler; one that is not enabled is left out.
+    Raises RunError if the folder cannot be written or contains another run, or if the checkpoint does not fit.
     """
 
     def __init__(
@@ -1022,7 +1037,7 @@ class Run:
                     part.load_state_dict(checkpoint[name])
             self.epoch, self.batch, self.step = (checkpoint[k] for k in ("epoch", "batch", "step"))
             self.seconds, self.rows = checkpoint["seconds"], checkpoint["rows"]
-            if rank() == 0:  # the checkpoint holds the sums over all processes
+            if rank() == 0:  # the checkpoint contains the sums over all processes
                 self.sums.copy_(checkpoint["totals"])
             self.bits = checkpoint["bits"].to(self.bits.device)
             threads = checkpoint["threads"]
@@ -1031,16 +1046,16 @@ class Run:
                 torch.cuda.set_rng_state(checkpoint["cuda_rng"], self.sums.device)
         except (RuntimeError, ValueError, KeyError, TypeError) as e:
             reason = " ".join(str(e).split())[:200]
-            raise RunError(f"{source} is not a run of this trainer and these flags ({reason})") from None
+            raise RunError(f"{source} is not a run of this trainer and these flags ({reason}): use another") from None
         if self.batch >= len(self.train):
             raise RunError(f"{source} was trained on more images than {self.args.data_dir} has: use its data")
         if threads != torch.get_num_threads() and self.sums.device.type == "cpu":
             console.print(
-                f"{source} ran with {threads} threads, this process has {torch.get_num_threads()}: sums are rounded in "
+                f"{source} ran with {threads} threads, this process has {torch.get_num_threads()}: sums are added in "
                 "another order, so the run does not continue bit for bit (OMP_NUM_THREADS sets the number)"
             )
         if self.step >= total_steps:
-            raise RunError(f"{source} has done its {self.step:,} steps: to go on, give more --epochs, --limit-steps")
+            raise RunError(f"{source} has done its {self.step:,} steps: give more --epochs or --limit-steps to go on")
 
     def _open(self, resumed: bool, device: torch.device) -> None:
         """Open the run folder and write the files that describe the run."""
@@ -1137,7 +1152,7 @@ class Run:
     def count(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Add a micro-batch to the metrics: mean loss [], logits [B, classes], labels [B]. Does not wait for a GPU.
 
-        labels: or the shares of the classes in mixed images, [B, classes]; then the class with the largest one counts.
+        For mixed images, labels are the fractions of the classes, [B, classes]. The class with the largest counts.
         """
         labels = labels if labels.dim() == 1 else labels.argmax(1)
         correct = (logits.argmax(1) == labels).sum()
@@ -1146,7 +1161,7 @@ class Run:
     def end_epoch(self, tested: dict[str, float], bits: torch.Tensor, **extra: float) -> None:
         """Add a row to the metrics and write the checkpoints.
 
-        tested: what evaluate_all() returned. bits: the signs now. extra: the trainer's own columns.
+        tested: what evaluate_all() returned. bits: the present signs. extra: the columns of the trainer.
         """
         self.check_finite(tested["test_loss"])
         loss, correct, images = self._sums()
@@ -1158,7 +1173,7 @@ class Run:
             shares = [part.double().mean() for part in values.split(list(self.layers.values()))]
             row |= dict(zip((f"{kind}/{name}" for name in self.layers), torch.stack(shares).tolist(), strict=True))
         # --limit-steps can end the run within an epoch. A run that is resumed from there with a higher limit must equal
-        # one that never stopped, so last.pt then holds neither this row nor the end of the epoch.
+        # one that never stopped, so last.pt then contains neither this row nor the end of the epoch.
         whole_epoch = self.batch == len(self.train)
         self.rows.append(row)
         on_rank_0(write_metrics, self.folder, self.rows)
@@ -1187,7 +1202,7 @@ class Run:
         if self.rows:
             rows = self.rows[:-1] or self.rows if self.batch and self.args.val else self.rows
             row = best_row(rows)
-            chosen = f"epoch {row['epoch']}, the last (nothing chooses an epoch without --val)"
+            chosen = f"epoch {row['epoch']}, the last (--val would choose the best)"
             if "val_acc" in row:
                 chosen = f"epoch {row['epoch']}, best by validation accuracy ({100 * row['val_acc']:.2f} %)"
             console.print(
@@ -1197,8 +1212,8 @@ class Run:
             )
             if not self.args.bn_batches and self.rows[-1]["flip_ratio"] > MANY_FLIPS:
                 console.print(
-                    f"{100 * self.rows[-1]['flip_ratio']:.0f} % of the signs flipped in the last epoch: BatchNorm's "
-                    "running statistics may be of other weights than the last; --bn-batches 32 tests with new ones"
+                    f"{100 * self.rows[-1]['flip_ratio']:.0f} % of the signs flipped in the last epoch, so BatchNorm's "
+                    "running statistics may not fit the last weights: --bn-batches 32 tests with new statistics"
                 )
         self._save_log()
         return 0
@@ -1217,7 +1232,7 @@ class Run:
         self.finite.check(self.epoch + 1, self.step, self.folder, test_loss)
 
     def _model(self) -> dict:
-        """What best.pt holds: the network, and what is needed to use it."""
+        """The contents of best.pt: the network, and what is needed to use it."""
         return {
             "args": vars(self.args),
             "num_classes": self.train.num_classes,
@@ -1231,13 +1246,13 @@ class Run:
         }
 
     def _save_best(self, replace: bool) -> None:
-        """Write best.pt. replace: also if there is one."""
+        """Write best.pt. replace: whether an existing file is replaced."""
         best = self.folder / "best.pt"
         if replace or not best.exists():
             save(best, self._model())
 
     def save(self, rows: list[dict]) -> None:
-        """Write last.pt: everything that the rest of the run depends on, with these rows. Call it in all processes."""
+        """Write last.pt: all that the rest of the run depends on, and these rows. All processes call it."""
         self.check_finite()
         checkpoint = self._model()
         for part in self.state.values():

@@ -1,14 +1,14 @@
 """The selective scan of a Mamba block on scalar tokens, fused into one kernel: SlowMamba of hypernet.py, faster.
 
 Copy this file next to hypernet.py, together with selective_scan_cpu.cpp (for CPUs) and selective_scan_triton.py (for
-CUDA GPUs). hypernet.py imports it if it is there and uses plain PyTorch if it is not.
+CUDA GPUs). Without it, hypernet.py uses plain PyTorch.
 
 There are two fused functions, one for each of FSG's history layouts:
 
     last     per-weight: many short sequences; returns the last output of each. SlowMamba.last
     tails    flat: a few sequences of up to millions of tokens; returns the last outputs of each. SlowMamba.tails
 
-At the end of the file are `last_unrolled`, `first_needed` and `in_segments`: the same ideas in plain PyTorch.
+At the end of the file are these ideas in plain PyTorch: `last_unrolled`, `first_needed` and `in_segments`.
 
 The definition (Mamba, https://arxiv.org/abs/2312.00752)
 --------------------------------------------------------
@@ -23,13 +23,13 @@ u_t is the scalar token at step t. There are d channels and n states per channel
 
 What `last` computes instead
 ----------------------------
-Only h_L is needed, L being the last token. Inserting the recurrence into itself gives h_L as a sum. Each term decays by
-the steps Δ that follow it:
+Only h_L is needed, where L is the last token. If the recurrence is inserted into itself, h_L becomes a sum. Each term
+decays by the steps Δ that follow it:
 
     h_L C_L = Σ_t Δ_t x_t Σ_n exp(A_n S_t) B_tn C_Ln,    S_t = Δ_{t+1} + … + Δ_L,    S_L = 0
 
-The terms do not depend on each other, so they can be computed in any order. The backward pass needs the same
-exponentials. With E = exp(A_n S_t), q = E B_tn C_Ln, g = ∂y/∂(h_L C_L) and c_t = g Δ_t x_t:
+The terms do not depend on each other, so they can be computed in any order. The backward pass needs the exponentials
+of the forward pass. With E = exp(A_n S_t), q = E B_tn C_Ln, g = ∂y/∂(h_L C_L) and c_t = g Δ_t x_t:
 
     ∂/∂(B_tn C_Ln) += c_t E      ∂/∂A_n += c_t S_t q      ∂/∂S_t += c_t A_n q      ∂/∂(Δ_t x_t) += g Σ_n q
     ∂/∂Δ_s         += Σ_{t<s} ∂/∂S_t
@@ -38,22 +38,22 @@ The gradients of Δ, x, B and C then go back through softplus, the projections, 
 
 What `tails` computes instead
 -----------------------------
-The recurrence as written above, token by token. It starts late: a token is skipped if its effect on the state decays
-below float32's resolution before the first wanted output. Each state has its own starting point, because states forget
-at different rates. selective_scan_cpu.cpp derives the backward pass.
+The recurrence as written above, token by token. A token is skipped if its effect on the state decays below float32's
+resolution before the first wanted output. Each state starts at another token, because states forget at different rates.
+selective_scan_cpu.cpp derives the backward pass.
 
 What makes it fast
 ------------------
 - No tensor of shape [tokens, d] or [tokens, n] goes through main memory, and no [tokens, d, n] exists.
-- The backward pass of `last` saves the input alone and recomputes the rest. That of `tails` also saves one h per chunk
-  of tokens.
-- The cost is one exponential per token, channel and state, forward and again backward. For `last` on a ResNet-20 at the
-  paper's size (270,000 weights, L = 6, d = 100, n = 16) that is (L − 1) d n per weight, 2.2 billion each way. The CPU
+- For its backward pass, `last` saves only the input and recomputes the rest. `tails` also saves one h per chunk of
+  tokens.
+- The cost is one exponential per token, channel and state in each direction. For `last` on a ResNet-20 at the paper's
+  size (270,000 weights, L = 6, d = 100, n = 16) that is (L − 1) d n per weight, 2.2 billion in each direction. The CPU
   kernel replaces most of them by a short polynomial around a known exponential.
 - The CPU kernel is compiled at first use, in a few seconds, for the vector instructions of the machine. `last` is
   compiled for each L, which unrolls its loops over tokens.
 
-Two runs with the same number of threads give the same bits. `tails` gives the same bits for any number of threads.
+Two runs with equal numbers of threads give equal bits. `tails` gives equal bits for any number of threads.
 
 The compiled CPU kernels are kept in ~/.cache/torch_extensions, or in the folder that the environment variable
 TORCH_EXTENSIONS_DIR names. The compiler is the one that CXX names, else c++, g++ or clang++.
@@ -112,7 +112,7 @@ def library(tokens: int | None) -> ctypes.CDLL | str:
     """Load the CPU kernels, after compiling them if necessary.
 
     tokens: the sequence length for `last`; None for `tails`.
-    If it is impossible, print one sentence that says why, and return it.
+    If the kernels cannot be compiled, print one sentence that says why, and return it.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     flags = COMPILER_FLAGS + VECTOR_FLAGS.get(capability, [])
@@ -148,8 +148,10 @@ def _digest(content: bytes) -> str:
 
 
 def _find(name: str) -> ctypes.CDLL | None:
-    """The library of that name in the cache. A file's name ends with the digest of its content, so that a damaged file
-    is never loaded."""
+    """The library of that name in the cache, or None.
+
+    A file's name ends with the digest of its content, so that a damaged file is never loaded.
+    """
     for file in sorted(_cache().glob(f"{name}_*.so")):
         try:
             if file.stem == f"{name}_{_digest(file.read_bytes())}":
@@ -160,8 +162,11 @@ def _find(name: str) -> ctypes.CDLL | None:
 
 
 def _compile(name: str, flags: list[str]) -> ctypes.CDLL:
-    """Compile SOURCE into the cache. The file gets its final name when it is complete, so any number of processes may
-    do this at once, and each may be killed at any moment."""
+    """Compile SOURCE into the cache, and load it. Raises RuntimeError with the reason if that fails.
+
+    The file gets its final name when it is complete. So several processes may compile at once, and each may be killed
+    at any moment.
+    """
     compiler, folder = _compiler(), _cache()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -278,9 +283,9 @@ def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
 
 
 def _params(parameters: tuple[Tensor, ...]) -> tuple[_Params, tuple[Tensor, ...]]:
-    """The parameters as the kernels take them, and the tensors that own the memory."""
+    """The parameters in the form for the kernels, and the tensors that own the memory."""
     if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in parameters):
-        raise ValueError("the fused scan wants its parameters in float32 and where its input is")
+        raise ValueError("the fused scan needs its parameters in float32 and on the device of its input")
     in_proj, conv, conv_b, x_proj, dt_w, dt_b, A_log, D, out = (p.detach().contiguous() for p in parameters)
     d, n = A_log.shape
     in_x, in_z = in_proj[:d], in_proj[d:]
@@ -291,13 +296,13 @@ def _params(parameters: tuple[Tensor, ...]) -> tuple[_Params, tuple[Tensor, ...]
 
 
 def _new_grads(parameters: tuple[Tensor, ...]) -> Tensor:
-    """Memory for the gradients of what _Params holds, in its order: all parameters, but in_x is part of conv."""
+    """Memory for the gradients of the fields of _Params, in their order: all parameters, but in_x is part of conv."""
     d = len(parameters[7])
     return parameters[0].new_empty(sum(p.numel() for p in parameters) - d)
 
 
 def _split_grads(grads: Tensor, parameters: tuple[Tensor, ...]) -> list[Tensor]:
-    """From the gradients of what _Params holds to those of the parameters. The gradient of A2 is given as A's."""
+    """The gradients of the parameters from those of the fields of _Params. The gradient of A2 is given as that of A."""
     in_proj, conv, _, x_proj, _, _, A_log, D, _ = parameters
     d = len(D)
     sizes = [conv.numel(), d, d, x_proj.numel(), d, d, A_log.numel(), d, d]
@@ -312,7 +317,7 @@ def _split_grads(grads: Tensor, parameters: tuple[Tensor, ...]) -> list[Tensor]:
 def tails(past: Tensor, sizes: list[int], first: Tensor | None, *parameters: Tensor) -> Tensor:
     """Return SlowMamba's last outputs on one sequence per layer, differentiable in `first` and all parameters.
 
-    past: [l, N] float32. Layer i owns the next sizes[i] columns; its sequence is [first[i],] its columns of past[0], of
+    past: [l, N] float32. Layer i has the next sizes[i] columns. Its sequence is [first[i],] its columns of past[0], of
         past[1], …, of past[l − 1].
     sizes: the number of weights of each layer, N together.
     first: [layers], or None.
@@ -366,7 +371,7 @@ def _call_tails(function: str, past: Tensor, sizes: Tensor, first: Tensor | None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Where the fused scan cannot run: the same two ideas in plain PyTorch, for any device and data type.
+# Without the fused scan: these two ideas in plain PyTorch, for any device and data type.
 
 
 def last_unrolled(u: Tensor, *parameters: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ file can be imported without it; `why_not` then says what is missing. The recurr
 
     h_t = exp(Δ_t A) h_{t−1} + Δ_t x_t B_t,    Y_t = h_t C_t + D x_t,    output_t = Σ_d out Y_t silu(in_z u_t)
 
-and selective_scan.py gives all equations. Two runs on one device give the same bits: each program adds up its own
-blocks in order, and torch adds up the programs' sums.
+and selective_scan.py gives all equations. Two runs on one device give equal bits: each program adds up its blocks in
+order, and torch adds up the programs' sums.
 
 last: many short sequences, the last output of each
 ---------------------------------------------------
@@ -19,8 +19,8 @@ P = 7 + K + 3n parameters per channel.
 
 In memory, float32:
     u, du [L, sequences]; y, gy [sequences]    inputs, outputs, and their gradients
-    table [P, d]                               all parameters; column c belongs to channel c
-    sums [programs, P, d]                      the gradient of table; each program adds to a copy of its own
+    table [P, d]                               all parameters; column c is of channel c
+    sums [programs, P, d]                      the gradient of table; each program adds to a separate copy
 
 In a kernel, every tensor has the axes [states, channels, sequences]. The size of an axis is that of a block (N, BLOCK_D
 or BLOCK_B) or 1:
@@ -37,23 +37,23 @@ What makes it fast:
 
 Cost per token for d = 100, n = 16, L = 6, counted in the machine code for an H100:
     exponentials and reciprocals    forward 1,333 for the scan and 530 for silu and softplus; backward 2,200. A
-                                    multiprocessor does 16 per cycle
+                                    multiprocessor computes 16 per cycle
     other instructions              forward 12,000, which overlap with the exponentials; backward 42,000, which are the
-                                    bottleneck. A multiprocessor does 128 per cycle
+                                    bottleneck. A multiprocessor executes 128 per cycle
     floating-point operations       forward 13,000; backward 41,000
 
 tails: a few long sequences, the last outputs of each
 -----------------------------------------------------
 There is one sequence per layer, of up to millions of tokens. The recurrence is computed as it is written, token by
 token. So is its adjoint, which selective_scan_cpu.cpp derives. A sequence is divided into chunks of T tokens, counted
-from its end. Chunks run in parallel, because what a chunk hands on is linear in what it receives:
+from its end. Chunks run in parallel, because the h after a chunk is linear in the h before it:
 
     MEANS, _plan       find the chunks that are not needed, see below
-    ENDS               for every chunk: the h that it hands on if it receives h = 0, and Σ_t Δ_t
-    _carry             from chunk to chunk: the received h becomes exp(A Σ Δ) h + what the chunk hands on
-    OUTPUTS            for every chunk with outputs: the outputs, from the h that it receives
+    ENDS               for every chunk: the h after it if the h before it is 0, and Σ_t Δ_t
+    _carry             from chunk to chunk: the h before it becomes exp(A Σ Δ) h + the h of ENDS
+    OUTPUTS            for every chunk with outputs: the outputs, from the h before it
     ADJOINT, _carry    like ENDS and _carry, for the adjoint exp(A Δ_t) ∂/∂h_t, backwards in time
-    BACKWARD           for every chunk: h again and all gradients, from the h and the adjoint that it receives
+    BACKWARD           for every chunk: h again and all gradients, from the h before it and the adjoint after it
 
 One launch processes all layers. A program takes one chunk after another, and of each chunk all channels.
 
@@ -781,9 +781,9 @@ if triton is not None:
         values, totals, plan, table, layers, T, d, BACK: tl.constexpr, LAYERS: tl.constexpr, BLOCKS: tl.constexpr,
         K: tl.constexpr, n: tl.constexpr, N: tl.constexpr,
     ):  # fmt: skip
-        """Hand h on from chunk to chunk, for one layer and block of channels; BACK: the adjoint, backwards in time.
+        """Carry h from chunk to chunk, for one layer and block of channels; BACK: the adjoint, backwards in time.
 
-        values [chunks, n, d]: what each chunk hands on if it receives 0. It is replaced by what the chunk receives.
+        values [chunks, n, d]: the h after each chunk if the h before it is 0. The h before each chunk replaces it.
         """
         layer, block = tl.program_id(0), tl.program_id(1)
         begin = tl.load(layers + LAYERS + layer)
@@ -877,7 +877,7 @@ def last(u: Tensor, *parameters: Tensor, known: Tensor | None = None) -> Tensor:
 def _table(u: Tensor, K: int, parameters: tuple[Tensor, ...], *others: Tensor) -> Tensor:
     """The parameters as the kernels take them, [P, d]. Autograd splits the gradient."""
     if any(p.dtype != torch.float32 or p.device != u.device for p in (u, *parameters, *others)):
-        raise ValueError("the fused scan wants its parameters in float32 and where its input is")
+        raise ValueError("the fused scan needs its parameters in float32 and on the device of its input")
     in_proj, conv, conv_b, x_proj, dt_w, dt_b, A_log, D, out = parameters
     d = len(A_log)
     in_x, in_z = in_proj.view(2, d)

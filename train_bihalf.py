@@ -18,14 +18,14 @@
 
 Paper: Equal Bits: Enforcing Equally Distributed Binary Network Weights (AAAI 2022), https://arxiv.org/abs/2112.03406
 
-The sign of a weight does not depend on the other weights, and training can end with most signs of a filter alike. Equal
-Bits prescribes their distribution. Of the n latent weights of a filter,
+The sign of a weight does not depend on the other weights. So training can end with equal signs in most of a filter.
+Equal Bits prescribes the distribution of the signs. Of the n latent weights of a filter,
 
     the n/2 largest become +1, the others −1
 
-which is the optimal transport of the weights to a Bernoulli prior with p = ½, the prior of largest entropy. A weight
-flips when its *rank* changes. The gradient passes straight through. --ratio sets another fraction of +1; --prune sets
-the weights in the middle to 0. The bits of each layer are multiplied by the constant √2/√fan_in.
+This is the optimal transport of the weights to a Bernoulli prior with p = ½, the prior of largest entropy. A weight
+flips when its *rank* crosses the middle. The gradient passes straight through. --ratio sets another fraction of +1;
+--prune sets the weights in the middle to 0. The bits of each layer are multiplied by the constant √2/√fan_in.
 
     flags → data → network → optimizer → the training loop → evaluation
 
@@ -43,9 +43,8 @@ import data
 import models
 import runs
 
-# The paper's recipes, by kind of network or data set, all for SGD with momentum 0.9. "equalbits" is for CIFAR-100 and
-# for the ResNet-18 and 34 of CIFAR-10; "other" is IR-Net's for CIFAR-10. On ImageNet the authors' code divides the
-# learning rate by 10 at epoch 95 too, and at 80 instead of 90: --milestones 30 60 80 95.
+# The paper's recipes, all for SGD with momentum 0.9. "equalbits" is for CIFAR-100 and for ResNet-18 and 34 on CIFAR-10,
+# "other" is IR-Net's for CIFAR-10. On ImageNet, the authors' code has --milestones 30 60 80 95.
 RECIPES = {
     "conv": dict(epochs=100, batch_size=128, weight_decay=1e-4, schedule="cosine", milestones=[]),
     "equalbits": dict(epochs=350, batch_size=128, weight_decay=5e-4, schedule="step", milestones=[150, 250, 320]),
@@ -63,13 +62,13 @@ def flags():
     by_recipe = dict.fromkeys(RECIPES["other"])  # None; complete() sets them
     parser = runs.common_flags("train_bihalf.py", __doc__, arch="resnet20-irnet", opt="sgdm", **by_recipe)
     add = parser.add_argument_group("binary network").add_argument
-    add("--quantizer", default="bihalf", choices=["bihalf", "sign"], help="sign is the baseline")
+    add("--quantizer", default="bihalf", choices=["bihalf", "sign"], help="of the weights; sign is the baseline")
     add("--ratio", type=float, help="fraction of a filter's weights that are +1 (default: 0.5)")
     add("--prune", type=float, help="fraction of a filter's weights that are 0 (default: 0)")
-    act = "sign: binary activations too (default: sign in networks with a shortcut around each convolution)"
+    act = "activations; sign: −1 and +1; none: full precision (default: sign if every convolution has a shortcut)"
     add("--act", choices=["none", "sign"], help=act)
     add("--binarize-all", action="store_true", help="binarize the first and the last layer too")
-    add("--toy", action="store_true", help="show the paper's 2-D example, do not train; writes OUT/toy.png")
+    add("--toy", action="store_true", help="do not train; print the paper's 2-D example and draw it in OUT/toy.png")
     return parser
 
 
@@ -86,15 +85,15 @@ def complete(args) -> None:
                     f"--{name} is a fraction of a filter's weights, in [0, 1]; it is {vars(args)[name]}"
                 )
         if args.prune == 1:
-            raise runs.RunError("--prune 1 sets all weights to 0: use less")
+            raise runs.RunError("--prune 1 sets all weights to 0: use a smaller fraction")
         if args.prune and args.ratio != 0.5:
-            raise runs.RunError("--prune removes as many weights of either sign: leave out --ratio with it")
+            raise runs.RunError("--prune keeps equal numbers of +1 and −1: leave out --ratio with it")
     runs.fill(args, **RECIPES[recipe(args)], lr=DEFAULT_LR[args.opt])
     runs.fill(args, act="sign" if args.arch in models.MULTI_SHORTCUT_NETS else "none")
 
 
 def recipe(args) -> str:
-    """Which of RECIPES belongs to --arch and --dataset."""
+    """The name of the recipe for --arch and --dataset."""
     if args.arch in models.UNNORMALISED:
         return "conv"
     if args.dataset == "imagenet":
@@ -130,7 +129,7 @@ def all_networks(points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torc
     Returns units [16, P], networks [4096, 3] and plus [4096]. The output of network i is units[networks[i]].sum(0), its
     decision is the sign of the output, and plus[i] of its weights are +1.
     """
-    # There are 16 hidden units: two weights, a bias and the weight of the output layer are −1 or +1 each.
+    # There are 2⁴ different hidden units: two weights, a bias and the weight of the output layer are each −1 or +1.
     signs = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=4)), dtype=points.dtype)
     units = signs[:, 3:] * torch.sigmoid(signs[:, :2] @ points.T + signs[:, 2:3])
     networks = torch.tensor(list(itertools.product(range(16), repeat=3)))
@@ -149,7 +148,7 @@ def toy(out: Path) -> int:
     units, networks, plus = all_networks(torch.stack([x.flatten(), y.flatten()], 1))
     decisions = torch.stack([units[network].sum(0) > 0 for network in networks])  # [4096, P]
     boundaries = decisions ^ decisions[:, :1]  # a network and its negative have the same boundary
-    some = boundaries.any(1)  # networks that have a boundary; the others decide the same everywhere
+    some = boundaries.any(1)  # networks that have a boundary; the others make one decision everywhere
     ids = torch.full((4096,), -1)
     ids[some] = boundaries[some].unique(dim=0, return_inverse=True)[1]
 
@@ -260,7 +259,7 @@ def main(argv=None) -> int:
                     with runs.autocast(device, args.amp):
                         logits = model(x)
                     loss = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
-                    scaler.scale(fraction * loss).backward()  # straight through: a weight's gradient is its bit's
+                    scaler.scale(fraction * loss).backward()  # a latent weight gets the gradient of its bit
                     run.count(loss, logits, y)
                 scaler.unscale_(optimizer)
                 if args.clip:

@@ -1,10 +1,10 @@
-"""FSG trains networks with binary weights with learned gradients, made of the present gradient and of past ones.
+"""FSG: binary weights trained with learned gradients, which are made of the present gradient and of past ones.
 
     # Half a minute on a laptop, without a download:
     python train_fsg.py --dataset digits --arch resnet8 --epochs 12 --batch-size 64
     python train_fsg.py --arch resnet32 --hgs mamba --opt adam           # the paper, on CIFAR-10
     python train_fsg.py --arch resnet32 --grad ste                       # the baseline; or gate, fcgrad, multifc, …
-    python train_fsg.py --arch resnet32 --preset released                # step by step as the authors' code
+    python train_fsg.py --arch resnet32 --preset released                # the training step of the authors' code
     python train_fsg.py --dataset folder --data-dir my/images            # my/images/{train,test}/CLASS/*.png
     # The paper starts from a full-precision network:
     python train_fsg.py --arch resnet32 --quantizer none --opt sgdm --name fp32
@@ -16,21 +16,21 @@
 Paper: Fast and Slow Gradient Approximation for Binary Neural Network Optimization (AAAI 2025),
 https://arxiv.org/abs/2412.11777
 
-The network computes with binary weights Ŵ, a rounding of the latent weights W that the optimizer updates. A rounding's
-derivative is 0 almost everywhere. A straight-through estimator (STE) takes it as 1; FSG learns what to put in its
-place. In step t, with ĝ_t = ∂L/∂Ŵ and the hypernetworks' parameters φ:
+The optimizer updates latent weights W. The network computes with binary weights Ŵ, which are W rounded to −1 or +1. The
+derivative of the rounding is 0 almost everywhere. A straight-through estimator (STE) replaces it by 1. FSG learns its
+replacement. In step t, with ĝ_t = ∂L/∂Ŵ and the hypernetworks' parameters φ:
 
     fast = ĝ_t ⊙ MLP(W̃)                             of the present gradient; W̃ is W before it is rounded
     slow = SlowNet(LRE, ĝ_{t−l+1}, …, ĝ_t)          of the last l gradients of each weight; Mamba or an LSTM
     G_t  = D ⊙ ((1 − β)·fast + β·slow)              the optimizer's gradient; D is ∂Ŵ/∂W, the rounding's taken as 1
     φ is trained in step t + 1: how much did G_t reduce the loss?
 
-hypernet.py holds all of it. In the training loop it is one line between backward() and step(): generator.generate().
+hypernet.py contains the method. In the training loop it is one line after backward(): generator.generate().
 
     flags → data → network → gradient generator → optimizer → the training loop → evaluation
 
 Copy with: models.py, binarize.py, quantizers.py, hypernet.py, metaquant.py, gate.py, fsg_released.py, data.py, runs.py;
-for speed selective_scan.py and its kernels.
+for speed also selective_scan.py, selective_scan_cpu.cpp and selective_scan_triton.py.
 """
 
 import torch
@@ -44,17 +44,17 @@ from gate import GatedHistory
 from hypernet import FSG, STE
 from metaquant import LSTMFC, AuthorsAdam, FCGrad, LookAhead, MultiFC, ReleasedFCGrad, ReleasedLSTMFC, ReleasedMultiFC
 
-# Learning rates that work for the latent weights, measured (results/README.md).
+# Learning rates for the latent weights, chosen by the measurements in results/README.md.
 DEFAULT_LR = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.3, "sgdm": 0.1}
 GATE_LR = 6e-3  # with Adam under --grad gate
-# Adam's learning rates for φ: of the fast-net; of the slow-net and the LRE.
+# Adam's learning rates for φ: LR_FAST for the fast-net, LR_SLOW for the slow-net and the LRE.
 LR_FAST = {"fsg": 1e-2, "fcgrad": 1e-3, "multifc": 1e-3, "lstmfc": 1e-3}
 LR_SLOW = 1e-3
-# SGD's step is lr·G. With --balance none, and with MetaQuant's generators, φ can make G arbitrarily large, so that φ
-# must learn slowly there.
+# SGD's step is lr·G. With --balance none and with MetaQuant's generators, φ can make G arbitrarily large. So φ must
+# learn slowly there.
 LR_PHI_UNBOUNDED = 1e-5
 
-# The generators (--grad) that have each flag. The others refuse it.
+# The generators (--grad) that have each flag. The other generators refuse it.
 LEARNED = ("fsg", "fcgrad", "multifc", "lstmfc")
 FLAGS_OF = {
     "hgs": ("fsg",),
@@ -87,73 +87,56 @@ NOT_RELEASED = ("history", "balance", "normalize", "no_lre", "fast_act", "hyper_
 
 def flags():
     parser = runs.common_flags("train_fsg.py", __doc__, weight_decay=None)
-    bnn = parser.add_argument_group("binary network")
+    add = parser.add_argument_group("binary network").add_argument
     quantizers = ["dorefa", "bwn", "bwn-f", "bwn-l", "none"]
-    bnn.add_argument("--quantizer", default="dorefa", choices=quantizers, help="quantizers.py; none: float")
-    bnn.add_argument("--act", default="none", choices=["none", "sign"], help="sign: binary activations too (W1A1)")
-    bnn.add_argument(
-        "--binarize-all", action="store_true", help="binarize the first convolution and the classifier too"
-    )
-    fsg = parser.add_argument_group("gradient generator; a flag that the chosen generator does not have is refused")
-    fsg.add_argument(
-        "--grad",
-        choices=["fsg", "gate", "ste", "fcgrad", "multifc", "lstmfc"],
-        help="the generator: FSG (hypernet.py), the gated history (gate.py), straight-through, or one of MetaQuant's "
-        "three (metaquant.py) (default: fsg)",
-    )
-    fsg.add_argument("--hgs", choices=["mamba", "lstm"], help="fsg: the slow-net over the history (default: mamba)")
-    fsg.add_argument(
-        "--preset",
-        choices=["none", "released"],
-        help="released: each training step as in the authors' code, FSG's (fsg_released.py) or MetaQuant's "
-        "(metaquant.py) (default: none)",
-    )
-    fsg.add_argument(
-        "--history",
-        choices=["per-weight", "flat", "newest"],
-        help="fsg: layout of the history; newest: without the older gradients (default: per-weight)",
-    )
-    fsg.add_argument("--length", type=int, help="fsg: l, past gradients per weight (default: 5)")
-    fsg.add_argument("--beta", type=float, help="fsg: share of the slow gradient, 0 to 1 (default: 0.9)")
-    fsg.add_argument(
-        "--balance",
-        choices=["layer-rms", "none"],
-        help="fsg: scale both terms to the RMS of the gradient in each layer; none: the formula as written "
-        "(default: layer-rms)",
-    )
-    fsg.add_argument(
-        "--normalize", choices=["layer-rms", "none"], help="fsg: scale of the history (default: layer-rms)"
-    )
-    fsg.add_argument("--no-lre", action="store_true", help="fsg: no layer recognition embedding")
-    fsg.add_argument("--fast-act", choices=["none", "relu", "tanh"], help="default: none; tanh under bwn and bwn-f")
-    fsg.add_argument("--hidden", type=int, help="width of the MLP and of the LSTM (default: 100)")
-    fsg.add_argument("--d-state", type=int, help="mamba: states per channel (default: 16)")
-    fsg.add_argument("--d-conv", type=int, help="mamba: taps of the convolution (default: 8)")
-    fsg.add_argument("--expand", type=int, help="mamba: channels (default: 100)")
-    fsg.add_argument(
-        "--scan", choices=["auto", "fused", "mamba-ssm", "reference"], help="mamba: backend of the scan (default: auto)"
-    )
-    fsg.add_argument(
-        "--hyper-sample",
-        type=float,
-        help="fsg: share of the weights that φ is trained on in each step (default: 0.125; with --history flat 1)",
-    )
-    fsg.add_argument(
-        "--lr-fast", type=float, help="Adam's learning rate for the MLP (default: fsg 1e-2, MetaQuant 1e-3; see file)"
-    )
-    fsg.add_argument("--lr-slow", type=float, help="fsg: Adam's learning rate for slow-net and LRE (default: 1e-3)")
-    fsg.add_argument("--memory", type=float, help="gate: decay of the history per step, 0 to below 1 (default: 0.8)")
-    fsg.add_argument("--epsilon", type=float, help="gate: how far a weight leaps near its threshold (default: 0.35)")
+    quantizer = "bwn: the sign; bwn-f, bwn-l: with a scale per filter or layer; none: full precision (quantizers.py)"
+    add("--quantizer", default="dorefa", choices=quantizers, help=quantizer)
+    add("--act", default="none", choices=["none", "sign"], help="activations; sign: −1 and +1; none: full precision")
+    add("--binarize-all", action="store_true", help="binarize the first and the last layer too")
+    title = "gradient generator; a flag that the chosen generator does not have is refused"
+    add = parser.add_argument_group(title).add_argument
+    grad = "fsg: hypernet.py; gate: the gated history, gate.py; ste: straight-through; others: MetaQuant (metaquant.py)"
+    add("--grad", choices=["fsg", "gate", "ste", "fcgrad", "multifc", "lstmfc"], help=f"{grad} (default: fsg)")
+    add("--hgs", choices=["mamba", "lstm"], help="fsg: the slow-net, which sees the history (default: mamba)")
+    preset = "released: the training step of the authors' code, FSG's (fsg_released.py) or MetaQuant's (metaquant.py)"
+    add("--preset", choices=["none", "released"], help=f"{preset} (default: none)")
+    history = "fsg: one sequence per weight, one per layer (flat), or one per weight without older gradients (newest)"
+    add("--history", choices=["per-weight", "flat", "newest"], help=f"{history} (default: per-weight)")
+    add("--length", type=int, help="fsg: l, past gradients per weight (default: 5)")
+    add("--beta", type=float, help="fsg: β, the weight of the slow gradient, 0 to 1 (default: 0.9)")
+    balance = "fsg: layer-rms scales both terms to the RMS of the gradient in each layer; none: the formula as written"
+    add("--balance", choices=["layer-rms", "none"], help=f"{balance} (default: layer-rms)")
+    normalize = "fsg: layer-rms divides the history by its RMS in each layer (default: layer-rms)"
+    add("--normalize", choices=["layer-rms", "none"], help=normalize)
+    add("--no-lre", action="store_true", help="fsg: no layer recognition embedding")
+    fast_act = "nonlinearity of the MLP (default: none with dorefa or fcgrad, else tanh)"
+    add("--fast-act", choices=["none", "relu", "tanh"], help=fast_act)
+    add("--hidden", type=int, help="width of the MLP and of the LSTM (default: 100)")
+    add("--d-state", type=int, help="mamba: states per channel (default: 16)")
+    add("--d-conv", type=int, help="mamba: taps of the convolution (default: 8)")
+    add("--expand", type=int, help="mamba: channels (default: 100)")
+    scans = ["auto", "fused", "mamba-ssm", "reference"]
+    add("--scan", choices=scans, help="mamba: implementation of the selective scan (default: auto)")
+    sample = "fsg: fraction of the weights that φ is trained on in each step (default: 0.125; with --history flat 1)"
+    add("--hyper-sample", type=float, help=sample)
+    unbounded = "1e-5 with SGD if no balance limits G"
+    lr_fast = f"Adam's learning rate for the MLP or LSTMFC's LSTM (default: fsg 1e-2, MetaQuant's 1e-3, {unbounded})"
+    add("--lr-fast", type=float, help=lr_fast)
+    lr_slow = f"fsg: Adam's learning rate for the slow-net and the LRE (default: 1e-3, {unbounded})"
+    add("--lr-slow", type=float, help=lr_slow)
+    add("--memory", type=float, help="gate: λ, the history's decay per step, from 0 to below 1 (default: 0.8)")
+    epsilon = "gate: ε > 0; the smaller it is, the longer are the steps of weights near their threshold (default: 0.35)"
+    add("--epsilon", type=float, help=epsilon)
     return parser
 
 
 def complete(args) -> None:
-    """Fill in the defaults that depend on other flags, and refuse flags that the chosen generator does not have."""
+    """Set the defaults that depend on other flags, and refuse flags that do not go together."""
     if args.arch not in models.ARCHS:
         raise runs.RunError(f"--arch {args.arch} is not known: use one of {models.ARCHS_IN_SHORT}")
     if args.quantizer == "none" and (args.act != "none" or args.binarize_all):
         raise runs.RunError("--quantizer none is full precision: leave out --act and --binarize-all")
-    # only_for() removes the flags that the method does not have from args, so "hgs" in args means: it has a slow-net.
+    # only_for() removes the flags that the generator does not have. So `"hgs" in args` means that it has a slow-net.
     runs.only_for(args, "quantizer", dict.fromkeys(("grad", *FLAGS_OF), ("dorefa", "bwn", "bwn-f", "bwn-l")))
     runs.fill(args, grad="fsg")
     runs.only_for(args, "grad", FLAGS_OF)
@@ -179,8 +162,8 @@ def complete(args) -> None:
     if getattr(args, "balance", "none") == "layer-rms" and args.quantizer == "dorefa" and args.fast_act != "tanh":
         if args.lr_fast is not None:
             raise runs.RunError(
-                "--lr-fast has no effect with --balance layer-rms and a linear or ReLU MLP, whose factor the balance "
-                "divides out: leave it out, or use --fast-act tanh or --balance none"
+                "--lr-fast has no effect with --balance layer-rms and a linear or ReLU MLP, since the balance removes "
+                "the MLP's factor: leave it out, or use --fast-act tanh or --balance none"
             )
         del args.lr_fast
     unbounded = args.opt.startswith("sgd") and getattr(args, "balance", "none") == "none" and not released
@@ -194,13 +177,20 @@ def complete(args) -> None:
             raise runs.RunError(f"{runs.option(name)} must be at least 1; it is {getattr(args, name)}")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Network and gradient generator.
+
+
 def network(args, num_classes: int, shape: tuple[int, int, int]) -> torch.nn.Module:
-    """The network that is trained, freshly initialised: images [B, *shape] -> logits [B, num_classes]."""
+    """The network before training: images [B, *shape] -> logits [B, num_classes]."""
     return models.build(args.arch, num_classes, args.quantizer, args.act, args.binarize_all, *shape[:2])
 
 
 def make_generator(args, layers):
-    """The gradient generator that --grad names, for the network's binary layers. None at full precision."""
+    """The gradient generator that --grad names, for the network's binary layers. None with --quantizer none.
+
+    Raises RunError for a wrong value of a flag, and if the selective scan cannot run.
+    """
     if args.quantizer == "none":
         return None
     released = getattr(args, "preset", "none") == "released"
@@ -240,7 +230,7 @@ def make_generator(args, layers):
                 hyper_sample=args.hyper_sample,
                 **options,
             )
-        # Checks now, not at the first step, that the scan can run.
+        # backend_and_why() raises an error here, not at the first step, if the scan cannot run.
         runs.console.print(f"slow-net: {args.hgs}, {generator.backend_and_why()}", soft_wrap=True)
         return generator
     except (ValueError, RuntimeError) as e:  # beta outside [0, 1], an LSTM over the flat history, mamba-ssm missing, …
@@ -285,14 +275,16 @@ def main(argv=None) -> int:
     if args.eval_only:
         return runs.report(runs.evaluate_all(model, args, device, train=train, val=val, test=test), test)
 
-    # Gradient generator: turns ĝ, the gradient at the binary weights, into G, the gradient of the latent weights.
+    # Gradient generator, which turns ĝ, the gradient at the binary weights, into G, the gradient of the latent weights.
     generator = make_generator(args, layers)
     released = isinstance(generator, LookAhead)  # --preset released
+
+    # Optimizer.
     if released and args.opt == "adam":
         optimizer = AuthorsAdam(net.parameters(), args.lr, betas=args.betas, weight_decay=args.weight_decay)
     else:
         optimizer = runs.make_optimizer(net.parameters(), args)
-    if isinstance(generator, GatedHistory):  # its history is the momentum of the latent weights
+    if isinstance(generator, GatedHistory):  # its history is a momentum
         generator.without_momentum(optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")  # otherwise it changes nothing
 
@@ -324,20 +316,20 @@ def main(argv=None) -> int:
             for images, labels in run.batches():
                 lr = run.set_learning_rate(optimizer, epoch)
                 if released:
-                    generator.look_ahead(lr)  # the authors' codes measure ĝ at the weights after a trial step
+                    generator.look_ahead(lr)  # the authors' codes measure ĝ at look-ahead weights
                 optimizer.zero_grad()
                 for x, y, fraction in runs.micro_batches(model, images, labels, args.accumulate):
                     with runs.autocast(device, args.amp):
                         logits = model(x)
                     loss = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
-                    scaler.scale(fraction * loss).backward()  # now the .grad of every binary layer's weight is ĝ
+                    scaler.scale(fraction * loss).backward()  # the .grad of every binary layer's weight is ĝ
                     run.count(loss, logits, y)
                 scaler.unscale_(optimizer)
                 if generator:
-                    generator.generate()  # now the .grad is G; this also trains the hypernetworks
+                    generator.generate()  # the .grad becomes G; this also trains the hypernetworks
                 if args.clip:
                     torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
-                if not released or generator.t > 1:  # the authors' codes update nothing in the first step
+                if not released or generator.t > 1:  # the authors' codes skip the first update
                     scaler.step(optimizer)
                 scaler.update()
             if run.leaving:

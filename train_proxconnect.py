@@ -1,4 +1,4 @@
-"""ProxConnect++: binary weights by forward and backward quantizers, with BNN++ and the methods it is compared with.
+"""ProxConnect++: binary weights by forward and backward quantizers, with BNN++ and the methods of its comparison.
 
     # One minute on a laptop, without a download:
     python train_proxconnect.py --dataset digits --arch resnet8 --epochs 12 --batch-size 64
@@ -7,7 +7,7 @@
     # Full precision, then fine-tuning from it:
     python train_proxconnect.py --arch resnet20 --method fp --name fp
     python train_proxconnect.py --arch resnet20 --pretrained runs/fp/best.pt
-    # Vision transformers (pip install timm), from scratch or from timm's weights; the last one on CIFAR-10:
+    # Vision transformers (pip install timm), from scratch or from timm's weights. The last command is for CIFAR-10:
     python train_proxconnect.py --arch deit_tiny_patch16_224 --dataset imagenet --data-dir my/imagenet
     python train_proxconnect.py --arch vit_base_patch16_224 --dataset imagenet --data-dir my/imagenet --pretrained-timm
     python train_proxconnect.py --arch vit_tiny_patch16_224 --patch-size 4
@@ -37,8 +37,8 @@ The sign-Swish SS_μ and the piecewise linear L_ρ (quantizers.py) are soft sign
 linearly during training; the last step uses their end values. The backward quantizer of BNN++ is the derivative of its
 forward quantizer. PARQ (https://arxiv.org/abs/2503.15748) has its own schedule (`inverse_slope`).
 
-Soft signs are near ±1 for weights of order 1, so each layer measures its weights in the unit √2/√fan_in, about the
-standard deviation of their initial values:
+Soft signs are near ±1 for weights of order 1. So each layer divides its weights by the unit √2/√fan_in, which is about
+the standard deviation of their initial values:
 
     w = unit · F(w* / unit)
 
@@ -47,9 +47,10 @@ is that of F(w*), for the methods that train with other weights than the signs. 
 statistics of the weights that are tested, from --bn-batches training batches. best.pt and last.pt contain the
 statistics of the signs.
 
-Networks of timm take timm's normalisation, interpolation and crop. Training from large images uses the augmentation of
-DeiT (RandAugment and random erasing; no repeated augmentation), AdamW and a warm-up. --mixup and --cutmix are timm's,
-off by default as in timm; DeiT has 0.8 and 1. With them, train_acc counts the class with the larger share of an image.
+Networks of timm use timm's normalisation, interpolation and crop. They are trained with AdamW and a warm-up, and on
+images of more than 96 pixels with DeiT's augmentation (RandAugment and random erasing; no repeated augmentation).
+--mixup and --cutmix are timm's, off by default as in timm; DeiT has 0.8 and 1. With them, train_acc counts the class
+with the larger fraction of an image.
 
     flags → data → network → optimizer → the training loop → evaluation
 
@@ -82,17 +83,17 @@ METHODS = {  # the quantizer of each method (quantizers.py)
 }
 SWISH = ("bnn+", "bnn++")
 RELAXED = ("pc", "bnn++", "pq", "rpc", "parq")  # methods that train with weights other than the signs
-# The paper does not give learning rates; these are this project's.
+# The paper does not give learning rates.
 DEFAULT_LR = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.1, "sgdm": 0.1}
 TRANSFORMER_LR = 5e-4  # with Adam and AdamW
 # From DeiT (Touvron et al., ICML 2021, https://arxiv.org/abs/2012.12877), table 9.
 TRANSFORMER_DECAY = 0.05  # with AdamW, of the full-precision weights
 TRANSFORMER_WARMUP = 5.0  # epochs; at most a twentieth of the run
 AUGMENTATION = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "re_mode": "pixel"}  # timm's create_transform
-SWISH_LR = 10  # bnn+ and bnn++ divide the learning rate by it: their gradient is multiplied by up to μ
-FINE_TUNING = 0.1  # factor of the learning rate when training starts from --pretrained weights
-PARQ_END = 0.9  # parq's weights are binary from this share of the run on
-PARQ_STEEPNESS = 10  # of its schedule, the default of torchao's ProxPARQ
+SWISH_LR = 10  # divides SGD's learning rate for bnn+ and bnn++: SS′_μ multiplies their gradient by up to μ
+FINE_TUNING = 0.1  # factor of the learning rate when training starts from trained weights
+PARQ_END = 0.9  # parq's weights are binary from this fraction of the run on
+PARQ_STEEPNESS = 10  # of parq's schedule; the default of torchao's ProxPARQ
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,20 +105,16 @@ def flags():
     parser = runs.common_flags("train_proxconnect.py", __doc__, **defaults)
     add = parser.add_argument_group("binary network").add_argument
     add("--method", default="bnn++", choices=METHODS, help="the forward and the backward quantizer, see above")
-    add(
-        "--mu",
-        type=float,
-        nargs="+",
-        help="μ at the start and the end (default: 5 30); one value for bnn+ (default: 5)",
-    )
+    mu = "μ of bnn++ at the start and the end (default: 5 30); bnn+ has one value (default: 5)"
+    add("--mu", type=float, nargs="+", help=mu)
     add("--rho", type=float, nargs=2, help="ρ of pc, pq and rpc at the start and the end (default: 0.01 10)")
-    add("--act", default="none", choices=["none", "sign"], help="sign: binary activations too (W1A1)")
+    add("--act", default="none", choices=["none", "sign"], help="activations; sign: −1 and +1; none: full precision")
     add("--binarize-all", action="store_true", help="binarize the first and the last layer too")
-    mixup = "timm's Mixup of training images: α of the Beta distribution of their shares (default: 0, off)"
+    mixup = "timm's Mixup of pairs of training images, with fractions from Beta(ALPHA, ALPHA) (default: 0, off)"
     add("--mixup", type=float, default=0.0, metavar="ALPHA", help=mixup)
-    cutmix = "timm's CutMix likewise; with both flags, each batch gets one of them (default: 0, off)"
+    cutmix = "timm's CutMix, in the same way; with both flags, each batch gets one of them (default: 0, off)"
     add("--cutmix", type=float, default=0.0, metavar="ALPHA", help=cutmix)
-    add("--patch-size", type=int, help="width of a transformer's patches in pixels (default: the model's)")
+    add("--patch-size", type=int, help="width of a transformer's patches in pixels (default: that of the network)")
     add("--pretrained-timm", action="store_true", help="start from timm's weights, which are downloaded")
     return parser
 
@@ -147,7 +144,7 @@ def complete(args) -> None:
     if args.pretrained and args.pretrained_timm:
         raise runs.RunError("--pretrained and --pretrained-timm both set the first weights: give one of them")
     if args.ema is not None:
-        raise runs.RunError("--ema averages weights, and this trainer tests the signs of the last ones: leave it out")
+        raise runs.RunError("--ema averages weights, but this trainer tests the signs of the last ones: leave it out")
     if args.method == "fp" and (args.act != "none" or args.binarize_all):
         raise runs.RunError("--method fp is full precision: leave out --act and --binarize-all")
     for name in ("mixup", "cutmix"):
@@ -177,9 +174,9 @@ def import_timm(advice: str):
 
 
 def timm_for(arch: str):
-    """timm, for a network that is none of this repository's."""
+    """timm, for a network that is not in models.ARCHS. Raises RunError if it is not installed."""
     return import_timm(
-        f"--arch {arch} is none of {models.ARCHS_IN_SHORT}; for a vision transformer of timm, pip install timm"
+        f"--arch {arch} is not one of {models.ARCHS_IN_SHORT}; for a vision transformer of timm, pip install timm"
     )
 
 
@@ -200,7 +197,7 @@ def network(args, num_classes: int, shape: tuple[int, int, int], pretrained: boo
 
 @contextlib.contextmanager
 def seeded(seed: int):
-    """Within `with seeded(seed)`, the random numbers of Python and NumPy start from this seed, 0 to 2³² − 1."""
+    """Seed the random numbers of Python and NumPy within `with seeded(seed)`. seed: 0 to 2³² − 1."""
     states = random.getstate(), numpy.random.get_state()
     random.seed(seed)
     numpy.random.seed(seed)
@@ -226,9 +223,9 @@ class SeededTransform:
 
 
 class Mixup:
-    """timm's Mixup and CutMix of the batch of a step, which depend only on the seed, the step and the process.
+    """timm's Mixup and CutMix of a batch. The result depends only on the seed, the step and the process.
 
-    train: the training batches. Raises RunError if timm is missing, or if a process's part of a batch is odd.
+    train: the training batches. Raises RunError if timm is missing, or if a process gets an odd number of images.
     """
 
     def __init__(self, args, train):
@@ -241,9 +238,9 @@ class Mixup:
             self.mix = timm.data.Mixup(**options, num_classes=train.num_classes)
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """images [B, C, H, W] and labels [B] -> mixed images, and the shares of the classes in them [B, classes].
+        """images [B, C, H, W] and labels [B] -> mixed images, and the fractions of the classes in them [B, classes].
 
-        Without the flags both are returned as they are.
+        Without the flags, images and labels do not change.
         """
         if self.mix is None:
             return images, labels
@@ -258,7 +255,7 @@ def timm_config(arch: str) -> dict:
 
 
 def data_options(args) -> dict:
-    """The arguments of data.load that a network of timm wants: its own normalisation and transforms of large images."""
+    """The arguments of data.load for a network of timm: its normalisation, and its transforms of large images."""
     if args.arch in models.ARCHS:
         return {}
     timm, config = timm_for(args.arch), timm_config(args.arch)
@@ -313,10 +310,10 @@ def hardness_at(args, progress: float) -> float:
 
 @torch.no_grad()
 def start_weights(layers, args) -> None:
-    """bnn+ and bnn++ start from the network's weights, scaled in each layer so that the RMS of w*/unit is 1/μ.
+    """For bnn+ and bnn++, scale the initial weights of each layer so that the RMS of w*/unit is 1/μ.
 
-    Then most latent weights start where SS′_μ is positive, |w*/unit| < 2.4/μ, and SS_μ of them is of order 1. A weight
-    further out hardly ever changes its sign. A run that starts from one of these methods keeps its weights.
+    Then most latent weights start where SS′_μ is positive, |w*/unit| < 2.4/μ, and their SS_μ is of order 1. Larger
+    weights rarely change their sign. If --pretrained is a run of bnn+ or bnn++, the weights are not scaled.
     """
     trained = runs.load(args.pretrained).get("args", {}).get("method") if args.pretrained else None
     if args.method in SWISH and trained not in SWISH:
@@ -327,15 +324,15 @@ def start_weights(layers, args) -> None:
 
 @torch.no_grad()
 def apply_linear_quantizer(layers, rho: torch.Tensor) -> None:
-    """w ← L_ρ(w) for the latent weights themselves."""
+    """w ← L_ρ(w) for the latent weights, in units of the layer."""
     for layer in layers:
         layer.weight.copy_(quantizers.linear_quantizer(layer.weight / layer.unit, rho) * layer.unit)
 
 
 def optimizer_groups(net: torch.nn.Module, args) -> list[dict]:
-    """The parameters, for the optimizer. In networks of timm, biases, norms and latent weights do not decay.
+    """The parameter groups of the optimizer. In networks of timm, biases, norms and latent weights do not decay.
 
-    timm excludes the first two. Decay would pull the latent weights to 0, where the soft signs are far from ±1.
+    timm excludes biases and norms too. Decay would pull the latent weights to 0, where the soft signs are far from ±1.
     """
     if args.arch in models.ARCHS:
         return [{"params": list(net.parameters())}]
@@ -347,7 +344,7 @@ def optimizer_groups(net: torch.nn.Module, args) -> list[dict]:
 
 @contextlib.contextmanager
 def true_signs(layers):
-    """Within `with true_signs(layers)`, the layers compute with sign(w*); those of parq with α sign(w*)."""
+    """Let the layers compute with sign(w*), or α sign(w*) for parq, within `with true_signs(layers)`."""
     relaxed = [(layer.quantizer, layer.options) for layer in layers]
     for layer in layers:
         layer.quantizer, layer.options = "bwn-f" if layer.quantizer == "parq" else "bwn", {}
@@ -443,8 +440,8 @@ def main(argv=None) -> int:
                 scaler.unscale_(optimizer)
                 if args.clip:
                     torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
-                # pq and rpc apply L_ρ to the weights themselves in every step, and the steps add up: with the whole ρ,
-                # all weights would be at ±1 within 100 steps and never change sign again.
+                # pq and rpc apply L_ρ to the latent weights in every step, and the effects of the steps add up. With
+                # the whole ρ, all weights would be at ±1 within 100 steps and never change sign again.
                 if args.method == "rpc":
                     apply_linear_quantizer(layers, hardness / run.total_steps)
                 scaler.step(optimizer)

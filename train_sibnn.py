@@ -14,8 +14,7 @@ Paper: Sparsity-Inducing Binarized Neural Networks (AAAI 2020), https://ojs.aaai
 Code of its authors, for the extension of 2022: https://github.com/peiswang/SiBNN
 
 Binary activations are usually −1 and +1. Those of Si-BNN are 0 and 1, like a ReLU of one bit. Each channel has a
-threshold θ and a slope Δ, which are trained. The gradient passes through a window, which begins a little below the
-threshold (by ρ):
+trained threshold θ and a trained slope Δ. The gradient passes through a window that begins below the threshold (by ρ):
 
     y = (x − θ)·Δ
     a = 1 if y ≥ 0, else 0
@@ -25,8 +24,8 @@ The weights are signs with one scale per filter, α = mean|W|, and the gradient 
 quantizers.py). The latent weights are clamped to [−1, 1].
 
 --recipe paper (the default) trains as the paper of 2020 says: Adam at 1e-3, divided by 10 at epochs 40 and 80 of 100,
-weight decay 1e-6. --recipe code trains as the authors' code does: a cosine to 0, weight decay 1e-5. Both have batches
-of 256. The default is the paper's because its published accuracies were trained so.
+weight decay 1e-6. The accuracies of 2020 were obtained with it. --recipe code trains as the authors' code does: cosine
+schedule, weight decay 1e-5. Both use batches of 256 images.
 
     flags → data → network → optimizer → the training loop → evaluation
 
@@ -46,8 +45,8 @@ RECIPES = {
     "paper": dict(weight_decay=1e-6, schedule="step", milestones=[40, 80]),
     "code": dict(weight_decay=1e-5, schedule="cosine", milestones=[40, 80]),
 }
-DEFAULT_LR = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.1, "sgdm": 0.1}  # adam: the paper's and the code's
-THRESHOLDS = (".theta", ".delta")  # endings of the names of θ and Δ
+DEFAULT_LR = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.1, "sgdm": 0.1}  # adam: of the paper and of the authors' code
+THRESHOLDS = (".theta", ".delta")  # endings of the parameter names of θ and Δ
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,10 +58,11 @@ def flags():
     both = dict(epochs=100, batch_size=256, opt="adam")
     parser = runs.common_flags("train_sibnn.py", __doc__, arch="resnet20-sibnn", **both, **by_recipe)
     add = parser.add_argument_group("binary network").add_argument
-    recipes = "defaults of --schedule, --milestones, --weight-decay: the paper's of 2020 or those of the authors' code"
+    recipes = "sets --schedule, --milestones and --weight-decay as the paper of 2020 or as the authors' code"
     add("--recipe", default="paper", choices=list(RECIPES), help=recipes)
-    add("--act", default="si", choices=["si", "sign", "none"], help="activations; si: 0 and 1; sign: −1 and +1")
-    add("--rho", type=float, help="ρ, how far the gradient's window reaches below θ, 0 to 1 (default: 0.3)")
+    act = "activations; si: 0 and 1; sign: −1 and +1; none: full precision"
+    add("--act", default="si", choices=["si", "sign", "none"], help=act)
+    add("--rho", type=float, help="si: ρ; the gradient's window begins at y = −ρ, 0 to 1 (default: 0.3)")
     add("--binarize-all", action="store_true", help="binarize the first and the last layer too")
     return parser
 
@@ -95,8 +95,8 @@ def network(args, num_classes: int, shape: tuple[int, int, int]) -> torch.nn.Mod
 
 @contextlib.contextmanager
 def counting_zeros(net):
-    """Within `with counting_zeros(net) as zeros`, test the network once. Afterwards the dictionary `zeros` holds the
-    fraction of each binary layer's inputs that are 0."""
+    """Test the network once within `with counting_zeros(net) as zeros`. Afterwards the dictionary `zeros` contains, as
+    zeros/LAYER, the fraction of each binary layer's inputs that are 0."""
     layers, zeros = dict(zip(models.binary_layer_names(net), models.binary_layers(net), strict=True)), {}
     sums = {name: torch.zeros(2, dtype=torch.float64, device=layer.weight.device) for name, layer in layers.items()}
 
@@ -156,7 +156,7 @@ def main(argv=None) -> int:
     if args.eval_only:
         return runs.report(runs.evaluate_all(model, args, device, train=train, val=val, test=test), test)
 
-    # Optimizer. Weight decay would pull Δ to 0, which closes the window that lets the gradient pass.
+    # Optimizer. θ and Δ do not decay, as in the authors' code: a small Δ makes the gradient of the inputs small.
     named = dict(net.named_parameters())
     thresholds = [p for name, p in named.items() if name.endswith(THRESHOLDS)]
     others = [p for name, p in named.items() if not name.endswith(THRESHOLDS)]
@@ -190,7 +190,7 @@ def main(argv=None) -> int:
                     with runs.autocast(device, args.amp):
                         logits = model(x)
                     loss = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
-                    scaler.scale(fraction * loss).backward()  # through signs, scales and windows of activations
+                    scaler.scale(fraction * loss).backward()  # through the signs, their scales and the windows
                     run.count(loss, logits, y)
                 scaler.unscale_(optimizer)
                 if args.clip:
@@ -202,7 +202,7 @@ def main(argv=None) -> int:
                         layer.weight.clamp_(-1, 1)
             if run.leaving:
                 break
-            with counting_zeros(run.tested(net)) as zeros:  # by hooks, which a compiled model does not call
+            with counting_zeros(run.tested(net)) as zeros:  # uses hooks, which a compiled model does not call
                 tested = runs.evaluate_all(run.tested(net), args, device, train=train, val=val, test=test)
             mean_zeros = sum(zeros.values()) / len(zeros)
             run.end_epoch(tested, models.sign_bits(layers), zeros=mean_zeros, **zeros)

@@ -302,7 +302,7 @@ def test_batches_that_cannot_be_shared(tmp_path):
     )
     assert 0 not in codes and outputs[1] == ""
     assert (
-        outputs[0].strip().endswith("2 processes cannot share batches of 61 images evenly: use --batch-size 60 or 62")
+        outputs[0].strip().endswith("2 processes cannot divide batches of 61 images equally: use --batch-size 60 or 62")
     )
     assert not list(tmp_path.iterdir())
 
@@ -314,7 +314,7 @@ def test_the_parts_of_a_batch_are_the_batch(size, batch, processes):
     for train in (True, False):
         make = functools.partial(data.ResidentBatches, images, labels, 0 * one, one, 10, batch, train)
         if train and size % batch % processes and size < batch:
-            with pytest.raises(data.DataError, match="cannot share"):
+            with pytest.raises(data.DataError, match="cannot divide"):
                 make(rank=0, world_size=processes)
             continue
         whole = [sorted(y.tolist()) for _, y in make().epoch(3)]

@@ -119,7 +119,7 @@ sys.exit(experiments.main(["ablations", "--results", r"{tmp_path}/results", "--o
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    assert "the same command goes on" in process.communicate(timeout=60)[1] and process.returncode == 130
+    assert "stopped; repeat the command" in process.communicate(timeout=60)[1] and process.returncode == 130
     (last,) = tmp_path.glob("runs/ablations/*/last.pt")
     before = last.with_name("metrics.csv").read_text().splitlines()
     assert 1 < len(before) < 9 and not (tmp_path / "results").exists()
@@ -133,7 +133,7 @@ sys.exit(experiments.main(["ablations", "--results", r"{tmp_path}/results", "--o
 @pytest.mark.parametrize(
     "flags, added, message",
     [
-        (f"{SMALL} --beta 7 --grad fsg", [], "beta is the share"),
+        (f"{SMALL} --beta 7 --grad fsg", [], "beta is the weight"),
         (SMALL, ["--jobs", "0"], "--jobs must be at least 1"),
         (SMALL, ["--", "--seed", "1"], "leave out --seed"),
         (f"{SMALL} --no-such-flag", [], "no-such-flag"),
@@ -157,7 +157,7 @@ def test_the_others_run_where_some_fail(tmp_path, monkeypatch, capsys):
     grid = [search(wrong), search(), search(f"{wrong} --no-flip")]
     assert run(monkeypatch, tmp_path, grid) == 1
     error = capsys.readouterr().err
-    assert "beta is the share" in error and error.endswith("; 1 more cannot\n")
+    assert "beta is the weight" in error and error.endswith("; 1 more cannot\n")
     assert [row["command"] for row in rows(tmp_path)] == [f"python {search().at('1e-3', 0)}"]
 
 

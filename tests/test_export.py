@@ -142,7 +142,7 @@ def test_binary_layers_sum_whole_numbers_when_tested(act):
 def test_bits_are_the_checkpoint_bit_for_bit(network, capsys):
     assert export.main([str(network), "--to", "bits"]) == 0
     out = capsys.readouterr().out
-    assert "359 of 359 test images" in out and "differ by 0.0e+00" in out and "in all" in out
+    assert "359 of 359 test images" in out and "differ by 0.0e+00" in out and "total" in out
     # The checkpoint's network as its trainer tests it, past all of export.py.
     checkpoint = torch.load(network / "best.pt", weights_only=True)
     args = Namespace(**checkpoint["args"])
@@ -221,7 +221,7 @@ def test_half(network, capsys):
     whole, half = network / "whole.safetensors", network / "half.safetensors"
     assert export.main([str(network), "--to", "bits", "--out", str(whole)]) == 0
     if export.read(network).act != "none":
-        assert "changes binary activations" in sentence(network, "--to", "bits", "--half", "--out", half)
+        assert "would change binary activations" in sentence(network, "--to", "bits", "--half", "--out", half)
         assert not half.exists()
         return
     assert export.main([str(network), "--to", "bits", "--half", "--out", str(half)]) == 0
@@ -238,7 +238,7 @@ def test_a_packed_file_is_exported_like_a_checkpoint(binary_run, tmp_path, capsy
     digits = ["--dataset", "digits"]
     assert export.main([str(file), "--to", "onnx", "--out", str(tmp_path / "a.onnx"), *digits]) == 0
     assert capsys.readouterr().out.count("359 of 359") == 2
-    assert "say it with --dataset" in sentence(file, "--to", "onnx", "--out", tmp_path / "b.onnx")
+    assert "name them with --dataset" in sentence(file, "--to", "onnx", "--out", tmp_path / "b.onnx")
 
 
 def test_transformers_of_a_run(tmp_path, capsys):
@@ -251,7 +251,7 @@ def test_transformers_of_a_run(tmp_path, capsys):
     assert "359 of 359" in capsys.readouterr().out
     said = sentence(folder, "--to", "c")
     assert "blocks.0.norm1 (LayerNorm)" in said and "blocks.1.mlp.act (GELU)" in said
-    assert "of a network of your own" in sentence(folder / "run.safetensors", "--to", "onnx")
+    assert "names no network of models.build" in sentence(folder / "run.safetensors", "--to", "onnx")
 
 
 @needs_compiler
@@ -368,7 +368,7 @@ def test_hub_folder(binary_run, tmp_path, capsys, monkeypatch):
     # Written again, it replaces what it wrote; a README of someone else stays.
     assert export.main([str(binary_run), "--to", "hub-folder", "--out", str(tmp_path / "hub")]) == 0
     (tmp_path / "README.md").write_text("mine")
-    assert "README.md of its own" in sentence(binary_run, "--to", "hub-folder", "--out", tmp_path)
+    assert "has another README.md" in sentence(binary_run, "--to", "hub-folder", "--out", tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine" and not (tmp_path / "model.safetensors").exists()
     assert "cannot be made" in sentence(binary_run, "--to", "hub-folder", "--out", tmp_path / "README.md" / "a")
     monkeypatch.setattr(export, "load_test", no_data)
@@ -394,7 +394,7 @@ def test_bad_input(binary_run, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     assert "train it first" in sentence(tmp_path / "empty", "--to", "bits")
     shutil.copy(binary_run / "last.pt", tmp_path / "empty")
-    assert "go on with it (--resume" in sentence(tmp_path / "empty", "--to", "bits")
+    assert "continue it (--resume" in sentence(tmp_path / "empty", "--to", "bits")
     torch.save({"model": {}}, tmp_path / "state.pt")
     assert "not a checkpoint of a run" in sentence(tmp_path / "state.pt", "--to", "onnx")
     old = torch.load(binary_run / "best.pt", weights_only=True)

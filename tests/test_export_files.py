@@ -154,7 +154,7 @@ def test_a_network_of_ones_own(tmp_path, act):
     export.save_bits(twin, tmp_path / "again.safetensors")
     checksums = [read_with_numpy(f.read_bytes())[0]["checksum"] for f in (file, tmp_path / "again.safetensors")]
     assert checksums[0] == checksums[1]
-    with pytest.raises(runs.RunError, match="network of your own"):
+    with pytest.raises(runs.RunError, match=r"names no network of models\.build"):
         export.load_bits(file)
 
 
@@ -543,7 +543,7 @@ def test_a_hostile_file_is_refused(packed_file, tmp_path, place, name, value):
             del fields[name]
     file = crafted(tmp_path / "net.safetensors", metadata, tensors)
     said = refused(file)
-    assert "export it again" in said or "export the run again" in said or "own" in said or "packed bits" in said
+    assert any(words in said for words in ("export it again", "export the run again", "load_bits(path", "packed bits"))
     if place != "metadata" or name != "build":  # with a network of one's own, too
         refused(file, models.build("resnet8", 4, "bwn", "sign", in_channels=1, image_size=8)) if place != "build" else 0
     assert list(tmp_path.iterdir()) == [file]

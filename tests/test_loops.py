@@ -549,7 +549,7 @@ def test_the_gate_has_no_momentum_whatever_a_scheduler_does(kind):
     assert count == len(list(net.parameters())) and all(group["lr"] != 1e-2 for group in optimizer.param_groups)
     only = gate.without_momentum(torch.optim.Adam(gate.weights, 1e-2))
     assert [group["betas"] for group in only.param_groups] == [(0.0, 0.999)]
-    with pytest.raises(ValueError, match="none of the weights"):
+    with pytest.raises(ValueError, match="none of the latent weights"):
         gate.without_momentum(torch.optim.Adam(network().parameters()))
 
 

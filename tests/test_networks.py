@@ -859,9 +859,9 @@ def test_summary(capsys):
     assert rows["body.layers.1.linear1"] == ["512", f"{6 * 512:,}", "0", "0.1", "dorefa"]
     assert rows["head"][-1] == "no: last in module order" and rows["embedding.weight"][-1] == "no: Embedding"
     total = sum(p.numel() for p in net.parameters())
-    assert rows["in all"][0] == f"{total:,}" and f"{100 * 4096 / total:.1f} %" in rows["in all"][-1]
+    assert rows["total"][0] == f"{total:,}" and f"{100 * 4096 / total:.1f} %" in rows["total"][-1]
     models.main(["resnet20", "--act", "sign"])
-    last = next(line.split("│") for line in capsys.readouterr().out.splitlines() if "in all" in line)
+    last = next(line.split("│") for line in capsys.readouterr().out.splitlines() if "total" in line)
     assert [cell.strip() for cell in last[2:5]] == ["272,602", "40.8 M", "40.4 M"], "the ends are not binary"
     macs = models.count_macs(models.build("resnet20", 10), images(1))
     assert sum(macs.values()) - macs["conv1"] - macs["fc"] == 40_813_184 - 442_368 - 640

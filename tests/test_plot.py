@@ -268,8 +268,8 @@ def test_output_that_cannot_be_written(tmp_path, capsys):
     run = make_run(tmp_path / "a")
     check_error(capsys, [run, "--out", tmp_path / "nope" / "c.png"], "cannot be written", "--out")
     check_error(capsys, [run, "--out", tmp_path / "a" / "metrics.csv" / "c.png"], "cannot be written", "--out")
-    check_error(capsys, [run, "--out", tmp_path / "a" / "metrics.csv"], "no known kind", ".png")
-    check_error(capsys, [run, "--out", tmp_path / "c"], "no known kind", ".png")
+    check_error(capsys, [run, "--out", tmp_path / "a" / "metrics.csv"], "unknown format", ".png")
+    check_error(capsys, [run, "--out", tmp_path / "c"], "unknown format", ".png")
     assert plot.main([run]) == 0  # and the run is as it was
 
 

@@ -63,7 +63,7 @@ def test_without_validation_images_best_is_the_last(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(runs, "evaluate", lambda *args: {"loss": 1.0, "acc": next(scripted)})
     train(tmp_path, "--epochs", "3", "--limit-steps", "50")  # the third epoch is not complete
     assert torch.load(tmp_path / "run" / "best.pt", weights_only=True)["step"] == 50
-    assert "Test accuracy 20.00 % in epoch 3, the last (nothing chooses" in capsys.readouterr().out
+    assert "Test accuracy 20.00 % in epoch 3, the last (--val would choose" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("trainer", [train_fsg, train_sibnn, train_bihalf])

@@ -142,7 +142,7 @@ def test_a_full_disk(tmp_path):
     assert process.returncode == 1 and "Traceback" not in process.stderr
     last_line = process.stderr.strip().splitlines()[-1]
     assert re.fullmatch(
-        r"error: .*last\.pt could not be written \(.*\): make room there.*; the one before it is untouched", last_line
+        r"error: .*last\.pt could not be written \(.*\): make room there.*; the old file has not changed", last_line
     )
     assert runs.load(folder / "last.pt")["step"] == 14 and not list(folder.glob("*.tmp"))
     assert train_fsg.main(["--resume", str(folder)]) == 0, "with room again, it goes on"
@@ -279,7 +279,7 @@ def test_compile_without_a_compiler(tmp_path):
     command = [sys.executable, "train_fsg.py", *argv]
     process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert process.returncode == 1 and "Traceback" not in process.stderr
-    assert re.search(r"error: --compile failed \(.*\): leave it out; it needs a C\+\+ compiler", process.stderr.strip())
+    assert re.search(r"error: --compile failed \(.*\): leave it out, or install a C\+\+", process.stderr.strip())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -359,7 +359,7 @@ def test_the_last_row_is_there_also_if_the_last_checkpoint_cannot_be_written(tmp
         train_fsg.main(argv)
     lines = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
     assert len(lines) == 2 and lines[1].startswith("1,5,")
-    with pytest.raises(runs.RunError, match=r"holds a run already: choose another --name"):
+    with pytest.raises(runs.RunError, match=r"contains a run already: choose another --name"):
         train_fsg.main(argv)
 
 

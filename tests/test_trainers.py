@@ -447,7 +447,7 @@ def test_the_command_line_ends_with_one_sentence(tmp_path):
     process = start_process(tmp_path, "x", "--beta", "1.5")
     out = process.communicate(timeout=60)[0].strip().splitlines()
     assert process.returncode == 1
-    assert out == ["error: beta is the share of the slow gradient and must lie in [0, 1]; it is 1.5"]
+    assert out == ["error: beta is the weight of the slow gradient and must lie in [0, 1]; it is 1.5"]
     assert not (tmp_path / "x").exists()
 
 
@@ -472,13 +472,13 @@ def test_the_command_line_ends_with_one_sentence(tmp_path):
         (["--quantizer", "none", "--act", "sign"], "full precision"),
         (["--name", ".."], "--name is the name of a folder"),
         (["--name", "a/b"], "--name is the name of a folder"),
-        (["--milestones", "-5"], "--milestones are numbers of epochs"),
+        (["--milestones", "-5"], "--milestones are epochs"),
         (["--label-smoothing", "1"], "--label-smoothing must be at least 0 and below 1"),
         (["--ema", "1"], "--ema must be at least 0 and below 1"),
         (["--clip", "0"], "--clip must be a positive number"),
-        (["--val", "-1"], "--val must be a number from 0 on"),
+        (["--val", "-1"], "--val must be a number of at least 0"),
         (["--val", "1438"], "."),
-        (["--epochs", "0"], "--epochs must be a number from 1 on"),
+        (["--epochs", "0"], "--epochs must be a number of at least 1"),
         (["--lr", "nan"], "--lr must be a number"),
         (
             ["--opt", "sgd", "--betas", "0.9", "0.99"],
@@ -610,7 +610,7 @@ def test_a_run_of_every_generator_holds_its_own_flags_alone(tmp_path, method, ca
         (train_proxconnect, ["--arch", "test_vit"], "another vision transformer or --patch-size"),
         (train_proxconnect, ["--arch", "test_vit", "--patch-size", "0"], "at least 1"),
         (train_proxconnect, ["--method", "fp", "--act", "sign"], "full precision"),
-        (train_sibnn, ["--arch", "alexnet"], "at least 63 pixels"),
+        (train_sibnn, ["--arch", "alexnet"], "at least 63×63 pixels"),
         (train_sibnn, ["--device", "meta"], "--device cpu"),
         (train_bihalf, ["--device", "hpu"], "--device cpu"),
         (train_proxconnect, ["--patch-size", "4"], "are for transformers"),
@@ -636,7 +636,7 @@ def test_a_run_of_every_generator_holds_its_own_flags_alone(tmp_path, method, ca
         (train_bihalf, ["--quantizer", "sign", "--ratio", "0.5"], "^--ratio is for --quantizer bihalf: leave it out"),
         (train_bihalf, ["--quantizer", "sign", "--prune", "0"], "^--prune is for --quantizer bihalf: leave it out"),
         (train_bihalf, ["--ratio", "1.01"], r"\[0, 1\]"),
-        (train_bihalf, ["--prune", "1"], "use less"),
+        (train_bihalf, ["--prune", "1"], "use a smaller fraction"),
         (train_proxconnect, ["--mu", "30", "5"], "--mu grows during training"),
         (train_proxconnect, ["--ema", "0.9"], "leave it out"),
         (train_bihalf, ["--prune", "-0.1"], r"\[0, 1\]"),
@@ -715,7 +715,7 @@ def test_only_for_and_fill_chain():
 def test_wrong_flags_of_all(tmp_path, trainer):
     argv = [*small(trainer), "--out", str(tmp_path)]
     for extra, says in (
-        *((["--device", "abacus"], "--device cpu"), (["--epochs", "0"], "--epochs must be a number from 1 on")),
+        *((["--device", "abacus"], "--device cpu"), (["--epochs", "0"], "--epochs must be a number of at least 1")),
         *((["--lr", "nan"], "--lr must be a number"), (["--eval-only"], "--pretrained")),
         *((["--pretrained", "nowhere.pt"], "no checkpoint at"), (["--resume", "nowhere"], "no checkpoint at")),
     ):
@@ -810,7 +810,7 @@ def test_wrong_checkpoints(tmp_path, trainer):
     torch.save([1, 2], cut)
     assert "not a checkpoint" in ends([*argv, "--pretrained", str(cut)])
     assert "resume last.pt" in ends(["--resume", best])
-    assert "to go on, give more" in ends(["--resume", str(a_run)])
+    assert "give more --epochs or --limit-steps to go on" in ends(["--resume", str(a_run)])
     assert "already" in ends([*argv, "--out", str(a_run.parent), "--name", a_run.name])
     assert [r["step"] for r in metrics(a_run)] == [22, 24], "and the run is as it was"
 
@@ -829,7 +829,7 @@ def test_a_failed_save_keeps_the_checkpoint_before_it(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(runs.RunError, match=r"No space left on device.*untouched"):
+    with pytest.raises(runs.RunError, match=r"No space left on device.*the old file has not changed"):
         runs.save(path, {"step": 2})
     monkeypatch.undo()
     assert runs.load(path) == {"step": 1} and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
