@@ -1,6 +1,6 @@
 """All measurements on a GPU in one call: correctness, step times, mamba-ssm, training runs. Results are JSON files.
 
-    python gpu_day.py --prepare DATA_DIR PRETRAINED.pth         # before, with internet: fills the folder gpu-day/
+    python gpu_day.py --prepare IMAGES.tar.xz PRETRAINED.pth    # before, with internet: fills the folder gpu-day/
     python gpu_day.py --out OUT --minutes 10                    # on the GPU machine, offline
     python gpu_day.py --out OUT --minutes 5 --stages 1 2 3      # some of the stages
     python gpu_day.py --out OUT --minutes 10 --stages 6         # as many runs of experiments.py as the time allows
@@ -1254,10 +1254,18 @@ def unpack(dry: bool, scratch: Path) -> None:
 # --prepare: what the GPU machine needs and cannot download.
 
 
-def prepare(data_dir: Path, pretrained: Path) -> None:
-    """Fill gpu-day/ with the images, the full-precision network and mamba-ssm's source. It must stay below 60 MiB."""
+def prepare(archive: Path, pretrained: Path) -> None:
+    """Fill gpu-day/ with the images, the full-precision network and mamba-ssm's source. It must stay below 60 MiB.
+
+    archive: a tar archive of CIFAR-10 as images, with train/CLASS/* and test/CLASS/*.
+    """
+    if not archive.is_file() or not tarfile.is_tarfile(archive):
+        raise SystemExit(
+            f"error: {archive} is not a tar archive of images: name one with train/CLASS/* and test/CLASS/*"
+        )
+    if not pretrained.is_file():
+        raise SystemExit(f"error: there is no file {pretrained}: name the authors' full-precision ResNet-20")
     CARRIED.mkdir(exist_ok=True)
-    archive = data_dir / "cifar10-jpeg.tar.xz" if data_dir.is_dir() else data_dir
     shutil.copyfile(archive, CARRIED / "cifar10-jpeg.tar.xz")
     shutil.copyfile(pretrained, CARRIED / PRETRAINED)
     prepare_network(archive, pretrained)
@@ -1280,7 +1288,10 @@ def prepare_network(archive: Path, pretrained: Path) -> None:
     import data
     import models
 
-    state = torch.load(pretrained, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(pretrained, map_location="cpu", weights_only=True)
+    except Exception:  # torch raises many types
+        raise SystemExit(f"error: {pretrained} is not a file of weights: name the authors' ResNet-20") from None
     net = models.build("resnet20", 10, "none")
     lacks = [name for name in net.state_dict() if name not in state]
     if any(not name.startswith("bn_fc.") for name in lacks):
@@ -1313,7 +1324,8 @@ def prepare_mamba_ssm() -> None:
     with tempfile.TemporaryDirectory() as work:
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-build-isolation"]
         command += ["--no-binary", ":all:", "-d", work, "mamba-ssm==2.3.2.post1"]
-        subprocess.run(command, check=True, env={**os.environ, "MAMBA_SKIP_CUDA_BUILD": "TRUE"})
+        if subprocess.run(command, env={**os.environ, "MAMBA_SKIP_CUDA_BUILD": "TRUE"}).returncode:
+            raise SystemExit("error: pip could not download mamba-ssm (see above): check the connection")
         with tarfile.open(next(Path(work).glob("*.tar.gz"))) as tar:
             tar.extractall(work, filter="data")
         source = next(path for path in Path(work).iterdir() if path.is_dir())
@@ -1421,7 +1433,7 @@ def main(argv=None) -> int:
     stages = "numbers of the stages to run (default: all)"
     parser.add_argument("--stages", type=int, nargs="+", default=list(STAGES), choices=STAGES, help=stages)
     parser.add_argument("--dry-run", action="store_true", help="run all stages at toy size on the CPU")
-    parser.add_argument("--prepare", type=Path, nargs=2, metavar=("DATA_DIR", "PRETRAINED"), help="fill gpu-day/")
+    parser.add_argument("--prepare", type=Path, nargs=2, metavar=("IMAGES", "PRETRAINED"), help="fill gpu-day/")
     parser.add_argument("--item", choices=ITEMS, help=argparse.SUPPRESS)  # one item, in this process
     parser.add_argument("--arguments", default="{}", help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 
 import pytest
@@ -143,3 +144,18 @@ def test_a_dry_run_of_all_stages(tmp_path):
     assert found[4]["ste-seed0"]["complete"] and found[4]["ste-seed0"]["rows"][0]["epoch"] == 1
     assert found[6]["ablations"]["rows_done"] == 3, "three seeds"
     assert "test" in result.stdout and "checks" in result.stdout
+
+
+def test_what_cannot_be_prepared(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_day, "CARRIED", tmp_path / "gpu-day")
+    (tmp_path / "text").write_text("no archive")
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        tar.add(tmp_path / "text", "train/cat/0.png")
+    for images, pretrained, sentence in (
+        ("", "text", "is not a tar archive of images"),
+        ("text", "text", "is not a tar archive of images"),
+        ("images.tar", "none", "there is no file"),
+        ("images.tar", "text", "is not a file of weights"),
+    ):
+        with pytest.raises(SystemExit, match=f"^error: .*{sentence}"):
+            gpu_day.prepare(tmp_path / images, tmp_path / pretrained)
