@@ -63,7 +63,7 @@ class GatedHistory(Generator):
     def scale(self) -> Tensor:
         """D / (ε + r): [N]. The threshold is W = 0 under all quantizers."""
         D, _ = self.calibrate(pre=False)
-        r = self.divide(self.latent.abs(), self.rms(self.latent.unsqueeze(0)))
+        r = self.latent.abs().div_(self.spread(self.rms(self.latent.unsqueeze(0))))
         return D.div_(r.add_(self.epsilon))
 
     def terms(self) -> tuple[Tensor, ...]:

@@ -31,8 +31,7 @@ The last l gradients of a weight, ĝ_t included, are the historical gradient sto
 embedding (LRE) is one learned value per layer; it is the first token of every sequence and tells the layers apart.
 
 The balance. With `balance='layer-rms'`, the default, both terms are scaled to the RMS of ĝ_t in each layer: β then sets
-the mix of their amplitudes. `balance='none'` is the paper's formula as written. What φ minimises below is linear in G,
-so a larger term always looks better; without the balance the terms grow, and one soon outgrows the other.
+the mix of their amplitudes. In the formula as written ('none') both grow, because φ's loss below is linear in G.
 
 How φ learns. The optimizer moved W by −lr·G_{t−1}, and ĝ_t is measured where that led to. To first order
 
@@ -41,9 +40,6 @@ How φ learns. The optimizer moved W by −lr·G_{t−1}, and ĝ_t is measured w
 so the gradient of the loss with respect to G_{t−1} is lr·v with v = −D_t ⊙ ĝ_t. It is known one step later, and is
 back-propagated through the graph that made G_{t−1}, into φ only. (Under Adam the move has another factor for each
 weight, which FSG ignores.) No second derivative is needed.
-
-`FSG.generate()` is three steps in order: train φ on v, store ĝ_t, generate G_t. G_1, which has no history, is the
-straight-through gradient; so φ is trained for the first time in step 3.
 """
 
 import itertools
@@ -462,15 +458,9 @@ class Generator(nn.Module):
 
     def spread(self, values: Tensor) -> Tensor:
         """values [layers] -> [N], each weight's layer's value."""
-        return values.index_select(0, self.layer_of)
-
-    def divide(self, x: Tensor, values: Tensor) -> Tensor:
-        """x [N], divided in place by each weight's layer's value of `values` [layers]."""
-        if x.is_cuda:
-            return x.div_(self.spread(values))
-        for part, value in zip(x.split(self.sizes), values, strict=True):
-            part.div_(value)
-        return x
+        if values.is_cuda:  # one kernel for all layers
+            return values.index_select(0, self.layer_of)
+        return torch.cat([value.expand(size) for value, size in zip(values, self.sizes, strict=True)])
 
     def gradients(self) -> list[Tensor]:
         """The `.grad` of each layer's weight; 0 where the layer had no gradient in the last step."""
@@ -491,9 +481,9 @@ class Generator(nn.Module):
         top = self.shard.all_reduce_max(top).tanh()  # max|tanh W| = tanh(max|W|)
         t = torch.tanh(self.latent)
         double = 2 * top.clamp_min(torch.finfo(top.dtype).tiny)
-        pre = self.divide(t.clone(), double).add_(0.5) if pre else None
-        D = torch.addcmul(t.new_ones(()), t, t, value=-1, out=t)
-        return self.divide(D, torch.where(top < 1e-3, 1, top)), pre
+        pre = (t / self.spread(double)).add_(0.5) if pre else None
+        D = torch.addcmul(t.new_ones(()), t, t, value=-1, out=t)  # 1 − t²
+        return D.div_(self.spread(torch.where(top < 1e-3, 1, top))), pre
 
     def hand_back(self, G: Tensor) -> None:
         """Set the `weight.grad` of each layer that had one to its part of G [N], which every process gets whole."""
@@ -739,8 +729,7 @@ class FSG(Learned):
     hidden: width of the fast-net and of the LSTM. fast_act: see fast_net. d_state, d_conv, expand, scan: see SlowMamba.
     lr_fast, lr_slow: Adam's learning rates for φ: the fast-net's; the slow-net's and the LRE's.
     hyper_sample: the share of the weights that φ is trained on, drawn anew in each step. None is 1/8, and 1 (all) for
-        the flat history, which cannot be sampled. φ's gradient is a sum over all weights, which a sample estimates in
-        less time. Every weight gets its G.
+        the flat history, which cannot be sampled. Every weight gets its G.
 
     Attributes: fast, slow, lre, history [length, N]. Raises ValueError for an impossible argument.
     Memory: (3·length + 16) N elements and a chunk of the slow-net; with the fused flat scan up to 256 MB more.
@@ -1074,8 +1063,6 @@ def elements_at_once(device: torch.device) -> int:
 
 
 class _InChunks(torch.autograd.Function):
-    """See `in_chunks`."""
-
     @staticmethod
     def forward(ctx, function, size, count, *tensors):
         inputs, out = tensors[:count], None  # then the parameters that `function` uses
