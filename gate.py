@@ -53,9 +53,9 @@ class GatedHistory(Generator):
 
         If any element of ĝ_t is not finite, h stays as it is, and ĝ_t stays in `weight.grad`.
         """
-        positive = self.latent.clone().ge_(0)  # one step ago: 1 where W >= 0, else 0
+        before = self.latent
         new = self.collect()
-        same_sign = positive.eq_(self.latent.clone().ge_(0))
+        same_sign = self.latent.clone().ge_(0).eq_(before.to(self.latent, copy=True).ge_(0))  # 1 or 0; sign(0) is +1
         past = same_sign.mul_(self.past).mul_(self.memory).add_(self.ghat)
         self.past = where(new, past, self.past)
         self.hand_back(where(new, self.scale().mul_(past), self.ghat))
