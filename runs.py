@@ -1022,6 +1022,10 @@ class Run:
             for name, part in self.state.items():
                 if name != "model":
                     part.load_state_dict(checkpoint[name])
+            for p, averages in self.state["optimizer"].state.items():
+                for name, x in averages.items():  # fused optimizers want the weight's memory format
+                    if torch.is_tensor(x) and x.shape == p.shape:
+                        averages[name] = torch.empty_like(p).copy_(x)
             self.epoch, self.batch, self.step = (checkpoint[k] for k in ("epoch", "batch", "step"))
             self.seconds, self.rows = checkpoint["seconds"], checkpoint["rows"]
             if rank() == 0:  # the checkpoint holds the sums over all processes
