@@ -2,7 +2,7 @@
 
     python bench.py step                                        # ResNet-20, batch 128, every generator
     python bench.py step --arch resnet20 resnet56 resnet110 --grads ste fsg-mamba fsg-flat --rounds 7
-    python bench.py step --grads pytorch ste gate brevitas parq # compared with the code of others
+    python bench.py step --grads pytorch pytorch+memory ste gate brevitas parq  # compared with other people's code
     python bench.py step --device cuda --grads ste ste+amp ste+compile fsg-mamba fsg-mamba+amp+compile
     python bench.py scan                                        # Mamba alone, on ResNet-20's weights: ten minutes
     python bench.py quantizers                                  # every weight quantizer on one large layer
@@ -22,7 +22,9 @@ in full precision, so `ste` − `plain` is the cost of binary weights. Three var
     brevitas    brevitas' binary layers (SignedBinaryWeightPerTensorConst) in the loop of `pytorch`
     parq        torchao's PARQ, per channel, in the loop of `pytorch`
 
-The last two need their packages. They run only if --grads names them.
+The last two need their packages. They run only if --grads names them. On a CPU these three run in processes of their
+own, with PyTorch's default memory settings, as they would in a program of their own. With the suffix +memory they have
+the settings of the trainers (runs.keep_freed_memory), which save time.
 
 Copy with: models.py, binarize.py, quantizers.py, hypernet.py, metaquant.py, gate.py, data.py, runs.py,
 selective_scan.py, selective_scan_cpu.cpp, selective_scan_triton.py.
@@ -32,6 +34,7 @@ import argparse
 import ctypes
 import itertools
 import json
+import os
 import platform
 import statistics
 import sys
@@ -61,7 +64,7 @@ except ImportError:
     triton = None
 
 # fsg-all is fsg-mamba with --hyper-sample 1, fsg-flat is fsg-mamba with --history flat. The suffixes +amp and
-# +compile stand for the trainers' flags of these names.
+# +compile stand for the trainers' flags of these names; +memory: see elsewhere().
 OURS = ("plain", "ste", "fcgrad", "multifc", "lstmfc", "gate", "fsg-lstm", "fsg-mamba", "fsg-all", "fsg-flat")
 GRADS = ("pytorch", *OURS)
 PACKAGES = {"brevitas": "brevitas", "parq": "torchao"}  # variants that need a package, and run only if they are named
@@ -212,15 +215,17 @@ def other_network(grad: str, arch: str, device: torch.device) -> tuple[nn.Module
 
 
 def make_step(grad: str, arch: str, args, device: torch.device):
-    """A function that does one training step and returns the seconds of each part of the step.
+    """A function step(images, labels) that does one training step and returns the seconds of each part of the step.
 
+    With memory=True it returns the peak memory of the step, see peak_memory().
     Raises ImportError if the variant's package is missing.
     """
     torch.manual_seed(0)
     grad, *suffixes = grad.split("+")
     generator, finite = None, None
     if grad in OURS:  # as in train_fsg.py
-        net = models.build(arch, 10, "none" if grad == "plain" else "dorefa").to(device)
+        net = models.build(arch, 10, "none" if grad == "plain" else "dorefa")
+        net = net.to(device, memory_format=torch.channels_last)
         generator, parameters = make_generator(grad, models.binary_layers(net), args), net.parameters()
         flags = argparse.Namespace(opt="adam", lr=1e-3, betas=None, weight_decay=0.0, amp=None)
         optimizer = runs.make_optimizer(parameters, flags)
@@ -233,7 +238,9 @@ def make_step(grad: str, arch: str, args, device: torch.device):
     model = torch.compile(net, mode=mode) if "compile" in suffixes else net
     sums = torch.zeros(3, dtype=torch.float64, device=device)
 
-    def step(images, labels):
+    def step(images, labels, memory=False):
+        if memory:
+            return peak_memory(device, lambda: step(images, labels))
         watch = Stopwatch(device)
         optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled="amp" in suffixes):
@@ -256,14 +263,50 @@ def make_step(grad: str, arch: str, args, device: torch.device):
     return step
 
 
+def elsewhere(grad: str, arch: str, args, device: torch.device):
+    """make_step(), in a process of its own that has PyTorch's default memory settings."""
+    context = torch.multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    context.Process(target=serve, args=(there, grad, arch, args, device), daemon=True).start()
+
+    def answer():
+        found = here.recv()
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def step(images, labels, memory=False):
+        here.send((images, labels, memory))
+        return answer()
+
+    answer()
+    return step
+
+
+def serve(connection, grad: str, arch: str, args, device: torch.device) -> None:
+    """What the process of elsewhere() runs, until it is ended with the benchmark."""
+    os.environ.pop("THP_MEM_ALLOC_ENABLE", None)  # which this process's parent has set
+    try:
+        step = make_step(grad, arch, args, device)
+        connection.send("ready")
+        while True:
+            connection.send(step(*connection.recv()))
+    except EOFError:  # the benchmark has ended
+        return
+    except Exception as e:
+        connection.send(e)
+
+
 def make_steps(arch: str, args, device: torch.device) -> dict:
     """The steps of --grads, by name. Prints a sentence for each that is skipped. Raises ValueError if none is left."""
     steps = {}
     for grad in args.grads:
+        name, *suffixes = grad.split("+")
+        alone = name not in OURS and device.type == "cpu" and "memory" not in suffixes
         try:
-            steps[grad] = make_step(grad, arch, args, device)
+            steps[grad] = (elsewhere if alone else make_step)(grad, arch, args, device)
         except ImportError as e:
-            package = PACKAGES[grad.split("+")[0]]
+            package = PACKAGES[name]
             console.print(f"{grad}: skipped, {package} cannot be imported ({e}): pip install {package}")
     if not steps:
         raise ValueError("none of the variants in --grads can run: name others, or install their packages")
@@ -314,7 +357,7 @@ def bench_step(arch: str, args, device: torch.device) -> dict:
             seconds = [r[part] if part == "data" else r[grad][part] for r in rounds]
             row[f"{part}_ms"] = 1e3 * statistics.median(seconds)
             row[part] = statistics.median(s / t for s, t in zip(seconds, total, strict=True))
-        row["MB"] = peak_memory(device, lambda step=steps[grad]: step(images, labels))
+        row["MB"] = steps[grad](images, labels, memory=True)
     title = f"{arch}, batch {args.batch_size}, {describe(device)}: one step, median of {len(rounds)}, ratio to {base}"
     columns = {"ms": ".1f", "ratio": ".3f"} | {f"{part}_ms": ".1f" for part in PARTS} | {"MB": ".0f"}
     table(title, rows, **columns)
@@ -605,12 +648,14 @@ def main(argv=None) -> int:
     parser.add_argument("--length", type=int, default=5, help="scan: past gradients per weight (default: %(default)s)")
     suffixes = ("", "+amp", "+compile", "+amp+compile")
     variants = [f"{grad}{suffix}" for suffix in suffixes for grad in (*GRADS, *PACKAGES)]
+    variants += [f"{grad}+memory" for grad in ("pytorch", *PACKAGES)]
     parser.add_argument(
         "--grads",
         nargs="+",
         choices=variants,
         metavar="GRAD",
-        help=f"step, scale: {', '.join((*GRADS, *PACKAGES))}; for step also with the suffixes +amp and +compile",
+        help=f"step, scale: {', '.join((*GRADS, *PACKAGES))}; for step also with the suffixes +amp and +compile; "
+        "pytorch+memory: with the trainers' memory settings",
     )
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2, 4], help="scale: numbers of processes")
     parser.add_argument(

@@ -10,7 +10,7 @@ Copy this file with hypernet.py. The class has the interface of FSG:
 import torch
 from torch import Tensor, nn
 
-from hypernet import Generator
+from hypernet import Generator, where
 
 
 class GatedHistory(Generator):
@@ -53,18 +53,18 @@ class GatedHistory(Generator):
 
         If any element of ĝ_t is not finite, h does not change, and ĝ_t stays in `weight.grad`.
         """
-        positive = self.latent >= 0  # the signs one step ago; sign(0) is +1
+        before = self.latent
         new = self.collect()
-        same_sign = (self.latent >= 0) == positive
-        past = self.ghat + torch.where(same_sign, self.memory * self.past, 0)
-        self.past = torch.where(new, past, self.past)
-        self.hand_back(torch.where(new, self.scale() * past, self.ghat))
+        same_sign = self.latent.clone().ge_(0).eq_(before.to(self.latent, copy=True).ge_(0))  # 1 or 0; sign(0) is +1
+        past = same_sign.mul_(self.past).mul_(self.memory).add_(self.ghat)
+        self.past = where(new, past, self.past)
+        self.hand_back(where(new, self.scale().mul_(past), self.ghat))
 
     def scale(self) -> Tensor:
         """D / (ε + r): [N]. The threshold is W = 0 under all quantizers."""
         D, _ = self.calibrate(pre=False)
-        r = self.latent.abs() / self.spread(self.rms(self.latent.unsqueeze(0)))
-        return D / (self.epsilon + r)
+        r = self.latent.abs().div_(self.spread(self.rms(self.latent.unsqueeze(0))))
+        return D.div_(r.add_(self.epsilon))
 
     def terms(self) -> tuple[Tensor, ...]:
         scale = self.scale()

@@ -398,7 +398,8 @@ class Generator(nn.Module):
         self.kind = kinds[0]
         self.layers = layers if isinstance(layers, list) else list(layers)  # their parameters are the model's, not ours
         self.shapes = [w.shape for w in self.weights]
-        self.strides = [w.stride() for w in self.weights]  # the order of a weight's elements in a flat tensor
+        # The order of a weight's elements in a flat tensor: that in memory; the logical one where layers are sequences.
+        self.strides = [(w.detach().contiguous() if whole_layers else w).stride() for w in self.weights]
         like = self.weights[0].detach()
         counts = [w.numel() for w in self.weights]
         self.shard = Shard(counts, sharded, whole_layers)
@@ -437,12 +438,12 @@ class Generator(nn.Module):
             raise RuntimeError(f"{what}: call loss.backward() before each generate()")
         self.ghat = self.flatten(self.gradients())
         finite = self.shard.all_reduce_sum(torch.linalg.vector_norm(self.ghat)).isfinite()
-        self.new = finite.repeat(len(weights))  # [layers]
+        self.new = finite.expand(len(weights)).clone()  # [layers]
         for i in [i for i, given in enumerate(self.given) if not given]:
             self.new[i] = False
         new = finite if all(self.given) else self.spread(self.new)
         W = self.flatten(weights)
-        self.latent = torch.where(new, W, self.latent) if self.keeps_latent else W
+        self.latent = where(new, W, self.latent) if self.keeps_latent else W
         return new
 
     def follow(self) -> None:
@@ -462,11 +463,13 @@ class Generator(nn.Module):
 
     def spread(self, values: Tensor) -> Tensor:
         """values [layers] -> [N]: for each weight, the value of its layer."""
-        return values.index_select(0, self.layer_of)
+        if values.is_cuda:  # one kernel for all layers
+            return values.index_select(0, self.layer_of)
+        return torch.cat([value.expand(size) for value, size in zip(values, self.sizes, strict=True)])
 
-    def gradients(self) -> list[Tensor | None]:
-        """The `.grad` of each layer's weight; None if the layer had no gradient in the last step."""
-        return [w.grad if given else None for w, given in zip(self.weights, self.given, strict=True)]
+    def gradients(self) -> list[Tensor]:
+        """The `.grad` of each layer's weight; 0 if the layer had no gradient in the last step."""
+        return [w.grad if given else torch.zeros_like(w) for w, given in zip(self.weights, self.given, strict=True)]
 
     def calibrate(self, pre: bool = True) -> tuple[Tensor, Tensor | None]:
         """D and W̃ of the latent weights, [N] each: quantizers.calibration and pre_quantize for all layers at once.
@@ -482,15 +485,18 @@ class Generator(nn.Module):
         top = per_layer(self.latent.abs(), self.sizes, self.lengths, "max")
         top = self.shard.all_reduce_max(top).tanh()  # max|tanh W| = tanh(max|W|)
         t = torch.tanh(self.latent)
-        D = (1 - t.square()).div_(self.spread(torch.where(top < 1e-3, 1, top)))
         double = 2 * top.clamp_min(torch.finfo(top.dtype).tiny)
-        return D, (t / self.spread(double)).add_(0.5) if pre else None
+        pre = (t / self.spread(double)).add_(0.5) if pre else None
+        D = torch.addcmul(t.new_ones(()), t, t, value=-1, out=t)  # 1 − t²
+        return D.div_(self.spread(torch.where(top < 1e-3, 1, top))), pre
 
     def hand_back(self, G: Tensor) -> None:
         """Set the `weight.grad` of each layer that had one to its part of G [N]. Every process gets all of G."""
         G = self.shard.all_gather(G)
         for w, part, given in zip(self.weights, self.layer_views(G), self.given, strict=True):
             if given:
+                # PyTorch's fused optimizers compute wrong values on CPUs if the strides differ from the weight's.
+                part = part if part.stride() == w.stride() else torch.empty_like(w).copy_(part)
                 w.grad, part.made_at = part, part._version  # a mark that is valid until the gradient is written to
 
     def layer_views(self, flat: Tensor) -> list[Tensor]:
@@ -498,17 +504,17 @@ class Generator(nn.Module):
         parts = flat.split(self.shard.counts)
         return [p.as_strided(*how) for p, *how in zip(parts, self.shapes, self.strides, strict=True)]
 
-    def flatten(self, tensors: list[Tensor | None]) -> Tensor:
-        """This process's part [N] of all layers' tensors, laid end to end; 0 for None."""
-        flat = self.latent.new_zeros(self.shard.count)
-        views = [view for view, t in zip(self.layer_views(flat), tensors, strict=True) if t is not None]
-        torch._foreach_copy_(views, [t.detach() for t in tensors if t is not None]) if views else None
+    def flatten(self, tensors: list[Tensor]) -> Tensor:
+        """This process's part [N] of all layers' tensors, laid end to end."""
+        flat = self.latent.new_empty(self.shard.count)
+        torch._foreach_copy_(self.layer_views(flat), [t.detach() for t in tensors])
         return flat if self.shard.world_size == 1 else flat[self.shard.begin : self.shard.end].clone()
 
     def rms(self, x: Tensor) -> Tensor:
         """Root mean square of each layer's part of x [rows, N], over all rows and processes: [layers], above 0."""
-        squares = self.shard.all_reduce_sum(per_layer(x.square().sum(0), self.sizes, self.lengths))
-        return (squares / (len(x) * self.layer_size)).sqrt().clamp_min(torch.finfo(x.dtype).tiny)
+        squares = per_layer(x.square().sum(0) if len(x) > 1 else x[0].square(), self.sizes, self.lengths)
+        mean = self.shard.all_reduce_sum(squares) / (len(x) * self.layer_size)
+        return mean.sqrt().clamp_min(torch.finfo(x.dtype).tiny)
 
     @torch.no_grad()
     def measure(self, lr: float) -> dict[str, float]:
@@ -574,7 +580,7 @@ class STE(Generator):
         """`weight.grad` ← D ⊙ ĝ for every layer with a gradient. If ĝ is not finite, nothing changes."""
         new = self.collect()
         D, _ = self.calibrate(pre=False)
-        self.hand_back(torch.where(new, D.mul_(self.ghat), self.ghat))
+        self.hand_back(where(new, D.mul_(self.ghat), self.ghat))
 
 
 class Seen(NamedTuple):
@@ -648,7 +654,7 @@ class Learned(Generator):
         G = straight
         if self.t > 1:  # 3. generate G_t, and keep its graph for the next step
             G = torch.where(self.spread(self.steps > 1), self.make(D, pre), straight)
-        self.hand_back(torch.where(new, G, self.ghat))
+        self.hand_back(where(new, G, self.ghat))
 
     def learned(self) -> Tensor:
         """[layers] bool: the layers that have a new gradient and whose G_{t−1} was made by φ."""
@@ -675,7 +681,7 @@ class Learned(Generator):
     def push(self, new: Tensor) -> None:
         """Store ĝ_t in the history and drop the oldest gradient, for the weights for which `new` [N] is true."""
         pushed = torch.cat([self.history[1:], self.ghat.unsqueeze(0)])
-        self.history = torch.where(new, pushed, self.history)
+        self.history = where(new, pushed, self.history)
         self.steps = self.steps + self.new
 
     def make(self, D: Tensor, pre: Tensor) -> Tensor:
@@ -709,9 +715,7 @@ class Learned(Generator):
 
 
 class FSG(Learned):
-    """Fast and Slow Gradient generation (AAAI 2025, https://arxiv.org/abs/2412.11777), as in the module docstring:
-
-        fast = ĝ ⊙ MLP(W̃)      slow = SlowNet(LRE, history)      G = D ⊙ ((1 − β)·fast + β·slow)
+    """Fast and Slow Gradient generation (AAAI 2025, https://arxiv.org/abs/2412.11777), as in the module docstring.
 
     layers: modules with `.weight` and `.quantizer`, e.g. binarize.binary_layers(model), on their final device.
     hgs: the slow-net, 'mamba' or 'lstm'. length: l, gradients of history per weight. beta: β in [0, 1].
@@ -856,13 +860,11 @@ class FSG(Learned):
         if self.hyper_sample == 1:
             return super().make(D, pre)
         self.sample, every = self.sampler.draw(self.sample_seed + self.t, D.device), self.seen(D, pre)
-        with torch.no_grad():
-            every = every._replace(slow=self.slow_output(every))
+        every = every._replace(slow=self.slow_output(every))
         with torch.enable_grad():  # these outputs again, with their graph
             some = self.sample.of(every)
             self.last_G = self.gradient(some._replace(slow=self.slow_output(some, known=some.slow)))
-        with torch.no_grad():
-            return self.gradient(every)
+        return self.gradient(every)
 
     def terms(self) -> tuple[Tensor, ...]:
         if self.t < 2:
@@ -898,6 +900,12 @@ def per_layer(x: Tensor, sizes: list[int], lengths: Tensor, reduce: str = "sum")
         return torch.segment_reduce(x.detach(), reduce, lengths=lengths, unsafe=True)
     parts = x.detach().split(sizes)  # torch.sum is more precise than segment_reduce here, which adds in order
     return torch.stack([p.sum() if reduce == "sum" or not p.numel() else p.amax() for p in parts])
+
+
+def where(condition: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """torch.where(condition, x, y); x or y itself where the condition is one answer that need not be waited for."""
+    known = condition.dim() == 0 and condition.device.type == "cpu"
+    return (x if condition else y) if known else torch.where(condition, x, y)
 
 
 class _Spread(torch.autograd.Function):
@@ -947,7 +955,7 @@ class _Balanced(torch.autograd.Function):
 
 def signs(x: Tensor) -> Tensor:
     """+1 where x >= 0, else −1; of the type of x."""
-    return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+    return x.detach().clone().ge_(0).mul_(2).sub_(1)
 
 
 class Sample(NamedTuple):
@@ -1063,8 +1071,6 @@ def elements_at_once(device: torch.device) -> int:
 
 
 class _InChunks(torch.autograd.Function):
-    """See `in_chunks`."""
-
     @staticmethod
     def forward(ctx, function, size, count, *tensors):
         inputs, out = tensors[:count], None  # then the parameters that `function` uses

@@ -28,21 +28,26 @@ import math
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn import functional as F
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the quantizers share.
 
 
-class _StraightThrough(torch.autograd.Function):
+class _Masked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(ctx, x: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         ctx.save_for_backward(mask)
         return value
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        (mask,) = ctx.saved_tensors
-        return (grad if mask is None else grad * mask), None, None
+        return grad * ctx.saved_tensors[0], None, None
+
+
+def _transformed() -> bool:
+    """Whether torch.func.grad, torch.vmap, … run, which need functions without writes and without _Masked."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def straight_through(x: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -51,14 +56,22 @@ def straight_through(x: Tensor, value: Tensor, mask: Tensor | None = None) -> Te
     The straight-through estimator: Bengio et al., 2013, https://arxiv.org/abs/1308.3432. All three tensors have the
     same shape. `value` and `mask` receive no gradient.
     """
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():  # torch.func.grad, vmap, …
+    if _transformed():
         zero = x - x.detach()
         return value.detach() + (zero if mask is None else zero * mask)
-    return _StraightThrough.apply(x, value, mask)
+    if mask is not None:
+        return _Masked.apply(x, value, mask)
+    out = x.clone()
+    out.detach().copy_(value)  # autograd does not see it, so the gradient of `out` still goes to x
+    return out
 
 
 def _signs(x: Tensor) -> Tensor:
-    return (x >= 0).to(x.dtype).mul_(2).sub_(1)
+    """The signs of x, written over x itself, a new tensor. Their gradient goes where that of x goes."""
+    if _transformed():
+        return straight_through(x, (x >= 0).to(x.dtype).mul_(2).sub_(1))
+    x.detach().ge_(0).mul_(2).sub_(1)  # without a tensor of bool, which would take several times as long
+    return x
 
 
 def per_filter(values: Tensor, w: Tensor) -> Tensor:
@@ -82,7 +95,7 @@ def sign(w: Tensor) -> Tensor:
 
     Courbariaux et al., NeurIPS 2015, eq. 1, https://arxiv.org/abs/1511.00363
     """
-    return straight_through(w, _signs(w))
+    return _signs(w.clone())
 
 
 def dorefa(w: Tensor) -> Tensor:
@@ -98,7 +111,7 @@ def dorefa(w: Tensor) -> Tensor:
 
     Zhou et al., 2016, eq. 9, https://arxiv.org/abs/1606.06160
     """
-    return straight_through(w, _signs(w))
+    return _signs(w.clone())
 
 
 def bwn_f(w: Tensor) -> Tensor:
@@ -264,7 +277,7 @@ def sign_with_cut(w: Tensor) -> Tensor:
 
     Hubara et al., NeurIPS 2016, https://arxiv.org/abs/1602.02830
     """
-    return straight_through(w, _signs(w), mask=w.abs() <= 1)
+    return straight_through(w, _signs(w.detach().clone()), mask=w.abs() <= 1)
 
 
 def sign_swish(x: Tensor, mu: float | Tensor) -> Tensor:
@@ -299,7 +312,7 @@ class _SignSwish(torch.autograd.Function):
         mu = torch.as_tensor(mu, dtype=x.dtype, device=x.device)
         ctx.save_for_backward(x, mu)
         if hard:
-            return _signs(x)
+            return _signs(x.clone())
         z = (mu * x).clamp_(-1e3, 1e3)  # beyond, SS is constant, and ∞ · 0 could occur
         t = torch.tanh(z / 2)  # 2σ(z) − 1
         return t + z * (1 - t * t) / 2
@@ -404,7 +417,7 @@ def sign_activation(x: Tensor) -> Tensor:
 
     Hubara et al., NeurIPS 2016, eq. 4, https://arxiv.org/abs/1602.02830
     """
-    return straight_through(x, _signs(x), mask=x.abs() < 1)
+    return _signs(F.hardtanh(x))  # whose gradient is that of the formula
 
 
 def step_activation(x: Tensor, theta: Tensor, delta: Tensor, rho: float) -> Tensor:

@@ -387,7 +387,8 @@ def main(argv=None) -> int:
     runs.match_data(args, checkpoint, train, val, test)
 
     # Network. Its parameters are the latent weights; the binary layers compute w = F(w*).
-    net = network(args, train.num_classes, train.shape, args.pretrained_timm and not checkpoint).to(device)
+    net = network(args, train.num_classes, train.shape, args.pretrained_timm and not checkpoint)
+    net = net.to(device, memory_format=torch.channels_last)
     runs.load_weights(net, args, checkpoint)
     if not checkpoint and not args.eval_only:
         start_weights(models.binary_layers(net), args)

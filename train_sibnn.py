@@ -149,7 +149,7 @@ def main(argv=None) -> int:
     runs.match_data(args, checkpoint, train, val, test)
 
     # Network. Its parameters are the latent weights, θ and Δ, and those of the normalisations.
-    net = network(args, train.num_classes, train.shape).to(device)
+    net = network(args, train.num_classes, train.shape).to(device, memory_format=torch.channels_last)
     runs.load_weights(net, args, checkpoint, may_lack=THRESHOLDS)
     model = runs.parallel(net, args, device)
     layers = models.binary_layers(net)

@@ -1,6 +1,7 @@
 """bench.py: the variants that are other people's code, and what happens without their packages."""
 
 import argparse
+import os
 import sys
 
 import pytest
@@ -34,11 +35,33 @@ def test_a_variant_without_its_package_is_skipped_with_a_sentence(tmp_path, monk
     monkeypatch.setitem(sys.modules, "brevitas.nn", None)
     monkeypatch.chdir(tmp_path)
     small = ["step", "--arch", "resnet8", "--rounds", "1", "--batch-size", "8", "--device", "cpu"]
-    assert bench.main([*small, "--grads", "brevitas", "ste"]) == 0
-    said = capsys.readouterr().out
-    assert "brevitas: skipped" in said and "pip install brevitas" in said
+    assert bench.main([*small, "--grads", "brevitas+memory", "ste"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "brevitas+memory: skipped" in said and "pip install brevitas" in said
     with pytest.raises(ValueError, match="none of the variants"):
-        bench.main([*small, "--grads", "brevitas"])
+        bench.main([*small, "--grads", "brevitas+memory"])
+
+
+def make_step_that_reports(grad, *_):
+    if grad == "brevitas":
+        raise ImportError("no such package")
+    return lambda images, labels, memory=False: (os.environ.get("THP_MEM_ALLOC_ENABLE"), images.sum().item(), memory)
+
+
+def serve(*arguments):  # in the other process
+    bench.make_step = make_step_that_reports
+    bench.serve(*arguments)
+
+
+def test_other_peoples_code_runs_elsewhere_with_default_settings(monkeypatch):
+    """It receives the batches, has none of the trainers' memory settings, and its errors arrive here."""
+    monkeypatch.setattr(bench, "serve", serve)
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
+    step = bench.elsewhere("pytorch", "resnet8", None, CPU)
+    assert step(torch.ones(3), None) == (None, 3.0, False)
+    assert step(torch.ones(4), None, memory=True) == (None, 4.0, True)
+    with pytest.raises(ImportError, match="no such package"):
+        bench.elsewhere("brevitas", "resnet8", None, CPU)
 
 
 @pytest.mark.parametrize("grad", bench.PACKAGES)

@@ -2,6 +2,10 @@
 
 import csv
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -203,3 +207,28 @@ def test_deterministic_sets_torchs_switches():
     finally:
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = before
         torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
+LARGE_PAGES = """
+import sys
+import torch, runs
+runs.pick_device("cpu")
+middle, inside = torch.ones(2**24).data_ptr() + 2**25, False
+for line in open("/proc/self/smaps"):
+    first = line.split()[0]
+    if "-" in first:
+        begin, end = (int(x, 16) for x in first.split("-"))
+        inside = begin <= middle < end
+    elif inside and first == "VmFlags:":
+        print("hg" in line.split())
+"""
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no large pages")
+def test_large_tensors_ask_for_large_pages_unless_the_user_does_not_want_them():
+    """VmFlags of a tensor's memory: hg is the advice to use huge pages."""
+    for set_by_user, expected in (({}, "True"), ({"THP_MEM_ALLOC_ENABLE": "0"}, "False")):
+        environment = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"} | set_by_user
+        command = [sys.executable, "-c", LARGE_PAGES]
+        ran = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(runs.__file__).parent)
+        assert ran.stdout.split() == [expected], ran.stderr

@@ -755,18 +755,23 @@ def test_what_is_measured_of_a_step(name):
         assert math.isclose(found[key], value, rel_tol=1e-9), key
 
 
-@pytest.mark.parametrize("name", ["fsg-mamba", "multifc"])
+@pytest.mark.parametrize("name", ["ste", "fsg-mamba", "fsg-flat", "multifc"])
 def test_how_gradients_are_kept_does_not_matter(name):
-    """zero_grad to None or to zeros, channels_last weights, gradients accumulated over two backward passes."""
+    """zero_grad to None or to zeros, channels_last weights from the start or later, two backward passes per step.
+
+    The fused optimizer takes a gradient's memory as it is, in whatever order its elements are.
+    """
     results = []
-    for variant in ("none", "zeros", "channels_last"):
+    for variant in ("none", "zeros", "channels_last", "channels_last later"):
         net = network()
         if variant == "channels_last":
             net = net.to(memory_format=torch.channels_last)
         layers = models.binary_layers(net)
         torch.manual_seed(1)
-        gen = MAKERS[name](layers)
-        optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+        gen = (UNLEARNED | MAKERS)[name](layers)
+        if variant == "channels_last later":
+            net = net.to(memory_format=torch.channels_last)
+        optimizer = torch.optim.Adam(net.parameters(), 1e-2, fused=True)
         for t in range(4):
             optimizer.zero_grad(set_to_none=variant != "zeros")
             for half in range(2):

@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from torch.utils._pytree import tree_map
 
 import data
 import fsg_released
@@ -350,6 +351,23 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, traine
     same_bits(*(torch.load(tmp_path / n / "best.pt", weights_only=True) for n in ("whole", "parts")))
     for a, b in zip(metrics(tmp_path / "whole"), metrics(folder), strict=True):
         same_bits(a, b)
+
+
+@pytest.mark.parametrize("grad", ["ste", "gate"])
+def test_the_memory_format_of_a_checkpoint_does_not_matter(tmp_path, grad):
+    """A checkpoint whose tensors are all contiguous goes on as the run's own does, whose weights are channels_last."""
+    contiguous = lambda x: tree_map(lambda t: t.contiguous() if torch.is_tensor(t) else t, x)
+    ends = []
+    for convert in (lambda x: x, contiguous):
+        folder = tmp_path / str(len(ends))
+        train(folder, "run", "--grad", grad, "--epochs", "1", "--limit-steps", "3")
+        last = folder / "run" / "last.pt"
+        torch.save(convert(torch.load(last, weights_only=True)), last)
+        assert train_fsg.main(["--resume", str(folder / "run"), "--limit-steps", "6"]) == 0
+        ends.append(torch.load(last, weights_only=True)["model"])
+        best = torch.load(folder / "run" / "best.pt", weights_only=True)["model"]
+        assert all(t.is_contiguous() for t in best.values()), "safetensors saves no others"
+    assert all(torch.equal(a, b) for a, b in zip(*(end.values() for end in ends), strict=True))
 
 
 @each_trainer
