@@ -52,6 +52,7 @@ from torch.nn import functional as F
 import data
 import export_bits
 import export_c
+import export_onnx
 import models
 import runs
 from export_bits import frozen, load_bits, one_line, read_bits, save_bits, write
@@ -130,13 +131,16 @@ def to_onnx(net: nn.Module, path: Path | str, example: Tensor, normalisation: li
     """
     onnx, net, example = import_onnx(), frozen(net), on_cpu(example)
     try:
-        contents = traced(for_onnx(net), example)
+        model = export_onnx.onnx_model(export_c.operations(net, tuple(example.shape[1:])), example)
+    except RunError:  # it has layers for which there is no rule
+        model = None
+    try:
+        model = model or onnx.load_from_string(traced(for_onnx(net), example))
     except Exception as e:  # the exporter raises many types
         layers = failing_layers(net, example, lambda m, x: traced(for_onnx(m), x))
         raise RunError(
             f"this network cannot be exported as ONNX ({layers or one_line(e)}): use packed bits or other layers"
         ) from None
-    model = onnx.load_from_string(contents)
     notes = {"inference_precision": "float32", "note": FLOAT32_NOTE}
     if normalisation:
         notes |= {name: json.dumps(values) for name, values in zip(("scale", "shift"), normalisation, strict=True)}
@@ -224,16 +228,7 @@ def adaptive_average(pool: nn.AdaptiveAvgPool2d, x: Tensor) -> Tensor:
     rows, columns = sizes[0] or height, sizes[1] or width
     if height % rows == width % columns == 0:  # ONNX has these pools
         return F.adaptive_avg_pool2d(x, (rows, columns))
-    return averaging_matrix(height, rows) @ x @ averaging_matrix(width, columns).T
-
-
-def averaging_matrix(size: int, out_size: int) -> Tensor:
-    """[out_size, size]: row i averages elements ⌊i·size/out_size⌋ to ⌈(i + 1)·size/out_size⌉."""
-    matrix = torch.zeros(out_size, size)
-    for i in range(out_size):
-        begin, end = i * size // out_size, math.ceil((i + 1) * size / out_size)
-        matrix[i, begin:end] = 1 / (end - begin)
-    return matrix
+    return export_onnx.averaging_matrix(height, rows) @ x @ export_onnx.averaging_matrix(width, columns).T
 
 
 def onnx_session(path: Path, threads: int = 0):

@@ -325,18 +325,9 @@ def fuse(ops: list[Op]) -> list[Group]:
     return groups
 
 
-def interval(group: Group, activation: Op) -> tuple[Tensor, Tensor] | None:
-    """The sums for which the binary activation behind a group is 1: low ≤ sum ≤ high, int32 [C] each.
-
-    It is found by trying every sum in PyTorch's arithmetic. Returns None if the group makes no sums of bits, if a
-    shortcut is added to them, or if in some channel the sums are not one interval (after a PReLU).
-    """
-    constants = [v.detach() for v in activation.constants]
-    if not group.max_sum or any(op.kind == "add" for op in group.ops) or any(v.dim() > 1 for v in constants):
-        return None
-    sums = torch.arange(-group.max_sum, group.max_sum + 1, dtype=torch.float32)[:, None]
-    v = sums.expand(-1, activation.shape[0])  # [sum, C]
-    for op in group.ops[1:]:
+def is_one(ops: list[Op], activation: Op, v: Tensor) -> Tensor:
+    """The bits of a binary activation behind elementwise operations of v, [n, C], in PyTorch's arithmetic."""
+    for op in ops:
         if op.kind == "scale":
             v = v * op.constants[0]
         elif op.kind == "bias":
@@ -349,10 +340,23 @@ def interval(group: Group, activation: Op) -> tuple[Tensor, Tensor] | None:
             v = v.clamp(-1, 1)
         else:
             v = torch.where(v > 0, v, v * op.constants[0])
-    is_one = v >= 0 if activation.kind == "sign" else (v - constants[0]) * constants[1] >= 0
-    low = torch.where(is_one, sums, group.max_sum + 1).amin(0)
-    high = torch.where(is_one, sums, -group.max_sum - 1).amax(0)
-    is_interval = is_one.sum(0) == (high - low + 1).clamp_min(0)
+    return v >= 0 if activation.kind == "sign" else (v - activation.constants[0]) * activation.constants[1] >= 0
+
+
+def interval(group: Group, activation: Op) -> tuple[Tensor, Tensor] | None:
+    """The sums for which the binary activation behind a group is 1: low ≤ sum ≤ high, int32 [C] each.
+
+    It is found by trying every sum in PyTorch's arithmetic. Returns None if the group makes no sums of bits, if a
+    shortcut is added to them, or if in some channel the sums are not one interval (after a PReLU).
+    """
+    by_element = any(constant.dim() > 1 for constant in activation.constants)
+    if not group.max_sum or by_element or any(op.kind == "add" for op in group.ops):
+        return None
+    sums = torch.arange(-group.max_sum, group.max_sum + 1, dtype=torch.float32)[:, None]
+    bits = is_one(group.ops[1:], activation, sums.expand(-1, activation.shape[0]))  # [sum, C]
+    low = torch.where(bits, sums, group.max_sum + 1).amin(0)
+    high = torch.where(bits, sums, -group.max_sum - 1).amax(0)
+    is_interval = bits.sum(0) == (high - low + 1).clamp_min(0)
     return (low.int(), high.int()) if is_interval.all() else None
 
 
