@@ -19,7 +19,7 @@ predict the same (ONNX and C: for 99.9 % of the images, because rounding can cha
 Instead of a run's folder (its best.pt), give any checkpoint, or a .safetensors file of packed bits. The exported
 network is the one that the trainer tests; for ProxConnect++'s methods, the one with true signs.
 
-Copy this file with export_bits.py, export_c.py, kernels.c, models.py, binarize.py, quantizers.py, data.py, runs.py
+Copy this file with export_bits.py, export_c.py, export_onnx.py, kernels.c, models.py, binarize.py, quantizers.py, data.py, runs.py
 and the trainers whose runs you export: train_fsg.py (with hypernet.py, metaquant.py, gate.py, fsg_released.py),
 train_sibnn.py, train_proxconnect.py, train_bihalf.py.
 """
@@ -100,11 +100,14 @@ def failing_layers(net: nn.Module, example: Tensor, attempt: Callable) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# ONNX. torch.onnx traces a copy of the network in which some modules compute in another form:
+# ONNX. export_onnx.py writes networks with binary activations, if export_c.py has rules for all of their layers. For
+# others, torch.onnx traces a copy of the network in which some modules compute in another form:
 # - The weight of a binary layer is int8, followed by Cast and, if its input is not binary, by Mul with the scales. A
 #   runtime computes both once, when it loads the file. (onnxruntime computes the usual operator, DequantizeLinear, at
 #   each call, and then takes 1.5 to 2 times as long.)
 # - If its input is binary, the convolution adds integers, and the scale follows. As in PyTorch, the sums are exact.
+#   Scales and BatchNorms are computed in float64 and then rounded, as in PyTorch. This also keeps a runtime from
+#   multiplying them into the weights.
 # - An adaptive pool whose windows differ in size is two matrix products.
 
 FLOAT32_NOTE = (
@@ -176,6 +179,7 @@ def traced(net: nn.Module, example: Tensor) -> bytes:
 def for_onnx(net: nn.Module) -> nn.Module:
     """A copy of a frozen network whose modules compute as the comment above says."""
     net = copy.deepcopy(net)
+    has_binary_activations = any(layer.act != "none" for layer in models.binary_layers(net))
     for name, layer in models.named_binary_layers(net).items():
         for factor in ("signs", "filter_scale"):  # what is computed from buffers stays as it is in the trace
             net.register_buffer(f"{name}_{factor}".replace(".", "_"), getattr(layer, factor))
@@ -185,7 +189,16 @@ def for_onnx(net: nn.Module) -> nn.Module:
     for m in net.modules():
         if isinstance(m, nn.AdaptiveAvgPool2d):
             m.forward = functools.partial(adaptive_average, m)
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats and has_binary_activations:
+            alpha, beta = (constant.detach().double() for constant in export_c.batchnorm_constants(m))
+            m.forward = functools.partial(onnx_batchnorm, alpha, beta)
     return net
+
+
+def onnx_batchnorm(alpha: Tensor, beta: Tensor, x: Tensor) -> Tensor:
+    """αx + β, rounded once."""
+    per_channel = [-1] + [1] * (x.dim() - 2)
+    return (x.double() * alpha.view(per_channel) + beta.view(per_channel)).float()
 
 
 def sums(layer: nn.Module) -> bool:
@@ -218,7 +231,8 @@ def onnx_forward(layer: nn.Module, x: Tensor) -> Tensor:
         x = ((x - layer.theta) * layer.delta >= 0).float()
     y, per_channel = function(x, layer.signs.float(), None), [-1] + [1] * (layer.signs.dim() - 2)
     if (layer.filter_scale != 1).any():
-        y = y * layer.filter_scale.view(per_channel)
+        scale = layer.filter_scale.view(per_channel)
+        y = y * scale if isinstance(layer, nn.Linear) else (y.double() * scale.double()).float()
     return y if layer.bias is None else y + layer.bias.view(per_channel)
 
 
@@ -661,7 +675,7 @@ def plain_sessions(net: nn.Module, example: Tensor, folder: Path, threads: int) 
 def bench(trained: Trained, rounds: int) -> dict:
     """Time the network in PyTorch, onnxruntime and C, and its binary convolutions one by one. Prints two tables.
 
-    With several cores, the C file computes one image on each core at a time. "float32" and "int8" are the same network
+    With several cores, each computes its share of the batch with the C file. "float32" and "int8" are the same network
     in full precision, in onnxruntime; "ONNX" is the file of `to_onnx`.
 
     Returns {"networks": rows, "layers": rows}. In rows of networks, {name: [wall, CPU]} are ms per image; CPU is the
@@ -684,7 +698,7 @@ def bench(trained: Trained, rounds: int) -> dict:
             session = onnx_session(folder / "network.onnx", threads)
             float32, int8 = plain_sessions(trained.net, trained.example(), folder, threads)
             torch.set_num_threads(threads)
-            for batch in (1, 32):
+            for batch in (1, 64):
                 pixels = torch.randint(256, (batch, *trained.shape)).float()
                 images = pixels * factor + shift
                 x, feed = images.contiguous(memory_format=torch.channels_last), {"image": images.numpy()}

@@ -3,8 +3,8 @@
     model = onnx_model(operations(net, shape), example)     # operations: of export_c.py; example: a batch of inputs
 
 A binary activation compares a float with a threshold, so the last digit of the float can change the bit. Runtimes round
-in their own ways: onnxruntime, for example, multiplies a BatchNorm into the weights before it. These graphs leave little
-to round:
+in their own ways: onnxruntime, for example, multiplies a BatchNorm into the weights before it. In these graphs, little
+is left to round:
 
 - A convolution of bits sums −1, 0 and +1, which is exact. If a binary activation follows, with or without scale and
   BatchNorm between them, it is a comparison of the sum with an integer `low`, and becomes a bias and a Clip:
@@ -94,7 +94,7 @@ def split(alpha: np.ndarray, beta: np.ndarray, max_sum: int) -> tuple[np.ndarray
 
     a and b are α and β rounded to multiples of a unit, of which αs + β is less than 2²⁴, so that float32 holds A and
     all parts of the sum exactly. B is what the rounding left out: less than max_sum units, and its own rounding errors
-    are less than a thousandth of a unit. Returns None if this does not hold because an α is small beside its β.
+    are about a thousandth of a unit at most. Returns None if this does not hold because an α is small beside its β.
     """
     largest = np.abs(alpha) * max_sum + np.abs(beta)
     if (np.abs(alpha) * 2**15 < largest)[alpha != 0].any():
@@ -309,24 +309,25 @@ class OnnxWriter:
         if op.kind == "conv":
             return self.convolution(op)
         x, (_, *sizes), (_, *out_sizes) = self.values[op.inputs[0]], op.inputs[0].shape, op.shape
+        pairs = list(zip(sizes, out_sizes, strict=True))
         if op.kernel:
             # Pixels of padding behind the last one, which do not count, where the last window is cut off.
-            ends = [op.stride * (n - 1) + op.kernel - size - op.padding for size, n in zip(sizes, out_sizes, strict=True)]
+            ends = [op.stride * (n - 1) + op.kernel - op.padding - size for size, n in pairs]
             pads = [op.padding] * 2 + [max(end, 0) for end in ends]
             window = {"kernel_shape": [op.kernel] * 2, "strides": [op.stride] * 2, "pads": pads}
             return self.node("MaxPool" if op.kind == "maxpool" else "AveragePool", x, **window)
         if out_sizes == [1, 1]:
             return self.node("GlobalAveragePool", x)
-        if all(size % n == 0 for size, n in zip(sizes, out_sizes, strict=True)):
-            kernel = [size // n for size, n in zip(sizes, out_sizes, strict=True)]
+        if all(size % n == 0 for size, n in pairs):
+            kernel = [size // n for size, n in pairs]
             return self.node("AveragePool", x, kernel_shape=kernel, strides=kernel)
-        rows, columns = (averaging_matrix(size, n) for size, n in zip(sizes, out_sizes, strict=True))
+        rows, columns = (averaging_matrix(size, n) for size, n in pairs)
         return self.node("MatMul", self.node("MatMul", self.constant(rows), x), self.constant(columns.T))
 
     def convolution(self, op: Op, sign=None, factor=1, shift=None) -> str:
         """A convolution whose weights are multiplied by sign and factor, and shift, [C_out] or numbers, is added."""
-        weight = op.weight.detach()
-        x, (c, h, w), k, stride, padding = self.values[op.inputs[0]], op.inputs[0].shape, op.kernel, op.stride, op.padding
+        weight, x, (c, h, w) = op.weight.detach(), self.values[op.inputs[0]], op.inputs[0].shape
+        k, stride, padding = op.kernel, op.stride, op.padding
         if weight.dtype == torch.int8:
             weight = weight.numpy() * (1 if sign is None else np.reshape(sign, (-1, 1, 1, 1)))
             weight = self.cast(self.constant(weight, np.int8), "FLOAT")
