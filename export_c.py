@@ -899,14 +899,17 @@ def predict(
     function = getattr(library, f"{name}_predict{'_uint8' if is_bytes else ''}{'_in' if ram else ''}")
     images = (images if is_bytes else images.float()).contiguous()
     logits = torch.empty(len(images), num_classes)
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *([ctypes.c_int, ctypes.c_void_p] if ram else [])]
     if not ram:
-        for image, result in zip(images, logits, strict=True):
-            function(pointer(image), pointer(result))
+        sizes = [array.stride(0) * array.element_size() for array in (images, logits)]
+        for i in range(len(images)):
+            function(images.data_ptr() + i * sizes[0], logits.data_ptr() + i * sizes[1])
         return logits
 
     def compute(images: Tensor, logits: Tensor) -> None:  # ctypes lets other threads run during the call
-        room = aligned(np.empty(ram, dtype=np.uint8))
-        function(pointer(room), pointer(images), len(images), pointer(logits))
+        room = np.empty(ram + 64, dtype=np.uint8)
+        begin = room.ctypes.data + -room.ctypes.data % 64
+        function(begin, images.data_ptr(), len(images), logits.data_ptr())
 
     own, *others = zip(images.tensor_split(threads), logits.tensor_split(threads), strict=True)
     others = [threading.Thread(target=compute, args=share) for share in others]
