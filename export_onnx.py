@@ -175,10 +175,13 @@ class OnnxWriter:
     # Operations.
 
     def write_group(self, group: Group) -> None:
-        """The nodes of a group, and of the binary activations that follow."""
+        """The nodes of a group, and of the binary activations that follow.
+
+        If only these take its result, its operations from number `tail` on become a part of their comparisons.
+        """
         uses = self.uses[group.result]
         activations = [op for op in uses if op.kind in BINARY_ACTIVATIONS]
-        tail = len(group.ops)  # the operations from here on are part of the comparisons
+        tail = len(group.ops)
         if activations and activations == uses:
             adds = [i for i, op in enumerate(group.ops) if op.kind == "add"]
             first_elementwise = 0 if group.ops[0].kind in ELEMENTWISE else 1
@@ -191,7 +194,6 @@ class OnnxWriter:
             x = self.values[group.ops[0].inputs[0]]
         else:
             x = self.values[group.ops[tail - 1]] = self.value(group, group.ops[:tail])
-        self.values[group.result] = x
         for op in activations:
             self.values[op] = self.compared(x, group.ops[tail:], op)
 

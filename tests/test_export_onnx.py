@@ -49,6 +49,17 @@ def test_what_precedes_a_binary_activation_is_a_comparison(alpha, beta, theta, k
     assert torch.equal(is_one(xs[:, None])[:, 0], xs >= bound if rises else xs <= bound)
 
 
+def test_constants_that_nearly_underflow_are_left_to_the_tracer():
+    """HUGE times such a number would not be 1 or more."""
+    pytest.importorskip("onnx")
+    image = export_c.Op("image", "", [], (1, 1, 1))
+    for beta in (0.5, -1e-38):
+        norm = export_c.Op("batchnorm", "", [image], (1, 1, 1), [torch.ones(1), torch.tensor([beta])])
+        ops = [image, norm, export_c.Op("sign", "", [norm], (1, 1, 1))]
+        ops.append(export_c.Op("conv", "", [ops[-1]], (1, 1, 1), weight=torch.ones(1, 1, 1, 1, dtype=torch.int8)))
+        assert (export_onnx.onnx_model(ops, torch.zeros(1, 1, 1, 1)) is None) == (beta < 0)
+
+
 @pytest.mark.parametrize("max_sum", [144, 576, 4608])
 def test_a_split_batchnorm_rounds_as_one(max_sum):
     rng = np.random.default_rng(0)
