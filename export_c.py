@@ -21,8 +21,8 @@ import shutil
 import statistics
 import subprocess
 import tempfile
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -206,12 +206,7 @@ def convert(node: fx.Node, traced: fx.GraphModule, inputs: list[Op], shape: tupl
         weight[module.before + channels, channels] = 1
         kind, fields = "conv", {"weight": weight, "stride": module.stride}
     elif isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
-        # α and β are rounded as PyTorch rounds them on a CPU.
-        alpha, bias = torch.rsqrt(module.running_var + module.eps), 0.0
-        if module.affine:
-            alpha, bias = alpha * module.weight, module.bias.double()
-        beta = (bias - module.running_mean.double() * alpha.double()).float()
-        kind, fields = "batchnorm", {"constants": [alpha, beta]}
+        kind, fields = "batchnorm", {"constants": batchnorm_constants(module)}
     elif isinstance(module, nn.ReLU) or function in RELUS:
         kind = "relu"
     elif isinstance(module, nn.Hardtanh) and not isinstance(module, nn.ReLU6):
@@ -236,6 +231,14 @@ def convert(node: fx.Node, traced: fx.GraphModule, inputs: list[Op], shape: tupl
     else:
         raise not_convolutional(f"there is no rule for {type(module).__name__ if module else called(node)}")
     return [Op(kind, f"{node.name}_{kind}", inputs, shape, **fields)]
+
+
+def batchnorm_constants(module: nn.BatchNorm2d | nn.BatchNorm1d) -> list[Tensor]:
+    """α and β, [C], for which the result is αx + β, rounded as PyTorch rounds them on a CPU."""
+    alpha, bias = torch.rsqrt(module.running_var + module.eps), 0.0
+    if module.affine:
+        alpha, bias = alpha * module.weight, module.bias.double()
+    return [alpha, (bias - module.running_mean.double() * alpha.double()).float()]
 
 
 def convert_layer(layer: nn.Conv2d | nn.Linear, name: str, x: Op, shape: tuple[int, int, int]) -> list[Op]:
@@ -325,18 +328,9 @@ def fuse(ops: list[Op]) -> list[Group]:
     return groups
 
 
-def interval(group: Group, activation: Op) -> tuple[Tensor, Tensor] | None:
-    """The sums for which the binary activation after a group is 1: low ≤ sum ≤ high, int32 [C] each.
-
-    It is found by trying every sum in PyTorch's arithmetic. Returns None if the group makes no sums of bits, if a
-    shortcut is added to them, or if in some channel the sums are not one interval (after a PReLU).
-    """
-    constants = [v.detach() for v in activation.constants]
-    if not group.max_sum or any(op.kind == "add" for op in group.ops) or any(v.dim() > 1 for v in constants):
-        return None
-    sums = torch.arange(-group.max_sum, group.max_sum + 1, dtype=torch.float32)[:, None]
-    v = sums.expand(-1, activation.shape[0])  # [sum, C]
-    for op in group.ops[1:]:
+def is_one(ops: list[Op], activation: Op, v: Tensor) -> Tensor:
+    """The bits of a binary activation after elementwise operations on v, [n, C], in PyTorch's arithmetic."""
+    for op in ops:
         if op.kind == "scale":
             v = v * op.constants[0]
         elif op.kind == "bias":
@@ -349,10 +343,23 @@ def interval(group: Group, activation: Op) -> tuple[Tensor, Tensor] | None:
             v = v.clamp(-1, 1)
         else:
             v = torch.where(v > 0, v, v * op.constants[0])
-    is_one = v >= 0 if activation.kind == "sign" else (v - constants[0]) * constants[1] >= 0
-    low = torch.where(is_one, sums, group.max_sum + 1).amin(0)
-    high = torch.where(is_one, sums, -group.max_sum - 1).amax(0)
-    is_interval = is_one.sum(0) == (high - low + 1).clamp_min(0)
+    return v >= 0 if activation.kind == "sign" else (v - activation.constants[0]) * activation.constants[1] >= 0
+
+
+def interval(group: Group, activation: Op) -> tuple[Tensor, Tensor] | None:
+    """The sums for which the binary activation after a group is 1: low ≤ sum ≤ high, int32 [C] each.
+
+    It is found by trying every sum in PyTorch's arithmetic. Returns None if the group makes no sums of bits, if a
+    shortcut is added to them, or if in some channel the sums are not one interval (after a PReLU).
+    """
+    by_element = any(constant.dim() > 1 for constant in activation.constants)
+    if not group.max_sum or by_element or any(op.kind == "add" for op in group.ops):
+        return None
+    sums = torch.arange(-group.max_sum, group.max_sum + 1, dtype=torch.float32)[:, None]
+    bits = is_one(group.ops[1:], activation, sums.expand(-1, activation.shape[0]))  # [sum, C]
+    low = torch.where(bits, sums, group.max_sum + 1).amin(0)
+    high = torch.where(bits, sums, -group.max_sum - 1).amax(0)
+    is_interval = bits.sum(0) == (high - low + 1).clamp_min(0)
     return (low.int(), high.int()) if is_interval.all() else None
 
 
@@ -435,10 +442,11 @@ def c_source(ops: list[Op], normalisation: list[list[float]], about: str, name: 
    The constants take {writer.flash:,} bytes of flash, besides the code. The buffers take {writer.ram:,} bytes of RAM
    and are static: do not call these functions from several threads at once. Threads call the functions
 
-   void {name}_predict_in(float *ram, const float *image, float *logits);
-   void {name}_predict_uint8_in(float *ram, const uint8_t *image, float *logits);
+   void {name}_predict_in(float *ram, const float *images, int count, float *logits);
+   void {name}_predict_uint8_in(float *ram, const uint8_t *images, int count, float *logits);
 
-   each with {upper}_RAM_BYTES of separate memory. The file is C99 and needs libc and libm:
+   each with {upper}_RAM_BYTES of separate memory. They take `count` images, one after the other, and write as many rows
+   of logits. To use several cores, give each thread a part of the images. The file is C99 and needs libc and libm:
 
        cc -O3 -std=c99 -c FILE.c
 
@@ -794,6 +802,7 @@ BNN_FOR_EACH_UNIT({function}, ({parameters}), in, out, pixels, channels{passed})
             else:
                 pointers.append(f"uint8_t *const {buffer.name} = (uint8_t *)ram + {buffer.offset + 4};")
         code = "\n".join(f"    {line}" for line in [*pointers, *self.code])
+        pixels, classes = math.prod(self.ops[0].shape), self.ops[-1].shape[0]
         return f"""
 /* One of floats and bytes is the image, the other one is NULL. */
 static void bnn_run(float *ram, const float *floats, const uint8_t *bytes, float *logits) {{
@@ -803,15 +812,21 @@ static void bnn_run(float *ram, const float *floats, const uint8_t *bytes, float
 
 void bnn_predict(const float *image, float *logits);
 void bnn_predict_uint8(const uint8_t *image, float *logits);
-void bnn_predict_in(float *ram, const float *image, float *logits);
-void bnn_predict_uint8_in(float *ram, const uint8_t *image, float *logits);
+void bnn_predict_in(float *ram, const float *images, int count, float *logits);
+void bnn_predict_uint8_in(float *ram, const uint8_t *images, int count, float *logits);
 
 static float bnn_ram[BNN_RAM_BYTES / 4] BNN_ALIGNED;
 
 void bnn_predict(const float *image, float *logits) {{ bnn_run(bnn_ram, image, NULL, logits); }}
 void bnn_predict_uint8(const uint8_t *image, float *logits) {{ bnn_run(bnn_ram, NULL, image, logits); }}
-void bnn_predict_in(float *ram, const float *image, float *logits) {{ bnn_run(ram, image, NULL, logits); }}
-void bnn_predict_uint8_in(float *ram, const uint8_t *image, float *logits) {{ bnn_run(ram, NULL, image, logits); }}
+
+void bnn_predict_in(float *ram, const float *images, int count, float *logits) {{
+    for (; count > 0; count--, images += {pixels}, logits += {classes}) bnn_run(ram, images, NULL, logits);
+}}
+
+void bnn_predict_uint8_in(float *ram, const uint8_t *images, int count, float *logits) {{
+    for (; count > 0; count--, images += {pixels}, logits += {classes}) bnn_run(ram, NULL, images, logits);
+}}
 """
 
 
@@ -877,26 +892,32 @@ def predict(
     """Call a compiled C file on images [N, C, H, W] with pixels of 0 to 255. Returns the logits [N, num_classes].
 
     images: uint8, or any type of floats. name: the prefix of the names in the file.
-    threads: how many threads compute different images at a time. With more than one, ram is the file's NAME_RAM_BYTES.
+    ram: the file's NAME_RAM_BYTES, for the memory of each thread. With 0, the file's own buffers are used.
+    threads: the number of threads, each with a part of the images. More than one thread needs ram.
     """
     is_bytes = images.dtype == torch.uint8
-    function = getattr(library, f"{name}_predict{'_uint8' if is_bytes else ''}{'_in' if threads > 1 else ''}")
+    function = getattr(library, f"{name}_predict{'_uint8' if is_bytes else ''}{'_in' if ram else ''}")
     images = (images if is_bytes else images.float()).contiguous()
     logits = torch.empty(len(images), num_classes)
-    function.argtypes = [ctypes.c_void_p] * (3 if threads > 1 else 2)
-    sizes = [array.stride(0) * array.element_size() for array in (images, logits)]
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *([ctypes.c_int, ctypes.c_void_p] if ram else [])]
+    if not ram:
+        sizes = [array.stride(0) * array.element_size() for array in (images, logits)]
+        for i in range(len(images)):
+            function(images.data_ptr() + i * sizes[0], logits.data_ptr() + i * sizes[1])
+        return logits
 
-    def part(first: int) -> None:  # every image whose index is first, first + threads, …
-        room = aligned(np.empty(ram, dtype=np.uint8))
-        buffers = [room.ctypes.data] if threads > 1 else []
-        for i in range(first, len(images), threads):
-            function(*buffers, images.data_ptr() + i * sizes[0], logits.data_ptr() + i * sizes[1])
+    def compute(images: Tensor, logits: Tensor) -> None:  # ctypes lets other threads run during the call
+        room = np.empty(ram + 64, dtype=np.uint8)
+        begin = room.ctypes.data + -room.ctypes.data % 64
+        function(begin, images.data_ptr(), len(images), logits.data_ptr())
 
-    if threads == 1:
-        part(0)
-    else:
-        with ThreadPoolExecutor(threads) as pool:  # ctypes lets other threads run during a call
-            list(pool.map(part, range(threads)))
+    own, *others = zip(images.tensor_split(threads), logits.tensor_split(threads), strict=True)
+    others = [threading.Thread(target=compute, args=share) for share in others]
+    for thread in others:
+        thread.start()
+    compute(*own)
+    for thread in others:
+        thread.join()
     return logits
 
 

@@ -72,6 +72,14 @@ COPIES = {
         assert "predict" in export_c.c_source(ops, [[1.0], [0.0]], "net")
         """,
     ),
+    "export_onnx.py": (
+        ["export_c.py", "kernels.c", "models.py", "binarize.py", "quantizers.py", "runs.py"],
+        """
+        import export_c, export_onnx, torch
+        ops = export_c.operations(torch.nn.Sequential(torch.nn.Conv2d(1, 3, 2)).eval(), (1, 4, 4))
+        assert export_onnx.onnx_model(ops, torch.zeros(1, 1, 4, 4)) is None
+        """,
+    ),
     "export_bits.py": (
         ["models.py", "binarize.py", "quantizers.py", "runs.py"],
         """
@@ -92,7 +100,8 @@ COPIES = {
     ),
     "export.py": (
         [
-            *("export_bits.py", "export_c.py", "kernels.c", "models.py", "binarize.py", "quantizers.py"),
+            *("export_bits.py", "export_c.py", "export_onnx.py", "kernels.c"),
+            *("models.py", "binarize.py", "quantizers.py"),
             *("data.py", "runs.py", "train_fsg.py", "hypernet.py", "metaquant.py", "gate.py", "fsg_released.py"),
             *("train_sibnn.py", "train_proxconnect.py", "train_bihalf.py"),
         ],

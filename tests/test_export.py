@@ -173,8 +173,7 @@ def test_onnx_predicts_the_same(network, capsys):
     images = torch.cat([x for x, _ in data.load("digits")[2].epoch()]).contiguous()
     with torch.no_grad():
         difference = (net(images) - torch.from_numpy(session.run(None, {"image": images.numpy()})[0])).abs().amax(1)
-    # BatchNorm is rounded in another way, so that the bit of an activation may differ in a few images.
-    assert (difference > 2e-3).double().mean() < 0.01
+    assert difference.max() < 2e-3, "a bit that differs would show"
     graph = onnx.load(network / "run.onnx").graph
     layers = models.named_binary_layers(export.read(network).net).values()
     weights = [onnx.numpy_helper.to_array(v) for v in graph.initializer if v.data_type == onnx.TensorProto.INT8]
@@ -259,7 +258,7 @@ def test_bench_measures(binary_run, capsys, monkeypatch):
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(export_c, "IMAGENET_LAYERS", ((64, 14),))
     results = export.bench(export.read(binary_run), 1)
-    assert {(row["cores"], row["batch"]) for row in results["networks"]} >= {(1, 1), (1, 32)}
+    assert {(row["cores"], row["batch"]) for row in results["networks"]} >= {(1, 1), (1, 64)}
     for row in results["networks"]:
         assert all(time > 0 for name in ("pytorch", "float32", "int8", "onnx", "ours") for time in row[name])
     assert [64, 14, 14] in [row["input"] for row in results["layers"]]
