@@ -193,7 +193,9 @@ class OnnxWriter:
         if tail == 0:
             x = self.values[group.ops[0].inputs[0]]
         else:
-            x = self.values[group.ops[tail - 1]] = self.value(group, group.ops[:tail])
+            x = self.value(group, group.ops[:tail])
+        if tail == len(group.ops):
+            self.values[group.result] = x
         for op in activations:
             self.values[op] = self.compared(x, group.ops[tail:], op)
 

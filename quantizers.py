@@ -46,8 +46,9 @@ class _Masked(torch.autograd.Function):
 
 
 def _transformed() -> bool:
-    """Whether torch.func.grad, torch.vmap, … run, which need functions without writes and without _Masked."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    """Whether a tracer, a compiler, torch.func.grad, torch.vmap, … need functions without writes and without _Masked."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return traced or torch._C._are_functorch_transforms_active()
 
 
 def straight_through(x: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -400,6 +400,8 @@ def parallel(net: torch.nn.Module, args, device: torch.device) -> torch.nn.Modul
     graphs = device.type == "cuda" and world_size() == args.accumulate == 1
     model = torch.compile(net, mode="reduce-overhead" if graphs else "default") if args.compile else net
     if world_size() > 1:
+        # The gradients of 1×1 filters can have other strides than the filters, for the same order in memory.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         with warnings.catch_warnings():  # torch 2.13 warns about a renamed argument
             warnings.simplefilter("ignore", FutureWarning)
             model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)

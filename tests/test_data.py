@@ -666,7 +666,7 @@ def test_data_sets_other_than_folders_are_resized_too():
         for small, whole in zip(train.images[:20, 0], own.images[:20, 0], strict=True):
             expected = Image.fromarray(whole.numpy()).resize((size, size), resample=2)
             assert np.abs(np.asarray(expected).astype(int) - small.numpy()).max() <= 1
-    with pytest.raises(data.DataError, match="--image-size 97 is over 96, the most for digits"):
+    with pytest.raises(data.DataError, match="--image-size 97 is too large for digits: use at most 96"):
         data.load("digits", image_size=97)
 
 

@@ -503,7 +503,7 @@ def test_build(act, binarize_all):
 def test_every_network_accepts_small_images(arch, size):
     with torch.device("meta"):
         if arch == "alexnet" and size < 63:
-            with pytest.raises(models.ModelError, match="at least 63 pixels"):
+            with pytest.raises(models.ModelError, match="at least 63×63 pixels"):
                 models.build(arch, 7, image_size=size)
         else:
             assert models.build(arch, 7, image_size=size)(torch.empty(2, 3, size, size)).shape == (2, 7)

@@ -700,7 +700,7 @@ def test_what_would_take_the_weight_away_is_refused():
     ):
         net, x = reader()
         models.binarize_(net)
-        with warnings.catch_warnings(), pytest.raises(models.ModelError, match=r"after binarize_.*before it"):
+        with warnings.catch_warnings(), pytest.raises(models.ModelError, match=r"after binarize_.*before"):
             warnings.simplefilter("ignore")
             change(net.a)
             net(x)
