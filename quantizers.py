@@ -46,7 +46,7 @@ class _Masked(torch.autograd.Function):
 
 
 def _transformed() -> bool:
-    """Whether a tracer, a compiler, torch.func.grad, torch.vmap, … need functions without writes and without _Masked."""
+    """Whether a tracer, a compiler or torch.func runs, which need functions without writes and without _Masked."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return traced or torch._C._are_functorch_transforms_active()
 
