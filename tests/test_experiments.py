@@ -5,12 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 import experiments
+import runs
 import train_bihalf
 import train_fsg
 import train_proxconnect
@@ -34,6 +37,21 @@ def run(monkeypatch, tmp_path, grid, *flags):
     return experiments.main(argv)
 
 
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Train in this process, one run at a time: new processes need seconds for their imports."""
+    one = threading.Lock()
+
+    def run(slots, command):
+        try:
+            with one:
+                return TRAINERS[Path(command[1]).name].main(command[2:]), ""
+        except runs.RunError as e:
+            return 1, f"error: {e}"
+
+    monkeypatch.setattr(experiments.Slots, "run", run)
+
+
 def rows(tmp_path):
     with open(tmp_path / "results" / "ablations.csv", newline="") as f:
         return list(csv.DictReader(f))
@@ -50,7 +68,7 @@ def test_every_grid_is_of_commands_that_the_trainers_take():
             assert f"--seed {args.seed}" in command and args.val == 5000
 
 
-def test_a_grid_is_run_and_not_run_again(tmp_path, monkeypatch, capsys):
+def test_a_grid_is_run_and_not_run_again(tmp_path, monkeypatch, capsys, in_this_process):
     grid = [search(rates=("1e-9", "3e-3"), seeds=(0, 1)), search(f"{SMALL} --opt sgd --no-flip", ("1e30",))]
     assert run(monkeypatch, tmp_path, grid) == 0
     found = rows(tmp_path)
@@ -152,7 +170,7 @@ def test_damaged_results(tmp_path, monkeypatch, capsys):
     assert "damaged or of another version" in capsys.readouterr().err
 
 
-def test_the_others_run_where_some_fail(tmp_path, monkeypatch, capsys):
+def test_the_others_run_where_some_fail(tmp_path, monkeypatch, capsys, in_this_process):
     wrong = f"{SMALL} --beta 7 --grad fsg"
     grid = [search(wrong), search(), search(f"{wrong} --no-flip")]
     assert run(monkeypatch, tmp_path, grid) == 1
@@ -161,7 +179,7 @@ def test_the_others_run_where_some_fail(tmp_path, monkeypatch, capsys):
     assert [row["command"] for row in rows(tmp_path)] == [f"python {search().at('1e-3', 0)}"]
 
 
-def test_commands_that_differ_only_early_have_runs_of_their_own(tmp_path, monkeypatch):
+def test_commands_that_differ_only_early_have_runs_of_their_own(tmp_path, monkeypatch, in_this_process):
     long = f"{SMALL} --limit-steps 1 --milestones {' '.join(str(i) for i in range(30, 130))}"
     assert run(monkeypatch, tmp_path, [search(long), search(long.replace("resnet8", "lenet"))]) == 0
     assert len(list(tmp_path.glob("runs/ablations/*/args.json"))) == len(rows(tmp_path)) == 2
