@@ -493,10 +493,12 @@ def leave_signals_to_the_trainer(worker: int) -> None:
     trainer, parent = multiprocessing.parent_process().pid, os.getppid()
 
     def wait():
-        while os.getppid() == parent:
-            sent = signal.sigtimedwait({signal.SIGTERM}, 1)  # None after a second
-            if sent and sent.si_pid == trainer:
-                break
+        with contextlib.suppress(ProcessLookupError):
+            while os.getppid() == parent:
+                os.kill(trainer, 0)  # raises if the trainer ended before `parent` was read
+                sent = signal.sigtimedwait({signal.SIGTERM}, 1)  # None after a second
+                if sent and sent.si_pid == trainer:
+                    break
         os._exit(128 + signal.SIGTERM)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -21,6 +21,7 @@ import struct
 import sys
 import tarfile
 import time
+import types
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -1250,6 +1251,24 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def late_worker(trainer: int) -> None:
+    multiprocessing.parent_process = lambda: types.SimpleNamespace(pid=trainer)
+    data.leave_signals_to_the_trainer(0)
+    time.sleep(60)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc and signals that tell their sender")
+def test_a_worker_that_starts_after_the_end_of_its_trainer_ends():
+    context = multiprocessing.get_context("fork")
+    trainer = context.Process(target=bool)
+    trainer.start()
+    trainer.join()
+    worker = context.Process(target=late_worker, args=(trainer.pid,))
+    worker.start()
+    worker.join(30)
+    assert worker.exitcode == 128 + signal.SIGTERM
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc and signals that tell their sender")
