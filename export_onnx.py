@@ -165,10 +165,13 @@ class OnnxWriter:
 
     def per_channel(self, x: str, factor, shift=None) -> str:
         """x·factor + shift, both [C], each rounded."""
-        weight = self.constant(np.reshape(factor, (-1, 1, 1, 1)))
+        return self.conv(x, self.constant(np.reshape(factor, (-1, 1, 1, 1))), shift, group=len(factor))
+
+    def conv(self, x: str, weight: str, shift=None, **attributes) -> str:
+        """A Conv node, which adds shift, [C_out], if it is given."""
         if shift is None:
-            return self.node("Conv", x, weight, group=len(factor))
-        result = self.node("Conv", x, weight, self.constant(shift), group=len(factor))
+            return self.node("Conv", x, weight, **attributes)
+        result = self.node("Conv", x, weight, self.constant(shift), **attributes)
         self.shifted.add(result)
         return result
 
@@ -332,12 +335,12 @@ class OnnxWriter:
         """A convolution whose weights are multiplied by sign and factor, and shift, [C_out] or numbers, is added."""
         weight, x, (c, h, w) = op.weight.detach(), self.values[op.inputs[0]], op.inputs[0].shape
         k, stride, padding = op.kernel, op.stride, op.padding
+        attributes = {"kernel_shape": [k, k], "strides": [stride] * 2, "pads": [padding] * 4}
         if weight.dtype == torch.int8:
             weight = weight.numpy() * (1 if sign is None else np.reshape(sign, (-1, 1, 1, 1)))
             weight = self.cast(self.constant(weight, np.int8), "FLOAT")
             if np.any(factor != 1):
                 weight = self.node("Mul", weight, self.constant(np.reshape(factor, (-1, 1, 1, 1))))
-            attributes = {"kernel_shape": [k, k], "strides": [stride] * 2, "pads": [padding] * 4}
         elif op.inputs[0].kind == "image":  # one channel, in which the pixels' channels lie side by side
             x = self.node("Transpose", x, perm=[0, 2, 3, 1])
             x = self.node("Reshape", x, self.constant((-1, 1, h, w * c), np.int64))
@@ -346,9 +349,4 @@ class OnnxWriter:
             attributes = {"kernel_shape": [k, k * c], "strides": [stride, stride * c], "pads": pads}
         else:
             weight = self.constant(weight)
-            attributes = {"kernel_shape": [k, k], "strides": [stride] * 2, "pads": [padding] * 4}
-        if shift is None:
-            return self.node("Conv", x, weight, **attributes)
-        result = self.node("Conv", x, weight, self.constant(shift), **attributes)
-        self.shifted.add(result)
-        return result
+        return self.conv(x, weight, shift, **attributes)

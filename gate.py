@@ -53,10 +53,10 @@ class GatedHistory(Generator):
 
         If any element of ĝ_t is not finite, h does not change, and ĝ_t stays in `weight.grad`.
         """
-        before = self.latent
+        positive = self.latent >= 0  # the signs one step ago; sign(0) is +1
         new = self.collect()
-        same_sign = self.latent.clone().ge_(0).eq_(before.to(self.latent, copy=True).ge_(0))  # 1 or 0; sign(0) is +1
-        past = same_sign.mul_(self.past).mul_(self.memory).add_(self.ghat)
+        same_sign = (self.latent >= 0) == positive
+        past = self.ghat + torch.where(same_sign, self.memory * self.past, 0)
         self.past = where(new, past, self.past)
         self.hand_back(where(new, self.scale().mul_(past), self.ghat))
 

@@ -65,17 +65,16 @@ class Variant(FSG):
     def slow_output(self, seen, known=None):
         if not {"memory", "residual", "distance"} & self.words:
             return super().slow_output(seen, known)
-        sign = signs(seen.ghat)
-        past = seen.history * sign / seen.history_rms.index_select(0, seen.layer_of)
+        past = seen.history * signs(seen.ghat) / seen.history_rms.index_select(0, seen.layer_of)
         memory = (self.decay * past).sum(0)
         if "memory" in self.words:
             return memory
         if "distance" in self.words:
             at = slice(None) if self.sample is None or len(seen.ghat) == len(self.latent) else self.sample.at
-            past = torch.cat([self.distances[at].unsqueeze(0) - 1, past])
-        elif self.lre is not None:
-            past = torch.cat([self.lre.weight[:, 0].index_select(0, seen.layer_of).unsqueeze(0), past])
-        learned = self.slow.last(past.T.unsqueeze(-1))
+            tokens = torch.cat([self.distances[at].unsqueeze(0) - 1, past])
+            learned = self.slow.last(tokens.T.unsqueeze(-1))
+        else:
+            learned = super().slow_output(seen)
         return memory + learned if "residual" in self.words else learned
 
     def train_phi(self, v, wanted):
