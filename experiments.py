@@ -59,6 +59,7 @@ class Search(NamedTuple):
 
 # 702 steps on CIFAR-10, of which 5,000 images are held out.
 BUDGET = "--arch resnet20 --epochs 2 --schedule cosine --val 5000 --bn-batches 32"
+DIGITS = "--dataset digits --batch-size 64 --epochs 10 --schedule cosine --val 300"
 FSG, PROX, BIHALF = (f"train_{name}.py {BUDGET}" for name in ("fsg", "proxconnect", "bihalf"))
 SAMPLED = "--hyper-sample 0.125"  # φ is trained on an eighth of the weights in each step
 ADAM, SGD = ("1e-3", "3e-4", "3e-3"), ("0.1", "0.03", "0.3")
@@ -89,6 +90,7 @@ GRIDS = {
         *(Search(f"{FSG} {generator}", ADAM) for generator in GENERATORS[1:]),
         *(Search(f"{PROX} --opt adam --method {method}", (*ADAM, "1e-2")) for method in METHODS),
         Search(f"{BIHALF} --opt adam --weight-decay 0", ADAM),
+        Search(f"{FSG} --quantizer none", ADAM),  # the full-precision network
     ],
     # Ten epochs of the best methods, each at its learning rate from the search above.
     "finals": [
@@ -117,6 +119,21 @@ GRIDS = {
     + [
         Search(f"train_sibnn.py {BUDGET.replace('resnet20', 'birealnet20')}", ADAM),
         Search(f"train_bihalf.py {BUDGET.replace('resnet20', 'birealnet20')} --act sign", ADAM),
+    ],
+    # Another data set and smaller networks, from random weights, on the images that scikit-learn contains.
+    "digits": [
+        Search(f"train_{trainer}.py {DIGITS} {flags}", ("1e-2", "3e-3", "3e-2"), (0, 1, 2, 3, 4))
+        for trainer, flags in (
+            ("fsg", "--arch resnet8 --grad ste"),
+            ("fsg", "--arch resnet8 --grad ste --betas 0.9 0.97"),
+            ("fsg", "--arch resnet8 --grad fsg --hgs mamba"),
+            ("fsg", "--arch resnet8 --grad gate"),
+            ("proxconnect", "--arch resnet8 --method parq --opt adam"),
+            ("fsg", "--arch birealnet8 --act sign --grad ste"),
+            ("fsg", "--arch birealnet8 --act sign --grad ste --betas 0.9 0.97"),
+            ("fsg", "--arch birealnet8 --act sign --grad gate"),
+            ("sibnn", "--arch birealnet8"),
+        )
     ],
     # The paper's ablations of FSG: the weight β of the slow gradient (default 0.9), the length of the history (default
     # 5), the layer embedding and the history itself.

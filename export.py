@@ -401,7 +401,7 @@ def read_checkpoint(path: Path) -> Trained:
         bad = export_bits.bad_tensors(net.state_dict())
         if bad:
             raise ValueError(f"some elements are NaN or infinite in {', '.join(bad)}, or a variance is negative")
-    except (TypeError, ValueError) as e:
+    except (AttributeError, LookupError, TypeError, ValueError) as e:
         raise RunError(f"{path} is damaged ({one_line(e)}): give another checkpoint") from None
     quantizer = layers[0].quantizer
     relaxed = [layer for layer in layers if layer.quantizer in RELAXED_QUANTIZERS]
@@ -449,6 +449,8 @@ def flags_of(flags: dict, path: Path) -> tuple[argparse.Namespace, object]:
     vars(args).update({name: flags[name] for name in vars(args) if name in flags})
     if args.dataset not in data.DATASETS or not ARCH_NAME.fullmatch(args.arch):
         raise ValueError("the data set or the network's name is unknown")
+    if not isinstance(args.data_dir, str):
+        raise ValueError("the folder of the images is not a text")
     return args, trainer
 
 

@@ -93,11 +93,21 @@ class Op:
         return self.kind == "conv" and self.inputs[0].kind in BINARY_ACTIVATIONS
 
 
+class Traced(fx.Proxy):
+    """A value while a network is traced. It records `x += y` as an operation that overwrites x."""
+
+    def __iadd__(self, other):
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+
 class LeafTracer(fx.Tracer):
     """Traces the modules that contain no others as single calls."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return next(module.children(), None) is None
+
+    def proxy(self, node: fx.Node) -> Traced:
+        return Traced(node, self)
 
 
 @torch.no_grad()
@@ -116,6 +126,7 @@ def operations(net: nn.Module, shape: tuple[int, int, int]) -> list[Op]:
     ops, op_of = [], {}
     for node in traced.graph.nodes:
         if node.op == "output":
+            result = op_of.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
             break
         if "tensor_meta" not in node.meta:
             raise not_convolutional(f"there is no rule for {called(node)}")
@@ -123,11 +134,21 @@ def operations(net: nn.Module, shape: tuple[int, int, int]) -> list[Op]:
         result_shape = tuple(node.meta["tensor_meta"].shape[1:])
         result_shape += (1,) * (3 - len(result_shape))
         new = convert(node, traced, inputs, result_shape)
+        for op in new:
+            if op.kind in ELEMENTWISE and any(x.shape != op.shape for x in op.inputs):  # broadcast, or behind a Flatten
+                raise not_convolutional(
+                    f"there is no rule for {op.kind} of {shapes(op.inputs)} that makes {shapes([op])}"
+                )
         ops += new
         op_of[node] = new[-1] if new else inputs[0]
         if writes_in_place(node, traced):  # operations that read the overwritten tensor get the result
             op_of = {other: op_of[node] if op is inputs[0] else op for other, op in op_of.items()}
-    ops = share_signs(ops)
+    if result is None:
+        raise not_convolutional("it does not return one tensor")
+    needed = {result}
+    for op in reversed(ops):
+        needed |= set(op.inputs) if op in needed else set()
+    ops = share_signs([op for op in ops if op in needed])
     for op in ops:
         if not all(constant.isfinite().all() for constant in op.constants):
             raise RunError(f"the network computes with NaN or infinite values in {op.name}: it cannot be exported")
@@ -136,6 +157,17 @@ def operations(net: nn.Module, shape: tuple[int, int, int]) -> list[Op]:
 
 def not_convolutional(reason: str) -> RunError:
     return RunError(f"this network cannot be written as C ({reason}): use --to onnx or --to bits")
+
+
+def check_logits(ops: list[Op]) -> None:
+    """Raises RunError if a network's output is not a vector per image."""
+    if ops[-1].shape[1:] != (1, 1):
+        raise not_convolutional(f"its output has the shape {shapes(ops[-1:])}")
+
+
+def shapes(ops: list[Op]) -> str:
+    """The shapes of results, for a message: "8×4×4 and 8×1×1"."""
+    return " and ".join("×".join(map(str, op.shape)) for op in ops)
 
 
 def called(node: fx.Node) -> str:
@@ -427,6 +459,7 @@ def c_source(ops: list[Op], normalisation: list[list[float]], about: str, name: 
     """
     if not IDENTIFIER.fullmatch(name):
         raise RunError(f"{name!r:.80} cannot begin the names in a C file: use letters, digits and underscores")
+    check_logits(ops)
     writer = CWriter(ops, normalisation)
     (c, h, w), upper = ops[0].shape, name.upper()
     pixels = "pixels from 0 to 255 as in the image file. They are normalised here."

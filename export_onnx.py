@@ -41,6 +41,7 @@ def onnx_model(ops: list[Op], example: Tensor):
     Returns None for a network without binary activations, for which torch.onnx makes a faster graph, and for one with
     constants that nearly underflow.
     """
+    export_c.check_logits(ops)
     constants = torch.cat([torch.ones(1), *(constant.detach().flatten() for op in ops for constant in op.constants)])
     underflows = ((constants != 0) & (constants.abs() < SMALLEST)).any()
     if underflows or not any(op.kind in BINARY_ACTIVATIONS for op in ops):
@@ -189,7 +190,7 @@ class OnnxWriter:
             adds = [i for i, op in enumerate(group.ops) if op.kind == "add"]
             first_elementwise = 0 if group.ops[0].kind in ELEMENTWISE else 1
             tail = max([first_elementwise, *(i + 1 for i in adds)])
-        if len(activations) == 1 and tail == 1 and self.compared_sums(group, activations[0]):
+        if len(uses) == len(activations) == 1 and tail == 1 and self.compared_sums(group, activations[0]):
             return
         if tail < len(group.ops) and not all(self.is_monotone(group.ops[tail:], op) for op in activations):
             tail = len(group.ops)

@@ -79,9 +79,15 @@ class GatedHistory(Generator):
         Raises ValueError if the optimizer has none of the latent weights.
         """
 
+        ours = {id(w) for w in self.weights}
+
         def latent(group: dict) -> list[Tensor]:
-            ours = {id(w) for w in self.weights}
             return [p for p in group["params"] if id(p) in ours]
+
+        def part(group: dict, is_latent: bool) -> dict:
+            """The latent weights in a group, or its other weights; with their names, if it has names."""
+            at = [i for i, p in enumerate(group["params"]) if (id(p) in ours) == is_latent]
+            return {name: [group[name][i] for i in at] for name in ("params", "param_names") if name in group}
 
         def switch_off(optimizer, *_) -> None:
             for group in filter(latent, optimizer.param_groups):
@@ -93,11 +99,10 @@ class GatedHistory(Generator):
         if not any(map(latent, optimizer.param_groups)):
             raise ValueError("the optimizer has none of the latent weights of the gated history: add them to it")
         for group in list(optimizer.param_groups):
-            ours = latent(group)
-            rest = [p for p in group["params"] if not any(p is w for w in ours)]
-            if ours and rest:
-                group["params"] = rest
-                optimizer.add_param_group({**group, "params": ours})
+            if 0 < len(latent(group)) < len(group["params"]):
+                separate = part(group, True)
+                group.update(part(group, False))
+                optimizer.add_param_group({**group, **separate})
         optimizer.param_groups.sort(key=lambda group: not latent(group))  # the latent weights first
         optimizer.register_step_pre_hook(switch_off)
         switch_off(optimizer)

@@ -496,8 +496,9 @@ class Generator(nn.Module):
         for w, part, given in zip(self.weights, self.layer_views(G), self.given, strict=True):
             if given:
                 # PyTorch's fused optimizers compute wrong values on CPUs if the strides differ from the weight's.
-                part = part if part.stride() == w.stride() else torch.empty_like(w).copy_(part)
-                w.grad, part.made_at = part, part._version  # a mark that is valid until the gradient is written to
+                part = part.data if part.stride() == w.stride() else torch.empty_like(w).copy_(part)
+                # A mark that is valid until this gradient is written to. (`.data` has its own version counter.)
+                w.grad, part.made_at = part, part._version
 
     def layer_views(self, flat: Tensor) -> list[Tensor]:
         """The parts of a flat tensor of all weights, each with the shape of its layer's weight."""
@@ -511,10 +512,10 @@ class Generator(nn.Module):
         return flat if self.shard.world_size == 1 else flat[self.shard.begin : self.shard.end].clone()
 
     def rms(self, x: Tensor) -> Tensor:
-        """Root mean square of each layer's part of x [rows, N], over all rows and processes: [layers], above 0."""
+        """RMS of each layer's part of x [rows, N], over all rows and processes: [layers], at least `smallest`."""
         squares = per_layer(x.square().sum(0) if len(x) > 1 else x[0].square(), self.sizes, self.lengths)
         mean = self.shard.all_reduce_sum(squares) / (len(x) * self.layer_size)
-        return mean.sqrt().clamp_min(torch.finfo(x.dtype).tiny)
+        return mean.sqrt().clamp_min(smallest(x.dtype))
 
     @torch.no_grad()
     def measure(self, lr: float) -> dict[str, float]:
@@ -647,7 +648,7 @@ class Learned(Generator):
         if self.last_G is not None:
             learned = self.learned()
             v = torch.where(self.spread(learned), -straight, 0)
-            v /= self.shard.all_reduce_sum(v.square().sum()).sqrt().clamp_min(torch.finfo(v.dtype).tiny)
+            v /= self.shard.all_reduce_sum(v.square().sum()).sqrt().clamp_min(smallest(v.dtype))
             self.train_phi(v, learned.any())  # 1. train φ: G_{t−1} led to where ĝ_t was measured
         self.push(new)  # 2. store ĝ_t in the history
         self.t += 1
@@ -902,6 +903,11 @@ def per_layer(x: Tensor, sizes: list[int], lengths: Tensor, reduce: str = "sum")
     return torch.stack([p.sum() if reduce == "sum" or not p.numel() else p.amax() for p in parts])
 
 
+def smallest(dtype: torch.dtype) -> float:
+    """A layer's gradient with a smaller RMS counts as 0: its squares would underflow."""
+    return max(1e-18, torch.finfo(dtype).tiny)
+
+
 def where(condition: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """torch.where(condition, x, y); x or y itself where the condition is one answer that need not be waited for."""
     known = condition.dim() == 0 and condition.device.type == "cpu"
@@ -935,7 +941,7 @@ class _Balanced(torch.autograd.Function):
         sums = torch.stack([per_layer(term.square(), seen.sizes, seen.lengths), seen.lengths.to(term.dtype)])
         square, count = shard.all_reduce_sum(sums)
         rms, least = (square / count.clamp_min(1)).sqrt(), 1e-3 * target
-        there = target.square() > 0  # whether ĝ is not 0 in the layer; otherwise the term is 0 and has no gradient
+        there = target > smallest(target.dtype)  # otherwise ĝ counts as 0: the term is 0 and has no gradient
         scale = torch.where(there, target / torch.maximum(rms, least), 0)
         y = term * scale.index_select(0, seen.layer_of)
         # ⟨y, y⟩ of each layer; infinite where the factor is at its limit, which switches the projection off.

@@ -167,8 +167,8 @@ def common_flags(script: str, description: str, **defaults) -> argparse.Argument
     add("--label-smoothing", type=float, default=0.0, metavar="FRACTION", help=smoothing)
     clip = "largest norm of the gradients of all weights together (default: no limit)"
     add("--clip", type=float, metavar="NORM", help=clip)
-    ema = "test and save (best.pt) an exponential moving average of the weights with this decay per step"
-    add("--ema", type=float, metavar="DECAY", help=ema + " (default: off)")
+    ema = "test and save (best.pt) an exponential moving average of the weights with this decay per step (not in "
+    add("--ema", type=float, metavar="DECAY", help=ema + "train_proxconnect.py; default: off)")
     add("--seed", type=int, default=0, help="seed of the weights, the order of the images and the augmentation")
     add("--pretrained", metavar="FILE", help="start from the weights of this checkpoint or state dict")
     batchnorm = "also test with BatchNorm statistics of the present weights, from N training batches (test_acc_bn; in "

@@ -2,7 +2,7 @@
 
     # Half a minute on a laptop, without a download:
     python train_fsg.py --dataset digits --arch resnet8 --epochs 12 --batch-size 64
-    python train_fsg.py --arch resnet32 --hgs mamba --opt adam           # the paper, on CIFAR-10
+    python train_fsg.py --arch resnet32 --hgs mamba --opt adam           # FSG on CIFAR-10, both terms balanced
     python train_fsg.py --arch resnet32 --grad ste                       # the baseline; or gate, fcgrad, multifc, …
     python train_fsg.py --arch resnet32 --preset released                # the training step of the authors' code
     python train_fsg.py --dataset folder --data-dir my/images            # my/images/{train,test}/CLASS/*.png
@@ -22,7 +22,7 @@ replacement. In step t, with ĝ_t = ∂L/∂Ŵ and the hypernetworks' parameters
 
     fast = ĝ_t ⊙ MLP(W̃)                             of the present gradient; W̃ is W before it is rounded
     slow = SlowNet(LRE, ĝ_{t−l+1}, …, ĝ_t)          of the last l gradients of each weight; Mamba or an LSTM
-    G_t  = D ⊙ ((1 − β)·fast + β·slow)              the optimizer's gradient; D is ∂Ŵ/∂W, the rounding's taken as 1
+    G_t  = D ⊙ ((1 − β)·fast + β·slow)              the optimizer's gradient; D is ∂Ŵ/∂W without the rounding
     φ is trained in step t + 1: how much did G_t reduce the loss?
 
 hypernet.py contains the method. In the training loop it is one line after backward(): generator.generate().
@@ -46,7 +46,7 @@ from metaquant import LSTMFC, AuthorsAdam, FCGrad, LookAhead, MultiFC, ReleasedF
 
 # Learning rates for the latent weights, chosen by the measurements in results/README.md.
 DEFAULT_LR = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.3, "sgdm": 0.1}
-GATE_LR = 6e-3  # with Adam under --grad gate
+GATE_LR = 6e-3  # with Adam under --grad gate, from random weights
 # Adam's learning rates for φ: LR_FAST for the fast-net, LR_SLOW for the slow-net and the LRE.
 LR_FAST = {"fsg": 1e-2, "fcgrad": 1e-3, "multifc": 1e-3, "lstmfc": 1e-3}
 LR_SLOW = 1e-3
@@ -171,7 +171,8 @@ def complete(args) -> None:
     runs.fill(args, fast_act="none" if args.quantizer == "dorefa" or grad == "fcgrad" else "tanh")
     runs.fill(args, lr_fast=LR_PHI_UNBOUNDED if unbounded else LR_FAST.get(grad))
     runs.fill(args, lr_slow=LR_PHI_UNBOUNDED if unbounded else LR_SLOW)
-    runs.fill(args, lr=GATE_LR if grad == "gate" and args.opt.startswith("adam") else DEFAULT_LR[args.opt])
+    gate_lr = grad == "gate" and args.opt.startswith("adam") and not args.pretrained
+    runs.fill(args, lr=GATE_LR if gate_lr else DEFAULT_LR[args.opt])
     for name in ("hidden", "d_state", "d_conv", "expand"):
         if getattr(args, name, 1) < 1:
             raise runs.RunError(f"{runs.option(name)} must be at least 1; it is {getattr(args, name)}")

@@ -68,7 +68,7 @@ COPIES = {
         ["kernels.c", "models.py", "binarize.py", "quantizers.py", "runs.py"],
         """
         import export_c, torch
-        ops = export_c.operations(torch.nn.Sequential(torch.nn.Conv2d(1, 3, 2)).eval(), (1, 4, 4))
+        ops = export_c.operations(torch.nn.Sequential(torch.nn.Conv2d(1, 3, 4)).eval(), (1, 4, 4))
         assert "predict" in export_c.c_source(ops, [[1.0], [0.0]], "net")
         """,
     ),
@@ -76,7 +76,7 @@ COPIES = {
         ["export_c.py", "kernels.c", "models.py", "binarize.py", "quantizers.py", "runs.py"],
         """
         import export_c, export_onnx, torch
-        ops = export_c.operations(torch.nn.Sequential(torch.nn.Conv2d(1, 3, 2)).eval(), (1, 4, 4))
+        ops = export_c.operations(torch.nn.Sequential(torch.nn.Conv2d(1, 3, 4)).eval(), (1, 4, 4))
         assert export_onnx.onnx_model(ops, torch.zeros(1, 1, 4, 4)) is None
         """,
     ),

@@ -477,11 +477,16 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path, capsys):
         export.read(path)
 
 
-@pytest.mark.parametrize("name", ["normalisation", "shape", "num_classes"])
-@pytest.mark.parametrize("value", [None, [], "", 0, float("nan")])
+@pytest.mark.parametrize("name", ["normalisation", "shape", "num_classes", "ema", "data_dir"])
+@pytest.mark.parametrize("value", [None, [], [1, 2], {1: 2}, 0, float("nan")])
 def test_a_checkpoint_with_a_wrong_field_is_refused(tmp_path, name, value):
     path = checkpoint(tmp_path / "last.pt", train_fsg, (1, 8, 8), "--arch", "resnet8", "--grad", "ste")
-    torch.save(torch.load(path, weights_only=True) | {name: value}, path)
+    contents = torch.load(path, weights_only=True)
+    (contents["args"] if name in contents["args"] else contents)[name] = value
+    if name == "ema":
+        contents["args"]["ema"] = 0.9
+        contents["ema"] = value
+    torch.save(contents, path)
     with pytest.raises(runs.RunError, match=r"is damaged .* give another checkpoint"):
         export.read(path)
 

@@ -383,10 +383,11 @@ class InPlace(nn.Module):
         x = self.norm(self.a(x))
         identity = self.same(x)
         x = self.b(self.relu(x))
+        earlier = x
         x += identity
         before = x
         x.relu_()
-        return self.fc((before + x).mean(dim=(2, 3)))
+        return self.fc((before + earlier).mean(dim=(2, 3)))
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler (cc) here")
@@ -398,6 +399,65 @@ def test_what_is_overwritten_in_place_is_overwritten_in_c(tmp_path, monkeypatch)
     library = export.export_c.compile_library(tmp_path / "net.c", tmp_path)
     with torch.no_grad():
         assert (export.export_c.predict(library, images, 3) - net(images)).abs().max() < 1e-5
+
+
+class Shortcut(nn.Module):
+    """What `kind` says happens between two binary convolutions and a classifier."""
+
+    def __init__(self, kind, scale=None):
+        super().__init__()
+        self.kind, self.pool, self.flatten = kind, nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        self.a, self.b, self.c = (nn.Conv2d(i, 8, 3, padding=1, bias=False) for i in (2, 8, 8))
+        self.fc, self.other, self.wide = nn.Linear(8, 3), nn.Linear(8, 3), nn.Linear(8 * 25, 3)
+        self.relu, self.norm = nn.ReLU(), nn.BatchNorm1d(8 * 25)
+        models.binarize_(self, "bwn", "sign", skip=["a", "fc", "other", "wide"], scale=scale, quiet=True)
+
+    def forward(self, x):
+        x = self.b(self.a(x))
+        if self.kind == "sums":  # of a binary convolution, read by a binary convolution and by an addition
+            x = self.c(x) + x
+        elif self.kind == "broadcast":
+            x = x + self.pool(x)
+        elif self.kind == "norm of pixels":
+            return self.wide(self.norm(self.flatten(x)))
+        elif self.kind == "relu of pixels":
+            return self.wide(self.relu(self.flatten(x)))
+        elif self.kind == "map":
+            return self.c(x)
+        x = self.flatten(self.pool(x))
+        logits, other = self.fc(x), self.other(x)
+        return (logits, other) if self.kind == "two" else logits
+
+
+REFUSED = {
+    "broadcast": "no rule for add of 8×5×5 and 8×1×1",
+    "norm of pixels": "no rule for batchnorm of 8×5×5 that makes 200×1×1",
+    "relu of pixels": "no rule for relu of 8×5×5",
+    "map": "its output has the shape 8×5×5",
+    "two": "does not return one tensor",
+}
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler (cc) here")
+@pytest.mark.parametrize("kind", ["a head that is not returned", "sums", *REFUSED])
+def test_shortcuts_heads_and_shapes(tmp_path, monkeypatch, kind):
+    """C and ONNX compute what the network returns, or C refuses it."""
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setenv("CFLAGS", "-O0")
+    torch.manual_seed(0)
+    net, images = Shortcut(kind, 1.0 if kind == "sums" else None).eval(), torch.randn(5, 2, 5, 5)
+    expected = net(images)
+    if kind in REFUSED:
+        with pytest.raises(runs.RunError, match=f"cannot be written as C .*{REFUSED[kind]}"):
+            export.to_c(net, tmp_path / "net.c", images)
+    else:
+        export.to_c(net, tmp_path / "net.c", images)
+        library = export.export_c.compile_library(tmp_path / "net.c", tmp_path)
+        assert (export.export_c.predict(library, images, 3) - expected).abs().max() < 1e-5
+    if kind != "two":
+        export.to_onnx(net, tmp_path / "net.onnx", images)
+        (logits,) = export.onnx_session(tmp_path / "net.onnx").run(None, {"image": images.numpy()})
+        assert np.abs(logits - expected.detach().numpy()).max() < 1e-5
 
 
 WITHOUT_RULE = {  # the property that the message names

@@ -436,6 +436,40 @@ def test_a_layer_whose_gradient_is_zero_in_a_step(name, dtype):
 
 
 @pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("size", [1e-17, 1e-21, 1e-24, 1e-44])
+def test_a_layer_whose_gradient_is_nearly_zero(name, size):
+    """Its squares underflow in float32."""
+    net = network(dtype=torch.float32)
+    torch.manual_seed(1)
+    gen = ALL[name](models.binary_layers(net))
+    for t in range(5):
+        if hasattr(gen, "look_ahead"):
+            gen.look_ahead(0.01)
+        backward(net, t)
+        gen.weights[1].grad *= size / gen.weights[1].grad.abs().max()
+        gen.generate()
+        assert all(w.grad.isfinite().all() for w in gen.weights)
+        assert gen.weights[1].grad.abs().max() <= 1e4 * max(size, 1e-18), "the balance does not make it large"
+        for w in gen.weights:
+            w.data -= 0.01 * w.grad
+    assert all(p.isfinite().all() for p in [*gen.parameters(), *gen.weights])
+
+
+@pytest.mark.parametrize("name", sorted(ALL.keys() - set(RELEASED)))
+def test_a_write_to_the_gradient_of_one_layer_is_no_new_gradient_of_another(name):
+    """As with an optimizer for some of the layers whose zero_grad() writes zeros."""
+    net = network()
+    gen = ALL[name](models.binary_layers(net))
+    for t in range(3):
+        one_step(net, gen, t)
+    others = [w.grad.clone() for w in gen.weights[1:]]
+    gen.weights[0].grad.zero_().add_(1)
+    gen.generate()
+    assert gen.given == [True] + [False] * len(others)
+    assert all(torch.equal(w.grad, before) for w, before in zip(gen.weights[1:], others, strict=True))
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_generate_wants_a_new_backward(name):
     net = network()
     layers = models.binary_layers(net)
@@ -550,6 +584,9 @@ def test_the_gate_has_no_momentum_whatever_a_scheduler_does(kind):
                 assert (state.get("momentum_buffer") is None) == latent
     count = sum(len(group["params"]) for group in optimizer.param_groups)
     assert count == len(list(net.parameters())) and all(group["lr"] != 1e-2 for group in optimizer.param_groups)
+    named = gate.without_momentum(torch.optim.Adam(net.named_parameters(), 1e-2))
+    known = {id(p): name for name, p in net.named_parameters()}
+    assert all(group["param_names"] == [known[id(p)] for p in group["params"]] for group in named.param_groups)
     only = gate.without_momentum(torch.optim.Adam(gate.weights, 1e-2))
     assert [group["betas"] for group in only.param_groups] == [(0.0, 0.999)]
     with pytest.raises(ValueError, match="none of the latent weights"):

@@ -221,6 +221,7 @@ def test_fsg_with_mamba_is_the_default_and_no_hyper_parameter_changes_the_method
     for flags in ([], ["--memory", "0"], ["--epsilon", "1"]):
         assert complete("--grad", "gate", *flags).lr == 6e-3
         assert type(generator("--grad", "gate", *flags)) is gate.GatedHistory
+    assert complete("--grad", "gate", "--pretrained", "full.pt").lr == 1e-3
     for grad in ("ste", "fcgrad", "multifc", "lstmfc"):
         assert complete("--grad", grad).lr == 1e-3
     assert complete("--quantizer", "none").lr == 1e-3
