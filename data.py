@@ -252,13 +252,15 @@ def downloaded(name: str, data_dir: Path) -> tuple[tuple[Tensor, Tensor], tuple[
 # per epoch), epoch(), and scale and shift [C, 1, 1], which normalise pixels of 0...255: pixels · scale + shift.
 
 
-def check_batch_size(batch_size: int, world_size: int) -> None:
-    """Raise DataError unless all processes get equally many images of a batch."""
-    if batch_size % world_size:
-        less = batch_size - batch_size % world_size
+def check_batch_size(batch_size: int, world_size: int, size: int) -> None:
+    """Raise DataError unless all processes get equally many images of a batch, at least two. size: of the data set."""
+    least = 2 * world_size  # BatchNorm cannot normalise one image
+    if world_size > 1 and (batch_size % world_size or batch_size < least):
+        less = max(batch_size - batch_size % world_size, least)
+        known = [str(n) for n in (less, less + world_size) if n <= size]
         raise DataError(
-            f"{world_size} processes cannot divide batches of {batch_size} images equally: use --batch-size "
-            f"{less or less + world_size} or {less + world_size}"
+            f"{world_size} processes cannot divide batches of {batch_size} images equally, at least two each: "
+            + (f"use --batch-size {' or '.join(known)}" if known else "use fewer processes")
         )
 
 
@@ -304,7 +306,7 @@ class ResidentBatches:
         self.crop, self.flip = (crop, flip) if train else (0, False)
         self.rank, self.world_size = rank, world_size
         if train:
-            check_batch_size(self.batch_size, world_size)
+            check_batch_size(self.batch_size, world_size, self.size)
 
     def __len__(self) -> int:
         return self.size // self.batch_size if self.train else -(-self.size // self.batch_size)
@@ -313,7 +315,7 @@ class ResidentBatches:
         """Yield the batches (images, labels) of an epoch, starting at batch `skip`."""
         device = self.images.device
         # The random numbers of an epoch are drawn at once and on the CPU, so they are the same on every device.
-        rng = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        rng = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**64)
         order = torch.randperm(self.size, generator=rng) if self.train else torch.arange(self.size)
         shifts = torch.randint(2 * self.crop + 1, (2, self.size), generator=rng).to(device) if self.crop else None
         mirror = (torch.rand(self.size, generator=rng) < 0.5).to(device) if self.flip else None
@@ -376,7 +378,7 @@ class StreamedBatches:
         self.train, self.device, self.seed, self.workers = train, torch.device(device), seed, workers
         self.rank, self.world_size = rank, world_size
         if train:
-            check_batch_size(self.batch_size, world_size)
+            check_batch_size(self.batch_size, world_size, self.size)
         transforms = transforms or default_transforms(image_size, flip, mean, std)
         self.transform = transforms[0 if train else 1]
         mean, std = 255 * torch.tensor(mean), 255 * torch.tensor(std)
@@ -399,7 +401,7 @@ class StreamedBatches:
 
     def epoch(self, number: int = 0, skip: int = 0):
         """Yield the batches (images, labels) of an epoch, starting at batch `skip`."""
-        rng = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        rng = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**64)
         order = torch.randperm(self.size, generator=rng) if self.train else torch.arange(self.size)
         slices = (
             batch_slice(b, self.batch_size, self.size, self.rank, self.world_size) for b in range(skip, len(self))

@@ -292,6 +292,9 @@ def run_grid(name: str, grid: list[Search], command, results: Path, out: Path, j
                 future.cancel()
             raise
     write(file, rows.values())
+    for search in grid:
+        if len(search.seeds) > 1 and best_rate(search, rows, command) is None and not failed:
+            print(f"no run of {search.command} has a validation accuracy, so its other seeds are not run", flush=True)
     if failed:
         others = f"; {len(failed) - 1} more cannot" if len(failed) > 1 else ""
         raise RunError(next(iter(failed.values())) + others)
@@ -375,8 +378,9 @@ def main(argv=None) -> int:
     command = lambda flags: "python " + shlex.join([*shlex.split(flags), *added_flags])
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        if "--seed" in added_flags:
-            raise RunError("the grid sets the seeds: leave out --seed")
+        for flag in ("--seed", "--lr"):
+            if flag in [word.partition("=")[0] for word in added_flags]:
+                raise RunError(f"the grid sets the seeds and the learning rates: leave out {flag}")
         if not grid:
             raise RunError(f"no search of the grid {args.grid} has {args.only!r} in its command: see --list")
         if args.jobs is not None and args.jobs < 1:

@@ -394,10 +394,7 @@ def read_checkpoint(path: Path) -> Trained:
         layers = models.binary_layers(net)
         if not layers:
             raise RunError(f"{path} is a full-precision network, which has no bits: give a run with binary weights")
-        weights = checkpoint["model"]
-        if "ema" in checkpoint:  # last.pt of a run with --ema, which tests the moving average
-            weights = {name.removeprefix("module."): v for name, v in checkpoint["ema"].items() if name != "n_averaged"}
-        runs.load_model(net, weights, path)
+        runs.load_model(net, runs.tested_weights(checkpoint), path)
         bad = export_bits.bad_tensors(net.state_dict())
         if bad:
             raise ValueError(f"some elements are NaN or infinite in {', '.join(bad)}, or a variance is negative")

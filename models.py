@@ -476,6 +476,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--in-channels", type=int, default=3, help="channels of an image (default: 3)")
     parser.add_argument("--image-size", type=int, help="width in pixels (default: 32; 224 for ImageNet's networks)")
     args = parser.parse_args(argv)
+    for name in ("num_classes", "in_channels", "image_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1; it is {getattr(args, name)}")
     is_large = args.arch == "alexnet" or any(depth in args.arch for depth in ("18", "34"))
     size = args.image_size or (224 if is_large else 32)
     try:

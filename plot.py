@@ -55,7 +55,7 @@ OF_LAYERS = ("flips/", "plus/")  # how the columns of single layers begin
 COMPARED = ("dataset", "data_dir", "val", "image_size", "arch")
 
 # Runs of one experiment may differ in these flags.
-NOT_THE_EXPERIMENT = {"seed", "name", "out", "resume", "eval_only", "workers", "save_every", "device"}
+NOT_THE_EXPERIMENT = {"seed", "name", "out", "resume", "eval_only", "workers", "save_every", "device", "environment"}
 LAST = 10  # the table averages the test accuracy over this many epochs at the end of a run
 
 # Okabe and Ito's palette for colour-blind readers, without its yellow, which is too pale on white. After the last

@@ -205,9 +205,18 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
     console.unsaved = []
     args = parser.parse_args(argv)
     checkpoint = None
+    if args.pretrained and Path(args.pretrained).is_dir():
+        args.pretrained = str(Path(args.pretrained, "best.pt"))
     if args.resume:
         path = Path(args.resume).resolve()
         path = path / "last.pt" if path.is_dir() else path
+        other_name = args.name not in (None, path.parent.name)
+        other_out = args.out != parser.get_default("out") and Path(args.out).resolve() != path.parent.parent
+        if (other_name or other_out) and not args.eval_only:
+            raise RunError(
+                f"a resumed run stays in its folder {path.parent}: leave out --name and --out, or copy the folder and "
+                "resume the copy"
+            )
         keep_freed_memory()
         checkpoint = load(path)
         if "args" not in checkpoint or ("optimizer" not in checkpoint and not args.eval_only):
@@ -525,15 +534,19 @@ def reestimate_batchnorm(net: torch.nn.Module, batches, device: torch.device, am
             m.running_var.copy_(var)
 
 
-def evaluate_all(model, args, device: torch.device, *, train=None, val=None, test) -> dict[str, float]:
+def evaluate_all(
+    model, args, device: torch.device, *, train=None, val=None, test, during_test=None
+) -> dict[str, float]:
     """The columns test_loss and test_acc; with validation images, val_loss and val_acc.
 
     With --bn-batches and `train`, also test_acc_bn: the test accuracy with BatchNorm statistics of the present weights.
+    during_test: a context manager for the time in which test_acc is measured.
     """
     columns = {}
-    for name, batches in (("val", val), ("test", test)):
+    for name, batches, context in (("val", val, None), ("test", test, during_test)):
         if batches is not None:
-            results = evaluate(model, batches, device, args.amp)
+            with context or contextlib.nullcontext():
+                results = evaluate(model, batches, device, args.amp)
             columns |= {f"{name}_{column}": value for column, value in results.items()}
     if args.bn_batches and train is not None:
         net = getattr(model, "module", model)  # DistributedDataParallel's
@@ -561,17 +574,16 @@ class Interrupt:
     """Delay signals within `with Interrupt() as interrupt`.
 
     Ctrl-C, SIGTERM, SIGHUP (the terminal closes) and SIGUSR1 (a cluster warns) make `interrupt` true, so that the loop
-    can save and stop after the current step. A second signal stops at once. Python delivers signals to its main thread
-    only, so in another thread this has no effect.
+    can save and stop after the current step. A second signal stops at once. An ignored signal stays ignored (SIGHUP
+    under nohup). Python delivers signals to its main thread only, so in another thread this has no effect.
     """
 
     def __enter__(self):
         self.signal = None
         in_main_thread = threading.current_thread() is threading.main_thread()
-        names = [
-            name for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name) and in_main_thread
-        ]
-        self.before = {getattr(signal, name): signal.signal(getattr(signal, name), self._ask) for name in names}
+        numbers = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, n)]
+        wanted = [n for n in numbers if in_main_thread and signal.getsignal(n) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self._ask) for number in wanted}
         return self
 
     def __exit__(self, *_):
@@ -647,7 +659,7 @@ def load_weights(net: torch.nn.Module, args, checkpoint: dict | None, may_lack: 
     is printed. Raises RunError if the file is of another network, or with --eval-only of other flags.
     """
     if checkpoint:
-        return load_model(net, checkpoint["model"], args.resume)
+        return load_model(net, tested_weights(checkpoint) if args.eval_only else checkpoint["model"], args.resume)
     if not args.pretrained:
         return None
     path, checkpoint = args.pretrained, load(args.pretrained)
@@ -655,7 +667,13 @@ def load_weights(net: torch.nn.Module, args, checkpoint: dict | None, may_lack: 
     arch = theirs.get("arch", args.arch)
     if arch != args.arch:
         raise RunError(f"--pretrained {path} is of {arch}, not of {args.arch}: use --arch {arch} or another file")
-    weights = checkpoint.get("model", checkpoint)  # a file without "model" is a plain state dict
+    weights = tested_weights(checkpoint) if "model" in checkpoint else checkpoint  # else it is a plain state dict
+    split = {name: getattr(args, name) for name in ("dataset", "val", "seed")}
+    if args.val and "args" in checkpoint and split != {name: theirs.get(name) for name in split}:
+        console.print(
+            f"{path} may have been trained on the images that --val holds out here, because it has another --val, "
+            "--seed or --dataset: the validation accuracy is too high then"
+        )
     if args.eval_only:  # training may start from any weights, but a test must be of the network that was trained
         for name in ("script", "quantizer", "method", "act", "binarize_all", "ratio", "prune", "rho"):
             if theirs.get(name, getattr(args, name, None)) != getattr(args, name, None):
@@ -674,6 +692,14 @@ def load_weights(net: torch.nn.Module, args, checkpoint: dict | None, may_lack: 
                 "it has no effect in a test before training, and normalises the classifier's input in training"
             )
     load_model(net, weights, path)
+
+
+def tested_weights(checkpoint: dict) -> dict:
+    """The weights of a checkpoint that its run tests: the averages of --ema, or those that it trains."""
+    average = checkpoint.get("ema")
+    if not isinstance(average, dict):
+        return checkpoint["model"]
+    return {name.removeprefix("module."): value for name, value in average.items() if name != "n_averaged"}
 
 
 def match_data(args, checkpoint: dict | None, train, val, test) -> None:

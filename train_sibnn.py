@@ -94,10 +94,10 @@ def network(args, num_classes: int, shape: tuple[int, int, int]) -> torch.nn.Mod
 
 
 @contextlib.contextmanager
-def counting_zeros(net):
-    """Test the network once within `with counting_zeros(net) as zeros`. Afterwards the dictionary `zeros` contains, as
-    zeros/LAYER, the fraction of each binary layer's inputs that are 0."""
-    layers, zeros = dict(zip(models.binary_layer_names(net), models.binary_layers(net), strict=True)), {}
+def counting_zeros(net, zeros: dict):
+    """Count within `with counting_zeros(net, zeros)`. Afterwards `zeros` contains, as zeros/LAYER, the fraction of each
+    binary layer's inputs that were 0."""
+    layers = dict(zip(models.binary_layer_names(net), models.binary_layers(net), strict=True))
     sums = {name: torch.zeros(2, dtype=torch.float64, device=layer.weight.device) for name, layer in layers.items()}
 
     def hook(name):
@@ -109,7 +109,7 @@ def counting_zeros(net):
 
     hooks = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     try:
-        yield zeros
+        yield
     finally:
         for handle in hooks:
             handle.remove()
@@ -202,8 +202,9 @@ def main(argv=None) -> int:
                         layer.weight.clamp_(-1, 1)
             if run.leaving:
                 break
-            with counting_zeros(run.tested(net)) as zeros:  # uses hooks, which a compiled model does not call
-                tested = runs.evaluate_all(run.tested(net), args, device, train=train, val=val, test=test)
+            tested_net, zeros = run.tested(net), {}  # not the model: a compiled one does not call the counting hooks
+            counting = counting_zeros(tested_net, zeros)
+            tested = runs.evaluate_all(tested_net, args, device, train=train, val=val, test=test, during_test=counting)
             mean_zeros = sum(zeros.values()) / len(zeros)
             run.end_epoch(tested, models.sign_bits(layers), zeros=mean_zeros, **zeros)
     return run.finish()

@@ -1596,3 +1596,9 @@ def test_real_images(tmp_path):
     for images, _ in streamed.epoch(0):
         assert images.shape == (3, 3, 128, 128)
         assert -0.01 < unnormalised(images).min() < unnormalised(images).max() < 255.01
+
+
+def test_seeds_of_any_size():
+    for seed in (20240615123456, 2**63 - 1):
+        train, _, _ = data.load("digits", seed=seed, val=10)
+        assert len(next(iter(train.epoch(3)))[1])

@@ -297,14 +297,16 @@ def test_a_checkpoint_that_cannot_be_written_ends_all_processes_with_one_sentenc
 
 
 def test_batches_that_cannot_be_shared(tmp_path):
-    codes, outputs = launch(
-        2, "train_sibnn.py", *DIGITS, "--arch", "lenet", "--batch-size", "61", "--out", str(tmp_path)
-    )
-    assert 0 not in codes and outputs[1] == ""
-    assert (
-        outputs[0].strip().endswith("2 processes cannot divide batches of 61 images equally: use --batch-size 60 or 62")
-    )
+    argv = ["train_sibnn.py", *DIGITS, "--arch", "lenet", "--batch-size", "61", "--out", str(tmp_path)]
+    codes, outputs = launch(2, *argv)
+    sentence = "2 processes cannot divide batches of 61 images equally, at least two each: use --batch-size 60 or 62"
+    assert 0 not in codes and outputs[1] == "" and outputs[0].strip().endswith(sentence)
     assert not list(tmp_path.iterdir())
+    for batch, processes, size, advice in ((2, 2, 99, "4 or 6"), (5, 2, 5, "4"), (9, 4, 99, "8 or 12")):
+        with pytest.raises(data.DataError, match=f"use --batch-size {advice}$"):
+            data.check_batch_size(batch, processes, size)
+    with pytest.raises(data.DataError, match="use fewer processes"):
+        data.check_batch_size(7, 4, 7)
 
 
 @pytest.mark.parametrize("size, batch, processes", [(100, 12, 1), (100, 12, 3), (7, 12, 4), (25, 12, 4)])

@@ -65,7 +65,7 @@ def test_every_grid_is_of_commands_that_the_trainers_take():
             trainer, *flags = command.split()
             args = TRAINERS[trainer].flags().parse_args(flags)
             TRAINERS[trainer].complete(args)
-            assert f"--seed {args.seed}" in command and args.val == 5000
+            assert f"--seed {args.seed}" in command and args.val >= 300
 
 
 def test_a_grid_is_run_and_not_run_again(tmp_path, monkeypatch, capsys, in_this_process):
@@ -115,6 +115,21 @@ def test_the_learning_rate_is_chosen_by_validation_accuracy():
     every = some | row("1e-4", "0.6", "0.1")
     assert experiments.best_rate(one, every, command) == "1e-4"
     assert experiments.commands_of([one], every, command)[3:] == [one.at("1e-4", 6)]
+
+
+def test_without_validation_accuracies_it_is_said_that_no_rate_is_chosen(
+    tmp_path, monkeypatch, capsys, in_this_process
+):
+    grid = [search(rates=("1e-2", "1e-3"), seeds=(0, 1))]
+    assert run(monkeypatch, tmp_path, grid, "--", "--val", "0", "--limit-steps", "1") == 0
+    assert "has a validation accuracy, so its other seeds are not run" in capsys.readouterr().out
+    assert len(rows(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("flag", ["--seed", "--seed=3", "--lr", "--lr=1"])
+def test_flags_that_the_grid_sets(tmp_path, monkeypatch, capsys, flag):
+    assert run(monkeypatch, tmp_path, [search()], "--", flag, "3") == 1
+    assert "the grid sets the seeds and the learning rates" in capsys.readouterr().err
 
 
 def test_flags_for_all(tmp_path, monkeypatch, capsys):

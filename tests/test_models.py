@@ -557,3 +557,11 @@ def test_sign_bits():
     assert bits.dtype == torch.bool
     assert torch.equal(bits, torch.cat([layer.weight.detach().flatten() >= 0 for layer in layers]))
     assert len(models.sign_bits([])) == 0
+
+
+@pytest.mark.parametrize("flag", ["--num-classes", "--in-channels", "--image-size"])
+@pytest.mark.parametrize("value", ["0", "-1"])
+def test_wrong_sizes_on_the_command_line(capsys, flag, value):
+    with pytest.raises(SystemExit) as e:
+        models.main(["resnet8", flag, value])
+    assert e.value.code == 2 and f"{flag} must be at least 1; it is {value}" in capsys.readouterr().err

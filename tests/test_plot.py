@@ -575,3 +575,24 @@ def test_heat_maps_of_a_deep_network_and_of_none(tmp_path, capsys):
     assert all(1000 <= pixels <= 4000 for pixels in png_size(tmp_path / "layers.png"))
     check_error(capsys, ["--layers", make_run(tmp_path / "fp32")], "fp32 has no columns flips/LAYER", "--layers")
     check_error(capsys, ["--layers", *(make_run(tmp_path / f"r{i}") for i in range(5))], "5 runs", "at most 4")
+
+
+def test_runs_of_one_command_with_other_seeds_are_one_row(tmp_path):
+    """As the trainers write them."""
+    import train_bihalf
+
+    argv = [
+        "--dataset",
+        "digits",
+        "--arch",
+        "resnet8",
+        "--batch-size",
+        "8",
+        "--limit-steps",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
+    for name, *flags in (["a", "--seed", "0"], ["b", "--seed", "1"], ["c", "--seed", "0", "--lr", "0.5"]):
+        assert train_bihalf.main([*argv, "--device", "cpu", "--name", name, *flags]) == 0
+    assert plot.group_runs([tmp_path / name for name in "abc"]) == [[0, 1], [2]]

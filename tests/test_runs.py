@@ -223,7 +223,7 @@ def test_clipping_bounds_the_step(tmp_path, trainer):
     assert moved.item() == pytest.approx(0.5 * 0.01, rel=0.02)
 
 
-def test_ema_is_the_average_of_the_weights_and_is_what_is_tested(tmp_path):
+def test_ema_is_the_average_of_the_weights_and_is_what_is_tested(tmp_path, capsys):
     flags = ["--schedule", "none", "--ema", "0.5"]
     average = None
     for steps in range(1, 5):
@@ -240,6 +240,12 @@ def test_ema_is_the_average_of_the_weights_and_is_what_is_tested(tmp_path):
     assert train_fsg.main(["--resume", str(tmp_path / "parts"), "--limit-steps", "44"]) == 0
     whole, parts = (torch.load(tmp_path / n / "best.pt", weights_only=True)["model"] for n in ("whole", "parts"))
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
+    # The folder and last.pt stand for the average too.
+    for file in ("whole", "whole/last.pt"):
+        for flags in (["--resume", str(tmp_path / file)], [*SMALL, "--pretrained", str(tmp_path / file)]):
+            capsys.readouterr()
+            assert train_fsg.main([*flags, "--eval-only"]) == 0
+            assert f"test accuracy {100 * tested['acc']:.2f} %" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("flag, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16)])
@@ -451,6 +457,37 @@ def test_the_signals_of_clusters_and_terminals_save_the_run(tmp_path, monkeypatc
     code = train_fsg.main([*SMALL, "--grad", "ste", "--out", str(out), "--name", "run"])
     assert code == 128 + which and torch.load(out / "run" / "last.pt", weights_only=True)["step"] == 5
     assert f"--resume '{out / 'run'}'" in capsys.readouterr().out, "the path is quoted"
+
+
+def test_an_ignored_signal_stays_ignored():
+    """As SIGHUP under nohup."""
+    for which in (signal.SIGHUP, signal.SIGINT):
+        before = signal.signal(which, signal.SIG_IGN)
+        try:
+            with runs.Interrupt() as interrupt:
+                os.kill(os.getpid(), which)
+                assert not interrupt
+            assert signal.getsignal(which) == signal.SIG_IGN
+        finally:
+            signal.signal(which, before)
+
+
+def test_a_resumed_run_stays_in_its_folder(tmp_path):
+    train(tmp_path, "--limit-steps", "1", "--batch-size", "8")
+    again = ["--resume", str(tmp_path / "run"), "--limit-steps", "2"]
+    for flags in (["--name", "other"], ["--out", str(tmp_path / "other")]):
+        with pytest.raises(runs.RunError, match="stays in its folder"):
+            train_fsg.main([*again, *flags])
+    assert train_fsg.main([*again, "--name", "run", "--out", str(tmp_path)]) == 0
+
+
+def test_images_that_the_pretrained_network_has_seen_are_no_validation(tmp_path, capsys):
+    train(tmp_path, "--val", "100", "--limit-steps", "1", "--batch-size", "8", name="start")
+    for flags, is_said in ((["--val", "100"], False), (["--val", "100", "--seed", "1"], True), (["--val", "99"], True)):
+        capsys.readouterr()
+        more = ["--limit-steps", "1", "--batch-size", "8", "--pretrained", str(tmp_path / "start")]
+        train(tmp_path, *flags, *more, name="".join(flags).replace("--", ""))
+        assert ("the validation accuracy is too high" in " ".join(capsys.readouterr().out.split())) == is_said
 
 
 @pytest.mark.parametrize(
