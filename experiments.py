@@ -1,5 +1,6 @@
 """Experiments: grids of training commands, and tables of their results.
 
+    python experiments.py digits                        # a small grid whose images need no download
     python experiments.py protocol                      # run the grid; writes results/protocol.csv and protocol.md
     python experiments.py protocol --only "--grad gate" # run one of its searches
     python experiments.py protocol --list               # print its commands and which of them are done; run nothing
