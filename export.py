@@ -394,7 +394,7 @@ def read_checkpoint(path: Path) -> Trained:
         layers = models.binary_layers(net)
         if not layers:
             raise RunError(f"{path} is a full-precision network, which has no bits: give a run with binary weights")
-        runs.load_model(net, runs.tested_weights(checkpoint), path)
+        runs.load_model(net, runs.tested_weights(checkpoint, path), path)
         bad = export_bits.bad_tensors(net.state_dict())
         if bad:
             raise ValueError(f"some elements are NaN or infinite in {', '.join(bad)}, or a variance is negative")

@@ -210,13 +210,6 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
     if args.resume:
         path = Path(args.resume).resolve()
         path = path / "last.pt" if path.is_dir() else path
-        other_name = args.name not in (None, path.parent.name)
-        other_out = args.out != parser.get_default("out") and Path(args.out).resolve() != path.parent.parent
-        if (other_name or other_out) and not args.eval_only:
-            raise RunError(
-                f"a resumed run stays in its folder {path.parent}: leave out --name and --out, or copy the folder and "
-                "resume the copy"
-            )
         keep_freed_memory()
         checkpoint = load(path)
         if "args" not in checkpoint or ("optimizer" not in checkpoint and not args.eval_only):
@@ -225,6 +218,13 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
         script = before.get("script", args.script)
         if script != args.script:
             raise RunError(f"{path} is a run of {script}: resume or test it with python {script}")
+        other_name = args.name not in (None, path.parent.name)
+        other_out = args.out != parser.get_default("out") and Path(args.out).resolve() != path.parent.parent
+        if (other_name or other_out) and not args.eval_only:
+            raise RunError(
+                f"a resumed run stays in its folder {path.parent}: leave out --name and --out, or copy the folder and "
+                "resume the copy"
+            )
         parser.set_defaults(**before)
         args = parser.parse_args(argv)
         args.name, args.out = path.parent.name, str(path.parent.parent)
@@ -659,7 +659,8 @@ def load_weights(net: torch.nn.Module, args, checkpoint: dict | None, may_lack: 
     is printed. Raises RunError if the file is of another network, or with --eval-only of other flags.
     """
     if checkpoint:
-        return load_model(net, tested_weights(checkpoint) if args.eval_only else checkpoint["model"], args.resume)
+        weights = tested_weights(checkpoint, args.resume) if args.eval_only else checkpoint["model"]
+        return load_model(net, weights, args.resume)
     if not args.pretrained:
         return None
     path, checkpoint = args.pretrained, load(args.pretrained)
@@ -667,9 +668,9 @@ def load_weights(net: torch.nn.Module, args, checkpoint: dict | None, may_lack: 
     arch = theirs.get("arch", args.arch)
     if arch != args.arch:
         raise RunError(f"--pretrained {path} is of {arch}, not of {args.arch}: use --arch {arch} or another file")
-    weights = tested_weights(checkpoint) if "model" in checkpoint else checkpoint  # else it is a plain state dict
-    split = {name: getattr(args, name) for name in ("dataset", "val", "seed")}
-    if args.val and "args" in checkpoint and split != {name: theirs.get(name) for name in split}:
+    weights = tested_weights(checkpoint, path) if "model" in checkpoint else checkpoint  # else a plain state dict
+    split = {name: getattr(args, name, None) for name in ("dataset", "val", "seed")}
+    if split["val"] and theirs and split != {name: theirs.get(name) for name in split}:
         console.print(
             f"{path} may have been trained on the images that --val holds out here, because it has another --val, "
             "--seed or --dataset: the validation accuracy is too high then"
@@ -694,11 +695,13 @@ def load_weights(net: torch.nn.Module, args, checkpoint: dict | None, may_lack: 
     load_model(net, weights, path)
 
 
-def tested_weights(checkpoint: dict) -> dict:
-    """The weights of a checkpoint that its run tests: the averages of --ema, or those that it trains."""
-    average = checkpoint.get("ema")
-    if not isinstance(average, dict):
+def tested_weights(checkpoint: dict, path: Path | str) -> dict:
+    """The weights of the checkpoint at `path` that its run tests: the averages of --ema, or those that it trains."""
+    if "ema" not in checkpoint:
         return checkpoint["model"]
+    average = checkpoint["ema"]
+    if not isinstance(average, dict) or not all(isinstance(name, str) for name in average):
+        raise RunError(f"{path} is damaged (it lacks the averages of --ema): give another checkpoint")
     return {name.removeprefix("module."): value for name, value in average.items() if name != "n_averaged"}
 
 

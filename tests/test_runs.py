@@ -454,7 +454,11 @@ def test_the_signals_of_clusters_and_terminals_save_the_run(tmp_path, monkeypatc
 
     monkeypatch.setattr(runs.Run, "count", interrupt)
     out = tmp_path / "a folder"
-    code = train_fsg.main([*SMALL, "--grad", "ste", "--out", str(out), "--name", "run"])
+    before = signal.signal(which, signal.SIG_DFL)  # under nohup, SIGHUP is ignored
+    try:
+        code = train_fsg.main([*SMALL, "--grad", "ste", "--out", str(out), "--name", "run"])
+    finally:
+        signal.signal(which, before)
     assert code == 128 + which and torch.load(out / "run" / "last.pt", weights_only=True)["step"] == 5
     assert f"--resume '{out / 'run'}'" in capsys.readouterr().out, "the path is quoted"
 
