@@ -97,11 +97,11 @@ GRIDS = {
     "finals": [
         Search(f"{command.replace('--epochs 2', '--epochs 10')} {flags}", (rate,), (0, 1, 2, 3, 4))
         for command, flags, rate in (
-            (FSG, "--grad ste", "3e-3"),
+            (FSG, "--grad ste", "1e-3"),
             (FSG, "--grad ste --betas 0.9 0.97", "1e-3"),
             (FSG, f"--grad fsg --hgs mamba {SAMPLED}", "1e-3"),
             (FSG, "--grad gate", "1e-3"),
-            (FSG, "--grad multifc", "3e-4"),
+            (FSG, "--grad multifc", "1e-3"),
             (PROX, "--opt adam --method parq", "3e-3"),
             (BIHALF, "--opt adam --weight-decay 0", "1e-3"),
         )
