@@ -669,11 +669,16 @@ def load_weights(net: torch.nn.Module, args, checkpoint: dict | None, may_lack: 
     if arch != args.arch:
         raise RunError(f"--pretrained {path} is of {arch}, not of {args.arch}: use --arch {arch} or another file")
     weights = tested_weights(checkpoint, path) if "model" in checkpoint else checkpoint  # else a plain state dict
-    split = {name: getattr(args, name, None) for name in ("dataset", "val", "seed")}
-    if split["val"] and theirs and split != {name: theirs.get(name) for name in split}:
+    is_same = {name: theirs.get(name) == getattr(args, name, None) for name in ("dataset", "data_dir", "val", "seed")}
+    if (
+        getattr(args, "val", 0)
+        and is_same["dataset"]
+        and is_same["data_dir"]
+        and not (is_same["val"] and is_same["seed"])
+    ):
         console.print(
-            f"{path} may have been trained on the images that --val holds out here, because it has another --val, "
-            "--seed or --dataset: the validation accuracy is too high then"
+            f"{path} was trained with another --val or --seed, so it has seen images that are held out here for "
+            "validation: the validation accuracy is too high"
         )
     if args.eval_only:  # training may start from any weights, but a test must be of the network that was trained
         for name in ("script", "quantizer", "method", "act", "binarize_all", "ratio", "prune", "rho"):
