@@ -669,13 +669,8 @@ def load_weights(net: torch.nn.Module, args, checkpoint: dict | None, may_lack: 
     if arch != args.arch:
         raise RunError(f"--pretrained {path} is of {arch}, not of {args.arch}: use --arch {arch} or another file")
     weights = tested_weights(checkpoint, path) if "model" in checkpoint else checkpoint  # else a plain state dict
-    is_same = {name: theirs.get(name) == getattr(args, name, None) for name in ("dataset", "data_dir", "val", "seed")}
-    if (
-        getattr(args, "val", 0)
-        and is_same["dataset"]
-        and is_same["data_dir"]
-        and not (is_same["val"] and is_same["seed"])
-    ):
+    same = lambda *names: all(theirs.get(name) == getattr(args, name, None) for name in names)
+    if getattr(args, "val", 0) and same("dataset", "data_dir") and not same("val", "seed"):
         console.print(
             f"{path} was trained with another --val or --seed, so it has seen images that are held out here for "
             "validation: the validation accuracy is too high"

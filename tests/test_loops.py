@@ -228,14 +228,19 @@ def test_any_loop_does_what_the_plain_model_does(name, quantizer, loop, seed):
 ALL = UNLEARNED | MAKERS | RELEASED
 
 
-def one_step(net, gen, t, spoil=None, update=True):
-    """A whole step. spoil: the number that one element of a gradient becomes; then W is not updated."""
+def one_step(net, gen, t, spoil=None, update=True, scale=None):
+    """A whole step. spoil: the number that one element of a gradient becomes; then W is not updated.
+
+    scale: the largest magnitude that the gradient of the second layer gets.
+    """
     if hasattr(gen, "look_ahead"):
         gen.look_ahead(0.01)
     backward(net, t)
     layers = models.binary_layers(net)
     if spoil is not None:
         layers[t % len(layers)].weight.grad.view(-1)[-1] = spoil
+    if scale is not None:
+        layers[1].weight.grad *= scale / layers[1].weight.grad.abs().max()
     gen.generate()
     for layer in layers if spoil is None and update else []:
         layer.weight.data -= 0.01 * layer.weight.grad
@@ -425,13 +430,7 @@ def test_a_layer_whose_gradient_is_zero_in_a_step(name, dtype):
     torch.manual_seed(1)
     gen = ALL[name](models.binary_layers(net))
     for t in range(9):
-        if hasattr(gen, "look_ahead"):
-            gen.look_ahead(0.01)
-        backward(net, t)
-        gen.weights[1].grad *= 0.0 if t in (0, 5) else 1.0
-        gen.generate()
-        for w in gen.weights:
-            w.data -= 0.01 * w.grad
+        one_step(net, gen, t, scale=0.0 if t in (0, 5) else None)
     assert all(p.isfinite().all() for p in [*gen.parameters(), *gen.weights])
 
 
@@ -443,15 +442,9 @@ def test_a_layer_whose_gradient_is_nearly_zero(name, size):
     torch.manual_seed(1)
     gen = ALL[name](models.binary_layers(net))
     for t in range(5):
-        if hasattr(gen, "look_ahead"):
-            gen.look_ahead(0.01)
-        backward(net, t)
-        gen.weights[1].grad *= size / gen.weights[1].grad.abs().max()
-        gen.generate()
+        one_step(net, gen, t, scale=size)
         assert all(w.grad.isfinite().all() for w in gen.weights)
         assert gen.weights[1].grad.abs().max() <= 1e4 * max(size, 1e-18), "the balance does not make it large"
-        for w in gen.weights:
-            w.data -= 0.01 * w.grad
     assert all(p.isfinite().all() for p in [*gen.parameters(), *gen.weights])
 
 

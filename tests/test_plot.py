@@ -581,18 +581,8 @@ def test_runs_of_one_command_with_other_seeds_are_one_row(tmp_path):
     """As the trainers write them."""
     import train_bihalf
 
-    argv = [
-        "--dataset",
-        "digits",
-        "--arch",
-        "resnet8",
-        "--batch-size",
-        "8",
-        "--limit-steps",
-        "1",
-        "--out",
-        str(tmp_path),
-    ]
+    argv = ["--dataset", "digits", "--arch", "resnet8", "--batch-size", "8", "--limit-steps", "1"]
+    argv += ["--device", "cpu", "--out", str(tmp_path)]
     for name, *flags in (["a", "--seed", "0"], ["b", "--seed", "1"], ["c", "--seed", "0", "--lr", "0.5"]):
-        assert train_bihalf.main([*argv, "--device", "cpu", "--name", name, *flags]) == 0
+        assert train_bihalf.main([*argv, "--name", name, *flags]) == 0
     assert plot.group_runs([tmp_path / name for name in "abc"]) == [[0, 1], [2]]
