@@ -179,10 +179,15 @@ def sibnn(w: Tensor) -> Tensor:
 
 
 class _SiBNN(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, w: Tensor) -> Tensor:
-        ctx.save_for_backward(w)
+    def forward(w: Tensor) -> Tensor:
         return w.sign() * per_filter(_mean_of_each_filter(w.abs()), w)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
@@ -291,7 +296,7 @@ def sign_swish(x: Tensor, mu: float | Tensor) -> Tensor:
 
     Lu et al., NeurIPS 2023, https://arxiv.org/abs/2402.17710
     """
-    return _SignSwish.apply(x, mu, False)
+    return _SignSwish.apply(x, torch.as_tensor(mu, dtype=x.dtype, device=x.device), False)
 
 
 def sign_with_swish_gradient(x: Tensor, mu: float | Tensor = 5.0) -> Tensor:
@@ -302,21 +307,26 @@ def sign_with_swish_gradient(x: Tensor, mu: float | Tensor = 5.0) -> Tensor:
 
     Darabi et al., 2018, https://arxiv.org/abs/1812.11800
     """
-    return _SignSwish.apply(x, mu, True)
+    return _SignSwish.apply(x, torch.as_tensor(mu, dtype=x.dtype, device=x.device), True)
 
 
 class _SignSwish(torch.autograd.Function):
-    """Forward: SS_μ(x), or sign(x) if `hard`. Backward: multiplies by SS′_μ(x)."""
+    """Forward: SS_μ(x), or sign(x) if `hard`. Backward: multiplies by SS′_μ(x). mu is a tensor."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx, x: Tensor, mu: float | Tensor, hard: bool) -> Tensor:
-        mu = torch.as_tensor(mu, dtype=x.dtype, device=x.device)
-        ctx.save_for_backward(x, mu)
+    def forward(x: Tensor, mu: Tensor, hard: bool) -> Tensor:
         if hard:
             return _signs(x.clone())
         z = (mu * x).clamp_(-1e3, 1e3)  # beyond, SS is constant, and ∞ · 0 could occur
         t = torch.tanh(z / 2)  # 2σ(z) − 1
         return t + z * (1 - t * t) / 2
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        x, mu, _ = inputs
+        ctx.save_for_backward(x, mu)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:

@@ -16,6 +16,7 @@ from torch.nn.utils import prune
 
 import binarize
 import models
+import quantizers
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Networks. Each function returns a network and an example input.
@@ -689,6 +690,21 @@ def test_functions_of_parameters():
     stacked = {name: torch.stack([p, -p]) for name, p in parameters.items()}
     both = torch.func.vmap(lambda p: torch.func.functional_call(net, p, x))(stacked)
     assert torch.allclose(both[0], net(x), atol=1e-6) and not torch.allclose(both[1], net(x), atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", quantizers.WEIGHT_QUANTIZERS)
+def test_torch_func_and_autograd_agree_on_each_quantizer(name):
+    options = {"bihalf-prune": {"prune": 0.4}, "bnn++": {"mu": 5.0}, "pc": {"rho": 0.3}}.get(name, {})
+    quantizer = lambda w: quantizers.WEIGHT_QUANTIZERS[name](w, **options)
+    w, v = torch.randn(2, 4, 3, 2, 2, dtype=torch.float64, requires_grad=True), torch.randn(4, 3, 2, 2).double()
+    expected = [quantizer(w[0]), quantizer(w[1])]
+    gradients = [torch.autograd.grad(y, w, v)[0][i] for i, y in enumerate(expected)]
+    value, pull = torch.func.vjp(quantizer, w[0].detach())
+    assert torch.allclose(value, expected[0]) and torch.allclose(pull(v)[0], gradients[0])
+    assert torch.allclose(torch.func.vmap(quantizer)(w), torch.stack(expected))
+    found = torch.func.vmap(torch.func.grad(lambda x: (quantizer(x) * v).sum()))(w)
+    assert torch.allclose(found, torch.stack(gradients))
 
 
 def test_what_would_take_the_weight_away_is_refused():
