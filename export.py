@@ -402,10 +402,10 @@ def read_checkpoint(path: Path) -> Trained:
         raise RunError(f"{path} is damaged ({one_line(e)}): give another checkpoint") from None
     quantizer = layers[0].quantizer
     relaxed = [layer for layer in layers if layer.quantizer in RELAXED_QUANTIZERS]
-    if relaxed and checkpoint.get("batch") and args.method in trainer.RELAXED:
+    other = "the true signs" if relaxed and args.method in trainer.RELAXED else "the averages" if args.ema else None
+    if other and checkpoint.get("batch"):
         raise RunError(
-            f"{path} was saved within an epoch, so its BatchNorm statistics are not those of the true signs: export "
-            "best.pt"
+            f"{path} was saved within an epoch, so its BatchNorm statistics are not those of {other}: export best.pt"
         )
     for layer in relaxed:  # the statistics in the checkpoint are those of the true signs
         layer.quantizer, layer.options = "bwn", {}

@@ -167,12 +167,13 @@ def common_flags(script: str, description: str, **defaults) -> argparse.Argument
     add("--label-smoothing", type=float, default=0.0, metavar="FRACTION", help=smoothing)
     clip = "largest norm of the gradients of all weights together (default: no limit)"
     add("--clip", type=float, metavar="NORM", help=clip)
-    ema = "test and save (best.pt) an exponential moving average of the weights with this decay per step (not in "
-    add("--ema", type=float, metavar="DECAY", help=ema + "train_proxconnect.py; default: off)")
+    ema = "test and save (best.pt) an exponential moving average of the weights with this decay per step, with "
+    ema += "BatchNorm statistics of its own (not in train_proxconnect.py; default: off)"
+    add("--ema", type=float, metavar="DECAY", help=ema)
     add("--seed", type=int, default=0, help="seed of the weights, the order of the images and the augmentation")
     add("--pretrained", metavar="FILE", help="start from the weights of this checkpoint or state dict")
     batchnorm = "also test with BatchNorm statistics of the present weights, from N training batches (test_acc_bn; in "
-    batchnorm += "train_proxconnect.py: all tests use them)"
+    batchnorm += "train_proxconnect.py and with --ema, where 32 is the default, all tests use them)"
     add("--bn-batches", type=int, default=0, metavar="N", help=batchnorm + " (default: %(default)s)")
     add = parser.add_argument_group("machine and run").add_argument
     add("--device", default="auto", help="cpu, cuda, cuda:1, … (default: cuda if there is a GPU, else cpu)")
@@ -494,44 +495,55 @@ def evaluate(model: torch.nn.Module, batches, device: torch.device, amp: str | N
     return columns
 
 
-@contextlib.contextmanager
 @torch.no_grad()
-def reestimate_batchnorm(net: torch.nn.Module, batches, device: torch.device, amp: str | None, count: int = 32):
-    """Compute BatchNorm's running statistics with the present weights, for the body of `with reestimate_batchnorm(…)`.
+def estimate_batchnorm(net: torch.nn.Module, batches, device: torch.device, amp: str | None, count: int = 32) -> None:
+    """Compute BatchNorm's running statistics with the present weights.
 
-    In training, the running statistics are averages over the weights of many steps. Use this to test weights that
-    change quickly, or that are not the trained ones.
+    In training, the running statistics are averages over the weights of many steps. They do not fit weights that change
+    quickly, or that are not the trained ones.
 
     batches: the training batches, augmented as in training. (Statistics of images without the borders of random crops
     cost 1 to 3 points of accuracy on CIFAR-10.) count: how many batches of epoch 0 are used. The result is the average
     over the batches, as in torch.optim.swa_utils.update_bn, and over the processes. The rest of the network is in eval
-    mode, without dropout. At the end the previous running statistics come back.
+    mode, without dropout.
     """
-    norms = [
-        m for m in net.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
-    ]
-    before = [(m.momentum, [b.clone() for b in (m.running_mean, m.running_var, m.num_batches_tracked)]) for m in norms]
+    norms = _batchnorms(net)
+    before = [(m.momentum, m.num_batches_tracked.clone()) for m in norms]
     training = net.training
+    if norms:
+        net.eval()
+        for m in norms:
+            m.train()
+    for i, (images, _) in enumerate(itertools.islice(batches.epoch(), count if norms else 0), 1):
+        for m in norms:
+            m.momentum = 1 / i
+        with autocast(device, amp):
+            net(images)
+    average_batchnorm(net)
+    net.train(training)
+    for m, (momentum, batches_tracked) in zip(norms, before, strict=True):
+        m.momentum = momentum
+        m.num_batches_tracked.copy_(batches_tracked)
+
+
+@contextlib.contextmanager
+@torch.no_grad()
+def reestimate_batchnorm(net: torch.nn.Module, batches, device: torch.device, amp: str | None, count: int = 32):
+    """estimate_batchnorm() for the body of `with reestimate_batchnorm(…)`. Then the previous statistics come back."""
+    before = [(m, m.running_mean.clone(), m.running_var.clone()) for m in _batchnorms(net)]
     try:
-        if norms:
-            net.eval()
-            for m in norms:
-                m.train()
-        for i, (images, _) in enumerate(itertools.islice(batches.epoch(), count if norms else 0), 1):
-            for m in norms:
-                m.momentum = 1 / i
-            with autocast(device, amp):
-                net(images)
-        average_batchnorm(net)
-        net.train(training)
-        for m, (momentum, (*_, batches_tracked)) in zip(norms, before, strict=True):
-            m.momentum = momentum
-            m.num_batches_tracked.copy_(batches_tracked)
+        estimate_batchnorm(net, batches, device, amp, count)
         yield
     finally:
-        for m, (_, (mean, var, _)) in zip(norms, before, strict=True):
+        for m, mean, var in before:
             m.running_mean.copy_(mean)
             m.running_var.copy_(var)
+
+
+def _batchnorms(net: torch.nn.Module) -> list[torch.nn.Module]:
+    """The BatchNorms of the network that have running statistics."""
+    kind = torch.nn.modules.batchnorm._BatchNorm
+    return [m for m in net.modules() if isinstance(m, kind) and m.running_mean is not None]
 
 
 def evaluate_all(
@@ -540,17 +552,21 @@ def evaluate_all(
     """The columns test_loss and test_acc; with validation images, val_loss and val_acc.
 
     With --bn-batches and `train`, also test_acc_bn: the test accuracy with BatchNorm statistics of the present weights.
+    With --ema, all tests use such statistics, and the network keeps them. They are those of averaged weights, and the
+    training steps have made none.
     during_test: a context manager for the time in which test_acc is measured.
     """
+    net = getattr(model, "module", model)  # DistributedDataParallel's
+    net = getattr(net, "_orig_mod", net)  # torch.compile's
+    if args.ema is not None:
+        estimate_batchnorm(net, train, device, args.amp, args.bn_batches or 32)
     columns = {}
     for name, batches, context in (("val", val, None), ("test", test, during_test)):
         if batches is not None:
             with context or contextlib.nullcontext():
                 results = evaluate(model, batches, device, args.amp)
             columns |= {f"{name}_{column}": value for column, value in results.items()}
-    if args.bn_batches and train is not None:
-        net = getattr(model, "module", model)  # DistributedDataParallel's
-        net = getattr(net, "_orig_mod", net)  # torch.compile's
+    if args.bn_batches and train is not None and args.ema is None:
         with reestimate_batchnorm(net, train, device, args.amp, args.bn_batches):
             columns["test_acc_bn"] = evaluate(model, test, device, args.amp)["acc"]
     return columns
@@ -1247,7 +1263,8 @@ class Run:
                 f"{100 * row['test_acc']:.2f} % in {chosen}. Curves: {shlex.join(['python', 'plot.py', str(folder)])}. "
                 f"Test it: {command_line(script, '--eval-only', '--resume', folder / 'best.pt')}"
             )
-            if not self.args.bn_batches and self.rows[-1]["flip_ratio"] > MANY_FLIPS:
+            running = not self.args.bn_batches and self.args.ema is None
+            if running and self.rows[-1]["flip_ratio"] > MANY_FLIPS:
                 console.print(
                     f"{100 * self.rows[-1]['flip_ratio']:.0f} % of the signs flipped in the last epoch, so BatchNorm's "
                     "running statistics may not fit the last weights: --bn-batches 32 tests with new statistics"

@@ -233,8 +233,12 @@ def test_ema_is_the_average_of_the_weights_and_is_what_is_tested(tmp_path, capsy
     best = tmp_path / "4" / "best.pt"
     assert torch.allclose(torch.load(best, weights_only=True)["model"]["fc.weight"], average, atol=1e-6)
     rows = train(tmp_path, *flags, "--epochs", "2", name="whole")
-    tested = runs.evaluate(network(tmp_path / "whole" / "best.pt"), data.load("digits")[2], CPU, False)
+    images, _, test = data.load("digits", batch_size=64)
+    net = network(tmp_path / "whole" / "best.pt")
+    tested = runs.evaluate(net, test, CPU, False)
     assert tested["loss"] == pytest.approx(rows[-1]["test_loss"], rel=1e-4)
+    with runs.reestimate_batchnorm(net, images, CPU, False):
+        assert runs.evaluate(net, test, CPU, False) == pytest.approx(tested, rel=1e-4), "its own BatchNorm statistics"
     # A resumed run is the same run.
     train(tmp_path, *flags, "--epochs", "2", "--limit-steps", "30", name="parts")
     assert train_fsg.main(["--resume", str(tmp_path / "parts"), "--limit-steps", "44"]) == 0
