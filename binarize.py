@@ -307,11 +307,11 @@ def he_scale(layer: nn.Module) -> float:
     fan_in is the number of weights of a filter, divided by the strides in a transposed convolution.
     He et al., ICCV 2015, https://arxiv.org/abs/1502.01852
     """
-    fan_in = layer.weight[0].numel()
+    fan_in = math.prod(layer.weight.shape[1:])
     if has_inputs_first(layer):
         filters = layer.weight.shape[1] * getattr(layer, "groups", 1)
         fan_in = layer.weight.numel() / filters / math.prod(getattr(layer, "stride", (1,)))
-    return math.sqrt(2 / fan_in)
+    return math.sqrt(2 / max(fan_in, 1))
 
 
 def named_binary_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -349,7 +349,7 @@ def sign_bits(layers: list[nn.Module]) -> Tensor:
 
 SETTINGS = ("quantizer", "act", "options", "unit", "scale", "rho", "leader", "layer_name", "calls_itself", "saw_input")
 SCALED = ("bwn-f", "bwn-l", "sibnn", "parq", "identity")  # quantizers whose Ŵ has the scale of W
-RELAXED = ("bnn", "bnn+", "bnn++", "pc")  # quantizers that compare |W| with 1
+WITH_UNIT = ("bnn", "bnn+", "bnn++", "pc")  # quantizers that compare |W| with 1
 
 
 def binarize_(
@@ -426,7 +426,7 @@ def binarize_(
             _add_thresholds(layer)
         needs_none = quantizer in SCALED or m in normalised
         layer.scale = scale if scale is not None else 1.0 if needs_none else he_scale(layer)
-        layer.unit = layer.scale if quantizer in RELAXED else 1.0
+        layer.unit = he_scale(layer) if quantizer in WITH_UNIT else 1.0
         leader = leaders.setdefault(id(layer.latent()), layer)
         layer.__dict__["leader"] = None if leader is layer else leader  # nn.Module would register it
     for m in model.modules():

@@ -368,6 +368,8 @@ def mamba_ssm_scan():
 # Gradient generators. generate() turns every `weight.grad` from ĝ into G. A state_dict() contains all that the next
 # generate() depends on. Per-weight tensors are flat, [N], layer after layer.
 
+SMALLEST = 1e-18  # A layer's gradient with a smaller RMS counts as 0, because its squares would underflow.
+
 
 class Generator(nn.Module):
     """The base class of all generators: it reads ĝ and W, computes the calibration, and sets `weight.grad` to G.
@@ -380,7 +382,9 @@ class Generator(nn.Module):
         and, before state_dict(), gather(). A state_dict is of all N weights; any number of processes can load it.
     whole_layers: whether a process gets whole layers only.
 
-    .to(), .double() and load_state_dict(assign=True) of the network may be called later: the generator follows.
+    .to(), .double() and load_state_dict(assign=True) of the network may be called later: the generator follows. (Where
+    layers share a weight, assign=True separates them: make a new generator then.) It computes in float32 where the
+    weights are float16 or bfloat16, whose squares underflow, and in which small updates of φ are lost.
     """
 
     keeps_latent = False  # whether a checkpoint needs W of the last step
@@ -399,8 +403,9 @@ class Generator(nn.Module):
         self.layers = layers if isinstance(layers, list) else list(layers)  # their parameters are the model's, not ours
         self.shapes = [w.shape for w in self.weights]
         # The order of a weight's elements in a flat tensor: that in memory; the logical one where layers are sequences.
-        self.strides = [(w.detach().contiguous() if whole_layers else w).stride() for w in self.weights]
-        like = self.weights[0].detach()
+        dense = lambda w: w.detach().contiguous() if whole_layers else torch.empty_like(w)
+        self.strides = [dense(w).stride() for w in self.weights]
+        like = torch.empty(0, device=self.weights[0].device, dtype=working_type(self.weights[0].dtype))
         counts = [w.numel() for w in self.weights]
         self.shard = Shard(counts, sharded, whole_layers)
         self.sizes = self.shard.sizes  # this process's weights in each layer
@@ -458,8 +463,9 @@ class Generator(nn.Module):
             if place != places[0]:
                 what = f"layer {i}, {self.layers[i]}, has another device or data type than the first layer"
                 raise RuntimeError(f"{what}: move the whole network")
-        if places[0] != (self.latent.device, self.latent.dtype):
-            self.to(*places[0])
+        device, dtype = places[0][0], working_type(places[0][1])
+        if (device, dtype) != (self.latent.device, self.latent.dtype):
+            self.to(device, dtype)
 
     def spread(self, values: Tensor) -> Tensor:
         """values [layers] -> [N]: for each weight, the value of its layer."""
@@ -496,7 +502,8 @@ class Generator(nn.Module):
         for w, part, given in zip(self.weights, self.layer_views(G), self.given, strict=True):
             if given:
                 # PyTorch's fused optimizers compute wrong values on CPUs if the strides differ from the weight's.
-                part = part.data if part.stride() == w.stride() else torch.empty_like(w).copy_(part)
+                fits = part.stride() == w.stride() and part.dtype == w.dtype
+                part = part.data if fits else torch.empty_like(w).copy_(part)
                 # A mark that is valid until this gradient is written to. (`.data` has its own version counter.)
                 w.grad, part.made_at = part, part._version
 
@@ -512,10 +519,10 @@ class Generator(nn.Module):
         return flat if self.shard.world_size == 1 else flat[self.shard.begin : self.shard.end].clone()
 
     def rms(self, x: Tensor) -> Tensor:
-        """RMS of each layer's part of x [rows, N], over all rows and processes: [layers], at least `smallest`."""
+        """RMS of each layer's part of x [rows, N], over all rows and processes: [layers], at least SMALLEST."""
         squares = per_layer(x.square().sum(0) if len(x) > 1 else x[0].square(), self.sizes, self.lengths)
         mean = self.shard.all_reduce_sum(squares) / (len(x) * self.layer_size)
-        return mean.sqrt().clamp_min(smallest(x.dtype))
+        return mean.sqrt().clamp_min(SMALLEST)
 
     @torch.no_grad()
     def measure(self, lr: float) -> dict[str, float]:
@@ -636,7 +643,7 @@ class Learned(Generator):
 
         Call it once after one or several backward(). optimizer.step() may be skipped, as a GradScaler does if another
         layer has a gradient that is not finite; the history still gets ĝ_t. The state of a layer without a gradient
-        does not change. If any element of ĝ_t is not finite, neither the state nor φ changes, and ĝ_t stays in
+        does not change. If any element of ĝ_t is not finite, neither the history nor φ changes, and ĝ_t stays in
         `weight.grad`. The host does not wait for the device.
         Raises RuntimeError if no layer got a gradient since the last call.
         """
@@ -648,7 +655,7 @@ class Learned(Generator):
         if self.last_G is not None:
             learned = self.learned()
             v = torch.where(self.spread(learned), -straight, 0)
-            v /= self.shard.all_reduce_sum(v.square().sum()).sqrt().clamp_min(smallest(v.dtype))
+            v /= self.shard.all_reduce_sum(v.square().sum()).sqrt().clamp_min(SMALLEST)
             self.train_phi(v, learned.any())  # 1. train φ: G_{t−1} led to where ĝ_t was measured
         self.push(new)  # 2. store ĝ_t in the history
         self.t += 1
@@ -903,9 +910,9 @@ def per_layer(x: Tensor, sizes: list[int], lengths: Tensor, reduce: str = "sum")
     return torch.stack([p.sum() if reduce == "sum" or not p.numel() else p.amax() for p in parts])
 
 
-def smallest(dtype: torch.dtype) -> float:
-    """A layer's gradient with a smaller RMS counts as 0: its squares would underflow."""
-    return max(1e-18, torch.finfo(dtype).tiny)
+def working_type(dtype: torch.dtype) -> torch.dtype:
+    """The data type in which a generator computes for weights of this type."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def where(condition: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -941,7 +948,7 @@ class _Balanced(torch.autograd.Function):
         sums = torch.stack([per_layer(term.square(), seen.sizes, seen.lengths), seen.lengths.to(term.dtype)])
         square, count = shard.all_reduce_sum(sums)
         rms, least = (square / count.clamp_min(1)).sqrt(), 1e-3 * target
-        there = target > smallest(target.dtype)  # otherwise ĝ counts as 0: the term is 0 and has no gradient
+        there = target > SMALLEST  # otherwise ĝ counts as 0: the term is 0 and has no gradient
         scale = torch.where(there, target / torch.maximum(rms, least), 0)
         y = term * scale.index_select(0, seen.layer_of)
         # ⟨y, y⟩ of each layer; infinite where the factor is at its limit, which switches the projection off.
@@ -984,16 +991,16 @@ class Sampler:
     """Draws stratified samples: each layer is cut into equal intervals, and one weight of each interval is drawn.
 
     shard: the weights of this process. share: the fraction of the weights in a sample, which has at least one weight of
-        each layer.
+        each layer that is not empty.
     """
 
     def __init__(self, shard: "Shard", share: float):
         counts = torch.tensor(shard.counts, dtype=torch.float64)
-        draws = (share * counts).round().clamp_min(1).long()
+        draws = (share * counts).round().clamp_min(1).minimum(counts).long()
         ends, of_layer = counts.cumsum(0), torch.arange(len(counts)).repeat_interleave(draws)
-        rank = torch.arange(len(of_layer)) - (draws.cumsum(0) - draws)[of_layer]  # 0, 1, … within the layer
+        place = torch.arange(len(of_layer)) - (draws.cumsum(0) - draws)[of_layer]  # 0, 1, … within the layer
         self.width = (counts / draws)[of_layer]
-        self.begin = (ends - counts)[of_layer] + rank * self.width
+        self.begin = (ends - counts)[of_layer] + place * self.width
         self.most, self.of_layer, self.shard = ends[of_layer] - 1, of_layer, shard
 
     def draw(self, seed: int, device: torch.device) -> Sample:

@@ -178,6 +178,9 @@ class LookAhead(Learned):
         bias = self.flat_biases(lambda b: b)
         refined = self.bias_gradient if self.t == 1 else self.last_direction(self.bias_before, bias)
         directions = self.layer_views(self.shard.all_gather(self.trial(D)))
+        directions = [
+            d if w.requires_grad else torch.zeros_like(d) for d, w in zip(directions, self.weights, strict=True)
+        ]
         parts = refined.split([b.numel() for b in self.biases]) if self.biases else []
         directions += [part.view_as(b) for part, b in zip(parts, self.biases, strict=True)]
         self.before, self.bias_before, self.step_size = self.latent, bias, lr
@@ -220,10 +223,10 @@ class LookAhead(Learned):
             v = torch.where(self.spread(self.learned()), -self.step_size * self.derivative() * self.ghat, 0)
             self.train_phi(v, self.learned().any())
             torch._foreach_copy_([p.detach() for p in (*self.weights, *self.biases)], self.displaced)
-            latent, before, *of_biases = self.undo
-            self.latent, self.before = torch.where(new, self.latent, latent), torch.where(new, self.before, before)
+            latent, *others = self.undo
+            self.latent = torch.where(new, self.latent, latent)
             if not finite:
-                self.bias_before, self.step_size = of_biases
+                self.before, self.bias_before, self.step_size = others
             self.displaced, self.undo = None, ()
         if finite:
             self.push(new)

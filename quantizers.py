@@ -58,7 +58,7 @@ def straight_through(x: Tensor, value: Tensor, mask: Tensor | None = None) -> Te
     same shape. `value` and `mask` receive no gradient.
     """
     if _transformed():
-        zero = x - x.detach()
+        zero = (x - x.detach()).nan_to_num()  # 0 where x is infinite too
         return value.detach() + (zero if mask is None else zero * mask)
     if mask is not None:
         return _Masked.apply(x, value, mask)

@@ -29,8 +29,8 @@ B, which scales their gradient. With the latent weights w* and the step size η:
     bc       sign     1             bnn+     sign     SS′_μ, μ = 5
     bnn      sign     1[|w*| ≤ 1]   bnn++    SS_μ     SS′_μ, μ from 5 to 30
 
-    pq (ProxQuant)           w ← L_ρ(w − η ∂L/∂w)
-    rpc (reverse of pc)      w* ← L_ρ(w*) − η ∂L/∂w*
+    pq (ProxQuant)           w ← L_{ρ/T}(w − η ∂L/∂w)           in a run of T steps, whose effects add up
+    rpc (reverse of pc)      w* ← L_{ρ/T}(w*) − η ∂L/∂w*
     parq (PARQ)              F(w*) = clip(w*/r, −α, α), B = 1, with α = mean|w*| of each filter and r from 1 to 0
 
 The sign-Swish SS_μ and the piecewise linear L_ρ (quantizers.py) are soft signs. They become harder as μ and ρ grow
@@ -332,13 +332,16 @@ def apply_linear_quantizer(layers, rho: torch.Tensor) -> None:
 def optimizer_groups(net: torch.nn.Module, args) -> list[dict]:
     """The parameter groups of the optimizer. In networks of timm, biases, norms and latent weights do not decay.
 
-    timm excludes biases and norms too. Decay would pull the latent weights to 0, where the soft signs are far from ±1.
+    timm excludes biases, norms and what `no_weight_decay()` names, such as position embeddings. Decay would pull the
+    latent weights to 0, where the soft signs are far from ±1.
     """
     if args.arch in models.ARCHS:
         return [{"params": list(net.parameters())}]
-    latent = {layer.weight for layer in models.binary_layers(net)}
-    decays = [p for p in net.parameters() if p.dim() > 1 and p not in latent]
-    rest = [p for p in net.parameters() if p.dim() <= 1 or p in latent]
+    names = getattr(net, "no_weight_decay", set)()
+    excluded = {layer.weight for layer in models.binary_layers(net)}
+    excluded |= {p for name, p in net.named_parameters() if name in names}
+    decays = [p for p in net.parameters() if p.dim() > 1 and p not in excluded]
+    rest = [p for p in net.parameters() if p.dim() <= 1 or p in excluded]
     return [{"params": decays}, {"params": rest, "weight_decay": 0.0}]
 
 
@@ -441,8 +444,8 @@ def main(argv=None) -> int:
                 scaler.unscale_(optimizer)
                 if args.clip:
                     torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
-                # pq and rpc apply L_ρ to the latent weights in every step, and the effects of the steps add up. With
-                # the whole ρ, all weights would be at ±1 within 100 steps and never change sign again.
+                # pq and rpc apply L to the latent weights in every step. With ρ in place of ρ/T, all weights would be
+                # at ±1 within 100 steps and never change sign again.
                 if args.method == "rpc":
                     apply_linear_quantizer(layers, hardness / run.total_steps)
                 scaler.step(optimizer)

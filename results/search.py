@@ -48,7 +48,7 @@ class Variant(FSG):
         self.register_buffer("distances", torch.zeros_like(self.latent))
         self.waiting = deque()  # what G of the last steps was made of, its sample, and the sum of the targets since
         self.summed, self.count = None, 0  # of φ's gradients
-        self.decay = 0.8 ** torch.arange(self.length - 1, -1, -1.0).unsqueeze(1)
+        self.register_buffer("decay", 0.8 ** torch.arange(self.length - 1, -1, -1.0).unsqueeze(1).to(self.latent))
 
     def collect(self):
         before = self.latent >= 0
@@ -98,7 +98,7 @@ class Variant(FSG):
             with torch.enable_grad():
                 G = self.gradient(some._replace(slow=self.slow_output(some)))
             self.optimizer.zero_grad()
-            G.backward(total[sample.at] * sample.stands_for)
+            G.backward(total if sample is None else total[sample.at] * sample.stands_for)
             self.optimizer.step()
             self.record()
 
@@ -124,6 +124,8 @@ def main(argv) -> int:
     unknown = [w for w in words if w not in WORDS and not re.fullmatch(r"ahead[1-9]\d*", w)]
     if unknown or not words:
         raise runs.RunError(f"{', '.join(unknown) or 'no word'}: see the words at the top of results/search.py")
+    if any(word.startswith("--resume") for word in argv):
+        raise runs.RunError("a run does not store its words, so it cannot be resumed: start it again without --resume")
     train_fsg.FSG = lambda layers, **options: Variant(layers, words, **options)
     return train_fsg.main(["--grad", "fsg", *argv[1:]])
 

@@ -21,6 +21,7 @@ import gate
 import hypernet
 import models
 import quantizers
+from fsg_released import FastUpdate
 from gate import GatedHistory
 from hypernet import FSG, STE
 from metaquant import LSTMFC, FCGrad, MultiFC
@@ -406,6 +407,9 @@ def test_a_layer_without_a_gradient_is_left_out(name):
         layers[0].weight.requires_grad_(False)
         if hasattr(gen, "look_ahead"):
             gen.look_ahead(0.01)
+            assert torch.equal(W[0], layers[0].weight), "the forward pass sees a frozen weight where it is"
+            assert torch.equal(W[1], layers[1].weight) or t == 3 or isinstance(gen, FastUpdate)
+            assert not torch.equal(layers[2].weight, gen.displaced[2])
         backward(net, t)
         layers[0].weight.grad, layers[1].weight.grad = torch.ones_like(layers[0].weight), None
         gen.generate()
@@ -420,6 +424,51 @@ def test_a_layer_without_a_gradient_is_left_out(name):
         layer.weight.grad = None
     if name not in RELEASED:
         gen.generate()  # all are frozen: nothing to do
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_the_look_ahead_leaves_out_a_layer_that_never_had_a_gradient(name):
+    net = network()
+    layers = models.binary_layers(net)
+    gen, before = ALL[name](layers), layers[1].weight.detach().clone()
+    for t in range(4):
+        gen.look_ahead(0.01)
+        assert torch.equal(layers[1].weight, before)
+        backward(net, t)
+        layers[1].weight.grad = None
+        gen.generate()
+
+
+@pytest.mark.parametrize("name", sorted(ALL.keys() - set(RELEASED)))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_of_16_bits_get_what_float32_would_give_them(name, dtype):
+    gens = []
+    for kind in (dtype, torch.float32):
+        layers = models.binary_layers(network(dtype=dtype).to(kind))
+        torch.manual_seed(1)
+        gens.append(ALL[name](layers))
+    g = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        for w, exact in zip(*(gen.weights for gen in gens), strict=True):
+            w.grad = (3e-5 * torch.randn(w.shape, generator=g)).to(dtype)  # the squares underflow in float16
+            exact.grad = w.grad.float()
+        for gen in gens:
+            gen.generate()
+        for w, exact in zip(*(gen.weights for gen in gens), strict=True):
+            assert w.grad.dtype == dtype and torch.equal(w.grad, exact.grad.to(dtype)) and exact.grad.any()
+
+
+@pytest.mark.parametrize("name", sorted(ALL.keys() - set(RELEASED)))
+def test_a_layer_without_weights(name):
+    torch.manual_seed(1)
+    layers = [nn.Linear(13, 16), nn.Linear(5, 0), nn.Linear(3, 6)]
+    models.binarize_(nn.ModuleList(layers), first=True, last=True)
+    gen = ALL[name](layers)
+    for _ in range(4):
+        for w in gen.weights:
+            w.grad = torch.randn_like(w)
+        gen.generate()
+        assert all(w.grad.isfinite().all() for w in gen.weights)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -707,6 +707,33 @@ def test_torch_func_and_autograd_agree_on_each_quantizer(name):
     assert torch.allclose(found, torch.stack(gradients))
 
 
+def test_infinite_values_have_a_sign_under_torch_func_and_compilers_too():
+    x = torch.tensor([torch.inf, -torch.inf, 0.3])
+    step = lambda x: quantizers.step_activation(x, torch.tensor(0.0), torch.tensor(1.0), 0.3)
+    for quantizer in (quantizers.sign, quantizers.bwn_l, quantizers.sign_with_cut, quantizers.sign_activation, step):
+        expected = quantizer(x)
+        assert torch.equal(torch.func.vmap(quantizer)(x[None])[0], expected)
+        torch.compiler.reset()
+        assert torch.equal(torch.compile(quantizer, backend="aot_eager")(x), expected)
+
+
+@pytest.mark.parametrize("quantizer", ["bnn", "bnn+", "bnn++", "pc"])
+def test_quantizers_that_compare_weights_with_1_have_a_unit(quantizer):
+    """A weight of √2/√fan_in, which is about a weight's standard deviation, counts as 1."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 64, 3), nn.BatchNorm2d(64))
+    models.binarize_(net, quantizer, last=True, quiet=True)
+    (layer,) = models.binary_layers(net)
+    assert layer.scale == 1 and layer.unit == pytest.approx((2 / (8 * 9)) ** 0.5)
+    options = {"bnn++": {"mu": 30.0}, "pc": {"rho": 0.01}}.get(quantizer, {})
+    layer.options = options
+    inside, outside = 0.9 * layer.unit, 1.1 * layer.unit
+    with torch.no_grad():
+        layer.weight.fill_(inside)
+        layer.weight[0] = outside
+    expected = quantizers.WEIGHT_QUANTIZERS[quantizer](layer.weight / layer.unit, **options)
+    assert torch.allclose(layer.binary_weight(), expected, atol=1e-5)
+
+
 def test_what_would_take_the_weight_away_is_refused():
     for change in (
         lambda layer: nn.utils.weight_norm(layer),

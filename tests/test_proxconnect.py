@@ -402,7 +402,8 @@ def test_transformers_are_trained_as_deit(timm):
     decays, rest = train_proxconnect.optimizer_groups(net, a)
     latent = {layer.weight for layer in models.binary_layers(net)}
     assert latent <= set(rest["params"]) and rest["weight_decay"] == 0 and net.head.weight in set(decays["params"])
-    assert all(p.dim() > 1 for p in decays["params"])
+    not_decayed = {net.get_parameter(name) for name in ("cls_token", "pos_embed")}  # as in DeiT
+    assert not_decayed <= set(rest["params"]) and all(p.dim() > 1 for p in decays["params"])
     assert len(decays["params"]) + len(rest["params"]) == len(list(net.parameters()))
 
 

@@ -52,6 +52,11 @@ def test_variants(train):
         assert not any(same(weights, other) for other in [memory, learned, *found[:i]])
 
 
+def test_a_run_without_its_words_is_not_resumed():
+    with pytest.raises(runs.RunError, match="cannot be resumed"):
+        search.main(["memory", "--resume=run"])
+
+
 def test_unknown_words():
     with pytest.raises(runs.RunError, match="jump"):
         search.main(["leap+jump"])
