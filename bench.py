@@ -594,7 +594,7 @@ def run_process(rank: int, world_size: int, grad: str, args, folder: str) -> Non
     rounds = [step() for _ in range(3 + args.rounds)][3:]
     row = {key: 1e3 * statistics.median(r[key] for r in rounds) for key in rounds[0]}
     row["talking"] /= row["ms"]
-    row["history"] = generator.history.shape[1]
+    row["weights"] = len(generator.latent)
     row["MB_held"] = sum(b.numel() * b.element_size() for b in generator.buffers()) / 2**20
     row["MB_peak"] = peak_memory(torch.device("cpu"), step)
     Path(folder, f"{rank}.json").write_text(json.dumps(row))
@@ -618,7 +618,7 @@ def bench_scale(args) -> dict:
             rows[f"{grad}, {world_size}"] = {key: max(values, default=None) for key, values in known.items()}
     cores = torch.get_num_threads()
     title = f"{args.arch[0]}: generate(), processes with 1 thread each on {cores} cores, median of {args.rounds}"
-    table(title, rows, ms=".0f", cpu_ms=".0f", talking=".1%", history=",d", MB_held=".1f", MB_peak=".1f")
+    table(title, rows, ms=".0f", cpu_ms=".0f", talking=".1%", weights=",d", MB_held=".1f", MB_peak=".1f")
     return {"variants": rows}
 
 

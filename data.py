@@ -23,6 +23,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -694,7 +695,11 @@ def decode_all(
     labels = torch.tensor(labels)
     if broken:
         return images, labels
-    temporary = cache.with_suffix(f".{os.getpid()}")
+    temporary = root / f".{split}-{size}.{os.getpid()}.tmp"
+    for left in root.glob(f".{split}-{size}.*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 3600:  # of a process that was killed
+                left.unlink()
     try:
         torch.save({"fingerprint": fingerprint, "images": images, "labels": labels}, temporary)
         temporary.replace(cache)

@@ -93,7 +93,8 @@ GRIDS = {
         Search(f"{BIHALF} --opt adam --weight-decay 0", ADAM),
         Search(f"{FSG} --quantizer none", ADAM),  # the full-precision network
     ],
-    # Ten epochs of the best methods, each at its learning rate from the search above.
+    # Ten epochs of the best methods, each at its learning rate from the search above. (STE and MultiFC have two rates
+    # there, each with three seeds. This is the one with the better mean.)
     "finals": [
         Search(f"{command.replace('--epochs 2', '--epochs 10')} {flags}", (rate,), (0, 1, 2, 3, 4))
         for command, flags, rate in (

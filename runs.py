@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import datetime
 import itertools
 import json
 import math
@@ -45,11 +46,31 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch.nn import functional as F
 
 
+class Output:
+    """sys.stdout. If the terminal is closed, or no process reads the pipe any more, its text is thrown away."""
+
+    def __getattr__(self, name):
+        return getattr(sys.stdout, name)
+
+    def write(self, text: str) -> None:
+        self._try(sys.stdout.write, text)
+
+    def flush(self) -> None:
+        self._try(sys.stdout.flush)
+
+    def _try(self, function, *arguments) -> None:
+        try:
+            function(*arguments)
+        except OSError:  # the run goes on; log.txt has all lines
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Terminal(Console):
     """The console. It also keeps the printed lines until the run folder has them in log.txt."""
 
     def __init__(self, **options):
-        super().__init__(**options)
+        super().__init__(file=Output(), **options)
         self.unsaved: list[str] = []
 
     def print(self, *objects, **options):
@@ -60,7 +81,7 @@ class Terminal(Console):
     def save(self, file: Path) -> None:
         """Append the new lines to the file. A full disk is reported by the next checkpoint."""
         lines, self.unsaved = self.unsaved, []
-        with contextlib.suppress(OSError), open(file, "a") as f:
+        with contextlib.suppress(OSError), open(file, "a", encoding="utf-8") as f:
             f.writelines(lines)
 
 
@@ -74,6 +95,9 @@ class RunError(Exception):
 
 def command(main, *errors: type[Exception]) -> None:
     """Run main() and exit with its code. RunError and `errors` print one sentence to standard error and exit with 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # where the encoding lacks φ, print a question mark
     try:
         code = main()
     except (RunError, *errors) as e:
@@ -231,6 +255,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
         args.name, args.out = path.parent.name, str(path.parent.parent)
         if args.amp == "auto" and before.get("amp"):
             args.amp = before["amp"]
+        if args.image_size is None and "shape" in checkpoint:
+            args.image_size = before["image_size"] = checkpoint["shape"][-1]
         for name, value in vars(args).items():
             if name not in MAY_CHANGE and value != before.get(name, value):
                 raise RunError(
@@ -350,9 +376,15 @@ def keep_freed_memory() -> None:
 
 def start_processes(device: torch.device) -> tuple[int, int]:
     """Join the process group if torchrun started this process: (rank, world_size). Only rank 0 prints and writes."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        # gloo also on GPU machines, so that small messages between the hosts do not wait for the devices.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+            # gloo also on GPU machines, so that small messages between the hosts do not wait for the devices. The other
+            # processes wait while rank 0 decodes a data set, which can take hours.
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    except (ValueError, RuntimeError) as e:  # RANK is missing, no answer from the first process, …
+        reason = " ".join(str(e).split())[:150]
+        raise RunError(f"the processes cannot find each other ({reason}): start them with torchrun") from None
     console.quiet = rank() > 0
     return rank(), world_size()
 
@@ -629,7 +661,8 @@ def replacing(path: Path, mode: str = "w"):
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with open(temporary, mode, newline=None if "b" in mode else "") as f:
+        text = {} if "b" in mode else {"newline": "", "encoding": "utf-8"}
+        with open(temporary, mode, **text) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -664,6 +697,12 @@ def load(path: Path | str) -> dict:
         raise RunError(f"the checkpoint {path} is damaged or not a checkpoint ({reason}): use another one") from None
     if not isinstance(checkpoint, dict):
         raise RunError(f"{path} is not a checkpoint but a {type(checkpoint).__name__}: use another file")
+    kinds = {"args": dict, "model": dict, "images": dict, "classes": list, "normalisation": list, "rows": list}
+    wrong = [name for name, kind in kinds.items() if not isinstance(checkpoint.get(name, kind()), kind)]
+    wrong += ["args"] * (not all(isinstance(name, str) for name in checkpoint.get("args", ())))
+    wrong += ["model"] * ("args" in checkpoint and "model" not in checkpoint)
+    if wrong:
+        raise RunError(f"the checkpoint {path} is damaged (its part {wrong[0]}): use another one")
     return checkpoint
 
 
@@ -686,7 +725,8 @@ def load_weights(net: torch.nn.Module, args, checkpoint: dict | None, may_lack: 
         raise RunError(f"--pretrained {path} is of {arch}, not of {args.arch}: use --arch {arch} or another file")
     weights = tested_weights(checkpoint, path) if "model" in checkpoint else checkpoint  # else a plain state dict
     same = lambda *names: all(theirs.get(name) == getattr(args, name, None) for name in names)
-    if getattr(args, "val", 0) and same("dataset", "data_dir") and not same("val", "seed"):
+    folder = lambda flags: Path(flags.get("data_dir") or "").resolve() if args.dataset != "digits" else None
+    if getattr(args, "val", 0) and same("dataset") and folder(theirs) == folder(vars(args)) and not same("val", "seed"):
         console.print(
             f"{path} was trained with another --val or --seed, so it has seen images that are held out here for "
             "validation: the validation accuracy is too high"
@@ -722,16 +762,23 @@ def tested_weights(checkpoint: dict, path: Path | str) -> dict:
 
 
 def match_data(args, checkpoint: dict | None, train, val, test) -> None:
-    """Use the normalisation of the checkpoint's run. Raises RunError if the data have other classes.
+    """Use the normalisation of the checkpoint's run. Raises RunError if the data have other classes or another size.
 
     checkpoint: what parse() returned; with --eval-only and --pretrained, that file is used. train, val, test: what
-    data.load() returned. A line is printed if the number of images has changed.
+    data.load() returned. A line is printed if the number of images has changed. A run with --val cannot continue then.
     """
     source = args.resume or args.pretrained
     if checkpoint is None and args.eval_only:
         checkpoint = load(args.pretrained)
-    if not checkpoint or "classes" not in checkpoint:  # a new run, or a plain state dict
-        return
+    if not checkpoint or not {"classes", "images", "normalisation"} <= checkpoint.keys():
+        return  # a new run, or a plain state dict
+    ours, theirs = tuple(train.shape), tuple(checkpoint.get("shape", train.shape))
+    if ours != theirs:
+        sizes = ["×".join(map(str, shape)) for shape in (theirs, ours)]
+        raise RunError(
+            f"{source} was trained on images of {sizes[0]} elements, and those of {args.data_dir} have {sizes[1]}: add "
+            f"--image-size {theirs[-1]}"
+        )
     theirs, ours = checkpoint["classes"], train.classes
     if theirs != ours:
         only = [f"{source} knows {name!r}" for name in theirs if name not in ours]
@@ -743,8 +790,15 @@ def match_data(args, checkpoint: dict | None, train, val, test) -> None:
         )
     for name, batches in (("training", train), ("validation", val), ("test", test)):
         before, now = checkpoint["images"].get(name), batches.size if batches is not None else 0
-        if before not in (None, now):
-            console.print(f"{args.data_dir} has {now:,} {name} images; {source} was trained with {before:,}")
+        if before in (None, now):
+            continue
+        changed = f"{args.data_dir} has {now:,} {name} images; {source} was trained with {before:,}"
+        if name == "training" and args.val and not args.eval_only:
+            raise RunError(
+                f"{changed}, so --val would hold out images that the network has seen: use the images of the run, or "
+                f"start a new run with --pretrained {source}"
+            )
+        console.print(changed + (", so other images are held out" if name == "training" and args.val else ""))
     scale, shift = (torch.tensor(values)[:, None, None] for values in checkpoint["normalisation"])
     for batches in (train, val, test):
         if batches is not None and batches.scale.shape == scale.shape:
@@ -797,7 +851,7 @@ def lock_folder(folder: Path) -> int | None:
     """Lock the folder for this process. The system releases the lock when the process ends, even if it is killed."""
     if fcntl is None:
         return None
-    lock = os.open(folder, os.O_RDONLY)
+    lock = os.open(folder / "log.txt", os.O_RDWR | os.O_CREAT)  # NFS locks only files that may be written
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -1052,6 +1106,8 @@ class Run:
             average = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema)
             average = torch.optim.swa_utils.AveragedModel(state["model"], multi_avg_fn=average, use_buffers=True)
             self.state["ema"] = average
+        if args.warmup and args.warmup >= args.epochs:
+            raise RunError(f"--warmup {args.warmup:g} must be less than --epochs, which is {args.epochs}")
         self.total_steps = min(args.epochs * len(train), args.limit_steps or math.inf)
         self.epoch = self.batch = self.step = 0  # complete epochs; batches of this epoch; steps in total
         self.seconds = 0.0  # training time of this epoch

@@ -273,7 +273,7 @@ class _Last(torch.autograd.Function):
 
 
 def _call_last(function: str, parameters: tuple[Tensor, ...], u: Tensor, *tensors: Tensor) -> None:
-    params, _owners = _params(parameters)
+    params, _owners = _params(parameters, u)
     run = getattr(library(u.shape[0]), function)
     run(ctypes.byref(params), ctypes.c_int64(u.shape[1]), *map(_pointer, (u, *tensors)), torch.get_num_threads())
 
@@ -282,10 +282,10 @@ def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
-def _params(parameters: tuple[Tensor, ...]) -> tuple[_Params, tuple[Tensor, ...]]:
-    """The parameters in the form for the kernels, and the tensors that own the memory."""
-    if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in parameters):
-        raise ValueError("the fused scan needs its parameters in float32 and on the device of its input")
+def _params(parameters: tuple[Tensor, ...], *inputs: Tensor) -> tuple[_Params, tuple[Tensor, ...]]:
+    """The parameters in the form for the kernels, and the tensors that own the memory. inputs: are checked too."""
+    if any(x.dtype != torch.float32 or x.device.type != "cpu" for x in (*parameters, *inputs)):
+        raise ValueError("the fused scan needs its input and parameters in float32 and on one device")
     in_proj, conv, conv_b, x_proj, dt_w, dt_b, A_log, D, out = (p.detach().contiguous() for p in parameters)
     d, n = A_log.shape
     in_x, in_z = in_proj[:d], in_proj[d:]
@@ -362,7 +362,7 @@ class _Tails(torch.autograd.Function):
 
 
 def _call_tails(function: str, past: Tensor, sizes: Tensor, first: Tensor | None, parameters, *arguments) -> int:
-    params, _owners = _params(parameters)
+    params, _owners = _params(parameters, past, *(() if first is None else (first,)))
     pointers = (None if t is None else t.data_ptr() for t in (sizes, past, first))
     sequences = _Sequences(*past.shape, len(sizes), first is not None, *pointers)
     run = getattr(library(None), function)

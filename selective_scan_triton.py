@@ -877,7 +877,7 @@ def last(u: Tensor, *parameters: Tensor, known: Tensor | None = None) -> Tensor:
 def _table(u: Tensor, K: int, parameters: tuple[Tensor, ...], *others: Tensor) -> Tensor:
     """The parameters as the kernels take them, [P, d]. Autograd splits the gradient."""
     if any(p.dtype != torch.float32 or p.device != u.device for p in (u, *parameters, *others)):
-        raise ValueError("the fused scan needs its parameters in float32 and on the device of its input")
+        raise ValueError("the fused scan needs its input and parameters in float32 and on one device")
     in_proj, conv, conv_b, x_proj, dt_w, dt_b, A_log, D, out = parameters
     d = len(A_log)
     in_x, in_z = in_proj.view(2, d)

@@ -9,6 +9,7 @@ import time
 
 import pytest
 from conftest import ROOT
+from PIL import Image
 
 import gpu_day
 
@@ -85,7 +86,7 @@ def alive(pid):
 def test_an_item_is_killed_at_its_limit_with_all_it_started(stage):
     code = """
 import subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
 print('RESULT {"pid": %d}' % child.pid, flush=True)
 time.sleep(60)
 """
@@ -128,6 +129,22 @@ def test_a_run_that_fails_does_not_stop_the_others(stage):
     assert [item["status"] for item in items(stage).values()] == ["failed", "failed"]
     assert "no-such-data" in " ".join(items(stage)["bad-seed0"]["error"])
     assert not any(item["complete"] for item in items(stage).values())
+
+
+def test_images_are_used_only_if_all_are_decoded(stage, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_day, "CARRIED", tmp_path)
+    with pytest.raises(RuntimeError, match="not decoded in time"):
+        gpu_day.decoded_images(stage)
+    for file in ("train/cat/0.png", "test/cat/0.png", "train/dog/0.png", "test/dog/0.png"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / file)
+    with tarfile.open(tmp_path / "cifar10-jpeg.tar.xz", "w:xz") as tar:
+        for split in ("train", "test"):
+            tar.add(tmp_path / split, split)
+    for _ in range(2):  # a second call finds them
+        gpu_day.unpack(True, stage.day.scratch)
+        images = gpu_day.decoded_images(stage)
+        assert sorted(path.name for path in images.iterdir()) == [".test-8.pt", ".train-8.pt", "test", "train"]
 
 
 def test_a_dry_run_of_all_stages(tmp_path):

@@ -182,6 +182,35 @@ def test_a_network_is_tested_with_its_own_normalisation(trained, capsys):
     assert f"{other} has 14 training images" in out and "trained with 24" in out and "test accuracy" in out
 
 
+def test_a_run_keeps_the_size_of_its_images(trained, capsys):
+    """Also with a folder of larger images, where the default of --image-size is another."""
+    larger = folder(trained / "larger")
+    for file in larger.rglob("*.png"):
+        Image.open(file).resize((16, 16)).save(file)
+    flags = ["--data-dir", str(larger)]
+    seen, real = [], runs.match_data
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "match_data", lambda *given: (seen.append(given[2].shape), real(*given)))
+        assert train_fsg.main(["--eval-only", "--resume", str(trained / "run" / "best.pt"), *flags]) == 0
+        assert train_fsg.main(["--resume", str(trained / "run"), "--epochs", "3", *flags]) == 0
+    assert seen == [(3, 8, 8)] * 2
+    arch = ["--dataset", "folder", "--arch", "resnet8", "--grad", "ste", "--pretrained", str(trained / "run")]
+    with pytest.raises(runs.RunError, match=r"images of 3×8×8 .* have 3×16×16: add --image-size 8"):
+        train_fsg.main([*arch, *flags, "--eval-only"])
+    assert train_fsg.main([*arch, *flags, "--eval-only", "--image-size", "8"]) == 0
+
+
+def test_a_run_with_validation_images_does_not_continue_with_more_images(trained):
+    argv = ["--dataset", "folder", "--data-dir", str(trained / "images"), "--arch", "resnet8", "--grad", "ste"]
+    argv += ["--batch-size", "6", "--val", "8", "--out", str(trained), "--name", "val"]
+    assert train_fsg.main([*argv, "--epochs", "1"]) == 0
+    source = next((trained / "images" / "train" / "ant").iterdir())
+    source.with_stem("new").write_bytes(source.read_bytes())
+    with pytest.raises(runs.RunError, match=r"would hold out images that the network has seen: .*--pretrained"):
+        train_fsg.main(["--resume", str(trained / "val"), "--epochs", "2"])
+    assert train_fsg.main(["--resume", str(trained / "val"), "--eval-only"]) == 0
+
+
 def test_another_number_of_threads_is_said(tmp_path, capsys):
     train(tmp_path, "--epochs", "1")
     checkpoint = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
@@ -491,11 +520,22 @@ def test_a_resumed_run_stays_in_its_folder(tmp_path):
 
 def test_images_that_the_pretrained_network_has_seen_are_no_validation(tmp_path, capsys):
     train(tmp_path, "--val", "100", "--limit-steps", "1", "--batch-size", "8", name="start")
-    for flags, is_said in ((["--val", "100"], False), (["--val", "100", "--seed", "1"], True), (["--val", "99"], True)):
+    seen = [["--val", "100", "--seed", "1"], ["--val", "99"], ["--val", "98", "--data-dir", "elsewhere"]]
+    for flags, is_said in ((["--val", "100"], False), *((flags, True) for flags in seen)):
         capsys.readouterr()
         more = ["--limit-steps", "1", "--batch-size", "8", "--pretrained", str(tmp_path / "start")]
         train(tmp_path, *flags, *more, name="".join(flags).replace("--", ""))
         assert ("the validation accuracy is too high" in " ".join(capsys.readouterr().out.split())) == is_said
+
+
+def test_a_folder_is_the_same_however_it_is_written(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    for i, data_dir in enumerate((str(trained / "images"), "images", "./images/")):
+        argv = ["--dataset", "folder", "--data-dir", data_dir, "--arch", "resnet8", "--grad", "ste", "--val", "8"]
+        argv += ["--batch-size", "6", "--epochs", "1", "--limit-steps", "1", "--pretrained", "run", "--name", f"new{i}"]
+        capsys.readouterr()
+        assert train_fsg.main([*argv, "--out", "."]) == 0
+        assert "the validation accuracy is too high" in " ".join(capsys.readouterr().out.split()), data_dir
 
 
 @pytest.mark.parametrize(
@@ -508,6 +548,40 @@ def test_out_of_memory_is_one_sentence(error):
     with pytest.raises(SystemExit) as e:
         runs.command(main)
     assert str(e.value).startswith("error: out of memory") and "--batch-size" in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "part, value",
+    [
+        ("args", [1]),
+        ("args", {3: 1}),
+        ("classes", 3),
+        ("normalisation", None),
+        ("images", 3),
+        ("model", None),
+        ("rows", ""),
+    ],
+)
+def test_a_checkpoint_with_parts_of_another_type_is_damaged(tmp_path, part, value):
+    whole = {"args": {}, "model": {}, "images": {}, "classes": [], "normalisation": [], "rows": []}
+    torch.save(whole, tmp_path / "whole.pt")
+    torch.save(whole | {part: value}, tmp_path / "damaged.pt")
+    assert runs.load(tmp_path / "whole.pt") == whole
+    with pytest.raises(runs.RunError, match=f"is damaged .its part {part}"):
+        runs.load(tmp_path / "damaged.pt")
+
+
+def test_a_warmup_longer_than_the_run_is_refused(tmp_path):
+    with pytest.raises(runs.RunError, match="--warmup 2 must be less than --epochs, which is 2"):
+        train(tmp_path, "--epochs", "2", "--warmup", "2")
+
+
+@pytest.mark.parametrize("size", ["x", "2"], ids=["no number", "no rank"])
+def test_processes_that_cannot_start(monkeypatch, size):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(runs.RunError, match="start them with torchrun"):
+        runs.start_processes(CPU)
 
 
 def test_a_command_names_torchrun(monkeypatch):

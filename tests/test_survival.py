@@ -1,5 +1,6 @@
 """Runs that are killed, on full disks, or that diverge: nothing is lost, and what went wrong is said."""
 
+import os
 import re
 import subprocess
 import sys
@@ -286,13 +287,38 @@ def test_compile_without_a_compiler(tmp_path):
 # Who writes what, and when.
 
 
+@pytest.mark.parametrize("output", ["pipe", "terminal"])
+def test_a_run_goes_on_when_nobody_reads_its_output(tmp_path, output):
+    """As behind `| head -1`, or when the window of the terminal is closed."""
+    reader, writer = os.pipe() if output == "pipe" else os.openpty()
+    command = [sys.executable, str(ROOT / "train_fsg.py"), *DIGITS, "--grad", "ste", "--out", tmp_path, "--name", "run"]
+    process = subprocess.Popen(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert b"resnet8 on digits" in os.read(reader, 1000)
+    os.close(reader)
+    assert (process.wait(), process.stderr.read()) == (0, "")
+    rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 3 and torch.load(tmp_path / "run" / "last.pt", weights_only=True)["epoch"] == 2
+    assert "Test accuracy" in (tmp_path / "run" / "log.txt").read_text() and (tmp_path / "run" / "best.pt").exists()
+
+
+def test_where_the_encoding_has_no_greek_letters(tmp_path):
+    """As on Windows, and under old locales."""
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    command = [sys.executable, str(ROOT / "train_fsg.py"), *DIGITS, "--limit-steps", "1", "--expand", "2"]
+    done = subprocess.run([*command, "--out", tmp_path, "--name", "run"], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert b"; ?, the hypernetworks: " in done.stdout
+    assert "; φ, the hypernetworks: " in (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")
+
+
 def test_two_processes_do_not_train_in_one_folder(tmp_path):
     argv = [*DIGITS, "--grad", "ste", "--out", str(tmp_path), "--name", "run", "--limit-steps", "3"]
     assert train_fsg.main(argv) == 0
-    code = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX); print(); input()"
+    code = "import pathlib, runs, sys; lock = runs.lock_folder(pathlib.Path(sys.argv[1])); print(flush=True); input()"
     folder = str(tmp_path / "run")
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", code, folder], **pipes) as other:
+    with subprocess.Popen([sys.executable, "-c", code, folder], cwd=ROOT, **pipes) as other:
         other.stdout.readline()
         with pytest.raises(runs.RunError, match="another process trains in"):
             train_fsg.main(["--resume", folder, "--limit-steps", "5"])

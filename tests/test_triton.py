@@ -115,9 +115,9 @@ def test_parameters_of_another_kind_are_refused(wrong):
             lambda: selective_scan_triton.last(torch.ones(4, 3, device=device), *mixed),  # noqa: B023
             lambda: selective_scan_triton.tails(torch.ones(2, 5, device=device), [5], None, *mixed),  # noqa: B023
         ):
-            with pytest.raises(ValueError, match="needs its parameters in float32 and on the device of its input"):
+            with pytest.raises(ValueError, match="needs its input and parameters in float32 and on one device"):
                 run()
-    with pytest.raises(ValueError, match="needs its parameters"):
+    with pytest.raises(ValueError, match="needs its input and parameters"):
         selective_scan_triton.tails(torch.ones(2, 5, device=device), [5], torch.ones(1).double(), *parameters)
 
 
