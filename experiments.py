@@ -8,11 +8,12 @@
     python experiments.py protocol -- --dataset folder --data-dir my/cifar10 --pretrained runs/fp32/best.pt
 
 A grid is a list of searches; add yours to GRIDS. A search trains one method at each of its learning rates with seed 0.
-The learning rate with the best validation accuracy at the end of the run is then trained with the other seeds. Nothing
-is chosen on the test images. A command whose row is in the CSV file is not run again, and an interrupted run resumes
-where it stopped. So repeat the command until the grid is complete. On CPUs two runs at a time share the cores (--jobs);
-on GPUs each GPU has one run. When a run fails, the others continue, the error is reported at the end and the exit code
-is 1. For other images or flags choose another --results folder.
+The learning rates whose validation accuracy at the end of the run is at most 0.5 points below the best are then trained
+with the other seeds, because one seed cannot tell them apart. The result of the search is the one with the best mean
+validation accuracy. Nothing is chosen on the test images. A command whose row is in the CSV file is not run again, and
+an interrupted run resumes where it stopped. So repeat the command until the grid is complete. On CPUs two runs at a
+time share the cores (--jobs); on GPUs each GPU has one run. When a run fails, the others continue, the error is
+reported at the end and the exit code is 1. For other images or flags choose another --results folder.
 
 results/NAME.csv has one row per run: the command, its seed, the seconds of training, and these values of the last
 epoch: training loss, validation and test accuracy, test accuracy with BatchNorm statistics of the last weights, and the
@@ -45,6 +46,9 @@ from runs import RunError, replacing
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The grids: lists of searches.
+
+
+CLOSE = 0.005  # difference of validation accuracies that one seed does not resolve
 
 
 class Search(NamedTuple):
@@ -93,8 +97,7 @@ GRIDS = {
         Search(f"{BIHALF} --opt adam --weight-decay 0", ADAM),
         Search(f"{FSG} --quantizer none", ADAM),  # the full-precision network
     ],
-    # Ten epochs of the best methods, each at its learning rate from the search above. (STE and MultiFC have two rates
-    # there, each with three seeds. This is the one with the better mean.)
+    # Ten epochs of the best methods, each at its learning rate from the search above.
     "finals": [
         Search(f"{command.replace('--epochs 2', '--epochs 10')} {flags}", (rate,), (0, 1, 2, 3, 4))
         for command, flags, rate in (
@@ -240,25 +243,28 @@ def run_one(command: str, out: Path, slots: Slots) -> dict:
     return row | {k: f"{v:.4f}" for k, v in values.items()} | {"seconds": f"{seconds:.0f}"}
 
 
-def best_rate(search: Search, rows: dict[str, dict], command) -> str | None:
-    """The learning rate with the best validation accuracy at the first seed. None if some have not been tried.
+def best_rates(search: Search, rows: dict[str, dict], command) -> list[str]:
+    """The learning rates with the best validation accuracies at the first seed, all within CLOSE of the best.
 
+    The list is empty if some rates have not been tried, or if no run has a validation accuracy.
     command: turns flags into the command line under which `rows` has them.
     """
     tried = {rate: rows.get(command(search.at(rate, search.seeds[0]))) for rate in search.rates}
     if not all(tried.values()):
-        return None
+        return []
+    if len(search.rates) == 1:
+        return list(search.rates)
     accuracies = {rate: float(row["val_acc"]) for rate, row in tried.items()}
-    known = {rate: accuracy for rate, accuracy in accuracies.items() if accuracy == accuracy}  # not NaN
-    return max(known, key=known.get) if known else search.rates[0] if len(search.rates) == 1 else None
+    known = [accuracy for accuracy in accuracies.values() if accuracy == accuracy]  # not NaN
+    return [rate for rate, accuracy in accuracies.items() if known and accuracy >= max(known) - CLOSE]
 
 
 def commands_of(grid: list[Search], rows: dict[str, dict], command) -> list[str]:
-    """The commands of a grid, as far as they are known: the other seeds need the best learning rate."""
+    """The commands of a grid, as far as they are known: the other seeds need the best learning rates."""
     commands = [command(search.at(rate, search.seeds[0])) for search in grid for rate in search.rates]
     for search in grid:
-        rate = best_rate(search, rows, command)
-        commands += [command(search.at(rate, seed)) for seed in search.seeds[1:] if rate]
+        for rate in best_rates(search, rows, command):
+            commands += [command(search.at(rate, seed)) for seed in search.seeds[1:]]
     return commands
 
 
@@ -295,7 +301,7 @@ def run_grid(name: str, grid: list[Search], command, results: Path, out: Path, j
             raise
     write(file, rows.values())
     for search in grid:
-        if len(search.seeds) > 1 and best_rate(search, rows, command) is None and not failed:
+        if len(search.seeds) > 1 and not best_rates(search, rows, command) and not failed:
             print(f"no run of {search.command} has a validation accuracy, so its other seeds are not run", flush=True)
     if failed:
         others = f"; {len(failed) - 1} more cannot" if len(failed) > 1 else ""

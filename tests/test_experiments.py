@@ -110,11 +110,13 @@ def test_the_learning_rate_is_chosen_by_validation_accuracy():
         return {one.at(rate, 5): {"val_acc": val_acc, "test_acc": test_acc}}
 
     some = row("1e-2", "nan", "nan") | row("1e-3", "0.5", "0.9")
-    assert experiments.best_rate(one, some, command) is None, "one has not been tried"
+    assert experiments.best_rates(one, some, command) == [], "one has not been tried"
     assert experiments.commands_of([one], some, command) == [one.at(rate, 5) for rate in one.rates]
     every = some | row("1e-4", "0.6", "0.1")
-    assert experiments.best_rate(one, every, command) == "1e-4"
+    assert experiments.best_rates(one, every, command) == ["1e-4"]
     assert experiments.commands_of([one], every, command)[3:] == [one.at("1e-4", 6)]
+    close = some | row("1e-4", "0.504", "0.1")
+    assert experiments.commands_of([one], close, command)[3:] == [one.at("1e-3", 6), one.at("1e-4", 6)]
 
 
 def test_without_validation_accuracies_it_is_said_that_no_rate_is_chosen(
