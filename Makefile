@@ -7,7 +7,7 @@
 
 PYTHON ?= python3
 PY := .venv/bin/python
-# The versions for the tests. For another build: make test TORCH="torch==2.11.0 torchvision==0.26.0"
+# The versions for the tests. For another build: make clean test TORCH="torch==2.11.0 torchvision==0.26.0"
 TORCH ?= torch==2.13.0 torchvision==0.28.0
 
 .PHONY: demo test lint gpu-check gpu-day clean
