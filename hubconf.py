@@ -32,7 +32,8 @@ def from_pretrained(source: Path | str, net: nn.Module | None = None, *, sha256:
     """The network of packed bits, in eval mode, see export_bits.load_bits. Nothing in the file is executed.
 
     source: a .safetensors file, a folder with model.safetensors, an http or https address, or a repository on the
-        Hugging Face Hub, OWNER/NAME or OWNER/NAME@REVISION. An address is downloaded at each call.
+        Hugging Face Hub, OWNER/NAME or OWNER/NAME@REVISION, unless there is a local folder OWNER. An address is
+        downloaded at each call.
     net: your network, made in the way of the one that was saved. Without it, the file must name a network of
         models.build.
     sha256: the SHA-256 that the file must have, 64 hexadecimal digits. The checksum in the file shows only that the
@@ -50,7 +51,7 @@ def from_pretrained(source: Path | str, net: nn.Module | None = None, *, sha256:
             path.write_bytes(downloaded(source))
         elif path.is_dir():
             path = path / FILE
-        elif not path.exists() and (match := HUB_NAME.fullmatch(source)):
+        elif not path.exists() and not path.parent.is_dir() and (match := HUB_NAME.fullmatch(source)):
             path = from_hub(*match.groups())
         try:
             if sha256 is not None and path.is_file():
