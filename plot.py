@@ -17,9 +17,10 @@ standard deviation, and one row of the table. A group extends to the last epoch 
 
 The table has three measures of the spread: ± one standard deviation over the seeds, the 95 % confidence interval of the
 mean accuracy (Student's t), and with --baseline the mean difference to that row with its 95 % confidence interval. The
-difference is taken seed by seed, which cancels the effect of the seed on both methods. Runs that have not reached the
-last epoch of their --epochs are left out, with a note. A line below the table says whether the rows are of different
-data sets, networks or numbers of epochs.
+interval and the difference are of the test accuracy of the last epoch. If all runs have val_acc, they are of the epoch
+with the best val_acc instead. The difference is taken seed by seed, which cancels the effect of the seed on both
+methods. Runs that have not reached the last epoch of their --epochs are left out, with a note. A line below the table
+says whether the rows are of different data sets, networks or numbers of epochs.
 
 A RUN is the folder of a run, or a CSV file with the following columns, in any order. Other columns are not used.
 
@@ -56,7 +57,6 @@ COMPARED = ("dataset", "data_dir", "val", "image_size", "arch")
 
 # Runs of one experiment may differ in these flags.
 NOT_THE_EXPERIMENT = {"seed", "name", "out", "resume", "eval_only", "workers", "save_every", "device", "environment"}
-LAST = 10  # the table averages the test accuracy over this many epochs at the end of a run
 
 # Okabe and Ito's palette for colour-blind readers, without its yellow, which is too pale on white. After the last
 # colour, the colours repeat with the next dash and marker.
@@ -248,13 +248,14 @@ def half_width(values: list[float]) -> float:
     return t * np.std(values, ddof=1) / np.sqrt(n)
 
 
-def accuracy_at_the_end(run: dict, epochs: int, column: str = "test_acc") -> float:
-    """Mean test accuracy in % over the last LAST of that many epochs."""
-    return 100 * run[column][:epochs][-LAST:].mean()
+def accuracy(run: dict, epochs: int, validated: bool, column: str = "test_acc") -> float:
+    """Test accuracy in %: of the last of that many epochs or, if `validated`, of the one with the best val_acc."""
+    at = np.nan_to_num(run["val_acc"][:epochs]).argmax() if validated else epochs - 1
+    return 100 * run[column][at]
 
 
-def difference(ours: dict, baseline: dict) -> str:
-    """Mean difference of the accuracy at the end, in %, paired by seed: '+1.20 ± 0.35 (3)'. Groups: {seed: run}.
+def difference(ours: dict, baseline: dict, validated: bool) -> str:
+    """Mean difference of accuracy(), in %, paired by seed: '+1.20 ± 0.35 (3)'. Groups: {seed: run}.
 
     Only the epochs that all of these runs have count. '–' if the groups have no seed in common.
     """
@@ -262,7 +263,7 @@ def difference(ours: dict, baseline: dict) -> str:
     if not pairs:
         return "–"
     epochs = min(len(run["epoch"]) for pair in pairs for run in pair)
-    values = [accuracy_at_the_end(a, epochs) - accuracy_at_the_end(b, epochs) for a, b in pairs]
+    values = [accuracy(a, epochs, validated) - accuracy(b, epochs, validated) for a, b in pairs]
     spread = f" ± {half_width(values):.2f}" if len(values) > 1 else ""
     return f"{np.mean(values):+.2f}{spread} ({len(values)})"
 
@@ -280,34 +281,32 @@ def table(groups: dict[str, list[dict]], seeds: dict[str, list], baseline: str |
         label: {seed: run for seed, run in zip(seeds[label], runs, strict=True) if seed is not None}
         for label, runs in groups.items()
     }
-    rows, last = [], 1
+    validated = lambda runs: all(np.isfinite(run.get("val_acc", np.nan)).any() for run in runs)
+    chosen = all(map(validated, groups.values()))
+    at = "epoch of best validation" if chosen else "last epoch"
+    rows = []
     for label, runs in groups.items():
         epochs = min(len(run["epoch"]) for run in runs)
-        last = max(last, min(LAST, epochs))
-        end = [accuracy_at_the_end(run, epochs) for run in runs]
+        measured = [accuracy(run, epochs, chosen) for run in runs]
         row = {"run": label.replace("|", "\\|"), "seeds": f"{len(runs)}", "epochs": f"{epochs}"}
         row["best test acc. %"] = mean_and_spread([100 * run["test_acc"][:epochs].max() for run in runs], 2)
-        row["end"] = mean_and_spread(end, 2)
-        row["training loss"] = mean_and_spread([run["train_loss"][epochs - 1] for run in runs], 4)
-        low, high = (np.mean(end) + sign * half_width(end) for sign in (-1, 1)) if len(runs) > 1 else (0, 0)
-        row["95 % interval"] = f"{low:.2f} to {high:.2f}" if len(runs) > 1 else "–"
+        row["test acc. %, last epoch"] = mean_and_spread([accuracy(run, epochs, False) for run in runs], 2)
+        row["training loss, last epoch"] = mean_and_spread([run["train_loss"][epochs - 1] for run in runs], 4)
         if has("val_acc"):
-            known = all("val_acc" in run and np.isfinite(run["val_acc"][:epochs]).any() for run in runs)
-            chosen = [100 * run["test_acc"][np.nanargmax(run["val_acc"][:epochs])] for run in runs] if known else []
-            row["at best validation %"] = mean_and_spread(chosen, 2) if known else "–"
+            found = [accuracy(run, epochs, True) for run in runs] if validated(runs) else []
+            row["test acc. %, epoch of best validation"] = mean_and_spread(found, 2) if found else "–"
+        low, high = (np.mean(measured) + sign * half_width(measured) for sign in (-1, 1)) if len(runs) > 1 else (0, 0)
+        row[f"95 % interval, {at}"] = f"{low:.2f} to {high:.2f}" if len(runs) > 1 else "–"
         if has("test_acc_bn"):
             known = all("test_acc_bn" in run for run in runs)
-            found = [accuracy_at_the_end(run, epochs, "test_acc_bn") for run in runs] if known else []
-            row["BatchNorm re-estimated %"] = mean_and_spread(found, 2) if known else "–"
+            found = [accuracy(run, epochs, chosen, "test_acc_bn") for run in runs] if known else []
+            row[f"BatchNorm re-estimated %, {at}"] = mean_and_spread(found, 2) if known else "–"
         if baseline is not None:
-            known = label != baseline
-            row[f"difference to {baseline} (seeds)"] = difference(by_seed[label], by_seed[baseline]) if known else "–"
+            paired = "–" if label == baseline else difference(by_seed[label], by_seed[baseline], chosen)
+            row[f"difference to {baseline}, {at} (seeds)"] = paired
         row["hours"] = f"{np.mean([run['time'][epochs - 1] for run in runs]) / 3600:.2f}"
         rows.append(row)
     head = [name.replace("|", "\\|") for name in rows[0]]
-    ending = f"last {last} epochs" if last > 1 else "last epoch"
-    head[head.index("end")] = f"{ending} %"
-    head[head.index("95 % interval")] = f"95 % interval, {ending}"
     lines = [head, ["---"] * len(head), *(row.values() for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -337,9 +337,9 @@ def test_the_table_gives_mean_and_standard_deviation_over_seeds(tmp_path, capsys
     head, line, *rows = capsys.readouterr().out.partition("\n\n")[0].split("\n")
     cells = [[cell.strip() for cell in text.strip("|").split("|")] for text in (head, line, *rows)]
     assert len({len(c) for c in cells}) == 1 and set(cells[1]) == {"---"}
-    assert cells[0][4] == "last 10 epochs %"
-    # 12 epochs in both: best 31 and 41, last ten 20 + mean(2 … 11) and 10 more; 10/√2 = 7.07
-    assert cells[2][:6] == ["ste", "2", "12", "36.00 ± 7.07", "31.50 ± 7.07", "0.6667 ± 0.7071"]
+    assert cells[0][3:6] == ["best test acc. %", "test acc. %, last epoch", "training loss, last epoch"]
+    # 12 epochs in both: the last and best are 31 and 41; 10/√2 = 7.07
+    assert cells[2][:6] == ["ste", "2", "12", "36.00 ± 7.07", "36.00 ± 7.07", "0.6667 ± 0.7071"]
     assert cells[3][:5] == ["other-seed0", "1", "3", "70.00", "60.00"]
 
 
@@ -410,17 +410,42 @@ def test_the_table_gives_95_percent_intervals_and_differences_paired_by_seed(tmp
     alone = make_run(tmp_path / "alone")
     rows = table(capsys, *ste, *ours, alone, "--baseline", "ste")
     assert [row["run"] for row in rows] == ["ste", "ours", "alone"]
-    assert [row["difference to ste (seeds)"] for row in rows] == ["–", "+2.00 ± 2.48 (3)", "–"]  # 4.303 · 1 / √3
-    assert rows[0]["95 % interval, last 3 epochs"] == "45.16 to 94.84"  # 70 ± 4.303 · 10 / √3
-    assert rows[2]["95 % interval, last 3 epochs"] == "–"
+    differences = [row["difference to ste, last epoch (seeds)"] for row in rows]
+    assert differences == ["–", "+2.00 ± 2.48 (3)", "–"]  # 4.303 · 1 / √3
+    assert rows[0]["95 % interval, last epoch"] == "45.16 to 94.84"  # 70 ± 4.303 · 10 / √3
+    assert rows[2]["95 % interval, last epoch"] == "–"
     (row,) = [r for r in table(capsys, ste[0], ours[0], "--baseline", "ste-seed0") if r["run"] == "ours-seed0"]
-    assert row["difference to ste-seed0 (seeds)"] == "+1.00 (1)"
+    assert row["difference to ste-seed0, last epoch (seeds)"] == "+1.00 (1)"
+
+
+def test_intervals_and_differences_are_of_the_last_epoch_without_validation(tmp_path, capsys):
+    slow = make_seeds(tmp_path, "slow", [[0.1, 0.2, 0.80], [0.1, 0.2, 0.82]])  # behind at first, and ahead at the end
+    fast = make_seeds(tmp_path, "fast", [[0.6, 0.7, 0.78], [0.6, 0.7, 0.78]], lr=0.2)
+    add_columns(slow[0], val_acc=[0.5, 0.4, 0.3])  # one run's choice of an epoch does not count
+    first = table(capsys, *slow, *fast, "--baseline", "fast")[0]
+    assert first["test acc. %, last epoch"] == "81.00 ± 1.41"
+    assert first["95 % interval, last epoch"] == "68.29 to 93.71"  # 81 ± 12.706 · √2 / √2
+    assert first["difference to fast, last epoch (seeds)"] == "+3.00 ± 12.71 (2)"
+    assert first["test acc. %, epoch of best validation"] == "–"
+
+
+def test_intervals_and_differences_are_of_the_epoch_that_validation_chooses(tmp_path, capsys):
+    a = make_seeds(tmp_path, "a", [[0.5, 0.80, 0.1], [0.82, 0.5, 0.9]])
+    b = make_seeds(tmp_path, "b", [[0.5, 0.6, 0.78], [0.78, 0.6, 0.5]], lr=0.2)
+    for run, val_acc in zip((*a, *b), ([1, 3, 2], [3, 1, 2], [1, 2, 3], [3, 3, 1]), strict=True):
+        add_columns(run, val_acc=val_acc, test_acc_bn=[0.1, 0.2, 0.3])
+    row = table(capsys, *a, *b, "--baseline", "b")[0]
+    assert row["test acc. %, last epoch"] == "50.00 ± 56.57"
+    assert row["test acc. %, epoch of best validation"] == "81.00 ± 1.41"
+    assert row["95 % interval, epoch of best validation"] == "68.29 to 93.71"
+    assert row["difference to b, epoch of best validation (seeds)"] == "+3.00 ± 12.71 (2)"
+    assert row["BatchNorm re-estimated %, epoch of best validation"] == "15.00 ± 7.07"
 
 
 def test_a_difference_is_taken_at_the_same_epoch(tmp_path, capsys):
     long, short = make_seeds(tmp_path, "long", [[0.5] * 10 + [0.9] * 10]), make_seeds(tmp_path, "s", [[0.4] * 10], lr=1)
     rows = table(capsys, *long, *short, "--baseline", "s-seed0")
-    assert rows[0]["difference to s-seed0 (seeds)"] == "+10.00 (1)"
+    assert rows[0]["difference to s-seed0, last epoch (seeds)"] == "+10.00 (1)"
 
 
 def test_a_baseline_that_is_no_row(tmp_path, capsys):
@@ -519,10 +544,10 @@ def test_validation_selects_and_reestimated_batchnorm_has_a_column(tmp_path, cap
     add_columns(a, val_loss=[2, 1, 0.5], val_acc=[0.4, 0.5, 0.6], test_acc_bn=[0.6, 0.9, 0.75])
     b = make_run(tmp_path / "b")
     rows = table(capsys, a, b)
-    assert rows[0]["best test acc. %"] == "90.00" and rows[0]["at best validation %"] == "70.00"
-    assert rows[0]["BatchNorm re-estimated %"] == "75.00"
-    assert rows[1]["at best validation %"] == rows[1]["BatchNorm re-estimated %"] == "–"
-    assert "at best validation %" not in table(capsys, b)[0]
+    chosen, reestimated = "test acc. %, epoch of best validation", "BatchNorm re-estimated %, last epoch"
+    assert rows[0]["best test acc. %"] == "90.00" and rows[0][chosen] == "70.00" and rows[0][reestimated] == "75.00"
+    assert rows[1][chosen] == rows[1][reestimated] == "–"
+    assert chosen not in table(capsys, b)[0]
     figure = plot.draw({"b": plot.read_run(b), "a": plot.read_run(a)})
     loss, acc, flips = (figure.axes[i].get_lines() for i in (0, 2, 4))
     assert (len(loss), len(acc), len(flips)) == (3, 4, 2)
