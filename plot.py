@@ -13,7 +13,9 @@ without the evaluation after each epoch. The bottom row shows the fraction of th
 the epoch. A full-precision run has no binary weights, and no curve there.
 
 Runs that differ only in --seed (according to their args.json) form a group: one curve, their mean, with a band of ± one
-standard deviation, and one row of the table. A group extends to the last epoch that all of its runs have reached.
+standard deviation, and one row of the table. A group extends to the last epoch that all of its runs have reached. Its
+label is the name of its runs without -seedN or -seedN-2. Groups of the same name also have the flags in which they
+differ: the runs ste-seed0 and ste-seed0-2 of two learning rates are "ste lr 1e-2" and "ste lr 3e-2".
 
 The table has three measures of the spread: ± one standard deviation over the seeds, the 95 % confidence interval of the
 mean accuracy (Student's t), and with --baseline the mean difference to that row with its 95 % confidence interval. The
@@ -209,12 +211,54 @@ def group_runs(folders: list[Path]) -> list[list[int]]:
 
 
 def label_group(labels: list[str]) -> str:
-    """The common beginning of the labels of a group's runs: ste-seed0, ste-seed1  →  'ste'."""
-    if len(labels) == 1:
-        return labels[0]
+    """The labels of a group's runs without the seed, or their common beginning: ste-seed0, ste-seed1-2  →  'ste'."""
+    names = {re.sub(r"-seed\d+(-\d+)?$", "", label) for label in labels}
+    if len(names) == 1:
+        return names.pop() or labels[0]
     common = os.path.commonprefix(labels)  # noqa: RUF071 (the prefix of the characters is wanted)
     common = re.sub(r"([-_ ,.]+(seeds?|s)\d*)?[-_ ,.]*$", "", common, flags=re.IGNORECASE)
     return common or labels[0]
+
+
+def as_typed(value) -> str:
+    """The value of a flag: 0.01  →  '1e-2', [0.9, 0.97]  →  '0.9 0.97'."""
+    if isinstance(value, list):
+        return " ".join(map(as_typed, value))
+    if isinstance(value, float) and 0 < abs(value) < 0.1:
+        return np.format_float_scientific(value, trim="-", exp_digits=1)
+    return str(value)
+
+
+def label_groups(runs: list[list[str]], flags: list[dict]) -> list[str]:
+    """The label of each group: its name, and the flags in which it differs from other groups of that name.
+
+    runs: the labels of each group's runs. flags: the args.json of a run of each group. Where the flags do not tell
+    groups apart, the label of the first run replaces the name.
+    """
+    names = [label_group(labels) for labels in runs]
+
+    def differing(name: str, own: dict) -> str:
+        alike = [other for other_name, other in zip(names, flags, strict=True) if other_name == name]
+        found = [k for k, v in own.items() if k not in NOT_THE_EXPERIMENT and any(o.get(k, v) != v for o in alike)]
+        return "".join(f" {k.replace('_', '-')} {as_typed(own[k])}" for k in found)
+
+    keys = [(name, differing(name, own)) for name, own in zip(names, flags, strict=True)]
+    return [(k[0] if keys.count(k) == 1 else labels[0]) + k[1] for k, labels in zip(keys, runs, strict=True)]
+
+
+def find_row(name: str, flags: dict[str, dict]) -> str:
+    """The label that `name` stands for: it is the label, the folder of one of its runs, or a part of this label alone.
+
+    flags: {label: {folder: {…}, …}}. Raises PlotError if it stands for no label or for several.
+    """
+    path = os.path.abspath(run_path(name))
+    is_run = lambda label: any(name == run.name or path == os.path.abspath(run) for run in flags[label])
+    for fits in (name.__eq__, is_run, lambda label: name in label):
+        found = [label for label in flags if fits(label)]
+        if len(found) == 1:
+            return found[0]
+    what = "more than one" if found else "not a"
+    raise PlotError(f"--baseline {name} is {what} row of the table: give one of {', '.join(found or flags)}")
 
 
 def average(runs: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -268,19 +312,19 @@ def difference(ours: dict, baseline: dict, validated: bool) -> str:
     return f"{np.mean(values):+.2f}{spread} ({len(values)})"
 
 
-def table(groups: dict[str, list[dict]], seeds: dict[str, list], baseline: str | None = None) -> str:
+def table(groups: dict[str, list[dict]], flags: dict[str, dict], baseline: str | None = None) -> str:
     """A Markdown table with one row per group {label: [read_run(folder), …]}, accuracies in %.
 
-    seeds: the seed of each run, {label: [0, 1, …]}; None for an unknown one. baseline: the label of the group that the
-    others are compared with. Raises PlotError if no group has that label.
+    flags: the args.json of each run, {label: {folder: {…}, …}}. baseline: what find_row() finds the row by that the
+    others are compared with.
     """
-    if baseline is not None and baseline not in groups:
-        raise PlotError(f"--baseline {baseline} is not a row of the table: give one of {', '.join(groups)}")
+    if baseline is not None:
+        baseline = find_row(baseline, flags)
     has = lambda column: any(column in run for runs in groups.values() for run in runs)
-    by_seed = {
-        label: {seed: run for seed, run in zip(seeds[label], runs, strict=True) if seed is not None}
-        for label, runs in groups.items()
-    }
+    by_seed = {}
+    for label, runs in groups.items():
+        seeds = [own.get("seed") for own in flags[label].values()]
+        by_seed[label] = {seed: run for seed, run in zip(seeds, runs, strict=True) if isinstance(seed, int)}
     validated = lambda runs: all(np.isfinite(run.get("val_acc", np.nan)).any() for run in runs)
     chosen = all(map(validated, groups.values()))
     at = "epoch of best validation" if chosen else "last epoch"
@@ -314,13 +358,13 @@ def table(groups: dict[str, list[dict]], seeds: dict[str, list], baseline: str |
 def what_differs(groups: dict[str, list[dict]], flags: dict[str, dict]) -> str:
     """A sentence that says in which of COMPARED, and in which number of epochs, the groups differ; "" if in none.
 
-    groups: {label: [read_run(folder), …]}. flags: the args.json of a run of each group, {} if it is not known.
+    groups: {label: [read_run(folder), …]}. flags: the args.json of each run, {label: {folder: {…}, …}}.
     """
     differences = []
     for name in (*COMPARED, "epochs"):
         values = {}  # {value: [label, …]}
         for label, runs in groups.items():
-            known = flags[label] | {"epochs": min(len(run["epoch"]) for run in runs)}
+            known = next(iter(flags[label].values())) | {"epochs": min(len(run["epoch"]) for run in runs)}
             if name in known and (name != "data_dir" or known.get("dataset") in ("folder", "imagenet")):
                 values.setdefault(str(known[name]), []).append(label)
         if len(values) > 1:
@@ -549,15 +593,14 @@ def flags():
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--layers", action="store_true", help="draw heat maps of the layers' flips and bits")
     what.add_argument("--table", action="store_true", help="print a Markdown table and draw nothing")
-    baseline = "--table: the row that the others are compared with, by its name in the table"
+    baseline = "--table: the row that the others are compared with: its label, a part of it, or one of its run folders"
     parser.add_argument("--baseline", metavar="NAME", help=baseline)
     parser.add_argument("--title", metavar="TEXT", default="", help="title of the figure")
     return parser
 
 
-def read_groups(paths: list[Path], finished: bool) -> tuple[dict[str, list[dict]], dict[str, list], dict[str, dict]]:
-    """The runs {label: [read_run(path), …]} of each group, their seeds {label: [0, …]} (None: not known), and the
-    flags of the first of them {label: {…}} ({}: not known).
+def read_groups(paths: list[Path], finished: bool) -> tuple[dict[str, list[dict]], dict[str, dict[Path, dict]]]:
+    """The runs {label: [read_run(path), …]} of each group, and their flags {label: {path: read_flags(path), …}}.
 
     Leaves out runs without an epoch and, if `finished`, those that have not reached their last one; a note on standard
     error says so. Raises Unfinished if no run is left, and PlotError for a run that cannot be read.
@@ -576,16 +619,11 @@ def read_groups(paths: list[Path], finished: bool) -> tuple[dict[str, list[dict]
     for e in left_out:
         print(f"note: left out: {e}", file=sys.stderr)
     paths = list(runs)
-    labels, groups, seeds, flags = label_runs(paths), {}, {}, {}
-    for group in group_runs(paths):
-        label = label_group([labels[i] for i in group])
-        if label in groups or (len(group) > 1 and label in labels):  # the label is taken
-            label = labels[group[0]]
-        groups[label] = [runs[paths[i]] for i in group]
-        flags[label] = read_flags(paths[group[0]])
-        found = [read_flags(paths[i]).get("seed") for i in group]
-        seeds[label] = [seed if isinstance(seed, int) else None for seed in found]
-    return groups, seeds, flags
+    names, groups = label_runs(paths), group_runs(paths)
+    flags = [{paths[i]: read_flags(paths[i]) for i in group} for group in groups]
+    labels = label_groups([[names[i] for i in group] for group in groups], [next(iter(f.values())) for f in flags])
+    flags = dict(zip(labels, flags, strict=True))
+    return {label: [runs[path] for path in flags[label]] for label in labels}, flags
 
 
 def main(argv=None) -> int:
@@ -605,9 +643,9 @@ def main(argv=None) -> int:
         out = Path(args.out or os.path.normpath(paths[0] / ".."))  # `..` rather than .parent: RUN may be "."
         if out.is_dir():
             out = out / ("layers.png" if args.layers else "curves.png")
-        groups, seeds, flags_of = read_groups(paths, finished=args.table)
+        groups, flags_of = read_groups(paths, finished=args.table)
         if args.table:
-            print(table(groups, seeds, args.baseline))
+            print(table(groups, flags_of, args.baseline))
             differences = what_differs(groups, flags_of)
             if differences:
                 print(f"\n{differences}")

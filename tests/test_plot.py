@@ -340,7 +340,7 @@ def test_the_table_gives_mean_and_standard_deviation_over_seeds(tmp_path, capsys
     assert cells[0][3:6] == ["best test acc. %", "test acc. %, last epoch", "training loss, last epoch"]
     # 12 epochs in both: the last and best are 31 and 41; 10/√2 = 7.07
     assert cells[2][:6] == ["ste", "2", "12", "36.00 ± 7.07", "36.00 ± 7.07", "0.6667 ± 0.7071"]
-    assert cells[3][:5] == ["other-seed0", "1", "3", "70.00", "60.00"]
+    assert cells[3][:5] == ["other", "1", "3", "70.00", "60.00"]
 
 
 @pytest.mark.parametrize("flags", [{"lr": 0.2}, {"arch": "resnet8"}])
@@ -386,6 +386,70 @@ def test_a_group_and_a_run_of_its_name_are_both_shown(tmp_path, capsys):
     assert rows == ["ste-seed0", "ste"]
 
 
+def make_sweep(folder: Path, *runs: dict) -> list[str]:
+    """Runs ste-seed0, ste-seed0-2, ste-seed0-3, … with these flags, as the trainers name them."""
+    folders = []
+    for i, flags in enumerate(runs, 1):
+        (made,) = make_seeds(folder / "new", "ste", [[i / 10]], **flags)
+        name = f"ste-seed{flags.get('seed', 0)}"
+        number = 1 + len(list(folder.glob(f"{name}*")))
+        folders.append(str(Path(made).rename(folder / (f"{name}-{number}" if number > 1 else name))))
+    return folders
+
+
+def labels(capsys, *argv) -> list[str]:
+    return [row["run"] for row in table(capsys, *argv)]
+
+
+def test_groups_of_one_name_are_told_apart_by_their_flags(tmp_path, capsys):
+    sweep = [{"lr": 0.01, "workers": 2}, {"lr": 0.3, "device": "cpu"}, {"lr": 0.01, "seed": 1}, {"lr": 0.3, "seed": 1}]
+    folders = make_sweep(tmp_path, *sweep)
+    assert [Path(folder).name for folder in folders] == ["ste-seed0", "ste-seed0-2", "ste-seed1", "ste-seed1-2"]
+    rows = table(capsys, *folders)
+    assert [(row["run"], row["seeds"]) for row in rows] == [("ste lr 1e-2", "2"), ("ste lr 0.3", "2")]
+    assert labels(capsys, *folders[1:]) == ["ste lr 0.3", "ste lr 1e-2"]
+    assert labels(capsys, folders[1]) == labels(capsys, folders[1], folders[3]) == ["ste"]
+    other = make_seeds(tmp_path, "fsg", [[0.5]], lr=0.3, hgs="mamba")
+    assert labels(capsys, *folders, *other) == ["ste lr 1e-2", "ste lr 0.3", "fsg"]
+
+
+def test_flags_of_any_type_tell_groups_apart(tmp_path, capsys):
+    runs = (
+        {"betas": [0.9, 0.97], "no_crop": True, "clip": None},
+        {"betas": [0.9, 0.999], "no_crop": False, "clip": 1e-5},
+    )
+    expected = ["ste betas 0.9 0.97 no-crop True clip None", "ste betas 0.9 0.999 no-crop False clip 1e-5"]
+    assert labels(capsys, *make_sweep(tmp_path, *runs)) == expected
+
+
+def test_runs_that_nothing_but_their_folder_tells_apart(tmp_path, capsys):
+    folders = make_sweep(tmp_path, {}, {}, {"lr": 0.3}, {"extra": 1})
+    assert labels(capsys, *folders[:2]) == ["ste-seed0", "ste-seed0-2"], "a seed run twice"
+    expected = ["ste-seed0 lr 0.1", "ste-seed0-2 lr 0.1", "ste lr 0.3"]
+    assert labels(capsys, *folders[:3]) == expected
+    assert labels(capsys, folders[0], folders[3]) == ["ste-seed0", "ste-seed0-4"], "no flag that both have"
+
+
+def test_the_legend_has_the_labels_of_the_table(tmp_path, monkeypatch):
+    drawn = []
+    draw = plot.draw
+    monkeypatch.setattr(plot, "draw", lambda *args: drawn.append(draw(*args)) or drawn[-1])
+    assert plot.main(make_sweep(tmp_path, {"lr": 0.01}, {"lr": 0.3}, {"lr": 0.3, "seed": 1})) == 0
+    assert legend_texts(drawn[0]) == ["ste lr 1e-2", "ste lr 0.3, 2 seeds"]
+
+
+def test_a_baseline_goes_by_its_label_or_a_part_of_it_or_a_run_folder(tmp_path, capsys, monkeypatch):
+    folders = make_sweep(tmp_path / "runs", {"lr": 0.01}, {"lr": 0.3}, {"lr": 0.01, "seed": 1}, {"lr": 0.3, "seed": 1})
+    monkeypatch.chdir(tmp_path)
+    for name in ("ste lr 0.3", "0.3", "ste-seed0-2", "ste-seed1-2", "runs/ste-seed0-2/", folders[3]):
+        row = table(capsys, *folders, "--baseline", name)[0]
+        assert row["difference to ste lr 0.3, last epoch (seeds)"] == "-10.00 ± 0.00 (2)", name
+    for name in ("ste lr", "ste"):
+        check_error(capsys, ["--table", *folders, "--baseline", name], "more than one row", "ste lr 1e-2, ste lr 0.3")
+    short = make_seeds(tmp_path, "lr", [[0.5]])
+    assert "difference to lr, last epoch (seeds)" in table(capsys, *folders, *short, "--baseline", "lr")[0]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Confidence intervals and paired differences.
 
@@ -414,8 +478,8 @@ def test_the_table_gives_95_percent_intervals_and_differences_paired_by_seed(tmp
     assert differences == ["–", "+2.00 ± 2.48 (3)", "–"]  # 4.303 · 1 / √3
     assert rows[0]["95 % interval, last epoch"] == "45.16 to 94.84"  # 70 ± 4.303 · 10 / √3
     assert rows[2]["95 % interval, last epoch"] == "–"
-    (row,) = [r for r in table(capsys, ste[0], ours[0], "--baseline", "ste-seed0") if r["run"] == "ours-seed0"]
-    assert row["difference to ste-seed0, last epoch (seeds)"] == "+1.00 (1)"
+    (row,) = [r for r in table(capsys, ste[0], ours[0], "--baseline", "ste") if r["run"] == "ours"]
+    assert row["difference to ste, last epoch (seeds)"] == "+1.00 (1)"
 
 
 def test_intervals_and_differences_are_of_the_last_epoch_without_validation(tmp_path, capsys):
@@ -444,8 +508,8 @@ def test_intervals_and_differences_are_of_the_epoch_that_validation_chooses(tmp_
 
 def test_a_difference_is_taken_at_the_same_epoch(tmp_path, capsys):
     long, short = make_seeds(tmp_path, "long", [[0.5] * 10 + [0.9] * 10]), make_seeds(tmp_path, "s", [[0.4] * 10], lr=1)
-    rows = table(capsys, *long, *short, "--baseline", "s-seed0")
-    assert rows[0]["difference to s-seed0, last epoch (seeds)"] == "+10.00 (1)"
+    rows = table(capsys, *long, *short, "--baseline", "s")
+    assert rows[0]["difference to s, last epoch (seeds)"] == "+10.00 (1)"
 
 
 def test_a_baseline_that_is_no_row(tmp_path, capsys):
@@ -467,18 +531,16 @@ def test_the_table_says_what_makes_rows_incomparable(tmp_path, capsys):
     (tmp_path / "paper.csv").write_text(WRITTEN_BY_HAND)
     assert said(*a, tmp_path / "paper.csv") == "", "what a CSV file is of is not known"
     short = make_seeds(tmp_path, "short", [[0.5]], **data)
-    assert said(*a, *b, *short) == (
-        "Not a comparison of methods alone: the rows differ in epochs (2: a, b; 1: short-seed0)."
-    )
+    assert said(*a, *b, *short) == "Not a comparison of methods alone: the rows differ in epochs (2: a, b; 1: short)."
     other = make_seeds(tmp_path, "other", [[0.5, 0.6]], **data | {"dataset": "digits", "arch": "resnet8"})
     text = said(*a, *other, "--baseline", "a")
-    assert "dataset (cifar10: a; digits: other-seed0), arch (resnet20: a; resnet8: other-seed0)" in text
+    assert "dataset (cifar10: a; digits: other), arch (resnet20: a; resnet8: other)" in text
     folders = [
         make_seeds(tmp_path / x, x, [[0.5]], **data | {"dataset": "folder", "data_dir": x})[0] for x in ("cats", "dogs")
     ]
-    assert "data_dir (cats: cats-seed0; dogs: dogs-seed0)" in said(*folders)
+    assert "data_dir (cats: cats; dogs: dogs)" in said(*folders)
     none, some = (make_seeds(tmp_path, f"val{n}", [[0.5, 0.6]], **data, val=n) for n in (0, 5000))
-    assert "val (0: val0-seed0; 5000: val5000-seed0)" in said(*none, *some)
+    assert "val (0: val0; 5000: val5000)" in said(*none, *some)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -518,7 +580,7 @@ def test_the_table_leaves_out_unfinished_runs_with_a_note(tmp_path, capsys):
     limited = make_seeds(tmp_path, "limited", [[0.5, 0.6]], epochs=3, limit_steps=20)  # its last row is of step 20
     assert plot.main(["--table", *done, *running, *limited]) == 0
     said = capsys.readouterr()
-    assert [line.split("|")[1].strip() for line in said.out.splitlines()[2:]] == ["done-seed0", "limited-seed0"]
+    assert [line.split("|")[1].strip() for line in said.out.splitlines()[2:]] == ["done", "limited"]
     assert "running-seed0 is not finished (2 of 3 epochs)" in said.err and said.err.count("\n") == 1
     check_error(capsys, ["--table", *running], "2 of 3 epochs", "resume it")
     assert plot.main(running) == 0, "the figure shows a run that still trains"
