@@ -46,6 +46,7 @@ import os
 import re
 import sys
 import textwrap
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -567,13 +568,18 @@ def draw_heat_map(ax, epochs: np.ndarray, names: list[str], values: np.ndarray, 
 
 def save(figure, path: Path) -> None:
     """Write the figure in the format given by the path's suffix. Raises PlotError if it cannot be written."""
-    image = io.BytesIO()  # the file is written only after drawing has succeeded, so a failure keeps the old file
+    image = io.BytesIO()
     try:
         figure.savefig(image, format=path.suffix[1:])
     except ValueError:
         raise PlotError(f"--out {path} has an unknown format: use a name that ends in .png, .pdf or .svg") from None
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # a failure keeps the old file
     try:
-        path.write_bytes(image.getvalue())
+        try:
+            temporary.write_bytes(image.getvalue())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as e:
         raise PlotError(f"{path} cannot be written ({e.strerror or e}): choose another --out") from None
 

@@ -273,6 +273,34 @@ def test_output_that_cannot_be_written(tmp_path, capsys):
     assert plot.main([run]) == 0  # and the run is as it was
 
 
+def test_a_full_disk_keeps_the_old_figure(tmp_path):
+    run, out = make_run(tmp_path / "a"), tmp_path / "figures" / "c.png"
+    out.parent.mkdir()
+    code = """
+import resource, sys, plot
+save = plot.save
+
+def save_to_full_disk(*args):  # the kernel refuses to let files grow past a limit
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    save(*args)
+
+plot.save = save_to_full_disk
+sys.exit(plot.main(sys.argv[1:]))
+"""
+    argv = [sys.executable, "-c", code, run, "--out", str(out)]
+
+    def check_fails():
+        result = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 1 and result.stderr.startswith(f"error: {out} cannot be written (")
+
+    check_fails()
+    assert list(out.parent.iterdir()) == []
+    assert plot.main([run, "--out", str(out)]) == 0
+    old = out.read_bytes()
+    check_fails()
+    assert list(out.parent.iterdir()) == [out] and out.read_bytes() == old
+
+
 def test_more_runs_than_can_be_told_apart(tmp_path, capsys):
     check_error(capsys, [make_run(tmp_path / f"r{i}", 1) for i in range(29)], "29 runs", "at most 28")
 
