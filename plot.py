@@ -14,7 +14,7 @@ the epoch. A full-precision run has no binary weights, and no curve there.
 
 Runs that differ only in --seed (according to their args.json) form a group: one curve, their mean, with a band of ± one
 standard deviation, and one row of the table. A group extends to the last epoch that all of its runs have reached. Its
-label is the name of its runs without -seedN or -seedN-2. Groups of the same name also have the flags in which they
+label is the name of its runs without -seedN or -seedN-K. Groups of the same name also have the flags in which they
 differ: the runs ste-seed0 and ste-seed0-2 of two learning rates are "ste lr 1e-2" and "ste lr 3e-2".
 
 The table has three measures of the spread: ± one standard deviation over the seeds, the 95 % confidence interval of the
