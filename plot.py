@@ -13,13 +13,16 @@ without the evaluation after each epoch. The bottom row shows the fraction of th
 the epoch. A full-precision run has no binary weights, and no curve there.
 
 Runs that differ only in --seed (according to their args.json) form a group: one curve, their mean, with a band of ± one
-standard deviation, and one row of the table. A group extends to the last epoch that all of its runs have reached.
+standard deviation, and one row of the table. A group extends to the last epoch that all of its runs have reached. Its
+label is the name of its runs without -seedN or -seedN-K. Groups of the same name also have the flags in which they
+differ: the runs ste-seed0 and ste-seed0-2 of two learning rates are "ste lr 1e-2" and "ste lr 3e-2".
 
 The table has three measures of the spread: ± one standard deviation over the seeds, the 95 % confidence interval of the
 mean accuracy (Student's t), and with --baseline the mean difference to that row with its 95 % confidence interval. The
-difference is taken seed by seed, which cancels the effect of the seed on both methods. Runs that have not reached the
-last epoch of their --epochs are left out, with a note. A line below the table says whether the rows are of different
-data sets, networks or numbers of epochs.
+interval and the difference are of the test accuracy of the last epoch. If all runs have val_acc, they are of the epoch
+with the best val_acc instead. The difference is taken seed by seed, which cancels the effect of the seed on both
+methods. Runs that have not reached the last epoch of their --epochs are left out, with a note. A line below the table
+says whether the rows are of different data sets, networks or numbers of epochs.
 
 A RUN is the folder of a run, or a CSV file with the following columns, in any order. Other columns are not used.
 
@@ -43,6 +46,7 @@ import os
 import re
 import sys
 import textwrap
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +60,6 @@ COMPARED = ("dataset", "data_dir", "val", "image_size", "arch")
 
 # Runs of one experiment may differ in these flags.
 NOT_THE_EXPERIMENT = {"seed", "name", "out", "resume", "eval_only", "workers", "save_every", "device", "environment"}
-LAST = 10  # the table averages the test accuracy over this many epochs at the end of a run
 
 # Okabe and Ito's palette for colour-blind readers, without its yellow, which is too pale on white. After the last
 # colour, the colours repeat with the next dash and marker.
@@ -209,12 +212,54 @@ def group_runs(folders: list[Path]) -> list[list[int]]:
 
 
 def label_group(labels: list[str]) -> str:
-    """The common beginning of the labels of a group's runs: ste-seed0, ste-seed1  →  'ste'."""
-    if len(labels) == 1:
-        return labels[0]
+    """The labels of a group's runs without the seed, or their common beginning: ste-seed0, ste-seed1-2  →  'ste'."""
+    names = {re.sub(r"-seed\d+(-\d+)?$", "", label) for label in labels}
+    if len(names) == 1:
+        return names.pop() or labels[0]
     common = os.path.commonprefix(labels)  # noqa: RUF071 (the prefix of the characters is wanted)
     common = re.sub(r"([-_ ,.]+(seeds?|s)\d*)?[-_ ,.]*$", "", common, flags=re.IGNORECASE)
     return common or labels[0]
+
+
+def as_typed(value) -> str:
+    """The value of a flag: 0.01  →  '1e-2', [0.9, 0.97]  →  '0.9 0.97'."""
+    if isinstance(value, list):
+        return " ".join(map(as_typed, value))
+    if isinstance(value, float) and 0 < abs(value) < 0.1:
+        return np.format_float_scientific(value, trim="-", exp_digits=1)
+    return str(value)
+
+
+def label_groups(runs: list[list[str]], flags: list[dict]) -> list[str]:
+    """The label of each group: its name, and the flags in which it differs from other groups of that name.
+
+    runs: the labels of each group's runs. flags: the args.json of a run of each group. Where the flags do not tell
+    groups apart, the label of the first run replaces the name.
+    """
+    names = [label_group(labels) for labels in runs]
+
+    def differing(name: str, own: dict) -> str:
+        alike = [other for other_name, other in zip(names, flags, strict=True) if other_name == name]
+        found = [k for k, v in own.items() if k not in NOT_THE_EXPERIMENT and any(o.get(k, v) != v for o in alike)]
+        return "".join(f" {k.replace('_', '-')} {as_typed(own[k])}" for k in found)
+
+    keys = [(name, differing(name, own)) for name, own in zip(names, flags, strict=True)]
+    return [(k[0] if keys.count(k) == 1 else labels[0]) + k[1] for k, labels in zip(keys, runs, strict=True)]
+
+
+def find_row(name: str, flags: dict[str, dict]) -> str:
+    """The label that `name` stands for: it is the label, the folder of one of its runs, or a part of this label alone.
+
+    flags: {label: {folder: {…}, …}}. Raises PlotError if it stands for no label or for several.
+    """
+    path = os.path.abspath(run_path(name))
+    is_run = lambda label: any(name == run.name or path == os.path.abspath(run) for run in flags[label])
+    for fits in (name.__eq__, is_run, lambda label: name in label):
+        found = [label for label in flags if fits(label)]
+        if len(found) == 1:
+            return found[0]
+    what = "more than one" if found else "not a"
+    raise PlotError(f"--baseline {name} is {what} row of the table: give one of {', '.join(found or flags)}")
 
 
 def average(runs: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -248,13 +293,14 @@ def half_width(values: list[float]) -> float:
     return t * np.std(values, ddof=1) / np.sqrt(n)
 
 
-def accuracy_at_the_end(run: dict, epochs: int, column: str = "test_acc") -> float:
-    """Mean test accuracy in % over the last LAST of that many epochs."""
-    return 100 * run[column][:epochs][-LAST:].mean()
+def accuracy(run: dict, epochs: int, validated: bool, column: str = "test_acc") -> float:
+    """Test accuracy in %: of the last of that many epochs or, if `validated`, of the one with the best val_acc."""
+    at = np.nan_to_num(run["val_acc"][:epochs]).argmax() if validated else epochs - 1
+    return 100 * run[column][at]
 
 
-def difference(ours: dict, baseline: dict) -> str:
-    """Mean difference of the accuracy at the end, in %, paired by seed: '+1.20 ± 0.35 (3)'. Groups: {seed: run}.
+def difference(ours: dict, baseline: dict, validated: bool) -> str:
+    """Mean difference of accuracy(), in %, paired by seed: '+1.20 ± 0.35 (3)'. Groups: {seed: run}.
 
     Only the epochs that all of these runs have count. '–' if the groups have no seed in common.
     """
@@ -262,52 +308,50 @@ def difference(ours: dict, baseline: dict) -> str:
     if not pairs:
         return "–"
     epochs = min(len(run["epoch"]) for pair in pairs for run in pair)
-    values = [accuracy_at_the_end(a, epochs) - accuracy_at_the_end(b, epochs) for a, b in pairs]
+    values = [accuracy(a, epochs, validated) - accuracy(b, epochs, validated) for a, b in pairs]
     spread = f" ± {half_width(values):.2f}" if len(values) > 1 else ""
     return f"{np.mean(values):+.2f}{spread} ({len(values)})"
 
 
-def table(groups: dict[str, list[dict]], seeds: dict[str, list], baseline: str | None = None) -> str:
+def table(groups: dict[str, list[dict]], flags: dict[str, dict], baseline: str | None = None) -> str:
     """A Markdown table with one row per group {label: [read_run(folder), …]}, accuracies in %.
 
-    seeds: the seed of each run, {label: [0, 1, …]}; None for an unknown one. baseline: the label of the group that the
-    others are compared with. Raises PlotError if no group has that label.
+    flags: the args.json of each run, {label: {folder: {…}, …}}. baseline: what find_row() finds the row by that the
+    others are compared with.
     """
-    if baseline is not None and baseline not in groups:
-        raise PlotError(f"--baseline {baseline} is not a row of the table: give one of {', '.join(groups)}")
+    if baseline is not None:
+        baseline = find_row(baseline, flags)
     has = lambda column: any(column in run for runs in groups.values() for run in runs)
-    by_seed = {
-        label: {seed: run for seed, run in zip(seeds[label], runs, strict=True) if seed is not None}
-        for label, runs in groups.items()
-    }
-    rows, last = [], 1
+    by_seed = {}
+    for label, runs in groups.items():
+        seeds = [own.get("seed") for own in flags[label].values()]
+        by_seed[label] = {seed: run for seed, run in zip(seeds, runs, strict=True) if isinstance(seed, int)}
+    validated = lambda runs: all(np.isfinite(run.get("val_acc", np.nan)).any() for run in runs)
+    chosen = all(map(validated, groups.values()))
+    at = "epoch of best validation" if chosen else "last epoch"
+    rows = []
     for label, runs in groups.items():
         epochs = min(len(run["epoch"]) for run in runs)
-        last = max(last, min(LAST, epochs))
-        end = [accuracy_at_the_end(run, epochs) for run in runs]
+        measured = [accuracy(run, epochs, chosen) for run in runs]
         row = {"run": label.replace("|", "\\|"), "seeds": f"{len(runs)}", "epochs": f"{epochs}"}
         row["best test acc. %"] = mean_and_spread([100 * run["test_acc"][:epochs].max() for run in runs], 2)
-        row["end"] = mean_and_spread(end, 2)
-        row["training loss"] = mean_and_spread([run["train_loss"][epochs - 1] for run in runs], 4)
-        low, high = (np.mean(end) + sign * half_width(end) for sign in (-1, 1)) if len(runs) > 1 else (0, 0)
-        row["95 % interval"] = f"{low:.2f} to {high:.2f}" if len(runs) > 1 else "–"
+        row["test acc. %, last epoch"] = mean_and_spread([accuracy(run, epochs, False) for run in runs], 2)
+        row["training loss, last epoch"] = mean_and_spread([run["train_loss"][epochs - 1] for run in runs], 4)
         if has("val_acc"):
-            known = all("val_acc" in run and np.isfinite(run["val_acc"][:epochs]).any() for run in runs)
-            chosen = [100 * run["test_acc"][np.nanargmax(run["val_acc"][:epochs])] for run in runs] if known else []
-            row["at best validation %"] = mean_and_spread(chosen, 2) if known else "–"
+            found = [accuracy(run, epochs, True) for run in runs] if validated(runs) else []
+            row["test acc. %, epoch of best validation"] = mean_and_spread(found, 2) if found else "–"
+        low, high = (np.mean(measured) + sign * half_width(measured) for sign in (-1, 1)) if len(runs) > 1 else (0, 0)
+        row[f"95 % interval, {at}"] = f"{low:.2f} to {high:.2f}" if len(runs) > 1 else "–"
         if has("test_acc_bn"):
             known = all("test_acc_bn" in run for run in runs)
-            found = [accuracy_at_the_end(run, epochs, "test_acc_bn") for run in runs] if known else []
-            row["BatchNorm re-estimated %"] = mean_and_spread(found, 2) if known else "–"
+            found = [accuracy(run, epochs, chosen, "test_acc_bn") for run in runs] if known else []
+            row[f"BatchNorm re-estimated %, {at}"] = mean_and_spread(found, 2) if known else "–"
         if baseline is not None:
-            known = label != baseline
-            row[f"difference to {baseline} (seeds)"] = difference(by_seed[label], by_seed[baseline]) if known else "–"
+            paired = "–" if label == baseline else difference(by_seed[label], by_seed[baseline], chosen)
+            row[f"difference to {baseline}, {at} (seeds)"] = paired
         row["hours"] = f"{np.mean([run['time'][epochs - 1] for run in runs]) / 3600:.2f}"
         rows.append(row)
     head = [name.replace("|", "\\|") for name in rows[0]]
-    ending = f"last {last} epochs" if last > 1 else "last epoch"
-    head[head.index("end")] = f"{ending} %"
-    head[head.index("95 % interval")] = f"95 % interval, {ending}"
     lines = [head, ["---"] * len(head), *(row.values() for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -315,13 +359,13 @@ def table(groups: dict[str, list[dict]], seeds: dict[str, list], baseline: str |
 def what_differs(groups: dict[str, list[dict]], flags: dict[str, dict]) -> str:
     """A sentence that says in which of COMPARED, and in which number of epochs, the groups differ; "" if in none.
 
-    groups: {label: [read_run(folder), …]}. flags: the args.json of a run of each group, {} if it is not known.
+    groups: {label: [read_run(folder), …]}. flags: the args.json of each run, {label: {folder: {…}, …}}.
     """
     differences = []
     for name in (*COMPARED, "epochs"):
         values = {}  # {value: [label, …]}
         for label, runs in groups.items():
-            known = flags[label] | {"epochs": min(len(run["epoch"]) for run in runs)}
+            known = next(iter(flags[label].values())) | {"epochs": min(len(run["epoch"]) for run in runs)}
             if name in known and (name != "data_dir" or known.get("dataset") in ("folder", "imagenet")):
                 values.setdefault(str(known[name]), []).append(label)
         if len(values) > 1:
@@ -524,13 +568,18 @@ def draw_heat_map(ax, epochs: np.ndarray, names: list[str], values: np.ndarray, 
 
 def save(figure, path: Path) -> None:
     """Write the figure in the format given by the path's suffix. Raises PlotError if it cannot be written."""
-    image = io.BytesIO()  # the file is written only after drawing has succeeded, so a failure keeps the old file
+    image = io.BytesIO()
     try:
         figure.savefig(image, format=path.suffix[1:])
     except ValueError:
         raise PlotError(f"--out {path} has an unknown format: use a name that ends in .png, .pdf or .svg") from None
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # a failure keeps the old file
     try:
-        path.write_bytes(image.getvalue())
+        try:
+            temporary.write_bytes(image.getvalue())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as e:
         raise PlotError(f"{path} cannot be written ({e.strerror or e}): choose another --out") from None
 
@@ -550,15 +599,14 @@ def flags():
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--layers", action="store_true", help="draw heat maps of the layers' flips and bits")
     what.add_argument("--table", action="store_true", help="print a Markdown table and draw nothing")
-    baseline = "--table: the row that the others are compared with, by its name in the table"
+    baseline = "--table: the row that the others are compared with: its label, a part of it, or one of its run folders"
     parser.add_argument("--baseline", metavar="NAME", help=baseline)
     parser.add_argument("--title", metavar="TEXT", default="", help="title of the figure")
     return parser
 
 
-def read_groups(paths: list[Path], finished: bool) -> tuple[dict[str, list[dict]], dict[str, list], dict[str, dict]]:
-    """The runs {label: [read_run(path), …]} of each group, their seeds {label: [0, …]} (None: not known), and the
-    flags of the first of them {label: {…}} ({}: not known).
+def read_groups(paths: list[Path], finished: bool) -> tuple[dict[str, list[dict]], dict[str, dict[Path, dict]]]:
+    """The runs {label: [read_run(path), …]} of each group, and their flags {label: {path: read_flags(path), …}}.
 
     Leaves out runs without an epoch and, if `finished`, those that have not reached their last one; a note on standard
     error says so. Raises Unfinished if no run is left, and PlotError for a run that cannot be read.
@@ -577,16 +625,11 @@ def read_groups(paths: list[Path], finished: bool) -> tuple[dict[str, list[dict]
     for e in left_out:
         print(f"note: left out: {e}", file=sys.stderr)
     paths = list(runs)
-    labels, groups, seeds, flags = label_runs(paths), {}, {}, {}
-    for group in group_runs(paths):
-        label = label_group([labels[i] for i in group])
-        if label in groups or (len(group) > 1 and label in labels):  # the label is taken
-            label = labels[group[0]]
-        groups[label] = [runs[paths[i]] for i in group]
-        flags[label] = read_flags(paths[group[0]])
-        found = [read_flags(paths[i]).get("seed") for i in group]
-        seeds[label] = [seed if isinstance(seed, int) else None for seed in found]
-    return groups, seeds, flags
+    names, groups = label_runs(paths), group_runs(paths)
+    flags = [{paths[i]: read_flags(paths[i]) for i in group} for group in groups]
+    labels = label_groups([[names[i] for i in group] for group in groups], [next(iter(f.values())) for f in flags])
+    flags = dict(zip(labels, flags, strict=True))
+    return {label: [runs[path] for path in flags[label]] for label in labels}, flags
 
 
 def main(argv=None) -> int:
@@ -606,9 +649,9 @@ def main(argv=None) -> int:
         out = Path(args.out or os.path.normpath(paths[0] / ".."))  # `..` rather than .parent: RUN may be "."
         if out.is_dir():
             out = out / ("layers.png" if args.layers else "curves.png")
-        groups, seeds, flags_of = read_groups(paths, finished=args.table)
+        groups, flags_of = read_groups(paths, finished=args.table)
         if args.table:
-            print(table(groups, seeds, args.baseline))
+            print(table(groups, flags_of, args.baseline))
             differences = what_differs(groups, flags_of)
             if differences:
                 print(f"\n{differences}")

@@ -273,6 +273,34 @@ def test_output_that_cannot_be_written(tmp_path, capsys):
     assert plot.main([run]) == 0  # and the run is as it was
 
 
+def test_a_full_disk_keeps_the_old_figure(tmp_path):
+    run, out = make_run(tmp_path / "a"), tmp_path / "figures" / "c.png"
+    out.parent.mkdir()
+    code = """
+import resource, sys, plot
+save = plot.save
+
+def save_to_full_disk(*args):  # the kernel refuses to let files grow past a limit
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    save(*args)
+
+plot.save = save_to_full_disk
+sys.exit(plot.main(sys.argv[1:]))
+"""
+    argv = [sys.executable, "-c", code, run, "--out", str(out)]
+
+    def check_fails():
+        result = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 1 and result.stderr.startswith(f"error: {out} cannot be written (")
+
+    check_fails()
+    assert list(out.parent.iterdir()) == []
+    assert plot.main([run, "--out", str(out)]) == 0
+    old = out.read_bytes()
+    check_fails()
+    assert list(out.parent.iterdir()) == [out] and out.read_bytes() == old
+
+
 def test_more_runs_than_can_be_told_apart(tmp_path, capsys):
     check_error(capsys, [make_run(tmp_path / f"r{i}", 1) for i in range(29)], "29 runs", "at most 28")
 
@@ -337,10 +365,10 @@ def test_the_table_gives_mean_and_standard_deviation_over_seeds(tmp_path, capsys
     head, line, *rows = capsys.readouterr().out.partition("\n\n")[0].split("\n")
     cells = [[cell.strip() for cell in text.strip("|").split("|")] for text in (head, line, *rows)]
     assert len({len(c) for c in cells}) == 1 and set(cells[1]) == {"---"}
-    assert cells[0][4] == "last 10 epochs %"
-    # 12 epochs in both: best 31 and 41, last ten 20 + mean(2 … 11) and 10 more; 10/√2 = 7.07
-    assert cells[2][:6] == ["ste", "2", "12", "36.00 ± 7.07", "31.50 ± 7.07", "0.6667 ± 0.7071"]
-    assert cells[3][:5] == ["other-seed0", "1", "3", "70.00", "60.00"]
+    assert cells[0][3:6] == ["best test acc. %", "test acc. %, last epoch", "training loss, last epoch"]
+    # 12 epochs in both: the last and best are 31 and 41; 10/√2 = 7.07
+    assert cells[2][:6] == ["ste", "2", "12", "36.00 ± 7.07", "36.00 ± 7.07", "0.6667 ± 0.7071"]
+    assert cells[3][:5] == ["other", "1", "3", "70.00", "60.00"]
 
 
 @pytest.mark.parametrize("flags", [{"lr": 0.2}, {"arch": "resnet8"}])
@@ -386,6 +414,70 @@ def test_a_group_and_a_run_of_its_name_are_both_shown(tmp_path, capsys):
     assert rows == ["ste-seed0", "ste"]
 
 
+def make_sweep(folder: Path, *runs: dict) -> list[str]:
+    """Runs ste-seed0, ste-seed0-2, ste-seed0-3, … with these flags, as the trainers name them."""
+    folders = []
+    for i, flags in enumerate(runs, 1):
+        (made,) = make_seeds(folder / "new", "ste", [[i / 10]], **flags)
+        name = f"ste-seed{flags.get('seed', 0)}"
+        number = 1 + len(list(folder.glob(f"{name}*")))
+        folders.append(str(Path(made).rename(folder / (f"{name}-{number}" if number > 1 else name))))
+    return folders
+
+
+def labels(capsys, *argv) -> list[str]:
+    return [row["run"] for row in table(capsys, *argv)]
+
+
+def test_groups_of_one_name_are_told_apart_by_their_flags(tmp_path, capsys):
+    sweep = [{"lr": 0.01, "workers": 2}, {"lr": 0.3, "device": "cpu"}, {"lr": 0.01, "seed": 1}, {"lr": 0.3, "seed": 1}]
+    folders = make_sweep(tmp_path, *sweep)
+    assert [Path(folder).name for folder in folders] == ["ste-seed0", "ste-seed0-2", "ste-seed1", "ste-seed1-2"]
+    rows = table(capsys, *folders)
+    assert [(row["run"], row["seeds"]) for row in rows] == [("ste lr 1e-2", "2"), ("ste lr 0.3", "2")]
+    assert labels(capsys, *folders[1:]) == ["ste lr 0.3", "ste lr 1e-2"]
+    assert labels(capsys, folders[1]) == labels(capsys, folders[1], folders[3]) == ["ste"]
+    other = make_seeds(tmp_path, "fsg", [[0.5]], lr=0.3, hgs="mamba")
+    assert labels(capsys, *folders, *other) == ["ste lr 1e-2", "ste lr 0.3", "fsg"]
+
+
+def test_flags_of_any_type_tell_groups_apart(tmp_path, capsys):
+    runs = (
+        {"betas": [0.9, 0.97], "no_crop": True, "clip": None},
+        {"betas": [0.9, 0.999], "no_crop": False, "clip": 1e-5},
+    )
+    expected = ["ste betas 0.9 0.97 no-crop True clip None", "ste betas 0.9 0.999 no-crop False clip 1e-5"]
+    assert labels(capsys, *make_sweep(tmp_path, *runs)) == expected
+
+
+def test_runs_that_nothing_but_their_folder_tells_apart(tmp_path, capsys):
+    folders = make_sweep(tmp_path, {}, {}, {"lr": 0.3}, {"extra": 1})
+    assert labels(capsys, *folders[:2]) == ["ste-seed0", "ste-seed0-2"], "a seed run twice"
+    expected = ["ste-seed0 lr 0.1", "ste-seed0-2 lr 0.1", "ste lr 0.3"]
+    assert labels(capsys, *folders[:3]) == expected
+    assert labels(capsys, folders[0], folders[3]) == ["ste-seed0", "ste-seed0-4"], "no flag that both have"
+
+
+def test_the_legend_has_the_labels_of_the_table(tmp_path, monkeypatch):
+    drawn = []
+    draw = plot.draw
+    monkeypatch.setattr(plot, "draw", lambda *args: drawn.append(draw(*args)) or drawn[-1])
+    assert plot.main(make_sweep(tmp_path, {"lr": 0.01}, {"lr": 0.3}, {"lr": 0.3, "seed": 1})) == 0
+    assert legend_texts(drawn[0]) == ["ste lr 1e-2", "ste lr 0.3, 2 seeds"]
+
+
+def test_a_baseline_goes_by_its_label_or_a_part_of_it_or_a_run_folder(tmp_path, capsys, monkeypatch):
+    folders = make_sweep(tmp_path / "runs", {"lr": 0.01}, {"lr": 0.3}, {"lr": 0.01, "seed": 1}, {"lr": 0.3, "seed": 1})
+    monkeypatch.chdir(tmp_path)
+    for name in ("ste lr 0.3", "0.3", "ste-seed0-2", "ste-seed1-2", "runs/ste-seed0-2/", folders[3]):
+        row = table(capsys, *folders, "--baseline", name)[0]
+        assert row["difference to ste lr 0.3, last epoch (seeds)"] == "-10.00 ± 0.00 (2)", name
+    for name in ("ste lr", "ste"):
+        check_error(capsys, ["--table", *folders, "--baseline", name], "more than one row", "ste lr 1e-2, ste lr 0.3")
+    short = make_seeds(tmp_path, "lr", [[0.5]])
+    assert "difference to lr, last epoch (seeds)" in table(capsys, *folders, *short, "--baseline", "lr")[0]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Confidence intervals and paired differences.
 
@@ -410,17 +502,42 @@ def test_the_table_gives_95_percent_intervals_and_differences_paired_by_seed(tmp
     alone = make_run(tmp_path / "alone")
     rows = table(capsys, *ste, *ours, alone, "--baseline", "ste")
     assert [row["run"] for row in rows] == ["ste", "ours", "alone"]
-    assert [row["difference to ste (seeds)"] for row in rows] == ["–", "+2.00 ± 2.48 (3)", "–"]  # 4.303 · 1 / √3
-    assert rows[0]["95 % interval, last 3 epochs"] == "45.16 to 94.84"  # 70 ± 4.303 · 10 / √3
-    assert rows[2]["95 % interval, last 3 epochs"] == "–"
-    (row,) = [r for r in table(capsys, ste[0], ours[0], "--baseline", "ste-seed0") if r["run"] == "ours-seed0"]
-    assert row["difference to ste-seed0 (seeds)"] == "+1.00 (1)"
+    differences = [row["difference to ste, last epoch (seeds)"] for row in rows]
+    assert differences == ["–", "+2.00 ± 2.48 (3)", "–"]  # 4.303 · 1 / √3
+    assert rows[0]["95 % interval, last epoch"] == "45.16 to 94.84"  # 70 ± 4.303 · 10 / √3
+    assert rows[2]["95 % interval, last epoch"] == "–"
+    (row,) = [r for r in table(capsys, ste[0], ours[0], "--baseline", "ste") if r["run"] == "ours"]
+    assert row["difference to ste, last epoch (seeds)"] == "+1.00 (1)"
+
+
+def test_intervals_and_differences_are_of_the_last_epoch_without_validation(tmp_path, capsys):
+    slow = make_seeds(tmp_path, "slow", [[0.1, 0.2, 0.80], [0.1, 0.2, 0.82]])  # behind at first, and ahead at the end
+    fast = make_seeds(tmp_path, "fast", [[0.6, 0.7, 0.78], [0.6, 0.7, 0.78]], lr=0.2)
+    add_columns(slow[0], val_acc=[0.5, 0.4, 0.3])  # one run's choice of an epoch does not count
+    first = table(capsys, *slow, *fast, "--baseline", "fast")[0]
+    assert first["test acc. %, last epoch"] == "81.00 ± 1.41"
+    assert first["95 % interval, last epoch"] == "68.29 to 93.71"  # 81 ± 12.706 · √2 / √2
+    assert first["difference to fast, last epoch (seeds)"] == "+3.00 ± 12.71 (2)"
+    assert first["test acc. %, epoch of best validation"] == "–"
+
+
+def test_intervals_and_differences_are_of_the_epoch_that_validation_chooses(tmp_path, capsys):
+    a = make_seeds(tmp_path, "a", [[0.5, 0.80, 0.1], [0.82, 0.5, 0.9]])
+    b = make_seeds(tmp_path, "b", [[0.5, 0.6, 0.78], [0.78, 0.6, 0.5]], lr=0.2)
+    for run, val_acc in zip((*a, *b), ([1, 3, 2], [3, 1, 2], [1, 2, 3], [3, 3, 1]), strict=True):
+        add_columns(run, val_acc=val_acc, test_acc_bn=[0.1, 0.2, 0.3])
+    row = table(capsys, *a, *b, "--baseline", "b")[0]
+    assert row["test acc. %, last epoch"] == "50.00 ± 56.57"
+    assert row["test acc. %, epoch of best validation"] == "81.00 ± 1.41"
+    assert row["95 % interval, epoch of best validation"] == "68.29 to 93.71"
+    assert row["difference to b, epoch of best validation (seeds)"] == "+3.00 ± 12.71 (2)"
+    assert row["BatchNorm re-estimated %, epoch of best validation"] == "15.00 ± 7.07"
 
 
 def test_a_difference_is_taken_at_the_same_epoch(tmp_path, capsys):
     long, short = make_seeds(tmp_path, "long", [[0.5] * 10 + [0.9] * 10]), make_seeds(tmp_path, "s", [[0.4] * 10], lr=1)
-    rows = table(capsys, *long, *short, "--baseline", "s-seed0")
-    assert rows[0]["difference to s-seed0 (seeds)"] == "+10.00 (1)"
+    rows = table(capsys, *long, *short, "--baseline", "s")
+    assert rows[0]["difference to s, last epoch (seeds)"] == "+10.00 (1)"
 
 
 def test_a_baseline_that_is_no_row(tmp_path, capsys):
@@ -442,18 +559,16 @@ def test_the_table_says_what_makes_rows_incomparable(tmp_path, capsys):
     (tmp_path / "paper.csv").write_text(WRITTEN_BY_HAND)
     assert said(*a, tmp_path / "paper.csv") == "", "what a CSV file is of is not known"
     short = make_seeds(tmp_path, "short", [[0.5]], **data)
-    assert said(*a, *b, *short) == (
-        "Not a comparison of methods alone: the rows differ in epochs (2: a, b; 1: short-seed0)."
-    )
+    assert said(*a, *b, *short) == "Not a comparison of methods alone: the rows differ in epochs (2: a, b; 1: short)."
     other = make_seeds(tmp_path, "other", [[0.5, 0.6]], **data | {"dataset": "digits", "arch": "resnet8"})
     text = said(*a, *other, "--baseline", "a")
-    assert "dataset (cifar10: a; digits: other-seed0), arch (resnet20: a; resnet8: other-seed0)" in text
+    assert "dataset (cifar10: a; digits: other), arch (resnet20: a; resnet8: other)" in text
     folders = [
         make_seeds(tmp_path / x, x, [[0.5]], **data | {"dataset": "folder", "data_dir": x})[0] for x in ("cats", "dogs")
     ]
-    assert "data_dir (cats: cats-seed0; dogs: dogs-seed0)" in said(*folders)
+    assert "data_dir (cats: cats; dogs: dogs)" in said(*folders)
     none, some = (make_seeds(tmp_path, f"val{n}", [[0.5, 0.6]], **data, val=n) for n in (0, 5000))
-    assert "val (0: val0-seed0; 5000: val5000-seed0)" in said(*none, *some)
+    assert "val (0: val0; 5000: val5000)" in said(*none, *some)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -493,7 +608,7 @@ def test_the_table_leaves_out_unfinished_runs_with_a_note(tmp_path, capsys):
     limited = make_seeds(tmp_path, "limited", [[0.5, 0.6]], epochs=3, limit_steps=20)  # its last row is of step 20
     assert plot.main(["--table", *done, *running, *limited]) == 0
     said = capsys.readouterr()
-    assert [line.split("|")[1].strip() for line in said.out.splitlines()[2:]] == ["done-seed0", "limited-seed0"]
+    assert [line.split("|")[1].strip() for line in said.out.splitlines()[2:]] == ["done", "limited"]
     assert "running-seed0 is not finished (2 of 3 epochs)" in said.err and said.err.count("\n") == 1
     check_error(capsys, ["--table", *running], "2 of 3 epochs", "resume it")
     assert plot.main(running) == 0, "the figure shows a run that still trains"
@@ -519,10 +634,10 @@ def test_validation_selects_and_reestimated_batchnorm_has_a_column(tmp_path, cap
     add_columns(a, val_loss=[2, 1, 0.5], val_acc=[0.4, 0.5, 0.6], test_acc_bn=[0.6, 0.9, 0.75])
     b = make_run(tmp_path / "b")
     rows = table(capsys, a, b)
-    assert rows[0]["best test acc. %"] == "90.00" and rows[0]["at best validation %"] == "70.00"
-    assert rows[0]["BatchNorm re-estimated %"] == "75.00"
-    assert rows[1]["at best validation %"] == rows[1]["BatchNorm re-estimated %"] == "–"
-    assert "at best validation %" not in table(capsys, b)[0]
+    chosen, reestimated = "test acc. %, epoch of best validation", "BatchNorm re-estimated %, last epoch"
+    assert rows[0]["best test acc. %"] == "90.00" and rows[0][chosen] == "70.00" and rows[0][reestimated] == "75.00"
+    assert rows[1][chosen] == rows[1][reestimated] == "–"
+    assert chosen not in table(capsys, b)[0]
     figure = plot.draw({"b": plot.read_run(b), "a": plot.read_run(a)})
     loss, acc, flips = (figure.axes[i].get_lines() for i in (0, 2, 4))
     assert (len(loss), len(acc), len(flips)) == (3, 4, 2)
