@@ -527,7 +527,9 @@ def scan_folder(root: Path, log) -> tuple[list[str], dict[str, tuple[list[str], 
             images["val"] = scan_split(root / "val", ignored)
             held_out, other = other, held_out
     except OSError as e:
-        raise DataError(f"the folder {e.filename} cannot be read ({e.strerror}): make it readable, or delete it") from None
+        raise DataError(
+            f"the folder {e.filename} cannot be read ({e.strerror}): make it readable, or delete it"
+        ) from None
     if not images["train"] or not images[held_out]:
         raise DataError(
             f"no images in {root}: put them into class folders, {root / 'train'}/CLASS and {root / 'test'}/CLASS (or "

@@ -60,6 +60,7 @@ COMPARED = ("dataset", "data_dir", "val", "image_size", "arch")
 
 # Runs of one experiment may differ in these flags.
 NOT_THE_EXPERIMENT = {"seed", "name", "out", "resume", "eval_only", "workers", "save_every", "device", "environment"}
+NOT_THE_EXPERIMENT |= {"tensorboard", "wandb"}
 
 # Okabe and Ito's palette for colour-blind readers, without its yellow, which is too pale on white. After the last
 # colour, the colours repeat with the next dash and marker.
@@ -334,7 +335,6 @@ def table(groups: dict[str, list[dict]], flags: dict[str, dict], baseline: str |
         epochs = min(len(run["epoch"]) for run in runs)
         measured = [accuracy(run, epochs, chosen) for run in runs]
         row = {"run": label.replace("|", "\\|"), "seeds": f"{len(runs)}", "epochs": f"{epochs}"}
-        row["best test acc. %"] = mean_and_spread([100 * run["test_acc"][:epochs].max() for run in runs], 2)
         row["test acc. %, last epoch"] = mean_and_spread([accuracy(run, epochs, False) for run in runs], 2)
         row["training loss, last epoch"] = mean_and_spread([run["train_loss"][epochs - 1] for run in runs], 4)
         if has("val_acc"):

@@ -109,8 +109,8 @@ def test_what_is_no_packed_file_is_refused_and_not_executed(folder, address, tmp
 
     fake_hub(monkeypatch, fails)
     assert "no route to host" in refused("some-one/net")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert "pip install huggingface_hub" in refused("some-one/net")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "some-one").mkdir()
     assert "no file" in refused("some-one/net"), "a mistyped path is not looked for on the Hub"
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert "pip install huggingface_hub" in refused("some-one/net")
