@@ -8,12 +8,12 @@
     python experiments.py protocol -- --dataset folder --data-dir my/cifar10 --pretrained runs/fp32/best.pt
 
 A grid is a list of searches; add yours to GRIDS. A search trains one method at each of its learning rates with seed 0.
-The learning rates whose validation accuracy at the end of the run is at most 0.5 points below the best are then trained
-with the other seeds, because one seed cannot tell them apart. The result of the search is the one with the best mean
-validation accuracy. Nothing is chosen on the test images. A command whose row is in the CSV file is not run again, and
-an interrupted run resumes where it stopped. So repeat the command until the grid is complete. On CPUs two runs at a
-time share the cores (--jobs); on GPUs each GPU has one run. When a run fails, the others continue, the error is
-reported at the end and the exit code is 1. For other images or flags choose another --results folder.
+The learning rates whose validation accuracy at the end of the run is within one standard error of the best are then
+trained with the other seeds. The result of the search is the rate with the best mean validation accuracy. Nothing is
+chosen on the test images. A command whose row is in the CSV file is not run again, and an interrupted run resumes where
+it stopped. So repeat the command until the grid is complete. On CPUs two runs at a time share the cores (--jobs); on
+GPUs each GPU has one run. When a run fails, the others continue, the error is reported at the end and the exit code is
+1. For other images or flags choose another --results folder.
 
 results/NAME.csv has one row per run: the command, its seed, the seconds of training, and these values of the last
 epoch: training loss, validation and test accuracy, test accuracy with BatchNorm statistics of the last weights, and the
@@ -28,6 +28,7 @@ import argparse
 import concurrent.futures
 import csv
 import hashlib
+import math
 import os
 import queue
 import re
@@ -46,9 +47,6 @@ from runs import RunError, replacing
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The grids: lists of searches.
-
-
-CLOSE = 0.005  # difference of validation accuracies that one seed does not resolve
 
 
 class Search(NamedTuple):
@@ -244,10 +242,11 @@ def run_one(command: str, out: Path, slots: Slots) -> dict:
 
 
 def best_rates(search: Search, rows: dict[str, dict], command) -> list[str]:
-    """The learning rates with the best validation accuracies at the first seed, all within CLOSE of the best.
+    """The learning rates whose validation accuracy at the first seed is within one standard error of the best.
 
-    The list is empty if some rates have not been tried, or if no run has a validation accuracy.
-    command: turns flags into the command line under which `rows` has them.
+    The standard error of an accuracy p on n images is √(p (1 − p) / n). The list is empty if some rates have not been
+    tried, or if no run has a validation accuracy. command: turns flags into the command line under which `rows` has
+    them.
     """
     tried = {rate: rows.get(command(search.at(rate, search.seeds[0]))) for rate in search.rates}
     if not all(tried.values()):
@@ -256,7 +255,11 @@ def best_rates(search: Search, rows: dict[str, dict], command) -> list[str]:
         return list(search.rates)
     accuracies = {rate: float(row["val_acc"]) for rate, row in tried.items()}
     known = [accuracy for accuracy in accuracies.values() if accuracy == accuracy]  # not NaN
-    return [rate for rate, accuracy in accuracies.items() if known and accuracy >= max(known) - CLOSE]
+    if not known:
+        return []
+    best, images = max(known), int(re.findall(r"--val[ =](\d+)", command(search.command))[-1])
+    error = math.sqrt(best * (1 - best) / images)
+    return [rate for rate, accuracy in accuracies.items() if accuracy >= best - error]
 
 
 def commands_of(grid: list[Search], rows: dict[str, dict], command) -> list[str]:
