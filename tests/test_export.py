@@ -410,7 +410,6 @@ def test_bad_input(binary_run, tmp_path, monkeypatch):
     assert "there is no file" in sentence(tmp_path / "none.safetensors", "--to", "c")
     assert "--half" in sentence(binary_run, "--to", "c", "--half")
     assert "--images" in sentence(binary_run, "--to", "c", "--images", "0")
-    assert "could not be written" in sentence(binary_run, "--to", "bits", "--out", tmp_path / "no" / "folder")
     assert "could not be written" in sentence(binary_run, "--to", "bits", "--out", tmp_path / ("x" * 300))
     assert "name of a file" in sentence(binary_run, "--to", "bits", "--out", "/")
 
@@ -544,6 +543,16 @@ def test_two_exports_at_once(tmp_path):
         export.write(tmp_path / "net.onnx", b"another format")
     assert (tmp_path / "net.c").read_bytes() == b"first, which ends last"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["net.c", "net.onnx"]
+
+
+def test_a_missing_folder_is_made(tmp_path):
+    export.write(tmp_path / "missing" / "dir" / "net.c", b"made")
+    assert (tmp_path / "missing" / "dir" / "net.c").read_bytes() == b"made"
+    (tmp_path / "file").write_text("not a folder")
+    for path in (tmp_path / "file" / "net.c", tmp_path / "file" / "dir" / "net.c", tmp_path / ("x" * 255)):
+        with pytest.raises(runs.RunError, match=r"could not be written.*: (give another folder|make room)") as error:
+            export.write(path, b"")
+        assert ".tmp" not in str(error.value) and "Errno" not in str(error.value)
 
 
 def test_a_checkpoint_is_never_overwritten(binary_run, tmp_path):
