@@ -5,7 +5,8 @@ In your own code, for any network made with binarize_() or models.build():
     export.save_bits(net, "net.safetensors")     # 1 bit per binary weight
     net = export.load_bits("net.safetensors", MyNetwork())     # after binarize_(); the same logits, bit for bit
     export.to_onnx(net, "net.onnx", example)     # example: a batch of inputs    (pip install onnx onnxruntime)
-    export.to_c(net, "net.c", example)           # one C99 file: void net_predict(const float *image, float *logits)
+    export.to_c(net, "net.c", example)           # one C99 file: void net_predict(const float *image, float *logits);
+                                                 # and its header, net.h
 
 For a run of a trainer, use the command. It checks the file on the test images. It exits with 0 only if the file and
 PyTorch make equal predictions (with ONNX and C for 99.9 % of the images, because other machines round in other ways
@@ -13,7 +14,7 @@ than PyTorch; with --half for 99 %):
 
     python export.py runs/NAME --to bits         # runs/NAME/NAME.safetensors
     python export.py runs/NAME --to onnx
-    python export.py runs/NAME --to c
+    python export.py runs/NAME --to c            # runs/NAME/NAME.c and its header NAME.h
     python export.py runs/NAME --to hub-folder   # runs/NAME/hub: the packed bits and a model card
     python export.py runs/NAME --bench           # ms per image: PyTorch, onnxruntime (float32 and int8), the C file
 
@@ -56,7 +57,7 @@ import export_c
 import export_onnx
 import models
 import runs
-from export_bits import frozen, load_bits, one_line, read_bits, save_bits, write
+from export_bits import frozen, load_bits, one_line, read_bits, save_bits, write, write_all
 from runs import RunError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -272,7 +273,7 @@ def to_c(
     about: str = "a binary network",
     name: str = "net",
 ) -> tuple[int, int]:
-    """Write one C99 file with the function NAME_predict(const float *image, float *logits).
+    """Write one C99 file with the function NAME_predict(const float *image, float *logits), and its header beside it.
 
     example: a batch of inputs, [B, C, H, W] for images.
     normalisation: see `save_bits`. With it, net_predict() takes pixels of 0 to 255. Without it, net_predict() takes the
@@ -280,12 +281,22 @@ def to_c(
     about: a few words for the comment at the top of the file.
     name: the prefix of all names in the file, so that a program can contain several networks.
 
-    Returns the bytes of its constants (flash, besides the code) and of its buffers (RAM).
-    Raises RunError if the file cannot be written, or if export_c.py has no rule for some layers.
+    Returns the bytes of its constants (flash, besides the code) and of its buffers (RAM, besides the image and the
+    stack). Raises RunError if a file cannot be written, if the header would replace a file that this script did not
+    write, or if export_c.py has no rule for some layers.
     """
     ops, normalisation = c_operations(frozen(net), on_cpu(example), normalisation)
-    write(path, export_c.c_source(ops, normalisation, about, name).encode())
+    source, header = export_c.c_source(ops, normalisation, about, name), header_path(path)
+    with contextlib.suppress(OSError):  # there is none, or write_all will say what is wrong
+        if "Written by export.py" not in header.read_text(errors="replace"):
+            raise RunError(f"{header} was not written by export.py: give the C file another name (--out)")
+    write_all({header: export_c.c_header(source).encode(), path: source.encode()})
     return export_c.memory(ops, normalisation)
+
+
+def header_path(path: Path | str) -> Path:
+    """The header of a C file: FILE.h of FILE.c."""
+    return Path(str(path).removesuffix(".c") + ".h")
 
 
 def c_operations(net: nn.Module, example: Tensor, normalisation: list[list[float]] | None) -> tuple[list, list]:
@@ -794,8 +805,13 @@ def main(argv=None) -> int:
         to_onnx(trained.net, path, trained.example(), trained.normalisation)
     else:
         flash, ram = to_c(trained.net, path, trained.example(), trained.normalisation, trained.about(), args.name)
-        say(f"on a microcontroller: {flash:,} bytes of constants besides the code, {ram:,} bytes of RAM")
-    say(f"{path}: {path.stat().st_size:,} bytes")
+        image, stack = math.prod(trained.shape), export_c.STACK_BYTES["microcontroller"]
+        say(
+            f"on a microcontroller: {flash:,} bytes of constants besides the code, {ram:,} bytes of RAM "
+            f"besides the image ({image:,} bytes) and about {stack:,} bytes of stack"
+        )
+    for file in [header_path(path), path] if to == "c" else [path]:
+        say(f"{file}: {file.stat().st_size:,} bytes")
 
     try:
         if test is None:

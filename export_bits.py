@@ -34,6 +34,7 @@ BatchNorm computes (x − running_mean) / √(running_var + eps) · weight + bia
 Copy with: models.py, binarize.py, quantizers.py, runs.py.
 """
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -259,13 +260,22 @@ def write(path: Path | str, contents: bytes) -> None:
 
     Raises RunError if it cannot be written, or if it is a checkpoint, which is never overwritten.
     """
-    path = Path(path)
-    if not path.name or os.path.isdir(path):
-        raise RunError(f"{path} is a folder: give the name of a file")
-    if is_checkpoint(path):
-        raise RunError(f"{path} is a checkpoint, which an export would overwrite: give another name (--out)")
-    with runs.replacing(path, "wb") as f:
-        f.write(contents)
+    write_all({path: contents})
+
+
+def write_all(files: dict[Path | str, bytes]) -> None:
+    """Write several files as `write` does. None is replaced before the contents of all are on the disk."""
+    with contextlib.ExitStack() as stack:
+        for path, contents in files.items():
+            path = Path(path)
+            if not path.name or os.path.isdir(path):
+                raise RunError(f"{path} is a folder: give the name of a file")
+            if is_checkpoint(path):
+                raise RunError(f"{path} is a checkpoint, which an export would overwrite: give another name (--out)")
+            f = stack.enter_context(runs.replacing(path, "wb"))
+            f.write(contents)
+            f.flush()
+            os.fsync(f.fileno())
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
     ops = operations(net, shape)                        # the network as a list of operations
     text = c_source(ops, normalisation, about)          # the C file
+    header = c_header(text)                             # its header
     flash, ram = memory(ops, normalisation)             # bytes of its constants and of its buffers
     library = compile_library(file, folder)             # needs a C compiler
     logits = predict(library, images, num_classes)
@@ -419,6 +420,11 @@ ROWS_AT_ONCE = (
 LARGE_WEIGHTS = 32768  # with more bytes of weights all rows are made at once, so that the weights are read only once
 NOT_PLAIN = re.compile(r"[^A-Za-z0-9 .,:;+_-]")
 IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
+END_OF_HEADER = "#endif /* end of the header */\n"
+# Bytes of stack of the deepest calls: the largest sum that gcc 12 -fcallgraph-info=su gives, and a margin for libc. For
+# 13 networks (-O2; some with -O3 and -Os), the sums were 488 to 928 on Cortex-M4F, 520 to 1,384 on Cortex-M0+, and 904
+# to 3,464 on x86-64. They do not grow with the network: ResNet-110 takes as much as ResNet-20.
+STACK_BYTES = {"microcontroller": 2048, "x86-64": 4096}
 
 
 def binary_weights(signs: Tensor) -> np.ndarray:
@@ -461,37 +467,60 @@ def c_source(ops: list[Op], normalisation: list[list[float]], about: str, name: 
         raise RunError(f"{name!r:.80} cannot begin the names in a C file: use letters, digits and underscores")
     check_logits(ops)
     writer = CWriter(ops, normalisation)
-    (c, h, w), upper = ops[0].shape, name.upper()
-    pixels = "pixels from 0 to 255 as in the image file. They are normalised here."
+    (c, h, w), upper, classes, size = ops[0].shape, name.upper(), ops[-1].shape[0], math.prod(ops[0].shape)
+    unit, (stack, stack_x86) = "pixels from 0 to 255, normalised here", STACK_BYTES.values()
     if all(value == 1 for value in normalisation[0]) and all(value == 0 for value in normalisation[1]):
-        pixels = "the inputs of the network. They are not normalised here."
+        unit = "inputs of the network, not normalised here"
     header = f"""/* {NOT_PLAIN.sub("_", about[:200])}. Written by export.py.
 
-   void {name}_predict(const float *image, float *logits);
-   void {name}_predict_uint8(const uint8_t *image, float *logits);
+   image: [{c}][{h}][{w}] (channel, row, column): {unit}
+   logits: [{classes}]. The index of the largest one is the predicted class.
+   The constants take {writer.flash:,} bytes of flash, besides the code. The buffers take {writer.ram:,} bytes of RAM,
+   besides the image ({size:,} bytes, or {4 * size:,} of floats) and about {stack:,} bytes of stack ({stack_x86:,} on
+   x86-64).
 
-   image: [{c}][{h}][{w}] (channel, row, column), {pixels}
-   logits: [{ops[-1].shape[0]}]. The index of the largest one is the predicted class.
-   The constants take {writer.flash:,} bytes of flash, besides the code. The buffers take {writer.ram:,} bytes of RAM
-   and are static: do not call these functions from several threads at once. Threads call the functions
-
-   void {name}_predict_in(float *ram, const float *images, int count, float *logits);
-   void {name}_predict_uint8_in(float *ram, const uint8_t *images, int count, float *logits);
-
-   each with {upper}_RAM_BYTES of separate memory. They take `count` images, one after the other, and write as many rows
-   of logits. To use several cores, give each thread a part of the images. The file is C99 and needs libc and libm:
+   To use several cores, give each thread a part of the images and call the functions that end in _in. This text is the
+   header, and also the beginning of the C file, which compiles without the header. It is C99 and needs libc and libm:
 
        cc -O3 -std=c99 -c FILE.c
 
    On x86-64 the functions for AVX-512, AVX2 or neither are chosen when the program runs.
 */
+#ifndef {upper}_PREDICT_H
+#define {upper}_PREDICT_H
+#include <stdint.h>
+
+/* Bytes of the buffers and of the constants; elements of an image and of its logits. */
 #define {upper}_RAM_BYTES {writer.ram}
 #define {upper}_CONSTANT_BYTES {writer.flash}
-#define BNN_KINDS {sum(1 << kind for kind in writer.kinds)}
+#define {upper}_IMAGE_SIZE {size}
+#define {upper}_LOGITS_SIZE {classes}
+
+#ifdef __cplusplus
+extern "C" {{
+#endif
+/* Writes logits[{classes}] of image[{c}][{h}][{w}]: {unit}. Only one thread at a time. */
+void {name}_predict(const float *image, float *logits);
+/* The same for an image of bytes. */
+void {name}_predict_uint8(const uint8_t *image, float *logits);
+/* Writes logits[count][{classes}] of images[count][{c}][{h}][{w}], with {upper}_RAM_BYTES at ram, one thread's own. */
+void {name}_predict_in(float *ram, const float *images, int count, float *logits);
+/* The same for images of bytes. */
+void {name}_predict_uint8_in(float *ram, const uint8_t *images, int count, float *logits);
+#ifdef __cplusplus
+}}
+#endif
+{END_OF_HEADER}"""
+    defines = f"""#define BNN_KINDS {sum(1 << kind for kind in writer.kinds)}
 #define BNN_ONE_ROUNDING {int(any(op.sums_bits for op in ops))}
 """
-    text = "\n".join([header, KERNELS.read_text(), *writer.functions(), *writer.definitions, writer.predict()])
-    return text.replace("BNN_", f"{upper}_").replace("bnn_", f"{name}_")
+    text = "\n".join([defines, KERNELS.read_text(), *writer.functions(), *writer.definitions, writer.predict()])
+    return header + text.replace("BNN_", f"{upper}_").replace("bnn_", f"{name}_")
+
+
+def c_header(source: str) -> str:
+    """The header of a C file: the part with which it begins, so that both agree."""
+    return source.partition(END_OF_HEADER)[0] + END_OF_HEADER
 
 
 @dataclass(eq=False)
@@ -843,12 +872,7 @@ static void bnn_run(float *ram, const float *floats, const uint8_t *bytes, float
 {code}
 }}
 
-void bnn_predict(const float *image, float *logits);
-void bnn_predict_uint8(const uint8_t *image, float *logits);
-void bnn_predict_in(float *ram, const float *images, int count, float *logits);
-void bnn_predict_uint8_in(float *ram, const uint8_t *images, int count, float *logits);
-
-static float bnn_ram[BNN_RAM_BYTES / 4] BNN_ALIGNED;
+static float bnn_ram[{self.ram // 4}] BNN_ALIGNED;
 
 void bnn_predict(const float *image, float *logits) {{ bnn_run(bnn_ram, image, NULL, logits); }}
 void bnn_predict_uint8(const uint8_t *image, float *logits) {{ bnn_run(bnn_ram, NULL, image, logits); }}

@@ -656,9 +656,15 @@ class Interrupt:
 def replacing(path: Path, mode: str = "w"):
     """Open a temporary file that replaces `path` at the end. Readers see the complete old file or the complete new one.
 
-    mode: "w" or "wb". Every writer has its own temporary file. Raises RunError if it cannot be written; `path` then
-    does not change.
+    mode: "w" or "wb". Every writer has its own temporary file. A missing folder is made. Raises RunError if the file
+    cannot be written; `path` then does not change.
     """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise RunError(
+            f"{path} could not be written, because its folder cannot be made ({e.strerror}): give another folder"
+        ) from None
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     try:
         text = {} if "b" in mode else {"newline": "", "encoding": "utf-8"}
@@ -668,7 +674,7 @@ def replacing(path: Path, mode: str = "w"):
             os.fsync(f.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
-        reason = str(e).splitlines()[0]
+        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]  # without the temporary name
         with contextlib.suppress(OSError):
             reason += f"; {shutil.disk_usage(path.parent).free >> 20:,} MB are free"
         kept = "the old file has not changed" if os.path.exists(path) else "there is no older file"

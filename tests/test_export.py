@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import hashlib
 import importlib.util
+import os
 import shutil
 import struct
 import subprocess
@@ -192,6 +193,8 @@ def test_c_predicts_the_same(network, capsys, monkeypatch):
     assert export.main([str(network), "--to", "c"]) == 0
     found = capsys.readouterr().out
     assert "359 of 359 test images" in found
+    assert all(f"{network / 'run'}.{ending}: " in found for ending in "ch")
+    assert f"bytes of RAM besides the image (64 bytes) and about {export_c.STACK_BYTES['microcontroller']:,}" in found
     assert float(found.split("differ by ")[1].split()[0]) < 2e-3, "a bit that differs would show"
     command = ["cc", "-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic", "-fsyntax-only", str(network / "run.c")]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -410,7 +413,6 @@ def test_bad_input(binary_run, tmp_path, monkeypatch):
     assert "there is no file" in sentence(tmp_path / "none.safetensors", "--to", "c")
     assert "--half" in sentence(binary_run, "--to", "c", "--half")
     assert "--images" in sentence(binary_run, "--to", "c", "--images", "0")
-    assert "could not be written" in sentence(binary_run, "--to", "bits", "--out", tmp_path / "no" / "folder")
     assert "could not be written" in sentence(binary_run, "--to", "bits", "--out", tmp_path / ("x" * 300))
     assert "name of a file" in sentence(binary_run, "--to", "bits", "--out", "/")
 
@@ -421,7 +423,7 @@ def test_bad_input(binary_run, tmp_path, monkeypatch):
             assert "could not be checked: no images" in said and (tmp_path / f"net.{kind}").exists()
     monkeypatch.setenv("CC", str(tmp_path / "no-compiler"))
     assert "could not be checked" in sentence(binary_run, "--to", "c", "--out", tmp_path / "a.c")
-    assert (tmp_path / "a.c").exists()
+    assert (tmp_path / "a.c").exists() and (tmp_path / "a.h").exists()
     monkeypatch.setitem(sys.modules, "onnx", None)
     assert "pip install onnx" in sentence(binary_run, "--to", "onnx")
 
@@ -531,7 +533,7 @@ def test_exporting_a_checkpoint_while_its_run_saves(binary_run, tmp_path):
             assert export.main([str(last), "--to", to]) == 0
         f.write(contents[1000:])
     assert last.read_bytes() == contents
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["last.c", "last.pt", "last.safetensors"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["last.c", "last.h", "last.pt", "last.safetensors"]
     assert (tmp_path / "last.c").read_text().startswith("/* resnet8") and export.load_bits(
         tmp_path / "last.safetensors"
     )
@@ -544,6 +546,42 @@ def test_two_exports_at_once(tmp_path):
         export.write(tmp_path / "net.onnx", b"another format")
     assert (tmp_path / "net.c").read_bytes() == b"first, which ends last"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["net.c", "net.onnx"]
+
+
+def test_a_missing_folder_is_made(tmp_path):
+    export.write(tmp_path / "missing" / "dir" / "net.c", b"made")
+    assert (tmp_path / "missing" / "dir" / "net.c").read_bytes() == b"made"
+    (tmp_path / "file").write_text("not a folder")
+    for path in (tmp_path / "file" / "net.c", tmp_path / "file" / "dir" / "net.c", tmp_path / ("x" * 255)):
+        with pytest.raises(runs.RunError, match=r"could not be written.*: (give another folder|make room)") as error:
+            export.write(path, b"")
+        assert ".tmp" not in str(error.value) and "Errno" not in str(error.value)
+
+
+def full_disk(error: int) -> None:
+    if error:
+        raise OSError(error, os.strerror(error))
+
+
+def test_a_c_file_and_its_header_are_written_together(tmp_path, monkeypatch):
+    net, image = models.build("resnet8", 10, "bwn-f", "sign", in_channels=1, image_size=8), torch.zeros(1, 1, 8, 8)
+    (tmp_path / "net.h").write_text("/* of a user */")
+    with pytest.raises(runs.RunError, match=r"net\.h was not written by export\.py"):
+        export.to_c(net, tmp_path / "net.c", image)
+    (tmp_path / "folder.h").mkdir()
+    (tmp_path / "other.c").mkdir()
+    for name in ("folder.c", "other.c"):
+        with pytest.raises(runs.RunError, match="is a folder"):
+            export.to_c(net, tmp_path / name, image)
+    for ending, results in (("h", [28]), ("c", [0, 28])):  # the disk is full at the first file, at the second one
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", lambda f, left=results: full_disk(left.pop(0)))
+            with pytest.raises(runs.RunError, match=rf"full\.{ending} could not be written \(No space left on device"):
+                export.to_c(net, tmp_path / "full.c", image)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["folder.h", "net.h", "other.c"]
+    for _ in range(2):  # it replaces its own header
+        export.to_c(net, tmp_path / "last.v2", image)
+    assert (tmp_path / "last.v2").read_text().startswith((tmp_path / "last.v2.h").read_text())
 
 
 def test_a_checkpoint_is_never_overwritten(binary_run, tmp_path):

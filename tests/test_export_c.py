@@ -1,7 +1,10 @@
 """The kernels of a C file against F.conv2d; the file on every vector unit, compiler and processor; its RAM and text."""
 
 import ctypes
+import functools
 import math
+import platform
+import re
 import shutil
 import struct
 import subprocess
@@ -273,6 +276,99 @@ def test_two_networks_in_one_program(tmp_path):
     library = export_c.compile_library(tmp_path / "both.c", tmp_path)
     for name, logits in zip(("first", "second"), expected, strict=True):
         assert torch.allclose(export_c.predict(library, images, 10, name), logits, atol=1e-4)
+
+
+MAIN_WITH_HEADERS = r"""
+#include "first.h"
+#include "second.h"
+#include <stdio.h>
+static float ram[FIRST_RAM_BYTES / 4];
+int main(void) {
+    static const uint8_t images[2][FIRST_IMAGE_SIZE] = {IMAGES};
+    float logits[3][FIRST_LOGITS_SIZE];
+    first_predict_uint8_in(ram, images[0], 2, logits[0]);
+    second_predict_uint8(images[0], logits[2]);
+    for (int i = 0; i < 3 * FIRST_LOGITS_SIZE; i++) printf("%.9g ", logits[0][i]);
+    return 0;
+}
+"""
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="gcc and g++ are not installed")
+def test_a_program_includes_the_headers_of_two_networks(tmp_path):
+    """In C and in C++. The C files compile alone, and after their headers."""
+    images, expected = torch.randint(256, (2, 1, 8, 8)).byte(), []
+    strict = ["-Wall", "-Wextra", "-Werror", "-pedantic", f"-I{tmp_path}"]
+    for name, act, count in (("first", "sign", 2), ("second", "none", 1)):
+        ops, net = operations("resnet8", act)
+        text = export_c.c_source(ops, NORMALISATION, name, name)
+        (tmp_path / f"{name}.c").write_text(text)
+        (tmp_path / f"{name}.h").write_text(export_c.c_header(text))
+        build = ["gcc", "-std=c99", *strict, "-c", f"{name}.c", "-o", f"{name}.o"]
+        subprocess.run([*build, "-include", f"{name}.h", "-fsyntax-only"], check=True, cwd=tmp_path)
+        subprocess.run(build, check=True, cwd=tmp_path)
+        with torch.no_grad():
+            expected.append(net(images[:count].float() * NORMALISATION[0][0] + NORMALISATION[1][0]))
+    rows = ", ".join("{" + ", ".join(map(str, image.flatten().tolist())) + "}" for image in images)
+    for compiler, file in ((("gcc", "-std=c99"), "main.c"), (("g++", "-std=c++11"), "main.cpp")):
+        (tmp_path / file).write_text(MAIN_WITH_HEADERS.replace("IMAGES}", f"{rows}}}"))
+        command = [*compiler, *strict, file, "first.o", "second.o", "-o", "main", "-lm"]
+        subprocess.run(command, check=True, cwd=tmp_path)
+        output = subprocess.run([tmp_path / "main"], check=True, capture_output=True, text=True).stdout
+        found = torch.tensor([float(word) for word in output.split()]).view(3, 10)
+        assert torch.allclose(found, torch.cat(expected), atol=1e-4), file
+
+
+def test_the_sizes_in_the_header_are_those_of_the_c_file(network):
+    header, _, code = network[0].partition(export_c.END_OF_HEADER)
+    assert header + export_c.END_OF_HEADER == export_c.c_header(network[0])
+    sizes = dict(line.split()[1:] for line in header.splitlines() if re.match(r"#define \w+ \d+$", line))
+    image, logits = network[1][0].numel(), network[2].shape[1]
+    assert sizes.pop("NET_RAM_BYTES") == str(4 * int(re.search(r"float net_ram\[(\d+)\]", code)[1]))
+    arrays = re.findall(r"static const (\w+) net_\w+\[(\d+)\]", code)
+    assert sizes.pop("NET_CONSTANT_BYTES") == str(sum((2 if t == "uint16_t" else 4) * int(n) for t, n in arrays))
+    assert sizes == {"NET_IMAGE_SIZE": str(image), "NET_LOGITS_SIZE": str(logits)}
+    assert f"images += {image}, logits += {logits})" in code
+
+
+def deepest_stack(graph: str) -> int:
+    """The bytes of the deepest calls in a file of gcc's -fcallgraph-info=su."""
+    own = {name: int(n) for name, n in re.findall(r'node: { title: "([^"]+)" label: "[^"]*?\\n(\d+) bytes', graph)}
+    calls = re.findall(r'edge: { sourcename: "([^"]+)" targetname: "([^"]+)"', graph)
+    called = {callee for _, callee in calls}
+    for name in own:
+        if ":" in name and name not in called:  # static, so it is called through a pointer
+            calls.append(("__indirect_call", name))
+
+    @functools.cache
+    def stack(name):
+        return own.get(name, 0) + max((stack(callee) for caller, callee in calls if caller == name), default=0)
+
+    assert stack("net_predict") > 100
+    return max(map(stack, own))
+
+
+@pytest.mark.parametrize(
+    "network, processor",
+    [("pruned", "x86-64"), *((name, processor) for name in NETWORKS for processor in ("Cortex-M4F", "Cortex-M0+"))],
+    indirect=["network"],
+)
+def test_the_stack_is_bounded(network, tmp_path, processor):
+    flags = [flag for flag in PROCESSORS.get(processor, ("",))[0].split()[1:] if flag.startswith("-m")]
+    compiler = "gcc" if processor == "x86-64" else "arm-none-eabi-gcc"
+    if not shutil.which(compiler) or (compiler == "gcc" and platform.machine() != "x86_64"):
+        pytest.skip(f"a compiler for {processor} is not installed")
+    (tmp_path / "net.c").write_text(network[0])
+    command = [compiler, *flags, "-O2", "-std=c99", "-fstack-usage", "-fcallgraph-info=su", "-S", "net.c"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    if "-fcallgraph-info" in result.stderr:
+        pytest.skip("this compiler does not know the stack")
+    assert result.returncode == 0, result.stderr
+    frames = [line.split("\t")[2] for line in (tmp_path / "net.su").read_text().splitlines()]
+    assert not {"dynamic"} & set(frames), "a frame of any size"
+    bound = export_c.STACK_BYTES["x86-64" if processor == "x86-64" else "microcontroller"]
+    assert deepest_stack((tmp_path / "net.ci").read_text()) <= bound
+    assert f"about {export_c.STACK_BYTES['microcontroller']:,} bytes of stack" in network[0]
 
 
 @pytest.mark.parametrize("arch, kilobytes", [("resnet20", 100), ("birealnet20", 160)])
