@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,9 @@ if os.environ.get("CI"):
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start: each core runs one test
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it when it is imported
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a shell; the tests interrupt runs
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

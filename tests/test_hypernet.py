@@ -759,7 +759,8 @@ def test_what_is_measured_of_a_step(name):
 def test_how_gradients_are_kept_does_not_matter(name):
     """zero_grad to None or to zeros, weights in channels_last from the start or later, or as a part of a larger tensor.
 
-    The fused optimizer takes a gradient's memory as it is, in whatever order its elements are.
+    Each step has two backward passes. The fused optimizer takes a gradient's memory as it is, in whatever order its
+    elements are.
     """
     results = []
     for variant in ("none", "zeros", "channels_last", "channels_last later", "part"):
