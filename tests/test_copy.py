@@ -2,14 +2,14 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import textwrap
 
 import pytest
 from conftest import ROOT
+from programs import Program
 
 import bench
+import selective_scan
 
 # Someone else's training loop, with FSG in it.
 THEIR_LOOP = """
@@ -149,7 +149,8 @@ def test_bench_measures_and_writes_json(tmp_path):
     """
     files = [file for file in FSG_FILES if file != "fsg_released.py"]
     scan = ["selective_scan.py", "selective_scan_cpu.cpp", "selective_scan_triton.py"]
-    result = run_alone(tmp_path, ["bench.py", *files, *scan], code)
+    compiled = str(selective_scan._cache())
+    result = run_alone(tmp_path, ["bench.py", *files, *scan], code, TORCH_EXTENSIONS_DIR=compiled)
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "runs" / "bench-step.json").read_text())["archs"]["resnet8"]["variants"]
     assert set(found) == set(bench.GRADS)
@@ -163,13 +164,11 @@ def test_bench_measures_and_writes_json(tmp_path):
     assert quantizers["bwn-f"]["ratio"] == 1 and quantizers["bihalf"]["forward"] > 0
 
 
-def run_alone(folder, files, code):
+def run_alone(folder, files, code, **variables):
     for file in files:
         shutil.copy(ROOT / file, folder)
-    env = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], cwd=folder, env=env, capture_output=True, text=True, timeout=300
-    )
+    env = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "OMP_NUM_THREADS": "1", **variables}
+    return Program("-c", textwrap.dedent(code), folder=folder, env=env).end()
 
 
 @pytest.mark.parametrize("file", COPIES)

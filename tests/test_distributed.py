@@ -14,6 +14,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT
+from programs import Program
 
 import data
 
@@ -90,8 +91,9 @@ GENERATOR = """
 """
 
 
-def launch(processes, *command, meanwhile=None):
+def launch(processes, *command, meanwhile=None, fork=True):
     """Run a command in so many processes that know of each other, as torchrun does: their exit codes and outputs."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -101,12 +103,15 @@ def launch(processes, *command, meanwhile=None):
         if processes > 1:
             env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        started.append(subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, **pipes))
+        if fork:
+            started.append(Program(*command, env=env, together=True))
+        else:
+            started.append(subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, **pipes))
     if meanwhile:
         meanwhile(started)
-    outputs = [process.communicate(timeout=240)[0] for process in started]
-    return [process.returncode for process in started], outputs
+    ended = [process.end() for process in started] if fork else started
+    outputs = [process.stdout if fork else process.communicate(timeout=240)[0] for process in ended]
+    return [process.returncode for process in ended], outputs
 
 
 def assert_close(a, b, where=""):
@@ -278,7 +283,7 @@ def test_one_process_that_is_told_to_stop_stops_all_at_the_same_step(tmp_path):
         time.sleep(0.3)
         processes[1].send_signal(signal.SIGTERM)
 
-    codes, outputs = launch(2, *argv, meanwhile=tell)
+    codes, outputs = launch(2, *argv, meanwhile=tell, fork=False)
     assert codes == [128 + signal.SIGTERM] * 2 and "Traceback" not in "".join(outputs)
     stopped = int(re.search(r"stopped after step ([\d,]+)", outputs[0])[1].replace(",", ""))
     assert torch.load(tmp_path / "cut" / "last.pt", weights_only=True)["step"] == stopped
@@ -292,7 +297,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_all_processes_with_one_sentenc
         runs.command(lambda: train_sibnn.main(sys.argv[1:]))
     """
     argv = [*DIGITS, "--arch", "resnet8", "--out", str(tmp_path), "--name", "full"]
-    codes, outputs = launch(2, "-c", textwrap.dedent(code), *argv)
+    codes, outputs = launch(2, "-c", textwrap.dedent(code), *argv, fork=False)
     assert codes == [1, 1] and outputs[1] == "" and outputs[0].endswith("error: the disk is full\n"), outputs
 
 

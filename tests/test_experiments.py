@@ -1,16 +1,12 @@
 """experiments.py with small grids: run, interrupted, resumed, failed."""
 
 import csv
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from programs import Program
 
 import experiments
 import runs
@@ -136,7 +132,7 @@ def test_flags_that_the_grid_sets(tmp_path, monkeypatch, capsys, flag):
     assert "the grid sets the seeds and the learning rates" in capsys.readouterr().err
 
 
-def test_flags_for_all(tmp_path, monkeypatch, capsys):
+def test_flags_for_all(tmp_path, monkeypatch, in_this_process):
     flags = "--arch resnet8 --epochs 1 --grad ste"
     assert run(monkeypatch, tmp_path, [search(flags)], "--", "--dataset", "digits", "--batch-size", "60") == 0
     whole = f"python train_fsg.py {flags} --lr 1e-3 --seed 0 --dataset digits --batch-size 60"
@@ -149,19 +145,17 @@ import sys, experiments
 experiments.GRIDS["ablations"] = [experiments.Search("train_fsg.py {SMALL} --epochs 8", ("1e-3",), (0,))]
 sys.exit(experiments.main(["ablations", "--results", r"{tmp_path}/results", "--out", r"{tmp_path}/runs"]))
 """
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    start = lambda: subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
-    process = start()
+    process = Program("-c", code)
     while not list(tmp_path.glob("runs/ablations/*/last.pt")):
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.end().stderr
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert "stopped; repeat the command" in process.communicate(timeout=60)[1] and process.returncode == 130
+    process.terminate()
+    ended = process.end(60)
+    assert "stopped; repeat the command" in ended.stderr and ended.returncode == 130
     (last,) = tmp_path.glob("runs/ablations/*/last.pt")
     before = last.with_name("metrics.csv").read_text().splitlines()
     assert 1 < len(before) < 9 and not (tmp_path / "results").exists()
-    process = start()
-    process.communicate(timeout=240)
+    process = Program("-c", code).end()
     after = last.with_name("metrics.csv").read_text().splitlines()
     assert process.returncode == 0 and len(after) == 9 and after[: len(before)] == before, "it was not begun again"
     assert len(rows(tmp_path)) == 1

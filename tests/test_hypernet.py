@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from programs import Program
 from torch import nn
 from torch.nn import functional as F
 
@@ -246,8 +247,7 @@ def site_with_mamba_ssm(tmp_path, extension=EXTENSION):
 
 def with_site(site, *command):
     """A Python command in the repository's folder, with `site` after it on the path, as installed packages are."""
-    env = {**os.environ, "PYTHONPATH": str(site)}
-    return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
+    return Program(*command, env={**os.environ, "PYTHONPATH": str(site)}).end()
 
 
 def test_mamba_ssm_is_reached_through_its_own_import(tmp_path):

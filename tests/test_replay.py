@@ -1,13 +1,12 @@
 """The released forms and the siblings' blocks equal the authors' codes: tests/replay.py on the golden files."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import replay
 from conftest import ROOT
+from programs import Program
 
 FOLDER = ROOT.parent / "shared" / "golden"
 
@@ -46,9 +45,7 @@ def short(tmp_path, name, **more):
 
 
 def test_the_script_prints_one_line_and_says_by_its_exit_code_whether_all_is_equal(tmp_path):
-    run = lambda *paths: subprocess.run(
-        [sys.executable, "tests/replay.py", *map(str, paths)], cwd=ROOT, capture_output=True, text=True
-    )
+    run = lambda *paths: Program("tests/replay.py", *map(str, paths)).end()
     good = run(short(tmp_path, "fsg_released_lstm"))
     assert good.returncode == 0, good.stderr
     assert max(json.loads(good.stdout).values()) <= 1e-10

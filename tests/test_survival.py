@@ -9,6 +9,7 @@ import textwrap
 import pytest
 import torch
 from conftest import ROOT
+from programs import Program
 
 import fsg_released
 import runs
@@ -43,7 +44,7 @@ def assert_same_run(a, b):
 # they are not done before.
 KILLER = """
     import os, random, signal, sys, time, pathlib
-    import sklearn.datasets, torch, torch._dynamo, torch.utils.cpp_extension
+    import torch, torch._dynamo, torch.utils.cpp_extension
     torch.set_num_threads(1)
     import runs, train_fsg
     folder, argv = pathlib.Path(sys.argv[1]), sys.argv[2:]
@@ -102,8 +103,7 @@ def test_killed_six_times_the_run_is_the_same_run(tmp_path):
     argv = [*DIGITS, *FSG, "--epochs", "4", "--out", str(tmp_path), "--name"]
     assert train_fsg.main([*argv, "whole"]) == 0
     (tmp_path / "killed").mkdir()
-    command = [sys.executable, "-c", textwrap.dedent(KILLER), str(tmp_path / "killed"), *argv, "killed"]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    process = Program("-c", textwrap.dedent(KILLER), str(tmp_path / "killed"), *argv, "killed").end()
     kills, in_writes = map(int, re.search(r"ended with 0 after (\d+) kills, (\d+) in writes", process.stdout).groups())
     assert kills == 6 and in_writes == 3, process.stdout + process.stderr
     for file in ("last.pt", "best.pt"):
@@ -136,9 +136,7 @@ FULL_DISK = """
 
 def test_a_full_disk(tmp_path):
     argv = [*DIGITS, *FSG, "--out", str(tmp_path), "--name", "run"]
-    process = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(FULL_DISK), *argv], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    process = Program("-c", textwrap.dedent(FULL_DISK), *argv).end()
     folder = tmp_path / "run"
     assert process.returncode == 1 and "Traceback" not in process.stderr
     last_line = process.stderr.strip().splitlines()[-1]
@@ -350,12 +348,11 @@ def test_a_file_that_three_processes_write_is_complete_whenever_it_is_read(tmp_p
         path, writer = pathlib.Path(sys.argv[1]), int(sys.argv[2])
         for _ in range(20): runs.save(path, {"writer": writer, "x": torch.full((50_000,), writer)})
     """
-    command = [sys.executable, "-c", textwrap.dedent(code), str(path)]
-    writers = [subprocess.Popen([*command, str(i)], cwd=ROOT, stderr=subprocess.PIPE) for i in range(3)]
+    writers = [Program("-c", textwrap.dedent(code), str(path), str(i)) for i in range(3)]
     while any(writer.poll() is None for writer in writers):
         state = runs.load(path)
         assert (state["x"] == max(state["writer"], 0)).all()
-    assert [writer.communicate()[1] for writer in writers] == [b""] * 3
+    assert [writer.end().stderr for writer in writers] == [""] * 3
     assert list(tmp_path.iterdir()) == [path]
 
 
