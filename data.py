@@ -18,7 +18,7 @@ start at any batch.
 import collections
 import contextlib
 import hashlib
-import importlib.util
+import importlib
 import multiprocessing
 import os
 import signal
@@ -28,7 +28,6 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -206,14 +205,13 @@ def resize(images: Tensor, size: int, name: str) -> Tensor:
 
 def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], list[str]]:
     """scikit-learn's 1,797 handwritten 8×8 digits, in the form of `downloaded`. Every fifth image is a test image."""
-    package = importlib.util.find_spec("sklearn")
-    if not package:
-        raise DataError("--dataset digits needs scikit-learn: pip install scikit-learn")
-    # What load_digits() reads, without the second that importing sklearn.datasets takes.
-    file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
-    pixels, labels = torch.from_numpy(np.loadtxt(file, delimiter=",")).split([64, 1], dim=1)  # 0...16
-    images = rearrange(pixels, "n (h w) -> n 1 h w", h=8).mul(255 / 16).round().to(torch.uint8)
-    labels = labels.flatten().long()
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise DataError("--dataset digits needs scikit-learn: pip install scikit-learn") from None
+    pixels, labels = load_digits(return_X_y=True)  # 0...16
+    images = rearrange(torch.from_numpy(pixels), "n (h w) -> n 1 h w", h=8).mul(255 / 16).round().to(torch.uint8)
+    labels = torch.from_numpy(labels).long()
     is_test = torch.arange(len(labels)) % 5 == 4
     return (images[~is_test], labels[~is_test]), (images[is_test], labels[is_test]), list("0123456789")
 

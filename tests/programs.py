@@ -1,7 +1,7 @@
-"""Python programs in processes of their own that start at once: forks of a process that has imported torch.
+"""Python programs in processes of their own that start at once: forks of a process that has imported the libraries.
 
-Importing torch takes two seconds of a core, and torch._dynamo, which every optimizer imports, two more; a fork takes a
-few hundredths. The process that is forked has imported no file of this repository.
+Importing torch takes two seconds of a core, torch._dynamo, which every optimizer imports, two more, and scikit-learn
+one; a fork takes a few hundredths. The process that is forked has imported no file of this repository.
 """
 
 import multiprocessing
@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(["torch._dynamo"])
+forks.set_forkserver_preload(["torch._dynamo", "sklearn.datasets"])
 
 
 def run(command, folder, env, files):

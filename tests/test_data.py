@@ -308,7 +308,7 @@ def test_digits_are_cropped_by_one_pixel():
 
 
 def test_digits_without_scikit_learn(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     error_of(lambda: data.load("digits"), "pip install scikit-learn")
 
 

@@ -269,7 +269,7 @@ def test_the_benchmark_of_shared_generators(tmp_path):
     codes, outputs = launch(1, *command, "--grads", "fsg-mamba", "--processes", "1", "2", "--json", str(tmp_path / "f"))
     assert codes == [0], outputs
     one, two = json.loads((tmp_path / "f").read_text())["variants"].values()
-    assert one["history"] == 76_288 and two["history"] == one["history"] // 2
+    assert one["weights"] == 76_288 and two["weights"] == one["weights"] // 2
     assert two["MB_held"] < 0.6 * one["MB_held"] and 0 < two["talking"] < 1
 
 

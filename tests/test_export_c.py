@@ -181,7 +181,7 @@ def test_threads_compute_at_the_same_time(network, tmp_path):
     """Each with memory of its own, of as many bytes as the file says."""
     text, images, _ = network
     (tmp_path / "net.c").write_text(text)
-    library, images = export_c.compile_library(tmp_path / "net.c", tmp_path), images.repeat(10, 1, 1, 1)
+    library, images = export_c.compile_library(tmp_path / "net.c", tmp_path), images.repeat(50, 1, 1, 1)
     ram = int(text.split("#define NET_RAM_BYTES ")[1].split()[0])
     for kind in (images, images.float()):
         expected = export_c.predict(library, kind, 10)

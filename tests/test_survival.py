@@ -44,7 +44,7 @@ def assert_same_run(a, b):
 # they are not done before.
 KILLER = """
     import os, random, signal, sys, time, pathlib
-    import torch, torch._dynamo, torch.utils.cpp_extension
+    import sklearn.datasets, torch, torch._dynamo, torch.utils.cpp_extension
     torch.set_num_threads(1)
     import runs, train_fsg
     folder, argv = pathlib.Path(sys.argv[1]), sys.argv[2:]
