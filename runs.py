@@ -49,21 +49,28 @@ from torch.nn import functional as F
 class Output:
     """sys.stdout. If the terminal is closed, or no process reads the pipe any more, its text is thrown away."""
 
+    @property
+    def stream(self):
+        # During a live display, rich puts a proxy in the place of sys.stdout, which prints with our console.
+        return getattr(sys.stdout, "rich_proxied_file", sys.stdout)
+
     def __getattr__(self, name):
-        return getattr(sys.stdout, name)
+        if name == "rich_proxied_file":  # this object is not such a proxy
+            raise AttributeError(name)
+        return getattr(self.stream, name)
 
     def write(self, text: str) -> None:
-        self._try(sys.stdout.write, text)
+        self._try(self.stream.write, text)
 
     def flush(self) -> None:
-        self._try(sys.stdout.flush)
+        self._try(self.stream.flush)
 
     def _try(self, function, *arguments) -> None:
         try:
             function(*arguments)
         except OSError:  # the run goes on; log.txt has all lines
             with contextlib.suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 class Terminal(Console):
@@ -708,7 +715,7 @@ def load(path: Path | str) -> dict:
     wrong += ["args"] * (not all(isinstance(name, str) for name in checkpoint.get("args", ())))
     wrong += ["model"] * ("args" in checkpoint and "model" not in checkpoint)
     if wrong:
-        raise RunError(f"the checkpoint {path} is damaged (its part {wrong[0]}): use another one")
+        raise RunError(f"the checkpoint {path} is damaged (its part {wrong[0]}): give another checkpoint")
     return checkpoint
 
 
@@ -768,12 +775,14 @@ def tested_weights(checkpoint: dict, path: Path | str) -> dict:
 
 
 def match_data(args, checkpoint: dict | None, train, val, test) -> None:
-    """Use the normalisation of the checkpoint's run. Raises RunError if the data have other classes or another size.
+    """Use the normalisation of the checkpoint's run, and set --image-size to the size of the images.
+
+    Raises RunError if the data have other classes or another size.
 
     checkpoint: what parse() returned; with --eval-only and --pretrained, that file is used. train, val, test: what
     data.load() returned. A line is printed if the number of images has changed. A run with --val cannot continue then.
     """
-    source = args.resume or args.pretrained
+    source, args.image_size = args.resume or args.pretrained, train.shape[-1]
     if checkpoint is None and args.eval_only:
         checkpoint = load(args.pretrained)
     if not checkpoint or not {"classes", "images", "normalisation"} <= checkpoint.keys():
