@@ -262,7 +262,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
         args.name, args.out = path.parent.name, str(path.parent.parent)
         if args.amp == "auto" and before.get("amp"):
             args.amp = before["amp"]
-        if args.image_size is None and "shape" in checkpoint:
+        if args.image_size is None and checkpoint.get("shape"):
             args.image_size = before["image_size"] = checkpoint["shape"][-1]
         for name, value in vars(args).items():
             if name not in MAY_CHANGE and value != before.get(name, value):
@@ -711,6 +711,7 @@ def load(path: Path | str) -> dict:
     if not isinstance(checkpoint, dict):
         raise RunError(f"{path} is not a checkpoint but a {type(checkpoint).__name__}: use another file")
     kinds = {"args": dict, "model": dict, "images": dict, "classes": list, "normalisation": list, "rows": list}
+    kinds |= {"shape": tuple}
     wrong = [name for name, kind in kinds.items() if not isinstance(checkpoint.get(name, kind()), kind)]
     wrong += ["args"] * (not all(isinstance(name, str) for name in checkpoint.get("args", ())))
     wrong += ["model"] * ("args" in checkpoint and "model" not in checkpoint)

@@ -560,6 +560,7 @@ def test_out_of_memory_is_one_sentence(error):
         ("images", 3),
         ("model", None),
         ("rows", ""),
+        ("shape", 8),
     ],
 )
 def test_a_checkpoint_with_parts_of_another_type_is_damaged(tmp_path, part, value):
