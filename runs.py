@@ -471,10 +471,9 @@ def micro_batches(model: torch.nn.Module, images: torch.Tensor, labels: torch.Te
 
 def average_batchnorm(model: torch.nn.Module) -> None:
     """Average BatchNorm's running statistics over the processes, each of which has seen other images."""
-    for m in model.modules() if world_size() > 1 else []:
-        if isinstance(m, torch.nn.modules.batchnorm._BatchNorm):
-            for statistic in (m.running_mean, m.running_var):
-                all_reduce_sum(statistic).div_(world_size())
+    for m in _batchnorms(model) if world_size() > 1 else []:
+        for statistic in (m.running_mean, m.running_var):
+            all_reduce_sum(statistic).div_(world_size())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -710,8 +709,8 @@ def load(path: Path | str) -> dict:
         raise RunError(f"the checkpoint {path} is damaged or not a checkpoint ({reason}): use another one") from None
     if not isinstance(checkpoint, dict):
         raise RunError(f"{path} is not a checkpoint but a {type(checkpoint).__name__}: use another file")
-    kinds = {"args": dict, "model": dict, "images": dict, "classes": list, "normalisation": list, "rows": list}
-    kinds |= {"shape": tuple}
+    kinds = {"args": dict, "model": dict, "images": dict, "shape": tuple}
+    kinds |= dict.fromkeys(("classes", "normalisation", "rows"), list)
     wrong = [name for name, kind in kinds.items() if not isinstance(checkpoint.get(name, kind()), kind)]
     wrong += ["args"] * (not all(isinstance(name, str) for name in checkpoint.get("args", ())))
     wrong += ["model"] * ("args" in checkpoint and "model" not in checkpoint)
