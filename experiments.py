@@ -2,6 +2,7 @@
 
     python experiments.py digits                        # a small grid whose images need no download
     python experiments.py protocol                      # run the grid; writes results/protocol.csv and protocol.md
+    python experiments.py protocol finals               # several grids
     python experiments.py protocol --only "--grad gate" # run one of its searches
     python experiments.py protocol --list               # print its commands and which of them are done; run nothing
     # Add flags to all commands of a grid: the papers start from a full-precision network.
@@ -10,10 +11,11 @@
 A grid is a list of searches; add yours to GRIDS. A search trains one method at each of its learning rates with seed 0.
 The learning rates whose validation accuracy at the end of the run is within one standard error of the best are then
 trained with the other seeds. The result of the search is the rate with the best mean validation accuracy. Nothing is
-chosen on the test images. A command whose row is in the CSV file is not run again, and an interrupted run resumes where
-it stopped. So repeat the command until the grid is complete. On CPUs two runs at a time share the cores (--jobs); on
-GPUs each GPU has one run. When a run fails, the others continue, the error is reported at the end and the exit code is
-1. For other images or flags choose another --results folder.
+chosen on the test images. The grids of ten epochs, finals and w1a1-finals, take their rates from the results of
+protocol and w1a1. A command whose row is in the CSV file is not run again, and an interrupted run resumes where it
+stopped. So repeat the command until the grid is complete. On CPUs two runs at a time share the cores (--jobs); on GPUs
+each GPU has one run. When a run fails, the others continue, the error is reported at the end and the exit code is 1.
+For other images or flags choose another --results folder.
 
 results/NAME.csv has one row per run: the command, its seed, the seconds of training, and these values of the last
 epoch: training loss, validation and test accuracy, test accuracy with BatchNorm statistics of the last weights, and the
@@ -25,6 +27,7 @@ quantizers.py, hypernet.py, metaquant.py, gate.py, fsg_released.py, data.py.
 """
 
 import argparse
+import collections
 import concurrent.futures
 import csv
 import hashlib
@@ -53,8 +56,9 @@ class Search(NamedTuple):
     """A method, and how its learning rate is found."""
 
     command: str  # the trainer and the flags of the method
-    rates: tuple[str, ...]  # values of --lr, tried with the first seed
+    rates: tuple[str, ...] = ()  # values of --lr, tried with the first seed
     seeds: tuple[int, ...] = (0, 1, 2)
+    like: "Search | None" = None  # in place of rates: a search of another grid, whose result is the learning rate
 
     def at(self, rate: str, seed: int) -> str:
         return f"{self.command} --lr {rate} --seed {seed}"
@@ -63,14 +67,18 @@ class Search(NamedTuple):
 # 702 steps on CIFAR-10, of which 5,000 images are held out.
 BUDGET = "--arch resnet20 --epochs 2 --schedule cosine --val 5000 --bn-batches 32"
 DIGITS = "--dataset digits --batch-size 64 --epochs 10 --schedule cosine --val 300"
+SCRATCH = "--arch resnet20 --image-size 16 --epochs 6 --schedule cosine --val 5000 --bn-batches 32"
 FSG, PROX, BIHALF = (f"train_{name}.py {BUDGET}" for name in ("fsg", "proxconnect", "bihalf"))
+BIREAL = BUDGET.replace("resnet20", "birealnet20")
 SAMPLED = "--hyper-sample 0.125"  # φ is trained on an eighth of the weights in each step
-ADAM, SGD = ("1e-3", "3e-4", "3e-3"), ("0.1", "0.03", "0.3")
+MAMBA = f"--grad fsg --hgs mamba {SAMPLED}"
+SHORTER = "--betas 0.9 0.97"  # a shorter memory of Adam than its default
+ADAM, SGD, FROM_SCRATCH = ("1e-3", "3e-4", "3e-3"), ("0.1", "0.03", "0.3"), ("6e-3", "3e-3", "1.2e-2")
 
 # The gradient generators. --balance none is FSG's formula as written in the paper.
 GENERATORS = (
     "--grad ste",
-    f"--grad fsg --hgs mamba {SAMPLED}",
+    MAMBA,
     "--grad gate",
     "--grad multifc",
     "--grad fcgrad",
@@ -85,58 +93,51 @@ GENERATORS = (
 )
 METHODS = ("bc", "bnn+", "bnn++", "pc", "parq")
 
+# Adam, from a full-precision network.
+PROTOCOL = [
+    Search(f"{FSG} --grad ste", (*ADAM, "1e-2")),
+    Search(f"{FSG} --grad ste {SHORTER}", ADAM),
+    *(Search(f"{FSG} {generator}", ADAM) for generator in GENERATORS[1:]),
+    *(Search(f"{PROX} --opt adam --method {method}", (*ADAM, "1e-2")) for method in METHODS),
+    Search(f"{BIHALF} --opt adam --weight-decay 0", ADAM),
+    Search(f"{FSG} --quantizer none", ADAM),  # the full-precision network
+]
+# Binary weights and activations, in networks made for them.
+W1A1 = [
+    *(
+        Search(f"train_fsg.py {BIREAL} --act sign --grad {grad}", (*ADAM, "1e-2", "3e-2"))
+        for grad in ("ste", f"ste {SHORTER}", "gate")
+    ),
+    Search(f"train_sibnn.py {BIREAL} --batch-size 128", (*ADAM, "1e-2")),
+    Search(f"train_bihalf.py {BIREAL} --act sign --opt adam --weight-decay 0", (*ADAM, "1e-2")),
+]
+FINALISTS = ("--grad ste", SHORTER, MAMBA, "--grad gate", "--grad multifc", "--grad fcgrad", "--method parq")
+FINALISTS += ("--opt adam --weight-decay 0", "--quantizer none")
+
+
+def ten_epochs(search: Search, more: str = "") -> Search:
+    """The search with five times as many epochs and five seeds, at the learning rate that the search has found."""
+    command = search.command.replace("--epochs 2", "--epochs 10")
+    return Search(f"{command} {more}".strip(), seeds=(0, 1, 2, 3, 4), like=search)
+
+
 GRIDS = {
-    # Adam, from a full-precision network.
-    "protocol": [
-        Search(f"{FSG} --grad ste", (*ADAM, "1e-2")),
-        Search(f"{FSG} --grad ste --betas 0.9 0.97", ADAM),
-        *(Search(f"{FSG} {generator}", ADAM) for generator in GENERATORS[1:]),
-        *(Search(f"{PROX} --opt adam --method {method}", (*ADAM, "1e-2")) for method in METHODS),
-        Search(f"{BIHALF} --opt adam --weight-decay 0", ADAM),
-        Search(f"{FSG} --quantizer none", ADAM),  # the full-precision network
-    ],
-    # Ten epochs of the best methods, each at its learning rate from the search above.
+    "protocol": PROTOCOL,
+    # Ten epochs of some methods. The last one has no history.
     "finals": [
-        Search(f"{command.replace('--epochs 2', '--epochs 10')} {flags}", (rate,), (0, 1, 2, 3, 4))
-        for command, flags, rate in (
-            (FSG, "--grad ste", "1e-3"),
-            (FSG, "--grad ste --betas 0.9 0.97", "1e-3"),
-            (FSG, f"--grad fsg --hgs mamba {SAMPLED}", "1e-3"),
-            (FSG, "--grad gate", "1e-3"),
-            (FSG, "--grad multifc", "1e-3"),
-            (PROX, "--opt adam --method parq", "3e-3"),
-            (BIHALF, "--opt adam --weight-decay 0", "1e-3"),
-        )
+        *(ten_epochs(search) for search in PROTOCOL if search.command.endswith(FINALISTS)),
+        *(ten_epochs(search, "--history newest") for search in PROTOCOL if search.command.endswith(MAMBA)),
     ],
-    # The search with plain SGD.
-    "protocol-sgd": [
-        *(Search(f"{FSG} --opt sgd {generator}", SGD) for generator in GENERATORS),
-        *(Search(f"{PROX} --opt sgd --method {method}", ("1e-2", "1e-3", "1e-1")) for method in METHODS),
-        Search(f"{BIHALF} --opt sgd --weight-decay 0", SGD),
-    ],
-    # Binary weights and activations, in networks made for them.
-    "w1a1": [
-        Search(f"train_fsg.py {BUDGET.replace('resnet20', 'birealnet20')} --act sign --grad {grad}", ADAM)
-        for grad in ("ste", "gate")
-    ]
-    + [
-        Search(f"train_sibnn.py {BUDGET.replace('resnet20', 'birealnet20')}", ADAM),
-        Search(f"train_bihalf.py {BUDGET.replace('resnet20', 'birealnet20')} --act sign", ADAM),
-    ],
-    # Another data set and smaller networks, from random weights, on the images that scikit-learn contains.
-    "digits": [
-        Search(f"train_{trainer}.py {DIGITS} {flags}", ("1e-2", "3e-3", "3e-2"), (0, 1, 2, 3, 4))
-        for trainer, flags in (
-            ("fsg", "--arch resnet8 --grad ste"),
-            ("fsg", "--arch resnet8 --grad ste --betas 0.9 0.97"),
-            ("fsg", "--arch resnet8 --grad fsg --hgs mamba"),
-            ("fsg", "--arch resnet8 --grad gate"),
-            ("proxconnect", "--arch resnet8 --method parq --opt adam"),
-            ("fsg", "--arch birealnet8 --act sign --grad ste"),
-            ("fsg", "--arch birealnet8 --act sign --grad ste --betas 0.9 0.97"),
-            ("fsg", "--arch birealnet8 --act sign --grad gate"),
-            ("sibnn", "--arch birealnet8"),
-        )
+    "w1a1": W1A1,
+    "w1a1-finals": [ten_epochs(search) for search in W1A1],
+    # From random weights, on small images.
+    "scratch": [
+        *(
+            Search(f"train_fsg.py {SCRATCH} {flags}", FROM_SCRATCH)
+            for flags in ("--grad ste", f"--grad ste {SHORTER}", MAMBA, "--grad gate", "--grad gate --memory 0")
+        ),
+        Search(f"train_fsg.py {SCRATCH} --grad multifc", FROM_SCRATCH),
+        Search(f"train_proxconnect.py {SCRATCH} --opt adam --method parq", FROM_SCRATCH),
     ],
     # The paper's ablations of FSG: the weight β of the slow gradient (default 0.9), the length of the history (default
     # 5), the layer embedding and the history itself.
@@ -148,6 +149,32 @@ GRIDS = {
             *(f"--length {length}" for length in (3, 7)),
             "--no-lre",
             "--history newest",
+        )
+    ],
+    # Other ways to train φ, and φ not trained (results/search.py).
+    "search": [
+        Search(f"results/search.py {words} {BUDGET} --hgs mamba {SAMPLED}", ("1e-3",))
+        for words in ("frozen", "smooth", "ahead4", "ahead16", "leap+forget+residual+ahead8")
+    ],
+    # The protocol with plain SGD.
+    "protocol-sgd": [
+        *(Search(f"{FSG} --opt sgd {generator}", SGD) for generator in GENERATORS),
+        *(Search(f"{PROX} --opt sgd --method {method}", ("1e-2", "1e-3", "1e-1")) for method in METHODS),
+        Search(f"{BIHALF} --opt sgd --weight-decay 0", SGD),
+    ],
+    # Another data set and smaller networks, from random weights, on the images that scikit-learn contains.
+    "digits": [
+        Search(f"train_{trainer}.py {DIGITS} {flags}", ("1e-2", "3e-3", "3e-2", "1e-1"), (0, 1, 2, 3, 4))
+        for trainer, flags in (
+            ("fsg", "--arch resnet8 --grad ste"),
+            ("fsg", f"--arch resnet8 --grad ste {SHORTER}"),
+            ("fsg", "--arch resnet8 --grad fsg --hgs mamba"),
+            ("fsg", "--arch resnet8 --grad gate"),
+            ("proxconnect", "--arch resnet8 --method parq --opt adam"),
+            ("fsg", "--arch birealnet8 --act sign --grad ste"),
+            ("fsg", f"--arch birealnet8 --act sign --grad ste {SHORTER}"),
+            ("fsg", "--arch birealnet8 --act sign --grad gate"),
+            ("sibnn", "--arch birealnet8"),
         )
     ],
 }
@@ -219,7 +246,7 @@ def run_one(command: str, out: Path, slots: Slots) -> dict:
     name = re.sub(r"[^\w.]+", "-", flags)[:150].strip("-") + "-" + hashed
     started = (out / name / "last.pt").exists()
     argv = ["--resume", str(out / name)] if started else [*shlex.split(flags), "--name", name, "--out", str(out)]
-    code, error = slots.run([sys.executable, str(Path(__file__).with_name(trainer)), *argv])
+    code, error = slots.run([sys.executable, str(Path(__file__).parent / trainer), *argv])
     if code in (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM):
         raise Interrupted
     diverged = "became NaN or infinite" in error
@@ -241,13 +268,16 @@ def run_one(command: str, out: Path, slots: Slots) -> dict:
     return row | {k: f"{v:.4f}" for k, v in values.items()} | {"seconds": f"{seconds:.0f}"}
 
 
-def best_rates(search: Search, rows: dict[str, dict], command) -> list[str]:
+def best_rates(search: Search, rows, command) -> list[str]:
     """The learning rates whose validation accuracy at the first seed is within one standard error of the best.
 
     The standard error of an accuracy p on n images is √(p (1 − p) / n). The list is empty if some rates have not been
-    tried, or if no run has a validation accuracy. command: turns flags into the command line under which `rows` has
-    them.
+    tried, or if no run has a validation accuracy. rows: of all grids, by command. command: turns flags into the command
+    line under which `rows` has them.
     """
+    if search.like:
+        rate = result(search.like, rows, command)
+        return [rate] if rate else []
     tried = {rate: rows.get(command(search.at(rate, search.seeds[0]))) for rate in search.rates}
     if not all(tried.values()):
         return []
@@ -262,50 +292,77 @@ def best_rates(search: Search, rows: dict[str, dict], command) -> list[str]:
     return [rate for rate, accuracy in accuracies.items() if accuracy >= best - error]
 
 
-def commands_of(grid: list[Search], rows: dict[str, dict], command) -> list[str]:
-    """The commands of a grid, as far as they are known: the other seeds need the best learning rates."""
+def result(search: Search, rows, command) -> str | None:
+    """The learning rate with the best mean validation accuracy, of those with all seeds.
+
+    None if the search is not complete.
+    """
+    means = {}
+    for rate in search.rates:
+        found = [rows.get(command(search.at(rate, seed))) for seed in search.seeds]
+        if all(found):
+            means[rate] = sum(float(row["val_acc"]) for row in found) / len(found)
+    best = best_rates(search, rows, command)
+    return max(means, key=means.get) if best and set(best) <= set(means) else None
+
+
+def commands_of(grid: list[Search], rows, command) -> list[str]:
+    """The commands of a grid in the order in which they are run: all learning rates, the second seeds, the third, …
+
+    Only the commands that are known: the other seeds need the best learning rates.
+    """
     commands = [command(search.at(rate, search.seeds[0])) for search in grid for rate in search.rates]
-    for search in grid:
-        for rate in best_rates(search, rows, command):
-            commands += [command(search.at(rate, seed)) for seed in search.seeds[1:]]
-    return commands
+    for i in range(max(len(search.seeds) for search in grid)):
+        for search in [search for search in grid if i < len(search.seeds)]:
+            commands += [command(search.at(rate, search.seeds[i])) for rate in best_rates(search, rows, command)]
+    return list(dict.fromkeys(commands))
 
 
-def run_grid(name: str, grid: list[Search], command, results: Path, out: Path, jobs: int | None) -> None:
-    """Run the commands that are not in the grid's CSV file yet. Both files are written after each run.
+def run_grids(grids: dict[str, list[Search]], command, results: Path, out: Path, slots: Slots) -> None:
+    """Run the commands that are not in the CSV files of the grids yet. A grid's files are written after each run.
 
     Raises RunError for the commands that failed, after all others have run.
     """
-    file = results / f"{name}.csv"
-    rows, slots, failed, lock = read_results(file), Slots(jobs), {}, threading.Lock()
+    own = {name: read_results(results / f"{name}.csv") for name in {*GRIDS, *grids}}
+    rows = collections.ChainMap(*own.values())
+    failed, running = {}, {}
 
-    def run_search(search: Search) -> None:
-        while commands := [c for c in commands_of([search], rows, command) if c not in rows and c not in failed]:
-            try:
-                row = run_one(commands[0], out / name, slots)
-            except RunError as e:
-                print(f"failed: {e}", flush=True)
-                failed[commands[0]] = str(e)
-                continue
-            with lock:
-                rows[row["command"]] = row
-                write(file, rows.values())
-                print(f"{len(rows)} done: {row['command']}: {row['test_acc']}", flush=True)
+    def start(pool) -> None:
+        """Start the commands that are known now, as many as run at a time."""
+        for name, grid in grids.items():
+            for line in commands_of(grid, rows, command):
+                if len(running) == slots.jobs:
+                    return
+                if line not in rows and line not in failed and line not in [line for _, line in running.values()]:
+                    running[pool.submit(run_one, line, out / name, slots)] = name, line
 
     with concurrent.futures.ThreadPoolExecutor(slots.jobs) as pool:
-        waiting = [pool.submit(run_search, search) for search in grid]
         try:
-            for done in concurrent.futures.as_completed(waiting):
-                done.result()
+            start(pool)
+            while running:
+                for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)[0]:
+                    name, line = running.pop(future)
+                    try:
+                        row = future.result()
+                    except RunError as e:
+                        print(f"failed: {e}", flush=True)
+                        failed[line] = str(e)
+                        continue
+                    own[name][line] = row
+                    write(results / f"{name}.csv", own[name].values())
+                    print(f"{name}, {len(own[name])} done: {line}: {row['test_acc']}", flush=True)
+                start(pool)
         except BaseException:
             slots.stop()
-            for future in waiting:
-                future.cancel()
             raise
-    write(file, rows.values())
-    for search in grid:
-        if len(search.seeds) > 1 and not best_rates(search, rows, command) and not failed:
-            print(f"no run of {search.command} has a validation accuracy, so its other seeds are not run", flush=True)
+    for name, grid in grids.items():
+        write(results / f"{name}.csv", own[name].values())
+        for search in grid:
+            if not failed and not best_rates(search, rows, command):
+                why = "no run has a validation accuracy, so its other seeds are not run"
+                if search.like:
+                    why = f"it is not run before the search for its learning rate is complete, {search.like.command}"
+                print(f"{search.command}: {why}", flush=True)
     if failed:
         others = f"; {len(failed) - 1} more cannot" if len(failed) > 1 else ""
         raise RunError(next(iter(failed.values())) + others)
@@ -374,7 +431,7 @@ def table(rows: list[dict]) -> str:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("grid", choices=GRIDS, help="name of the grid")
+    parser.add_argument("grids", nargs="+", choices=GRIDS, metavar="GRID", help=f"one or several of {', '.join(GRIDS)}")
     parser.add_argument("--list", action="store_true", help="print the commands and which are done; run nothing")
     parser.add_argument("--only", default="", metavar="TEXT", help="only the searches whose command contains this text")
     parser.add_argument("--jobs", type=int, help="runs at a time (default: one per GPU, or 2 on CPUs)")
@@ -385,30 +442,31 @@ def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     end = argv.index("--") if "--" in argv else len(argv)
     args, added_flags = parser.parse_args(argv[:end]), argv[end + 1 :]
-    grid = [search for search in GRIDS[args.grid] if args.only in search.command]
+    grids = {name: [search for search in GRIDS[name] if args.only in search.command] for name in args.grids}
     command = lambda flags: "python " + shlex.join([*shlex.split(flags), *added_flags])
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for flag in ("--seed", "--lr"):
             if flag in [word.partition("=")[0] for word in added_flags]:
                 raise RunError(f"the grid sets the seeds and the learning rates: leave out {flag}")
-        if not grid:
-            raise RunError(f"no search of the grid {args.grid} has {args.only!r} in its command: see --list")
+        for name in [name for name, grid in grids.items() if not grid]:
+            raise RunError(f"no search of the grid {name} has {args.only!r} in its command: see --list")
         if args.jobs is not None and args.jobs < 1:
             raise RunError(f"--jobs must be at least 1; it is {args.jobs}")
+        results = Path(args.results)
         if args.list:
-            done = read_results(Path(args.results, f"{args.grid}.csv"))
-            for line in commands_of(grid, done, command):
-                print("done" if line in done else "    ", line)
+            rows = collections.ChainMap(*(read_results(results / f"{name}.csv") for name in GRIDS))
+            for line in [line for grid in grids.values() for line in commands_of(grid, rows, command)]:
+                print("done" if line in rows else "    ", line)
             return 0
-        run_grid(args.grid, grid, command, Path(args.results), Path(args.out).resolve(), args.jobs)
+        run_grids(grids, command, results, Path(args.out).resolve(), Slots(args.jobs))
     except (KeyboardInterrupt, Interrupted):
         print("stopped; repeat the command to go on", file=sys.stderr)
         return 130
     except RunError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
-    print(Path(args.results, f"{args.grid}.md").read_text(), end="")
+    print("\n".join((results / f"{name}.md").read_text(encoding="utf-8") for name in grids), end="")
     return 0
 
 

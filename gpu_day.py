@@ -15,8 +15,9 @@ hangs or is killed, its error is recorded and the next item starts. OUT then con
     3-mamba-ssm.json     the kernel of the mamba-ssm package against the fused scan: results and speed
     4-training.json      training runs from the full-precision ResNet-20 on CIFAR-10 (JPEG): metrics of every epoch
     5-w1a1.json          training runs of the Bi-Real ResNet-18 with binary activations: metrics of every epoch
-    6-grids.json         the output of experiments.py; its rows are in the CSV files in grids/. Rows in results/ are not
-                         run again: copy the CSV files there to continue with a second call
+    6-grids.json         how many rows the grids of experiments.py have
+    grids.tar.gz         their tables and the metrics of their runs. Rows in results/ are not run again: copy the tables
+                         there to continue with a second call
     log.txt              the output of the items
     compile-cache.tar.gz what torch.compile and Triton have compiled: copy it to gpu-day/, and a second call on a fresh
                          machine starts faster
@@ -39,11 +40,14 @@ seconds is left out. Remaining time goes to training. A stage that ends early le
 import argparse
 import contextlib
 import csv
+import importlib
 import itertools
 import json
 import math
 import os
+import queue
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -53,8 +57,10 @@ import tarfile
 import tempfile
 import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 try:
     import triton
@@ -1125,48 +1131,288 @@ def w1a1(stage: Stage) -> None:
     train_all(stage, runs, lambda method: [*common, *method_flags(method)], 2, choices[0], choices)
 
 
-GRIDS = ("protocol", "finals", "w1a1", "ablations", "protocol-sgd")
-JOBS = 8  # of experiments.py: without CUDA graphs the CPU's cores limit a run
+# Groups of grids of experiments.py: the full-precision network that they start from, and how many of their runs train
+# at a time. The first group gets most of the GPU.
+GRIDS = (
+    (PRETRAINED, 16, ("protocol", "finals", "ablations", "search", "protocol-sgd")),
+    ("birealnet20.pt", 6, ("w1a1", "w1a1-finals")),
+    (None, 3, ("scratch",)),
+)
+WORKERS = 16  # training processes; a CPU core for each
+FOLDER = "--dataset folder --data-dir data/cifar10-jpeg"
+# Trains birealnet20.pt.
+BIREALNET = f"train_fsg.py --arch birealnet20 --quantizer none --opt sgdm --weight-decay 1e-4 --epochs 15 {FOLDER}"
+BIREALNET += " --schedule cosine --name birealnet20 --out pretrained"
 
 
 def grids(stage: Stage) -> None:
-    """The grids of experiments.py, one after the other.
+    """As many runs of the grids of experiments.py as the time allows. The results are in grids.tar.gz.
 
-    Their commands name the images and the network as the rows in results/ do, so these rows are not run again.
+    Their commands name the images and the network as the rows in results/ do, so these rows are not run again. A second
+    call on the same machine continues where the first one stopped.
     """
-    day, home, results = stage.day, stage.day.scratch / "grids", stage.day.out / "grids"
-    (home / "data").mkdir(parents=True, exist_ok=True)
-    results.mkdir(exist_ok=True)
-    for name in () if day.dry else GRIDS:
-        known = ROOT / "results" / f"{name}.csv"
-        if known.exists() and not (results / known.name).exists():  # an earlier call has more rows
-            shutil.copy(known, results)
-    flags = ["--dataset", "folder", "--data-dir", "data/cifar10-jpeg"]
-    if day.dry:
-        flags = ["--dataset", "digits", "--val", 200, "--arch", "resnet8", "--batch-size", 32, "--limit-steps", 1]
-        flags += ["--epochs", 1]
-    else:
-        for name, target in (("data/cifar10-jpeg", decoded_images(stage)), (PRETRAINED, CARRIED / PRETRAINED)):
+    day, home = stage.day, stage.day.scratch / "grids"
+    for name in ("data", "results"):
+        (home / name).mkdir(parents=True, exist_ok=True)
+    if not day.dry:
+        for known in (ROOT / "results").glob("*.csv"):
+            if not (home / "results" / known.name).exists():  # an earlier call has more rows
+                shutil.copy(known, home / "results")
+        for name, target in (("data/cifar10-jpeg", day.scratch / "images"), (PRETRAINED, CARRIED / PRETRAINED)):
             (home / name).unlink(missing_ok=True)
             (home / name).symlink_to(target)
     mps = start_mps(stage)
     try:
-        for name in ("ablations",) if day.dry else GRIDS:
-            seconds = stage.left() - 15  # the rest is for the runs to save their state
-            if seconds < 5:
-                break
-            pretrained = ["--pretrained", PRETRAINED] if name != "w1a1" and not day.dry else []
-            command = [sys.executable, ROOT / "experiments.py", name, "--jobs", 2 if day.dry else JOBS]
-            command += ["--only", "history newest"] if day.dry else []
-            command += ["--results", results, "--out", home / "runs", "--", *flags, *pretrained]
-            stopped = ["timeout", "--signal=TERM", f"{seconds:.0f}", "env", "-C", home]
-            status = stage.run(name, [*stopped, *command], seconds + 12, mps)
-            ended = status == "failed" and any("stopped" in line for line in stage.items[name]["error"])
-            csv_file = results / f"{name}.csv"
-            rows = len(csv_file.read_text().splitlines()) - 1 if csv_file.exists() else 0
-            stage.record(name, status="time limit" if ended else status, rows_done=rows)
+        seconds = stage.left() - 20  # the rest is for the runs to save their state
+        stage.item("grids", train_grids, seconds + 18, env=mps, seconds=seconds, out=str(day.out))
     finally:
         stop_mps(mps)
+
+
+class Workers:
+    """Processes that train one run after the other, for run_grids() of experiments.py.
+
+    A new process for each run would import torch, start CUDA and choose cuDNN's algorithms each time.
+    """
+
+    def __init__(self, jobs: int, scratch: Path, dry: bool):
+        self.jobs, self.scratch, self.dry = jobs, scratch, dry
+        self.free, self.all, self.stopping = queue.Queue(), [], threading.Event()
+        self.ended = {"ok": 0, "failed": 0}
+        for _ in range(jobs):
+            self.free.put(self.start())
+
+    def start(self) -> subprocess.Popen:
+        command = [
+            sys.executable,
+            __file__,
+            "--item",
+            "train_runs",
+            "--scratch",
+            self.scratch,
+            *["--dry-run"] * self.dry,
+        ]
+        with open(self.scratch / f"worker-{len(self.all)}.txt", "wb") as log:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, "text": True}
+            where = {"cwd": self.scratch / "grids", "env": {**os.environ, "OMP_NUM_THREADS": "2"}}
+            process = subprocess.Popen(list(map(str, command)), **where, **pipes)
+        self.all.append(process)
+        return process
+
+    def run(self, command: list[str]) -> tuple[int, str]:
+        """Run a command: its exit code and its error. Waits for a free process. Tries again after an error of CUDA."""
+        import experiments
+
+        for _ in range(2):
+            worker = self.free.get()
+            try:
+                if self.stopping.is_set():
+                    raise experiments.Interrupted
+                code, error = self.ask(worker, command)
+                if worker.poll() is not None and not self.stopping.is_set():
+                    worker = self.start()
+            finally:
+                self.free.put(worker)
+            if "CUDA error" not in error:
+                break
+        self.ended["failed" if code == 1 else "ok"] += 1
+        return code, error
+
+    def ask(self, worker: subprocess.Popen, command: list[str]) -> tuple[int, str]:
+        with contextlib.suppress(OSError):  # it has ended
+            print(json.dumps(list(map(str, command[1:]))), file=worker.stdin, flush=True)
+            if answer := worker.stdout.readline():
+                code, error = json.loads(answer)
+                if "CUDA error" in error:  # the process cannot go on
+                    worker.kill()
+                    worker.wait()
+                return code, error
+        code = worker.wait()
+        return code or 1, f"the training process ended with exit status {code}"
+
+    def stop(self) -> None:
+        """Let the runs save their state and end. (A second signal would end them at once.)"""
+        if not self.stopping.is_set():
+            self.stopping.set()
+            for worker in self.all:
+                worker.terminate()
+
+    def share(self, jobs: int):
+        """These processes, for `jobs` runs at a time."""
+        return SimpleNamespace(jobs=min(jobs, self.jobs), run=self.run, stop=self.stop)
+
+
+def train_grids(dry: bool, scratch: Path, seconds: float, out: str) -> None:
+    """Train the grids for that many seconds. Writes OUT/grids.tar.gz now and then."""
+    import experiments
+
+    end, home = time.monotonic() + seconds, scratch / "grids"
+    os.chdir(home)
+    workers = Workers(2 if dry else WORKERS, scratch, dry)
+    while not (dry or Path("data/cifar10-jpeg").exists()) and time.monotonic() < end:
+        time.sleep(0.1)  # until another process has decoded the images
+
+    def train(folder: str, grids: dict, flags: list, jobs: int) -> None:
+        added = shlex.join([*map(str, flags)])
+        command = lambda line: f"python {line} {added}"
+        with contextlib.suppress(experiments.Interrupted, experiments.RunError):
+            experiments.run_grids(grids, command, home / folder, home / "runs" / folder, workers.share(jobs))
+
+    def train_group(pretrained: str | None, jobs: int, names: tuple) -> None:
+        if pretrained and not Path(pretrained).exists():
+            where = Path("pretrained/birealnet20/last.pt")
+            words = [BIREALNET.split()[0], "--resume", where] if where.exists() else BIREALNET.split()
+            say(trained=pretrained, status=workers.run([sys.executable, *words]))
+            where.with_name("best.pt").rename(pretrained)
+        flags = [*FOLDER.split(), *(["--pretrained", pretrained] if pretrained else [])]
+        train("results", {name: experiments.GRIDS[name] for name in names}, flags, jobs)
+
+    if dry:
+        flags = "--dataset digits --val 200 --arch resnet8 --batch-size 32 --limit-steps 1 --epochs 1 --device cpu"
+        ablations = {"ablations": experiments.GRIDS["ablations"][-1:]}
+        threads = [threading.Thread(target=train, args=("results", ablations, flags.split(), 2))]
+    else:
+        # Rows that are known from CPUs are run again, for comparison.
+        again = [experiments.Search(f"{experiments.FSG} --grad {grad}", ("1e-3",)) for grad in ("ste", "gate")]
+        flags = [*FOLDER.split(), "--pretrained", PRETRAINED]
+        threads = [threading.Thread(target=train, args=("check", {"protocol": again}, flags, 6))]
+        threads += [threading.Thread(target=train_group, args=group) for group in GRIDS]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        if time.monotonic() > end or (workers.ended["failed"] > 20 and not workers.ended["ok"]):
+            workers.stop()
+        for thread in threads:
+            thread.join(1)
+        pack(home, Path(out))
+    for worker in workers.all:
+        worker.stdin.close()
+    pack(home, Path(out))
+    for file in sorted(home.glob("[rc]*/*.csv")):
+        say(grid=f"{file.parent.name}/{file.stem}", rows=len(file.read_text().splitlines()) - 1)
+
+
+def pack(home: Path, out: Path) -> None:
+    """Write OUT/grids.tar.gz: the tables, the metrics of all runs, the logs, and the trained network."""
+    part = home / "grids.part"
+    with tarfile.open(part, "w:gz") as tar:
+        for pattern in (
+            "results/*",
+            "check/*",
+            "runs/*/*/*/metrics.csv",
+            "runs/*/*/*/args.json",
+            "birealnet20.pt",
+            "../worker-*.txt",
+        ):
+            for path in sorted(home.glob(pattern)):
+                with contextlib.suppress(OSError):  # it is being replaced
+                    tar.add(path, path.name if ".." in pattern else path.relative_to(home))
+    shutil.copy(part, out / "grids.tmp")
+    (out / "grids.tmp").replace(out / "grids.tar.gz")
+
+
+def graphed(net):
+    """The network, with CUDA graphs for its forward and backward passes in training.
+
+    The graphs launch the same kernels as the network. Their outputs and gradients are compared with the network's
+    before the first use and in the third step. If they differ, or if no graph can be made, the network itself is used.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    def difference(a, b) -> float:
+        pairs = [(x.double(), y.double()) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+        if [x is None for x in a] != [y is None for y in b]:
+            return math.inf
+        return math.sqrt(sum((x - y).square().sum() for x, y in pairs) / sum(y.square().sum() for _, y in pairs))
+
+    class Graphed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module, self.graph, self.shape, self.calls = net, None, None, 0
+
+        def forward(self, x):
+            if not (net.training and torch.is_grad_enabled()):
+                return net(x)
+            self.calls += 1
+            if self.calls == 1:
+                self.capture(x)
+            if self.graph is None or x.shape != self.shape:
+                return net(x)
+            if self.calls == 3:
+                self.compare(x)
+            return self.graph(x) if self.graph else net(x)
+
+        def capture(self, x):
+            before = {name: b.clone() for name, b in net.named_buffers()}
+            try:
+                torch.cuda.make_graphed_callables(net, (x.clone(),), allow_unused_input=True)
+                self.graph, self.shape = net.__dict__["forward"], x.shape
+            except Exception as e:
+                print(f"no CUDA graphs: {type(e).__name__}: {e}", flush=True)
+            net.__dict__.pop("forward", None)
+            self.restore(before)
+            if self.graph:
+                self.compare(x)
+
+        def restore(self, buffers):
+            for name, b in net.named_buffers():
+                b.copy_(buffers[name])
+
+        def compare(self, x):
+            before = {name: b.clone() for name, b in net.named_buffers()}
+            found, parameters = [], [p for p in net.parameters() if p.requires_grad]
+            for function in (net, self.graph):
+                logits = function(x)
+                loss = F.cross_entropy(logits, torch.arange(len(x), device=x.device) % logits.shape[1])
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+                gradients = [g if g is None else g.clone() for g in gradients]
+                statistics = [b.clone().double() for b in net.buffers()]
+                found.append(([logits.detach().clone()], gradients, statistics))
+                self.restore(before)
+            errors = [difference(b, a) for a, b in zip(*found, strict=True)]
+            print(f"graphs, step {self.calls}: differences {errors}", flush=True)
+            if not max(errors) < 0.05:
+                print("the graphs differ, so they are not used", flush=True)
+                self.graph = None
+
+    return Graphed()
+
+
+def train_runs(dry: bool, scratch: Path) -> None:
+    """A training process: runs the commands on standard input, and writes their exit codes and errors."""
+    import gc
+
+    import torch
+
+    import data
+    import models
+    import runs
+    import train_fsg
+
+    answers, parallel, FSG = os.fdopen(os.dup(1), "w"), runs.parallel, train_fsg.FSG
+    os.dup2(2, 1)  # what the trainers print goes to the log
+    sys.path.insert(0, str(ROOT / "results"))
+    for line in sys.stdin:
+        script, *flags = json.loads(line)
+        name, error = Path(script).stem, ""
+        print("===", line, flush=True)
+        # train_proxconnect.py changes constants of its quantizers during training, which a graph would keep.
+        graphs = not dry and name != "train_proxconnect"
+        runs.parallel = (lambda net, args, device: graphed(net)) if graphs else parallel
+        try:
+            code = importlib.import_module(name).main(flags)
+        except (runs.RunError, data.DataError, models.ModelError) as e:
+            code, error = 1, f"error: {e}"
+        except SystemExit as e:  # wrong flags
+            code, error = 2, f"error: exit {e.code}"
+        except Exception as e:
+            traceback.print_exc()
+            code, error = 1, f"error: {type(e).__name__}: {e}"
+        train_fsg.FSG = FSG  # search.py replaces it
+        print(json.dumps([code, " ".join(error.split())]), file=answers, flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def train_all(stage: Stage, runs, flags, level: int, epochs: int, choices) -> None:
@@ -1357,7 +1603,7 @@ def prepare_mamba_ssm() -> None:
 
 STAGES = {1: correctness, 2: step_times, 3: mamba_ssm, 4: training, 5: w1a1, 6: grids}
 ITEMS = [machine, kernel_last, kernel_tails, smallest, generators, resume, amp, cuda_graphs, steps, scan_alone]
-ITEMS += [one_scan, registers, build_mamba_ssm, mamba_ssm_equal, mamba_ssm_speed, unpack]
+ITEMS += [one_scan, registers, build_mamba_ssm, mamba_ssm_equal, mamba_ssm_speed, unpack, train_grids, train_runs]
 ITEMS = {function.__name__: function for function in ITEMS}
 
 

@@ -53,15 +53,50 @@ def rows(tmp_path):
         return list(csv.DictReader(f))
 
 
-def test_every_grid_is_of_commands_that_the_trainers_take():
-    for name, grid in experiments.GRIDS.items():
-        commands = [s.at(rate, seed) for s in grid for rate in s.rates for seed in s.seeds]
-        assert len(set(commands)) == len(commands) >= 3, name
-        for command in commands:
-            trainer, *flags = command.split()
-            args = TRAINERS[trainer].flags().parse_args(flags)
-            TRAINERS[trainer].complete(args)
-            assert f"--seed {args.seed}" in command and args.val == (300 if name == "digits" else 5000)
+@pytest.mark.parametrize("name", experiments.GRIDS)
+def test_every_grid_is_of_comparable_commands_that_the_trainers_take(name):
+    grid = experiments.GRIDS[name]
+    commands = [s.at(rate, seed) for s in grid for rate in s.rates or ("1e-3",) for seed in s.seeds]
+    assert len(set(commands)) == len(commands) >= 3
+    budgets = set()
+    for command in commands:
+        trainer, *flags = command.split()
+        if trainer == "results/search.py":
+            trainer, flags = "train_fsg.py", flags[1:]
+        args = TRAINERS[trainer].flags().parse_args(flags)
+        TRAINERS[trainer].complete(args)
+        assert f"--seed {args.seed}" in command and args.val == (300 if name == "digits" else 5000)
+        budgets.add((args.opt, args.batch_size, args.epochs, args.schedule, args.image_size))
+    assert len(budgets) == 1
+    assert all(s.like is None or s.like in experiments.PROTOCOL + experiments.W1A1 for s in grid)
+
+
+def test_long_runs_take_their_rates_from_short_ones():
+    command = lambda flags: flags
+    short = search(rates=("1e-2", "1e-3"), seeds=(5, 6))
+    long = Search("long", seeds=(1, 2), like=short)
+    rows = {short.at(rate, 5): {"val_acc": "0.5"} for rate in short.rates}
+    assert experiments.commands_of([long], rows, command) == [], "both rates are as good, and each needs two seeds"
+    rows |= {short.at("1e-2", 6): {"val_acc": "0.51"}, short.at("1e-3", 6): {"val_acc": "0.52"}}
+    assert experiments.result(short, rows, command) == "1e-3"
+    assert experiments.commands_of([long], rows, command) == [long.at("1e-3", 1), long.at("1e-3", 2)]
+    wider = short._replace(rates=("1e-2", "1e-3", "1e-1"))  # its best rate at the first seed is not the best on average
+    rows |= {wider.at("1e-1", 5): {"val_acc": "0.9"}}
+    assert experiments.result(wider, rows, command) is None
+    rows |= {wider.at("1e-1", 6): {"val_acc": "0.1"}}
+    assert experiments.result(wider, rows, command) == "1e-3"
+
+
+def test_long_runs_wait_for_their_rates(tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, tmp_path, [Search(f"train_fsg.py {SMALL}", like=search(rates=("1", "2")))]) == 0
+    assert "not run before the search for its learning rate is complete" in capsys.readouterr().out
+
+
+def test_the_seeds_of_all_searches_are_run_in_turn():
+    one, two = search("a", ("1",), (0, 1, 2)), search("b", ("2",), (0, 1))
+    first = {one.at("1", 0): {"val_acc": "1"}, two.at("2", 0): {"val_acc": "1"}}
+    commands = experiments.commands_of([one, two], first, lambda flags: flags)
+    assert commands == [one.at("1", 0), two.at("2", 0), one.at("1", 1), two.at("2", 1), one.at("1", 2)]
 
 
 def test_a_grid_is_run_and_not_run_again(tmp_path, monkeypatch, capsys, in_this_process):
@@ -122,7 +157,7 @@ def test_without_validation_accuracies_it_is_said_that_no_rate_is_chosen(
 ):
     grid = [search(rates=("1e-2", "1e-3"), seeds=(0, 1))]
     assert run(monkeypatch, tmp_path, grid, "--", "--val", "0", "--limit-steps", "1") == 0
-    assert "has a validation accuracy, so its other seeds are not run" in capsys.readouterr().out
+    assert "no run has a validation accuracy, so its other seeds are not run" in capsys.readouterr().out
     assert len(rows(tmp_path)) == 2
 
 

@@ -1,5 +1,6 @@
 """gpu_day.py: how it plans its time, what becomes of items that fail or hang, and a dry run of all stages."""
 
+import copy
 import json
 import os
 import subprocess
@@ -8,9 +9,11 @@ import tarfile
 import time
 
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 
+import experiments
 import gpu_day
 
 
@@ -147,11 +150,74 @@ def test_images_are_used_only_if_all_are_decoded(stage, tmp_path, monkeypatch):
         assert sorted(path.name for path in images.iterdir()) == [".test-8.pt", ".train-8.pt", "test", "train"]
 
 
+def test_a_training_process_that_dies_is_replaced(tmp_path):
+    (tmp_path / "grids").mkdir()
+    workers = gpu_day.Workers(1, tmp_path, dry=True)
+    try:
+        command = [sys.executable, "train_fsg.py", "--dataset", "folder", "--data-dir", "nowhere"]
+        code, error = workers.run(command)
+        assert code == 1 and error.startswith("error: ") and "nowhere" in error
+        workers.all[0].kill()
+        assert "ended with exit status" in workers.run(command)[1]
+        assert workers.run([*command[:2], "--no-such-flag"])[0] == 2 and len(workers.all) == 2
+        workers.stop()
+        with pytest.raises(experiments.Interrupted):
+            workers.run(command)
+    finally:
+        for worker in workers.all:
+            worker.kill()
+
+
+@pytest.mark.parametrize("graph", ["right", "wrong", "wrong gradient", "stale", "impossible"])
+def test_graphs_are_used_only_if_they_compute_what_the_network_does(graph, monkeypatch):
+    steps = []
+
+    def capture(net, inputs, **_):  # as CUDA graphs, it runs the network and replaces its forward
+        if graph == "impossible":
+            raise RuntimeError("no GPU")
+        net(*inputs)
+        weight = net[0].weight.detach().clone()
+
+        def forward(x):
+            steps.append(len(x))
+            if graph == "stale":
+                x = torch.nn.functional.conv2d(x, weight, net[0].bias, padding=1)
+                return net[2:](net[1](x))
+            out = type(net).forward(net, x)
+            doubled = out + out - out.detach()  # with twice the gradient
+            return {"wrong": 1.2 * out, "wrong gradient": doubled}.get(graph, out)
+
+        net.forward = forward
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten()]
+    net = torch.nn.Sequential(*layers, torch.nn.Linear(64, 10))
+    plain = copy.deepcopy(net)
+    model = gpu_day.graphed(net)
+    images, labels = torch.randn(5, 8, 3, 4, 4), torch.arange(8)
+    for x in images:
+        for one, parameters in ((plain, plain.parameters()), (model, net.parameters())):
+            torch.nn.functional.cross_entropy(one(x), labels).backward()
+            with torch.no_grad():
+                for p in parameters:
+                    p -= 0.1 * p.grad
+                    p.grad = None
+    for a, b in zip(plain.state_dict().values(), net.state_dict().values(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    used = len(steps)
+    model(images[0][:5])
+    net.eval()
+    model(images[0])
+    assert len(steps) == used, "another batch size and a test do not use the graph"
+    assert (used >= 5) == (graph == "right")
+
+
 def test_a_dry_run_of_all_stages(tmp_path):
     command = [sys.executable, "gpu_day.py", "--out", str(tmp_path), "--dry-run"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == [*gpu_day.FILES.values(), "grids", "log.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*gpu_day.FILES.values(), "grids.tar.gz", "log.txt"]
     found = {n: json.loads((tmp_path / file).read_text())["items"] for n, file in gpu_day.FILES.items()}
     status = {f"{n} {name}": item["status"] for n, all_ in found.items() for name, item in all_.items()}
     skipped = {"1 CUDA graphs", "1 memcheck", "1 pytest", "2 ncu", "3 compile", "3 equal", "4 MPS", "6 MPS"}
@@ -159,7 +225,10 @@ def test_a_dry_run_of_all_stages(tmp_path):
     assert {s for name, s in status.items() if name not in skipped} == {"ok"}, status
     assert found[3]["compile"]["error"] == ["no nvcc"]
     assert found[4]["ste-seed0"]["complete"] and found[4]["ste-seed0"]["rows"][0]["epoch"] == 1
-    assert found[6]["ablations"]["rows_done"] == 3, "three seeds"
+    assert found[6]["grids"]["results"] == [{"grid": "results/ablations", "rows": 3}], "three seeds"
+    with tarfile.open(tmp_path / "grids.tar.gz") as tar:
+        names = [name.split("/")[-1] for name in tar.getnames()]
+    assert names.count("metrics.csv") == names.count("args.json") == 3 and "ablations.csv" in names
     assert "test" in result.stdout and "checks" in result.stdout
 
 
