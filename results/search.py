@@ -14,8 +14,10 @@ The first argument is one or several of these words, joined with +:
     aheadK      φ is trained on the mean of the K gradients after G, in place of the first
     frozen      φ is not trained
 
-metrics.csv gets a column gradient/signal: ‖Σ g‖² / n for the n gradients g of φ since step 20, each scaled to norm 1.
-It is about 1 if they are independent noise, and n if they are equal.
+metrics.csv gets more columns. gradient/signal is ‖Σ g‖² / n for the n gradients g of φ since step 20, each scaled to
+norm 1. It is about 1 if they are independent noise, and n if they are equal. gradient/lag0, lag1, … are coefficients:
+the least-squares fit of the slow term by the newest gradient, the one before, …, over all weights. (History and slow
+term are scaled to RMS 1 in each layer.)
 """
 
 import re
@@ -111,7 +113,18 @@ class Variant(FSG):
 
     def measure(self, lr):
         signal = float("nan") if self.summed is None else (self.summed.square().sum() / self.count).item()
-        return super().measure(lr) | {"signal": signal}
+        return super().measure(lr) | {"signal": signal} | self.lags()
+
+    @torch.no_grad()
+    def lags(self):
+        if self.t < 2:
+            return {}
+        seen = self.seen(*self.calibrate())
+        per_weight = lambda values: values.index_select(0, seen.layer_of)
+        past = (seen.history / per_weight(seen.history_rms)).double()
+        slow = (self.slow_gradient(seen) / per_weight(seen.ghat_rms)).double()
+        found = torch.linalg.pinv(past @ past.T) @ (past @ slow)
+        return {f"lag{i}": x for i, x in enumerate(found.flip(0).tolist())}
 
     def gradient(self, seen):
         if torch.is_grad_enabled():

@@ -43,6 +43,8 @@ def test_without_a_change_it_is_fsg(train):
 def test_variants(train):
     memory, row = train("memory", "memory")
     assert row["gradient/signal"] == "nan", "nothing is learned"
+    lags = [float(row[f"gradient/lag{i}"]) for i in range(5)]
+    assert all(abs(lag / lags[0] - 0.8**i) < 1e-3 for i, lag in enumerate(lags)), "Σ 0.8^k ĝ, with a common factor"
     frozen, _ = train("residual+frozen", "frozen")
     assert same(memory, frozen), "the slow-net starts at 0"
     learned, row = train("residual", "residual")
