@@ -42,6 +42,10 @@ so the gradient of the loss with respect to G_{t−1} is lr·v with v = −D_t �
 back-propagated through the graph that made G_{t−1}, into φ only. (Under Adam the move has another factor for each
 weight, which FSG ignores.) No second derivative is needed.
 
+This objective looks one step ahead. The steps along the last gradients make ĝ_t smaller in their directions. So at
+large learning rates the slow-net learns to oppose the last gradients, and training is slower than with STE
+(results/README.md). Start from trained weights, where the learning rates are small.
+
 `FSG.generate()` has three steps: train φ on v, store ĝ_t, generate G_t. G_1, which has no history, is the
 straight-through gradient. So φ is trained for the first time in step 3.
 MetaQuant's generators are in metaquant.py, the gated history in gate.py, the authors' released step in fsg_released.py.
