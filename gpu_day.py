@@ -1240,7 +1240,7 @@ def train_grids(dry: bool, scratch: Path, seconds: float, out: str) -> None:
     """Train the grids for that many seconds. Writes OUT/grids.tar.gz now and then."""
     import experiments
 
-    end, home = time.monotonic() + seconds, scratch / "grids"
+    end, home, reported = time.monotonic() + seconds, scratch / "grids", time.monotonic()
     os.chdir(home)
     workers = Workers(2 if dry else WORKERS, scratch, dry)
     while not (dry or Path("data/cifar10-jpeg").exists()) and time.monotonic() < end:
@@ -1279,6 +1279,10 @@ def train_grids(dry: bool, scratch: Path, seconds: float, out: str) -> None:
         for thread in threads:
             thread.join(1)
         pack(home, Path(out))
+        if not dry and time.monotonic() > reported + 60:  # what limits the runs, the CPUs or the GPU?
+            reported, query = time.monotonic(), ["--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader"]
+            gpu = subprocess.run(["nvidia-smi", *query], capture_output=True, text=True).stdout.strip()
+            say(cpu_load=os.getloadavg()[0], gpu=gpu)
     for worker in workers.all:
         worker.stdin.close()
     pack(home, Path(out))
