@@ -36,6 +36,7 @@ import os
 import queue
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -244,6 +245,8 @@ def run_one(command: str, out: Path, slots: Slots) -> dict:
     trainer, _, flags = command.removeprefix("python ").partition(" ")
     hashed = hashlib.sha256(command.encode()).hexdigest()[:8]
     name = re.sub(r"[^\w.]+", "-", flags)[:150].strip("-") + "-" + hashed
+    if trainer == "results/search.py":  # it cannot resume its runs
+        shutil.rmtree(out / name, ignore_errors=True)
     started = (out / name / "last.pt").exists()
     argv = ["--resume", str(out / name)] if started else [*shlex.split(flags), "--name", name, "--out", str(out)]
     code, error = slots.run([sys.executable, str(Path(__file__).parent / trainer), *argv])
@@ -303,7 +306,9 @@ def result(search: Search, rows, command) -> str | None:
         if all(found):
             means[rate] = sum(float(row["val_acc"]) for row in found) / len(found)
     best = best_rates(search, rows, command)
-    return max(means, key=means.get) if best and set(best) <= set(means) else None
+    if not best or not set(best) <= set(means):
+        return None
+    return max(means, key=lambda rate: -1 if math.isnan(means[rate]) else means[rate])  # NaN: a run diverged
 
 
 def commands_of(grid: list[Search], rows, command) -> list[str]:

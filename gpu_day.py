@@ -16,8 +16,9 @@ hangs or is killed, its error is recorded and the next item starts. OUT then con
     4-training.json      training runs from the full-precision ResNet-20 on CIFAR-10 (JPEG): metrics of every epoch
     5-w1a1.json          training runs of the Bi-Real ResNet-18 with binary activations: metrics of every epoch
     6-grids.json         how many rows the grids of experiments.py have
-    grids.tar.gz         their tables and the metrics of their runs. Rows in results/ are not run again: copy the tables
-                         there to continue with a second call
+    grids.tar.gz         their tables, the metrics of their runs, and birealnet20.pt, a full-precision network. Rows in
+                         results/ are not run again: to continue on a fresh machine, copy the tables there, and
+                         birealnet20.pt to gpu-day/
     log.txt              the output of the items
     compile-cache.tar.gz what torch.compile and Triton have compiled: copy it to gpu-day/, and a second call on a fresh
                          machine starts faster
@@ -1159,7 +1160,10 @@ def grids(stage: Stage) -> None:
         for known in (ROOT / "results").glob("*.csv"):
             if not (home / "results" / known.name).exists():  # an earlier call has more rows
                 shutil.copy(known, home / "results")
-        for name, target in (("data/cifar10-jpeg", day.scratch / "images"), (PRETRAINED, CARRIED / PRETRAINED)):
+        links = {"data/cifar10-jpeg": day.scratch / "images", PRETRAINED: CARRIED / PRETRAINED}
+        if (CARRIED / "birealnet20.pt").exists():
+            links["birealnet20.pt"] = CARRIED / "birealnet20.pt"
+        for name, target in links.items():
             (home / name).unlink(missing_ok=True)
             (home / name).symlink_to(target)
     mps = start_mps(stage)
@@ -1194,21 +1198,18 @@ class Workers:
         return process
 
     def run(self, command: list[str]) -> tuple[int, str]:
-        """Run a command: its exit code and its error. Waits for a free process. Tries again after an error of CUDA."""
+        """Run a command: its exit code and its error. Waits for a free process."""
         import experiments
 
-        for _ in range(2):
-            worker = self.free.get()
-            try:
-                if self.stopping.is_set():
-                    raise experiments.Interrupted
-                code, error = self.ask(worker, command)
-                if worker.poll() is not None and not self.stopping.is_set():
-                    worker = self.start()
-            finally:
-                self.free.put(worker)
-            if "CUDA error" not in error:
-                break
+        worker = self.free.get()
+        try:
+            if self.stopping.is_set():
+                raise experiments.Interrupted
+            code, error = self.ask(worker, command)
+            if worker.poll() is not None and not self.stopping.is_set():
+                worker = self.start()
+        finally:
+            self.free.put(worker)
         self.ended["failed" if code == 1 else "ok"] += 1
         return code, error
 
@@ -1256,8 +1257,13 @@ def train_grids(dry: bool, scratch: Path, seconds: float, out: str) -> None:
         if pretrained and not Path(pretrained).exists():
             where = Path("pretrained/birealnet20/last.pt")
             words = [BIREALNET.split()[0], "--resume", where] if where.exists() else BIREALNET.split()
-            say(trained=pretrained, status=workers.run([sys.executable, *words]))
-            where.with_name("best.pt").rename(pretrained)
+            with contextlib.suppress(experiments.Interrupted):
+                code, error = workers.run([sys.executable, *words])
+                say(trained=pretrained, code=code, error=error)
+                if code == 0:
+                    where.with_name("best.pt").rename(pretrained)
+            if not Path(pretrained).exists():
+                return
         flags = [*FOLDER.split(), *(["--pretrained", pretrained] if pretrained else [])]
         train("results", {name: experiments.GRIDS[name] for name in names}, flags, jobs)
 
@@ -1284,7 +1290,8 @@ def train_grids(dry: bool, scratch: Path, seconds: float, out: str) -> None:
             gpu = subprocess.run(["nvidia-smi", *query], capture_output=True, text=True).stdout.strip()
             say(cpu_load=os.getloadavg()[0], gpu=gpu)
     for worker in workers.all:
-        worker.stdin.close()
+        with contextlib.suppress(OSError):  # it has ended
+            worker.stdin.close()
     pack(home, Path(out))
     for file in sorted(home.glob("[rc]*/*.csv")):
         say(grid=f"{file.parent.name}/{file.stem}", rows=len(file.read_text().splitlines()) - 1)

@@ -43,8 +43,8 @@ back-propagated through the graph that made G_{t−1}, into φ only. (Under Adam
 weight, which FSG ignores.) No second derivative is needed.
 
 This objective looks one step ahead. The steps along the last gradients make ĝ_t smaller in their directions. So at
-large learning rates the slow-net learns to oppose the last gradients, and training is slower than with STE
-(results/README.md). Start from trained weights, where the learning rates are small.
+large learning rates the slow-net learns to oppose the last gradients, and training can be slower than with STE (on
+CIFAR-10 at 3e-3 and more, see results/README.md). Start from trained weights, where the learning rates are small.
 
 `FSG.generate()` has three steps: train φ on v, store ĝ_t, generate G_t. G_1, which has no history, is the
 straight-through gradient. So φ is trained for the first time in step 3.

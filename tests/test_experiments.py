@@ -83,6 +83,8 @@ def test_long_runs_take_their_rates_from_short_ones():
     wider = short._replace(rates=("1e-2", "1e-3", "1e-1"))  # its best rate at the first seed is not the best on average
     rows |= {wider.at("1e-1", 5): {"val_acc": "0.9"}}
     assert experiments.result(wider, rows, command) is None
+    rows |= {wider.at("1e-1", 6): {"val_acc": "nan"}}
+    assert experiments.result(wider, rows, command) == "1e-3", "the other one diverged"
     rows |= {wider.at("1e-1", 6): {"val_acc": "0.1"}}
     assert experiments.result(wider, rows, command) == "1e-3"
 
@@ -225,6 +227,18 @@ def test_the_others_run_where_some_fail(tmp_path, monkeypatch, capsys, in_this_p
     error = capsys.readouterr().err
     assert "beta is the weight" in error and error.endswith("; 1 more cannot\n")
     assert [row["command"] for row in rows(tmp_path)] == [f"python {search().at('1e-3', 0)}"]
+
+
+def test_an_interrupted_run_of_search_starts_again(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(experiments.Slots, "run", lambda slots, command: (seen.append(command), (143, ""))[1])
+    slots = experiments.Slots(1)
+    for _ in range(2):
+        with pytest.raises(experiments.Interrupted):
+            experiments.run_one("python results/search.py frozen --lr 1e-3 --seed 0", tmp_path, slots)
+        (tmp_path / seen[-1][seen[-1].index("--name") + 1]).mkdir()
+        (tmp_path / seen[-1][seen[-1].index("--name") + 1] / "last.pt").touch()
+    assert seen[0] == seen[1] and seen[0][2] == "frozen"
 
 
 def test_commands_that_differ_only_early_have_runs_of_their_own(tmp_path, monkeypatch, in_this_process):
