@@ -271,12 +271,16 @@ def run_one(command: str, out: Path, slots: Slots) -> dict:
     return row | {k: f"{v:.4f}" for k, v in values.items()} | {"seconds": f"{seconds:.0f}"}
 
 
+def with_flags(added: list[str]):
+    """A function that turns the flags of a run into its command line, with these flags added."""
+    return lambda flags: "python " + shlex.join([*shlex.split(flags), *added])
+
+
 def best_rates(search: Search, rows, command) -> list[str]:
     """The learning rates whose validation accuracy at the first seed is within one standard error of the best.
 
     The standard error of an accuracy p on n images is √(p (1 − p) / n). The list is empty if some rates have not been
-    tried, or if no run has a validation accuracy. rows: of all grids, by command. command: turns flags into the command
-    line under which `rows` has them.
+    tried, or if no run has a validation accuracy. rows: of all grids, by command. command: see with_flags().
     """
     if search.like:
         rate = result(search.like, rows, command)
@@ -317,9 +321,10 @@ def commands_of(grid: list[Search], rows, command) -> list[str]:
     Only the commands that are known: the other seeds need the best learning rates.
     """
     commands = [command(search.at(rate, search.seeds[0])) for search in grid for rate in search.rates]
+    best = [(search, best_rates(search, rows, command)) for search in grid]
     for i in range(max(len(search.seeds) for search in grid)):
-        for search in [search for search in grid if i < len(search.seeds)]:
-            commands += [command(search.at(rate, search.seeds[i])) for rate in best_rates(search, rows, command)]
+        for search, rates in best:
+            commands += [command(search.at(rate, seed)) for seed in search.seeds[i : i + 1] for rate in rates]
     return list(dict.fromkeys(commands))
 
 
@@ -448,7 +453,7 @@ def main(argv=None) -> int:
     end = argv.index("--") if "--" in argv else len(argv)
     args, added_flags = parser.parse_args(argv[:end]), argv[end + 1 :]
     grids = {name: [search for search in GRIDS[name] if args.only in search.command] for name in args.grids}
-    command = lambda flags: "python " + shlex.join([*shlex.split(flags), *added_flags])
+    command = with_flags(added_flags)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for flag in ("--seed", "--lr"):

@@ -49,7 +49,6 @@ import math
 import os
 import queue
 import re
-import shlex
 import shutil
 import signal
 import statistics
@@ -210,7 +209,14 @@ class Stage:
 
     def item(self, name: str, function, limit: float, env: dict | None = None, prefix=(), **arguments) -> str:
         """Run a function of this file as an item, in a new process."""
-        return self.run(name, [*prefix, *self.day.child(function, **arguments)], limit, env)
+        command = child(function, self.day.scratch, self.day.dry, **arguments)
+        return self.run(name, [*prefix, *command], limit, env)
+
+
+def child(function, scratch: Path, dry: bool, **arguments) -> list[str]:
+    """The command that runs a function of this file in a new process."""
+    command = [sys.executable, __file__, "--item", function.__name__, "--arguments", json.dumps(arguments)]
+    return command + ["--scratch", str(scratch)] + ["--dry-run"] * dry
 
 
 class Day:
@@ -244,14 +250,10 @@ class Day:
     def output(self, name: str) -> Path:
         return self.scratch / f"{next(self.outputs):03d}-{re.sub('[^a-z0-9]+', '-', name.lower())}.txt"
 
-    def child(self, function, **arguments) -> list:
-        command = [sys.executable, __file__, "--item", function.__name__, "--arguments", json.dumps(arguments)]
-        return command + ["--scratch", str(self.scratch)] + ["--dry-run"] * self.dry
-
     def start(self, name: str, function, env: dict | None = None, **arguments) -> None:
         """Run a function of this file beside the stages, as `name`."""
         output = self.output(name)
-        process = start(self.child(function, **arguments), output, self.env | (env or {}))
+        process = start(child(function, self.scratch, self.dry, **arguments), output, self.env | (env or {}))
         self.background[name] = process, output, time.monotonic()
 
     def log(self, title: str, output: Path | None = None) -> None:
@@ -851,7 +853,7 @@ def one_scan(dry: bool, scratch: Path) -> None:
 def registers(dry: bool, scratch: Path) -> None:
     """Registers, occupancy and throughput of every kernel of the scans, by Nsight Compute."""
     command = ["ncu", "--set", "basic", "--clock-control", "none", "--kernel-name", "regex:^_(forward|backward|tails)"]
-    one = [sys.executable, __file__, "--item", "one_scan", "--arguments", "{}", "--scratch", str(scratch)]
+    one = child(one_scan, scratch, dry)
     result = subprocess.run([*command, "--launch-count", "12", *one], cwd=ROOT, capture_output=True, text=True)
     print(result.stdout[-20_000:], result.stderr[-3000:])
     wanted = "Duration|Registers Per Thread|Theoretical Occupancy|Achieved Occupancy|Compute \\(SM\\) Throughput"
@@ -1086,9 +1088,12 @@ def stop_mps(env: dict[str, str]) -> None:
             subprocess.run(["nvidia-cuda-mps-control"], **options)
 
 
+DECODING = 150  # seconds in which the images must be decoded
+
+
 def decoded_images(stage: Stage) -> Path:
     """The folder of the images, once start_background()'s process has decoded them."""
-    wait_for(stage, "images", 150)
+    wait_for(stage, "images", DECODING)
     folder = stage.day.scratch / "images"
     if not folder.exists():
         raise RuntimeError("the images were not decoded in time")
@@ -1133,16 +1138,16 @@ def w1a1(stage: Stage) -> None:
     train_all(stage, runs, lambda method: [*common, *method_flags(method)], 2, choices[0], choices)
 
 
+BIREALNET_FILE = "birealnet20.pt"  # a full-precision network, which BIREALNET trains
 # Groups of grids of experiments.py: the full-precision network that they start from, and how many of their runs train
 # at a time. The first group gets most of the GPU.
 GRIDS = (
     (PRETRAINED, 16, ("protocol", "finals", "ablations", "search", "protocol-sgd")),
-    ("birealnet20.pt", 6, ("w1a1", "w1a1-finals")),
+    (BIREALNET_FILE, 6, ("w1a1", "w1a1-finals")),
     (None, 3, ("scratch",)),
 )
 WORKERS = 16  # training processes; a CPU core for each
 FOLDER = "--dataset folder --data-dir data/cifar10-jpeg"
-# Trains birealnet20.pt.
 BIREALNET = f"train_fsg.py --arch birealnet20 --quantizer none --opt sgdm --weight-decay 1e-4 --epochs 15 {FOLDER}"
 BIREALNET += " --schedule cosine --name birealnet20 --out pretrained"
 
@@ -1161,8 +1166,8 @@ def grids(stage: Stage) -> None:
             if not (home / "results" / known.name).exists():  # an earlier call has more rows
                 shutil.copy(known, home / "results")
         links = {"data/cifar10-jpeg": day.scratch / "images", PRETRAINED: CARRIED / PRETRAINED}
-        if (CARRIED / "birealnet20.pt").exists():
-            links["birealnet20.pt"] = CARRIED / "birealnet20.pt"
+        if (CARRIED / BIREALNET_FILE).exists():
+            links[BIREALNET_FILE] = CARRIED / BIREALNET_FILE
         for name, target in links.items():
             (home / name).unlink(missing_ok=True)
             (home / name).symlink_to(target)
@@ -1188,12 +1193,10 @@ class Workers:
             self.free.put(self.start())
 
     def start(self) -> subprocess.Popen:
-        command = [sys.executable, __file__, "--item", "train_runs", "--scratch", self.scratch]
-        command += ["--dry-run"] * self.dry
         with open(self.scratch / f"worker-{len(self.all)}.txt", "wb") as log:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, "text": True}
             where = {"cwd": self.scratch / "grids", "env": {**os.environ, "OMP_NUM_THREADS": "2"}}
-            process = subprocess.Popen(list(map(str, command)), **where, **pipes)
+            process = subprocess.Popen(child(train_runs, self.scratch, self.dry), **where, **pipes)
         self.all.append(process)
         return process
 
@@ -1238,32 +1241,37 @@ class Workers:
 
 
 def train_grids(dry: bool, scratch: Path, seconds: float, out: str) -> None:
-    """Train the grids for that many seconds. Writes OUT/grids.tar.gz now and then."""
+    """Train the grids for that many seconds. Writes OUT/grids.tar.gz every 30 seconds and at the end."""
     import experiments
 
     end, home, reported = time.monotonic() + seconds, scratch / "grids", time.monotonic()
     os.chdir(home)
     workers = Workers(2 if dry else WORKERS, scratch, dry)
-    while not (dry or Path("data/cifar10-jpeg").exists()) and time.monotonic() < end:
-        time.sleep(0.1)  # until another process has decoded the images
+    limit = time.monotonic() + DECODING
+    while not (dry or Path("data/cifar10-jpeg").exists()):  # until another process has decoded the images
+        if time.monotonic() > limit:
+            raise RuntimeError("the images were not decoded in time")
+        time.sleep(0.1)
 
-    def train(folder: str, grids: dict, flags: list, jobs: int) -> None:
-        added = shlex.join([*map(str, flags)])
-        command = lambda line: f"python {line} {added}"
+    def train(folder: str, grids: dict, flags: list[str], jobs: int) -> None:
+        command = experiments.with_flags(flags)
         with contextlib.suppress(experiments.Interrupted, experiments.RunError):
             experiments.run_grids(grids, command, home / folder, home / "runs" / folder, workers.share(jobs))
 
+    def pretrain() -> None:
+        last = Path("pretrained/birealnet20/last.pt")
+        words = [BIREALNET.split()[0], "--resume", last] if last.exists() else BIREALNET.split()
+        with contextlib.suppress(experiments.Interrupted):
+            code, error = workers.run([sys.executable, *words])
+            say(trained=BIREALNET_FILE, code=code, error=error)
+            if code == 0:
+                last.with_name("best.pt").rename(BIREALNET_FILE)
+
     def train_group(pretrained: str | None, jobs: int, names: tuple) -> None:
+        if pretrained == BIREALNET_FILE and not Path(pretrained).exists():
+            pretrain()
         if pretrained and not Path(pretrained).exists():
-            where = Path("pretrained/birealnet20/last.pt")
-            words = [BIREALNET.split()[0], "--resume", where] if where.exists() else BIREALNET.split()
-            with contextlib.suppress(experiments.Interrupted):
-                code, error = workers.run([sys.executable, *words])
-                say(trained=pretrained, code=code, error=error)
-                if code == 0:
-                    where.with_name("best.pt").rename(pretrained)
-            if not Path(pretrained).exists():
-                return
+            return
         flags = [*FOLDER.split(), *(["--pretrained", pretrained] if pretrained else [])]
         train("results", {name: experiments.GRIDS[name] for name in names}, flags, jobs)
 
@@ -1284,11 +1292,13 @@ def train_grids(dry: bool, scratch: Path, seconds: float, out: str) -> None:
             workers.stop()
         for thread in threads:
             thread.join(1)
-        pack(home, Path(out))
-        if not dry and time.monotonic() > reported + 60:  # what limits the runs, the CPUs or the GPU?
+        if not dry and time.monotonic() > reported + 30:
+            pack(home, Path(out))
+            # What limits the runs, the CPUs or the GPU?
             reported, query = time.monotonic(), ["--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader"]
-            gpu = subprocess.run(["nvidia-smi", *query], capture_output=True, text=True).stdout.strip()
-            say(cpu_load=os.getloadavg()[0], gpu=gpu)
+            with contextlib.suppress(OSError):  # no nvidia-smi
+                gpu = subprocess.run(["nvidia-smi", *query], capture_output=True, text=True).stdout.strip()
+                say(cpu_load=os.getloadavg()[0], gpu=gpu)
     for worker in workers.all:
         with contextlib.suppress(OSError):  # it has ended
             worker.stdin.close()
@@ -1299,7 +1309,7 @@ def train_grids(dry: bool, scratch: Path, seconds: float, out: str) -> None:
 
 def pack(home: Path, out: Path) -> None:
     """Write OUT/grids.tar.gz: the tables, the metrics of all runs, the logs, and the trained network."""
-    part, patterns = home / "grids.part", ["results/*", "check/*", "birealnet20.pt", "../worker-*.txt"]
+    part, patterns = home / "grids.part", ["results/*", "check/*", BIREALNET_FILE, "../worker-*.txt"]
     patterns += ["runs/*/*/*/metrics.csv", "runs/*/*/*/args.json"]
     with tarfile.open(part, "w:gz") as tar:
         for pattern in patterns:
@@ -1325,6 +1335,15 @@ def graphed(net):
             return math.inf
         return math.sqrt(sum((x - y).square().sum() for x, y in pairs) / sum(y.square().sum() for _, y in pairs))
 
+    @contextlib.contextmanager
+    def unchanged_buffers():  # BatchNorm's statistics
+        before = [b.clone() for b in net.buffers()]
+        try:
+            yield
+        finally:
+            for b, value in zip(net.buffers(), before, strict=True):
+                b.copy_(value)
+
     class Graphed(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -1343,32 +1362,26 @@ def graphed(net):
             return self.graph(x) if self.graph else net(x)
 
         def capture(self, x):
-            before = {name: b.clone() for name, b in net.named_buffers()}
             try:
-                torch.cuda.make_graphed_callables(net, (x.clone(),), allow_unused_input=True)
+                with unchanged_buffers():
+                    torch.cuda.make_graphed_callables(net, (x.clone(),), allow_unused_input=True)
                 self.graph, self.shape = net.__dict__["forward"], x.shape
             except Exception as e:
                 print(f"no CUDA graphs: {type(e).__name__}: {e}", flush=True)
             net.__dict__.pop("forward", None)
-            self.restore(before)
             if self.graph:
                 self.compare(x)
 
-        def restore(self, buffers):
-            for name, b in net.named_buffers():
-                b.copy_(buffers[name])
-
         def compare(self, x):
-            before = {name: b.clone() for name, b in net.named_buffers()}
             found, parameters = [], [p for p in net.parameters() if p.requires_grad]
             for function in (net, self.graph):
-                logits = function(x)
-                loss = F.cross_entropy(logits, torch.arange(len(x), device=x.device) % logits.shape[1])
-                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-                gradients = [g if g is None else g.clone() for g in gradients]
-                statistics = [b.clone().double() for b in net.buffers()]
+                with unchanged_buffers():
+                    logits = function(x)
+                    loss = F.cross_entropy(logits, torch.arange(len(x), device=x.device) % logits.shape[1])
+                    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+                    gradients = [g if g is None else g.clone() for g in gradients]
+                    statistics = [b.clone() for b in net.buffers()]
                 found.append(([logits.detach().clone()], gradients, statistics))
-                self.restore(before)
             errors = [difference(b, a) for a, b in zip(*found, strict=True)]
             print(f"graphs, step {self.calls}: differences {errors}", flush=True)
             if not max(errors) < 0.05:

@@ -120,9 +120,8 @@ class Variant(FSG):
         if self.t < 2:
             return {}
         seen = self.seen(*self.calibrate())
-        per_weight = lambda values: values.index_select(0, seen.layer_of)
-        past = (seen.history / per_weight(seen.history_rms)).double()
-        slow = (self.slow_gradient(seen) / per_weight(seen.ghat_rms)).double()
+        past = (seen.history / self.spread(seen.history_rms)).double()
+        slow = (self.slow_gradient(seen) / self.spread(seen.ghat_rms)).double()
         found = torch.linalg.pinv(past @ past.T) @ (past @ slow)
         return {f"lag{i}": x for i, x in enumerate(found.flip(0).tolist())}
 
