@@ -3,7 +3,7 @@
     python gpu_day.py --prepare IMAGES.tar.xz PRETRAINED.pth    # before, with internet: fills the folder gpu-day/
     python gpu_day.py --out OUT --minutes 9                     # on the GPU machine, offline
     python gpu_day.py --out OUT --minutes 5 --stages 1 2 3      # some of the stages
-    python gpu_day.py --out OUT --minutes 9 --stages 6          # as many runs of experiments.py as the time allows
+    python gpu_day.py --out OUT --minutes 9 --stages 4          # as many runs of experiments.py as the time allows
     python gpu_day.py --out OUT --dry-run                       # all stages at toy size on a CPU
 
 This file needs the whole repository. The most important stages come first. Each stage has several items. An item is a
@@ -13,30 +13,23 @@ hangs or is killed, its error is recorded and the next item starts. OUT then con
     1-correctness.json   checks of the Triton kernels, the generators, AMP, resume and CUDA graphs
     2-steps.json         milliseconds per training step of every generator, and the scan against the GPU's peak rates
     3-mamba-ssm.json     the kernel of the mamba-ssm package against the fused scan: results and speed
-    4-training.json      training runs from the full-precision ResNet-20 on CIFAR-10 (JPEG): metrics of every epoch
-    5-w1a1.json          training runs of the Bi-Real ResNet-18 with binary activations: metrics of every epoch
-    6-grids.json         how many rows the grids of experiments.py have
+    4-grids.json         how many rows the grids of experiments.py have
     grids.tar.gz         their tables, the metrics of their runs, and birealnet20.pt, a full-precision network. Rows in
                          results/ are not run again: to continue on a fresh machine, copy the tables there, and
                          birealnet20.pt to gpu-day/
     log.txt              the output of the items
-    compile-cache.tar.gz what torch.compile and Triton have compiled: copy it to gpu-day/, and a second call on a fresh
-                         machine starts faster
 
-The time of each stage (SECONDS below), as measured on an H100 with 16 CPU cores:
+The time of each stage (SECONDS below), as measured on an H100 or H200 with 16 CPU cores:
 
     stage  seconds  reason
-    1          130  all items run at a time; then Triton compiles `last` in 20 s and `tails` in 50 s per shape, and
-                    torch.compile the ResNet-20 in 60 s
+    1          130  all items run at a time; Triton compiles `last` in 20 s and `tails` in 50 s per shape
     2          110  a process takes 10 s to start and a method 2 s; the graphs of ResNet-32 take 30 s to load
     3           60  the extension compiles in 240 s beside stages 1 and 2; the comparison takes 45 s
-    4          250  a run takes 40 s to start, an epoch 4 s (STE) to 10 s (FSG with Mamba) with four runs at a time
-    5           90  2 runs of a network that fills the GPU alone
-    6          300  it uses all of its time: 702 steps take 30 s (STE) to 70 s (FSG with Mamba) on an H200 with 16 runs
+    4          300  it uses all of its time: 702 steps take 30 s (STE) to 70 s (FSG with Mamba) on an H200 with 16 runs
                     at a time, and the grids have some 600 runs
 
 The stages get their seconds in this order until --minutes are used up. A stage that would get less than half of its
-seconds is left out. Remaining time goes to training. A stage that ends early leaves its time to the next stages.
+seconds is left out. The last stage gets the remaining time. A stage that ends early leaves its time to the next ones.
 """
 
 import argparse
@@ -71,10 +64,10 @@ except ImportError:
 ROOT = Path(__file__).resolve().parent
 CARRIED = ROOT / "gpu-day"
 PRETRAINED = "ResNet20-CIFAR10-pretrain.pth"
-NAMES = ("correctness", "steps", "mamba-ssm", "training", "w1a1", "grids")
+NAMES = ("correctness", "steps", "mamba-ssm", "grids")
 FILES = {i: f"{i}-{name}.json" for i, name in enumerate(NAMES, 1)}
-SECONDS = {1: 130, 2: 110, 3: 60, 4: 250, 5: 90, 6: 300}
-DRY_SECONDS = {1: 180, 2: 90, 3: 10, 4: 120, 5: 60, 6: 60}  # upper limits, for a busy machine
+SECONDS = {1: 130, 2: 110, 3: 60, 4: 300}
+DRY_SECONDS = {1: 180, 2: 90, 3: 10, 4: 60}  # upper limits, for a busy machine
 MOST_OUT = 15 * 2**20  # bytes of one file in OUT
 
 
@@ -86,7 +79,7 @@ def plan(minutes: float, stages: list[int], seconds: dict[int, int] = SECONDS) -
             given[stage] = min(left, seconds[stage])
             left -= given[stage]
     if given and left > 0:
-        given[4 if 4 in given else max(given)] += left
+        given[max(given)] += left
     return dict(zip(given, itertools.accumulate(given.values()), strict=True))
 
 
@@ -226,7 +219,6 @@ class Day:
         self.out, self.dry = out, dry
         self.scratch = Path(tempfile.mkdtemp(prefix="gpu-day-")) if dry else Path(tempfile.gettempdir(), "gpu-day")
         self.scratch.mkdir(exist_ok=True)
-        self.cache = self.scratch / "cache"
         self.device = "cpu" if dry else "cuda"
         self.facts = {"dry_run": dry}
         self.env = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -234,14 +226,10 @@ class Day:
             self.env |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         else:
             self.env |= {
-                "TORCHINDUCTOR_CACHE_DIR": f"{self.cache}/inductor",
-                "TRITON_CACHE_DIR": f"{self.cache}/triton",
+                "TORCHINDUCTOR_CACHE_DIR": f"{self.scratch}/inductor",
+                "TRITON_CACHE_DIR": f"{self.scratch}/triton",
+                "TORCH_EXTENSIONS_DIR": f"{self.scratch}/extensions",
             }
-            self.env |= {"TORCH_EXTENSIONS_DIR": f"{self.scratch}/extensions"}
-        # The training runs have a separate cache, for a second call.
-        training = self.scratch / "training-cache"
-        names = {"TORCHINDUCTOR_CACHE_DIR": training, "TRITON_CACHE_DIR": training / "triton", "OMP_NUM_THREADS": 2}
-        self.training_env = {} if dry else {name: str(value) for name, value in names.items()}
         self.lock, self.outputs = threading.Lock(), itertools.count()
         self.background = {}
         self.out.mkdir(parents=True, exist_ok=True)
@@ -271,12 +259,6 @@ class Day:
             self.log(f"background, {name}: exit status {process.returncode}", output)
         if self.dry:
             shutil.rmtree(self.scratch, ignore_errors=True)
-            return
-        archive = self.scratch / "compile-cache.tar.gz"
-        with contextlib.suppress(OSError), tarfile.open(archive, "w:gz") as tar:
-            tar.add(self.scratch / "training-cache", "training-cache")
-        if archive.exists() and archive.stat().st_size < MOST_OUT:
-            shutil.copy(archive, self.out)
 
 
 # Functions for child processes (items). Only these import torch, not the process that starts them.
@@ -347,25 +329,6 @@ def network_sizes(arch: str) -> list[int]:
     import models
 
     return [layer.weight.numel() for layer in models.binary_layers(models.build(arch, 10, "dorefa"))]
-
-
-# The compared methods, as flags of train_fsg.py and as objects.
-
-
-def method_flags(method: str) -> list[str]:
-    """The flags of train_fsg.py for a method, with its learning rate and betas."""
-    flags = {
-        "ste": "--grad ste --lr 1e-3",
-        "ste-default-betas": "--grad ste --lr 1e-3",
-        "gate": "--grad gate --lr 1e-3",
-        "fsg": "--grad fsg --hgs mamba --hyper-sample 0.125 --lr 1e-3",
-        "fsg-lstm": "--grad fsg --hgs lstm --lr 1e-3",
-        "released": "--grad fsg --preset released --lr 1e-3",
-        "multifc": "--grad multifc --lr 1e-3",
-    }
-    tuned = method in ("ste", "fsg", "fsg-lstm", "multifc")
-    betas = "--betas 0.9 0.97" if tuned else ""
-    return [*flags[method].split(), *betas.split()]
 
 
 def make_generator(method: str, layers):
@@ -669,7 +632,7 @@ def step_times(stage: Stage) -> None:
         stage.item("scan alone", scan_alone, 30)
         stage.record("ncu", status="skipped", error=["no GPU"])
         return
-    for name in ("compile resnet32", "compile resnet20", "compile mamba-ssm"):
+    for name in ("compile resnet32", "compile mamba-ssm"):
         wait_for(stage, name, 10)
     stage.item("resnet32 eager", steps, 40, arch="resnet32", size=32, ways=EAGER)
     stage.item("resnet32 graphs", steps, 60, arch="resnet32", size=32, ways=GRAPHS)
@@ -1037,28 +1000,7 @@ def mamba_ssm_speed(dry: bool, scratch: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Stages 4 and 5: training. Several runs share the GPU; each is a process of train_fsg.py.
-
-STARTING = 40  # seconds from the start of train_fsg.py to the end of its first step, with everything compiled before
-RUNS = [("ste", 0), ("fsg", 0), ("gate", 0), ("multifc", 0), ("ste-default-betas", 0)]
-RUNS += [("ste", 1), ("fsg", 1), ("gate", 1), ("ste", 2), ("fsg", 2), ("gate", 2), ("released", 0)]
-EPOCHS = (100, 50, 40, 30, 20, 10, 5)
-# Seconds of an epoch with four runs at a time on an H100, measured.
-EPOCH_SECONDS = {"ste": 3.7, "ste-default-betas": 3.7, "gate": 4.1, "multifc": 4.8, "fsg": 10.0}
-TOGETHER = 4  # runs at a time
-
-
-def choose(seconds: float, runs=RUNS[:TOGETHER], epochs=EPOCHS) -> int:
-    """The number of epochs so that the first runs complete in that time."""
-    slowest = max(EPOCH_SECONDS[method] for method, _ in runs)
-    return next((e for e in epochs if STARTING + e * slowest <= seconds), min(epochs))
-
-
-def graphs_work(day: Day) -> bool:
-    """Whether to train with --compile: unless stage 1 of this day found that it does not work."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        return json.loads((day.out / FILES[1]).read_text())["items"]["CUDA graphs"]["status"] != "failed"
-    return True
+# Stage 4: the grids of experiments.py. Several training processes share the GPU.
 
 
 def start_mps(stage: Stage) -> dict[str, str]:
@@ -1089,55 +1031,6 @@ def stop_mps(env: dict[str, str]) -> None:
 
 
 DECODING = 150  # seconds in which the images must be decoded
-
-
-def decoded_images(stage: Stage) -> Path:
-    """The folder of the images, once start_background()'s process has decoded them."""
-    wait_for(stage, "images", DECODING)
-    folder = stage.day.scratch / "images"
-    if not folder.exists():
-        raise RuntimeError("the images were not decoded in time")
-    return folder
-
-
-def training(stage: Stage) -> None:
-    day = stage.day
-    if day.dry:
-        common = ["--dataset", "digits", "--arch", "resnet8", "--batch-size", "64", "--limit-steps", "3"]
-        common += ["--schedule", "cosine", "--device", "cpu"]
-        start_mps(stage)
-        train_all(stage, RUNS[:2], lambda method: [*common, *method_flags(method)], 2, 1, (1,))
-        return
-    mps = start_mps(stage)
-    day.env |= mps
-    try:
-        common = ["--dataset", "folder", "--data-dir", str(decoded_images(stage)), "--arch", "resnet20"]
-        common += ["--batch-size", "128", "--schedule", "cosine", "--device", "cuda", "--workers", "2"]
-        common += ["--pretrained", str(CARRIED / "resnet20.pth")] + ["--compile"] * graphs_work(day)
-        epochs = choose(stage.left() - 5)
-        stage.record("plan", status="ok", processes=TOGETHER, epochs=epochs, seconds=round(stage.left()))
-        train_all(stage, RUNS, lambda method: [*common, *method_flags(method)], TOGETHER, epochs, EPOCHS)
-    finally:
-        stop_mps(mps)
-        for name in mps:
-            day.env.pop(name, None)
-
-
-def w1a1(stage: Stage) -> None:
-    day = stage.day
-    arch = "birealnet8" if day.dry else "birealnet18"
-    if day.dry:
-        common = ["--dataset", "digits", "--batch-size", "64", "--limit-steps", "2", "--device", "cpu"]
-    else:
-        common = ["--dataset", "folder", "--data-dir", str(decoded_images(stage)), "--batch-size", "128"]
-        common += ["--device", "cuda", "--workers", "2"] + ["--compile"] * graphs_work(day)
-    common += ["--arch", arch, "--act", "sign", "--schedule", "cosine"]
-    runs, choices = [("ste", 0), ("gate", 0)], (1,) if day.dry else (30, 20, 10, 5)
-    if day.dry:
-        runs = runs[:1]
-    train_all(stage, runs, lambda method: [*common, *method_flags(method)], 2, choices[0], choices)
-
-
 BIREALNET_FILE = "birealnet20.pt"  # a full-precision network, which BIREALNET trains
 # Groups of grids of experiments.py: the full-precision network that they start from, and how many of their runs train
 # at a time. The first group gets most of the GPU.
@@ -1427,85 +1320,6 @@ def train_runs(dry: bool, scratch: Path) -> None:
         torch.cuda.empty_cache()
 
 
-def train_all(stage: Stage, runs, flags, level: int, epochs: int, choices) -> None:
-    """Train the runs in this order, `level` at a time, until the stage's time is over.
-
-    If the first runs are too slow to complete, all start again, once, with fewer epochs.
-    """
-    queue, running, paces, again, compiles = list(runs), {}, [], True, True
-    attempt = 1
-    while queue or running:
-        now = time.monotonic()
-        while queue and len(running) < level:
-            method, seed = queue[0]
-            if paces and STARTING + epochs * max(paces) > stage.end - now:
-                stage.day.log(f"stage {stage.number}: no time for {len(queue)} more runs, {method} seed {seed} is next")
-                queue = []
-                break
-            if stage.left() < 5:
-                queue = []
-                break
-            queue.pop(0)
-            name, folder = f"{method}-seed{seed}", stage.day.scratch / f"runs{stage.number}-{attempt}"
-            words = [word for word in flags(method) if compiles or word != "--compile"]
-            command = [sys.executable, "train_fsg.py", *words, "--epochs", epochs, "--seed", seed]
-            output = stage.day.output(f"{stage.number}-{name}")
-            process = start([*command, "--out", folder, "--name", name], output, stage.day.env | stage.day.training_env)
-            run = {"process": process, "began": time.monotonic(), "folder": folder / name, "output": output}
-            run |= {"command": " ".join(map(str, command[1:])), "rows": [], "times": [], "key": (method, seed)}
-            running[name] = run
-        time.sleep(0.2)
-        for name, run in list(running.items()):
-            rows = metrics_or_none(run["folder"])
-            if rows is not None and len(rows) > len(run["rows"]):
-                run["rows"] = rows
-                run["times"].append(time.monotonic())
-                if len(rows) % 5 == 1:
-                    record_run(stage, name, run, "running", epochs)
-            over = time.monotonic() > stage.end
-            if run["process"].poll() is None and not over:
-                continue
-            ended = run["process"].poll() is not None
-            status = "time limit" if not ended else "failed" if run["process"].returncode else "ok"
-            kill(run["process"])
-            run["rows"] = metrics_or_none(run["folder"]) or run["rows"]
-            record_run(stage, name, run, status, epochs)
-            stage.day.log(f"stage {stage.number}, {name}: {status}, {len(run['rows'])} epochs", run["output"])
-            del running[name]
-            if status == "failed" and not run["rows"] and "--compile" in run["command"]:
-                compiles = False
-                queue.insert(0, run["key"])
-        times = [run["times"] for run in running.values() if len(run["times"]) > 2]
-        pace = [(t[-1] - t[0]) / (len(t) - 1) for t in times]  # seconds per epoch
-        paces = pace or paces
-        if again and running and len(pace) == len(running):
-            again = False
-            done = min(len(run["rows"]) for run in running.values())
-            if max(pace) * (epochs - done) > stage.left():
-                fits = [e for e in choices if STARTING + e * max(pace) <= stage.left()]
-                if fits and fits[0] < epochs:
-                    stage.day.log(f"stage {stage.number}: {epochs} epochs do not fit, again with {fits[0]}")
-                    for run in running.values():
-                        kill(run["process"])
-                    queue = [*(run["key"] for run in running.values()), *queue]
-                    running, epochs, attempt = {}, fits[0], attempt + 1
-
-
-def metrics_or_none(folder: Path) -> list[dict] | None:
-    try:
-        return metrics(folder)
-    except (OSError, ValueError):
-        return None
-
-
-def record_run(stage: Stage, name: str, run: dict, status: str, epochs: int) -> None:
-    complete = status == "ok" and len(run["rows"]) == epochs
-    values = {"status": status, "complete": complete, "epochs": epochs, "command": run["command"]}
-    values |= {"seconds": round(time.monotonic() - run["began"], 1), "rows": run["rows"]}
-    values["error"] = last_lines(run["output"]) if status == "failed" else []
-    stage.record(name, **values)
-
-
 def unpack(dry: bool, scratch: Path) -> None:
     """Unpack the JPEG images in gpu-day/ and decode them once. The trainers then find the cached images."""
     import data
@@ -1529,62 +1343,26 @@ def prepare(archive: Path, pretrained: Path) -> None:
 
     archive: a tar archive of CIFAR-10 as images, with train/CLASS/* and test/CLASS/*.
     """
+    import models
+    import runs
+
     if not archive.is_file() or not tarfile.is_tarfile(archive):
         raise SystemExit(
             f"error: {archive} is not a tar archive of images: name one with train/CLASS/* and test/CLASS/*"
         )
-    if not pretrained.is_file():
-        raise SystemExit(f"error: there is no file {pretrained}: name the authors' full-precision ResNet-20")
+    args = SimpleNamespace(pretrained=pretrained, arch="resnet20", dataset="folder", eval_only=False)
+    try:
+        runs.load_weights(models.build("resnet20", 10, "none"), args, None)
+    except runs.RunError as e:
+        raise SystemExit(f"error: {e}") from None
     CARRIED.mkdir(exist_ok=True)
     shutil.copyfile(archive, CARRIED / "cifar10-jpeg.tar.xz")
     shutil.copyfile(pretrained, CARRIED / PRETRAINED)
-    prepare_network(archive, pretrained)
     prepare_mamba_ssm()
     size = sum(path.stat().st_size for path in CARRIED.rglob("*") if path.is_file())
     print(f"gpu-day/ has {size / 2**20:.1f} MiB")
     if size > 60 * 2**20:
         raise SystemExit("error: gpu-day/ has more than 60 MiB: delete a part of it")
-
-
-def prepare_network(archive: Path, pretrained: Path) -> None:
-    """Add the BatchNorm before the classifier, bn_fc, which the authors' network lacks, to the pretrained weights.
-
-    bn_fc gets the mean and the variance of the features of 5,120 training images, and a weight and a bias that undo the
-    normalisation. So in evaluation the network's function does not change, and in training it changes by the deviation
-    of a batch's statistics from these.
-    """
-    import torch
-
-    import data
-    import models
-
-    try:
-        state = torch.load(pretrained, map_location="cpu", weights_only=True)
-    except Exception:  # torch raises many types
-        raise SystemExit(f"error: {pretrained} is not a file of weights: name the authors' ResNet-20") from None
-    net = models.build("resnet20", 10, "none")
-    lacks = [name for name in net.state_dict() if name not in state]
-    if any(not name.startswith("bn_fc.") for name in lacks):
-        raise SystemExit(f"error: {pretrained} is not the authors' ResNet-20: it lacks {lacks[0]}")
-    net.load_state_dict({**net.state_dict(), **state})
-    net.eval()
-    norm = net.bn_fc
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data")
-        loaded = data.load("folder", folder, "cpu", crop=False, flip=False)
-        features, hook = [], norm.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0].clone()))
-        for images, _ in itertools.islice(loaded[0].epoch(0), 40):
-            net(images)
-        hook.remove()
-        features = torch.cat(features)
-        norm.running_mean.copy_(features.mean(0))
-        norm.running_var.copy_(features.var(0))
-        norm.weight.copy_((norm.running_var + norm.eps).sqrt())
-        norm.bias.copy_(norm.running_mean)
-        seen = [(net(images).argmax(1) == labels).float().mean() for images, labels in loaded[-1].epoch()]
-    print(f"full-precision ResNet-20: {torch.stack(seen).mean():.2%} of the JPEG test images are right")
-    torch.save(net.state_dict(), CARRIED / "resnet20.pth")
 
 
 def prepare_mamba_ssm() -> None:
@@ -1613,7 +1391,7 @@ def prepare_mamba_ssm() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # The day.
 
-STAGES = {1: correctness, 2: step_times, 3: mamba_ssm, 4: training, 5: w1a1, 6: grids}
+STAGES = {1: correctness, 2: step_times, 3: mamba_ssm, 4: grids}
 ITEMS = [machine, kernel_last, kernel_tails, smallest, generators, resume, amp, cuda_graphs, steps, scan_alone]
 ITEMS += [one_scan, registers, build_mamba_ssm, mamba_ssm_equal, mamba_ssm_speed, unpack, train_grids, train_runs]
 ITEMS = {function.__name__: function for function in ITEMS}
@@ -1621,19 +1399,12 @@ ITEMS = {function.__name__: function for function in ITEMS}
 
 def start_background(day: Day, stages) -> None:
     """Start what needs the CPUs more than the GPU beside the first stages: compilers, and the decoding of images."""
-    restored = CARRIED / "compile-cache.tar.gz"
-    if restored.exists():
-        with contextlib.suppress(OSError, tarfile.TarError), tarfile.open(restored) as tar:
-            tar.extractall(day.scratch, filter="data")
-    if {4, 5, 6} & set(stages):
+    if 4 in stages:
         day.start("images", unpack)
     if 3 in stages and shutil.which("nvcc"):
         day.start("compile mamba-ssm", build_mamba_ssm)
     if 2 in stages:
         day.start("compile resnet32", steps, arch="resnet32", size=32, ways=[("graphs", "tf32", FEW)], seconds=0)
-    if 4 in stages:
-        one, env = [("graphs", "tf32", ["ste"])], day.training_env
-        day.start("compile resnet20", steps, env=env, arch="resnet20", size=32, ways=one, seconds=0)
 
 
 def run_day(out: Path, minutes: float, stages: list[int], dry: bool) -> None:
@@ -1674,10 +1445,6 @@ def summary(out: Path, stages) -> str:
 
 
 def figures(item: dict) -> str:
-    rows = item.get("rows")
-    if rows:
-        best = max(row.get("test_acc", 0) for row in rows)
-        return f"{len(rows)}/{item['epochs']} epochs, test {rows[-1].get('test_acc', 0):.4f}, best {best:.4f}"
     results, parts = item.get("results", []), []
     for r in results:
         if "method" in r and "ms" in r:

@@ -192,8 +192,8 @@ def common_flags(script: str, description: str, **defaults) -> argparse.Argument
     add("--schedule", default="step", choices=["step", "cosine", "none"], help=schedules)
     warmup = "the learning rate rises linearly to its value in this many epochs (default: %(default)s)"
     add("--warmup", type=float, default=0.0, metavar="EPOCHS", help=warmup)
-    milestones = "epochs at which --schedule step divides the learning rate (default: %(default)s)"
-    add("--milestones", type=int, nargs="*", default=[30, 60, 90], help=milestones)
+    milestones = "epochs at which --schedule step divides the learning rate (default: the paper's, else 30 60 90)"
+    add("--milestones", type=int, nargs="*", help=milestones)
     smoothing = "fraction of the target that is spread evenly over all classes (default: %(default)s)"
     add("--label-smoothing", type=float, default=0.0, metavar="FRACTION", help=smoothing)
     clip = "largest norm of the gradients of all weights together (default: no limit)"
@@ -262,6 +262,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
         args.name, args.out = path.parent.name, str(path.parent.parent)
         if args.amp == "auto" and before.get("amp"):
             args.amp = before["amp"]
+        if args.schedule != before.get("schedule") and args.milestones == before.get("milestones"):
+            args.milestones = None  # those of the other schedule
         if args.image_size is None and checkpoint.get("shape"):
             args.image_size = before["image_size"] = checkpoint["shape"][-1]
         for name, value in vars(args).items():
@@ -283,7 +285,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
         raise RunError(f"--clip must be a positive number; it is {args.clip}")
     if args.name is not None and (args.name in (".", "..", "") or Path(args.name).name != args.name):
         raise RunError(f"--name is the name of a folder in --out, without / or ..; it is {args.name!r}")
-    if any(milestone < 1 for milestone in getattr(args, "milestones", None) or []):
+    if any(milestone < 1 for milestone in args.milestones or []):
         raise RunError(f"--milestones are epochs and must be at least 1; they are {args.milestones}")
     if args.opt:  # otherwise the trainer chooses the optimizer, and calls complete_betas() then
         complete_betas(args)
@@ -298,6 +300,12 @@ def complete_betas(args: argparse.Namespace) -> None:
     fill(args, betas=[0.9, 0.999])
     if not all(0 <= beta < 1 for beta in getattr(args, "betas", ())):
         raise RunError(f"--betas must be at least 0 and below 1; they are {args.betas}")
+
+
+def complete_schedule(args: argparse.Namespace, milestones: tuple[int, ...] = (30, 60, 90)) -> None:
+    """Set the default of --milestones, or remove it if --schedule has none. Raises RunError if it is given then."""
+    only_for(args, "schedule", {"milestones": ("step",)})
+    fill(args, milestones=list(milestones))
 
 
 def only_for(args: argparse.Namespace, choice: str, flags: dict[str, tuple[str, ...]]) -> None:
@@ -1131,8 +1139,6 @@ class Run:
         self.rows: list[dict] = []  # of metrics.csv
         self.leaving = False
         self.finite = FiniteCheck(state["model"], state.get("generator"), device, self.state.get("scaler"))
-        if args.schedule != "step":
-            vars(args).pop("milestones", None)
         if checkpoint:
             self._restore(checkpoint)
         name = args.name or f"{kind}-{args.arch}-{args.dataset}-{args.opt}-seed{args.seed}"

@@ -46,11 +46,12 @@ import runs
 # The paper's recipes, all for SGD with momentum 0.9. "equalbits" is for CIFAR-100 and for ResNet-18 and 34 on CIFAR-10,
 # "other" is IR-Net's for CIFAR-10. On ImageNet, the authors' code has --milestones 30 60 80 95.
 RECIPES = {
-    "conv": dict(epochs=100, batch_size=128, weight_decay=1e-4, schedule="cosine", milestones=[]),
-    "equalbits": dict(epochs=350, batch_size=128, weight_decay=5e-4, schedule="step", milestones=[150, 250, 320]),
-    "imagenet": dict(epochs=100, batch_size=256, weight_decay=1e-4, schedule="step", milestones=[30, 60, 90]),
-    "other": dict(epochs=400, batch_size=128, weight_decay=1e-4, schedule="cosine", milestones=[]),
+    "conv": dict(epochs=100, batch_size=128, weight_decay=1e-4, schedule="cosine"),
+    "equalbits": dict(epochs=350, batch_size=128, weight_decay=5e-4, schedule="step"),
+    "imagenet": dict(epochs=100, batch_size=256, weight_decay=1e-4, schedule="step"),
+    "other": dict(epochs=400, batch_size=128, weight_decay=1e-4, schedule="cosine"),
 }
+MILESTONES = {"equalbits": (150, 250, 320), "imagenet": (30, 60, 90)}
 DEFAULT_LR = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.1, "sgdm": 0.1}  # sgdm: the paper's
 
 
@@ -89,6 +90,7 @@ def complete(args) -> None:
         if args.prune and args.ratio != 0.5:
             raise runs.RunError("--prune keeps equal numbers of +1 and −1: leave out --ratio with it")
     runs.fill(args, **RECIPES[recipe(args)], lr=DEFAULT_LR[args.opt])
+    runs.complete_schedule(args, MILESTONES.get(recipe(args), (30, 60, 90)))
     runs.fill(args, act="sign" if args.arch in models.MULTI_SHORTCUT_NETS else "none")
 
 

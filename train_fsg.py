@@ -153,6 +153,7 @@ def complete(args) -> None:
         if args.grad != "fsg":  # MetaQuant: its BWN has a scale, its networks no BatchNorm before the classifier
             args.quantizer = {"bwn": "bwn-l"}.get(args.quantizer, args.quantizer)
             args.arch += "-metaquant" * (f"{args.arch}-metaquant" in models.ARCHS)
+    runs.complete_schedule(args)
     runs.fill(args, weight_decay=5e-4 if released and args.grad != "fsg" and args.opt == "adam" else 0.0)
 
     runs.fill(args, history="per-weight", length=5, beta=0.9, balance="layer-rms", normalize="layer-rms")

@@ -126,6 +126,7 @@ def complete(args) -> None:
     runs.fill(args, mu=[5.0] if args.method == "bnn+" else [5.0, 30.0], rho=[0.01, 10.0])
     runs.fill(args, epochs=100 if fine_tuning else 300, opt="adamw" if is_transformer else "sgdm")
     runs.complete_betas(args)
+    runs.complete_schedule(args)
     lr = TRANSFORMER_LR if is_transformer and args.opt in ("adam", "adamw") else DEFAULT_LR[args.opt]
     lr /= SWISH_LR if args.method in SWISH and args.opt in ("sgd", "sgdm") else 1
     runs.fill(args, lr=lr * FINE_TUNING if fine_tuning else lr)

@@ -42,9 +42,10 @@ import models
 import runs
 
 RECIPES = {
-    "paper": dict(weight_decay=1e-6, schedule="step", milestones=[40, 80]),
-    "code": dict(weight_decay=1e-5, schedule="cosine", milestones=[40, 80]),
+    "paper": dict(weight_decay=1e-6, schedule="step"),
+    "code": dict(weight_decay=1e-5, schedule="cosine"),
 }
+MILESTONES = (40, 80)
 DEFAULT_LR = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.1, "sgdm": 0.1}  # adam: of the paper and of the authors' code
 THRESHOLDS = (".theta", ".delta")  # endings of the parameter names of θ and Δ
 
@@ -58,7 +59,7 @@ def flags():
     both = dict(epochs=100, batch_size=256, opt="adam")
     parser = runs.common_flags("train_sibnn.py", __doc__, arch="resnet20-sibnn", **both, **by_recipe)
     add = parser.add_argument_group("binary network").add_argument
-    recipes = "sets --schedule, --milestones and --weight-decay as the paper of 2020 or as the authors' code"
+    recipes = "sets --schedule and --weight-decay as the paper of 2020 or as the authors' code"
     add("--recipe", default="paper", choices=list(RECIPES), help=recipes)
     act = "activations; si: 0 and 1; sign: −1 and +1; none: full precision"
     add("--act", default="si", choices=["si", "sign", "none"], help=act)
@@ -73,6 +74,7 @@ def complete(args) -> None:
         raise runs.RunError(f"--arch {args.arch} is not known: use one of {models.ARCHS_IN_SHORT}")
     runs.only_for(args, "act", {"rho": ("si",)})
     runs.fill(args, rho=0.3, lr=DEFAULT_LR[args.opt], **RECIPES[args.recipe])
+    runs.complete_schedule(args, MILESTONES)
     if args.act == "si" and not 0 <= args.rho <= 1:
         raise runs.RunError(f"--rho must lie in [0, 1]; it is {args.rho}")
 

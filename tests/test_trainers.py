@@ -337,7 +337,8 @@ def test_every_common_flag_that_changes_the_training_is_resumed_with():
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, trainer, extra):
     argv = [*small(trainer, extra), *extra, "--out", str(tmp_path)]
-    argv += ["--epochs", "3", "--batch-size", "250", "--limit-steps", "12", "--milestones", "1"]
+    argv += ["--epochs", "3", "--batch-size", "250", "--limit-steps", "12"]
+    argv += [] if "--schedule" in extra else ["--schedule", "step", "--milestones", "1"]
     assert trainer.main([*argv, "--name", "whole"]) == 0
     with monkeypatch.context() as patch:
         interrupt_after(patch, 7)  # within the second epoch
@@ -493,6 +494,7 @@ def test_the_command_line_ends_with_one_sentence(tmp_path):
         (["--name", ".."], "--name is the name of a folder"),
         (["--name", "a/b"], "--name is the name of a folder"),
         (["--milestones", "-5"], "--milestones are epochs"),
+        (["--schedule", "cosine", "--milestones", "1"], "--milestones is for --schedule step"),
         (["--label-smoothing", "1"], "--label-smoothing must be at least 0 and below 1"),
         (["--ema", "1"], "--ema must be at least 0 and below 1"),
         (["--clip", "0"], "--clip must be a positive number"),
@@ -716,6 +718,12 @@ def test_a_schedule_that_needs_milestones_has_them_after_a_resume(tmp_path):
     again = ["--resume", str(tmp_path / "run"), "--limit-steps", "3", "--schedule", "step"]
     assert train_sibnn.main(again) == 0
     assert json.loads((tmp_path / "run" / "args.json").read_text())["milestones"] == [40, 80]
+    for number, flags in enumerate((["--milestones", "3"], ["--schedule", "cosine"], ["--schedule", "step"]), 4):
+        assert train_sibnn.main(["--resume", str(tmp_path / "run"), "--limit-steps", str(number), *flags]) == 0
+        args = json.loads((tmp_path / "run" / "args.json").read_text())
+        assert args.get("milestones") == [[3], None, [40, 80]][number - 4]
+    text = sentence(["--resume", str(tmp_path / "run"), "--schedule", "none", "--milestones", "3"], train_sibnn)
+    assert text.startswith("--milestones is for --schedule step")
 
 
 def test_only_for_and_fill_chain():
