@@ -76,6 +76,9 @@ MAMBA = f"--grad fsg --hgs mamba {SAMPLED}"
 SHORTER = "--betas 0.9 0.97"  # a shorter memory of Adam than its default
 ADAM, SGD, FROM_SCRATCH = ("1e-3", "3e-4", "3e-3"), ("0.1", "0.03", "0.3"), ("6e-3", "3e-3", "1.2e-2")
 
+# FSG whose slow-net may oppose the mean of the history; see results/README.md.
+RMS = "--balance layer-rms"
+MAMBA_RMS = f"--grad fsg --hgs mamba {RMS} {SAMPLED}"
 # The gradient generators. --balance none is FSG's formula as written in the paper.
 GENERATORS = (
     "--grad ste",
@@ -84,9 +87,12 @@ GENERATORS = (
     "--grad multifc",
     "--grad fcgrad",
     f"--grad fsg --hgs lstm --hidden 16 {SAMPLED}",
-    f"--grad fsg --hgs mamba --balance none {SAMPLED}",
     "--grad lstmfc --hidden 16",
     "--grad fsg --hgs mamba --history flat",
+    MAMBA_RMS,
+    f"--grad fsg --hgs lstm --hidden 16 {RMS} {SAMPLED}",
+    f"--grad fsg --hgs mamba {RMS} --history flat",
+    f"--grad fsg --hgs mamba --balance none {SAMPLED}",
     "--grad fsg --hgs mamba --preset released",
     "--grad multifc --preset released",
     "--grad fcgrad --preset released",
@@ -112,7 +118,7 @@ W1A1 = [
     Search(f"train_sibnn.py {BIREAL} --batch-size 128", (*ADAM, "1e-2")),
     Search(f"train_bihalf.py {BIREAL} --act sign --opt adam --weight-decay 0", (*ADAM, "1e-2")),
 ]
-FINALISTS = ("--grad ste", SHORTER, MAMBA, "--grad gate", "--grad multifc", "--grad fcgrad", "--method parq")
+FINALISTS = ("--grad ste", SHORTER, MAMBA, MAMBA_RMS, "--grad gate", "--grad multifc", "--grad fcgrad", "--method parq")
 FINALISTS += ("--opt adam --weight-decay 0", "--quantizer none")
 
 
@@ -127,7 +133,7 @@ GRIDS = {
     # Ten epochs of some methods. The last one has no history.
     "finals": [
         *(ten_epochs(search) for search in PROTOCOL if search.command.endswith(FINALISTS)),
-        *(ten_epochs(search, "--history newest") for search in PROTOCOL if search.command.endswith(MAMBA)),
+        *(ten_epochs(search, "--history newest") for search in PROTOCOL if search.command.endswith(MAMBA_RMS)),
     ],
     "w1a1": W1A1,
     "w1a1-finals": [ten_epochs(search) for search in W1A1],
@@ -135,7 +141,14 @@ GRIDS = {
     "scratch": [
         *(
             Search(f"train_fsg.py {SCRATCH} {flags}", FROM_SCRATCH)
-            for flags in ("--grad ste", f"--grad ste {SHORTER}", MAMBA, "--grad gate", "--grad gate --memory 0")
+            for flags in (
+                "--grad ste",
+                f"--grad ste {SHORTER}",
+                MAMBA,
+                MAMBA_RMS,
+                "--grad gate",
+                "--grad gate --memory 0",
+            )
         ),
         Search(f"train_fsg.py {SCRATCH} --grad multifc", FROM_SCRATCH),
         Search(f"train_proxconnect.py {SCRATCH} --opt adam --method parq", FROM_SCRATCH),
@@ -154,7 +167,7 @@ GRIDS = {
     ],
     # Other ways to train φ, and φ not trained (results/search.py).
     "search": [
-        Search(f"results/search.py {words} {BUDGET} --hgs mamba {SAMPLED}", ("1e-3",))
+        Search(f"results/search.py {words} {BUDGET} --hgs mamba {RMS} {SAMPLED}", ("1e-3",))
         for words in ("frozen", "smooth", "ahead4", "ahead16", "leap+forget+residual+ahead8")
     ],
     # The protocol with plain SGD.

@@ -68,7 +68,7 @@ NAMES = ("correctness", "steps", "mamba-ssm", "grids")
 FILES = {i: f"{i}-{name}.json" for i, name in enumerate(NAMES, 1)}
 SECONDS = {1: 130, 2: 110, 3: 60, 4: 300}
 DRY_SECONDS = {1: 180, 2: 90, 3: 10, 4: 60}  # upper limits, for a busy machine
-MOST_OUT = 15 * 2**20  # bytes of one file in OUT
+MOST_LOG = 15 * 2**20  # bytes of log.txt
 
 
 def plan(minutes: float, stages: list[int], seconds: dict[int, int] = SECONDS) -> dict[int, float]:
@@ -238,10 +238,10 @@ class Day:
     def output(self, name: str) -> Path:
         return self.scratch / f"{next(self.outputs):03d}-{re.sub('[^a-z0-9]+', '-', name.lower())}.txt"
 
-    def start(self, name: str, function, env: dict | None = None, **arguments) -> None:
+    def start(self, name: str, function, **arguments) -> None:
         """Run a function of this file beside the stages, as `name`."""
         output = self.output(name)
-        process = start(child(function, self.scratch, self.dry, **arguments), output, self.env | (env or {}))
+        process = start(child(function, self.scratch, self.dry, **arguments), output, self.env)
         self.background[name] = process, output, time.monotonic()
 
     def log(self, title: str, output: Path | None = None) -> None:
@@ -249,7 +249,7 @@ class Day:
             print(title, flush=True)
             text = output.read_text(errors="replace")[-40_000:] if output and output.exists() else ""
             log = self.out / "log.txt"
-            if log.stat().st_size < MOST_OUT - 50_000:
+            if log.stat().st_size < MOST_LOG - 50_000:
                 with open(log, "a") as f:
                     f.write(f"=== {title}\n{text}\n")
 

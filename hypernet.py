@@ -30,9 +30,13 @@ The method. Two hypernetworks with parameters φ generate the gradient instead:
 The last l gradients of a weight, ĝ_t included, are the historical gradient storage (HGS). The layer recognition
 embedding (LRE) is one learned value per layer; it is the first token of every sequence and tells the layers apart.
 
-The balance. With `balance='layer-rms'`, the default, both terms are scaled to the RMS of ĝ_t in each layer, and β sets
-the mix of their amplitudes. `balance='none'` is the paper's formula as written. The objective of φ below is linear in
-G, so a larger term always lowers it. Without the balance the terms grow, and one soon outgrows the other.
+The balance. With `balance='none'` these are the paper's formulas as written. The objective of φ below is linear in G,
+so a larger term always lowers it: the terms grow, and one soon outgrows the other. Both other balances scale both terms
+to the RMS of ĝ_t in each layer, and β sets the mix of their amplitudes. 'keep-mean', the default, also keeps ĝ_t's
+component along the mean of the history, so that the slow-net cannot reverse what stays the same in a layer's gradient:
+
+    m    = (ĝ_{t−l+1} + … + ĝ_t) / l
+    slow ← slow + m·⟨ĝ_t − slow, m⟩ / ⟨m, m⟩                   the inner products of each layer; then scaled again
 
 How φ learns. The optimizer moves W by −lr·G_{t−1}, and ĝ_t is measured at the new weights. To first order
 
@@ -42,9 +46,9 @@ so the gradient of the loss with respect to G_{t−1} is lr·v with v = −D_t �
 back-propagated through the graph that made G_{t−1}, into φ only. (Under Adam the move has another factor for each
 weight, which FSG ignores.) No second derivative is needed.
 
-This objective looks one step ahead. The steps along the last gradients make ĝ_t smaller in their directions. So at
-large learning rates the slow-net learns to oppose the last gradients, and training can be slower than with STE (on
-CIFAR-10 at 3e-3 and more, see results/README.md). Start from trained weights, where the learning rates are small.
+This objective looks one step ahead. The steps along the last gradients make ĝ_t smaller in their directions, the more
+so the larger the learning rate is. So the slow-net learns to oppose the last gradients. With 'layer-rms', training from
+random weights is then much slower than with STE (see results/README.md). With 'keep-mean' it is not.
 
 `FSG.generate()` has three steps: train φ on v, store ĝ_t, generate G_t. G_1, which has no history, is the
 straight-through gradient. So φ is trained for the first time in step 3.
@@ -739,7 +743,8 @@ class FSG(Learned):
         that `slow` scales as the gradient does. 'none' does not.
     balance: 'none' is the formula as written. 'layer-rms' scales `fast` and `slow` to the RMS of ĝ_t in each layer. It
         uses |MLP(W̃)|, so that the fast term keeps the sign of ĝ_t. It uses s·SlowNet(LRE, s·history) with s = sign ĝ_t
-        of each weight, because the slow-net could otherwise move all weights of a layer in one direction. Under dorefa,
+        of each weight, because the slow-net could otherwise move all weights of a layer in one direction. 'keep-mean'
+        does all this and keeps ĝ_t's component along the mean of the history, as in the module docstring. Under dorefa,
         the balanced fast term with `fast_act` 'none' or 'relu' does not depend on φ, because W̃ >= 0; its MLP is not
         trained.
     lre: whether there is a layer recognition embedding; `self.lre` is an nn.Embedding(layers, 1) or None. It starts at
@@ -764,7 +769,7 @@ class FSG(Learned):
         beta: float = 0.9,
         history: str = "per-weight",
         normalize: str = "layer-rms",
-        balance: str = "layer-rms",
+        balance: str = "keep-mean",
         lre: bool = True,
         hidden: int = 100,
         fast_act: str | None = None,
@@ -780,10 +785,10 @@ class FSG(Learned):
             ("slow-net (hgs)", hgs, ("mamba", "lstm")),
             ("history layout", history, ("per-weight", "flat", "newest")),
             ("normalisation", normalize, ("layer-rms", "none")),
-            ("balance", balance, ("layer-rms", "none")),
+            ("balance", balance, ("keep-mean", "layer-rms", "none")),
         ):
             if value not in known:
-                raise ValueError(f"no {name} is called {value!r}: use {' or '.join(known)}")
+                raise ValueError(f"no {name} is called {value!r}: use {', '.join(known[:-1])} or {known[-1]}")
         flat, sequence = history == "flat", "the flat history, where a layer is one sequence: use --history per-weight"
         if hyper_sample is None:
             hyper_sample = 1.0 if flat else 0.125
@@ -805,7 +810,7 @@ class FSG(Learned):
         self.fast = fast_net(self.kind, hidden, fast_act)
         self.slow = SlowMamba(d_state, d_conv, expand, scan) if hgs == "mamba" else SlowLSTM(hidden)
         self.lre = nn.Embedding(len(layers), 1) if lre else None
-        if balance == "layer-rms":  # begin along the gradient
+        if balance != "none":  # begin along the gradient
             if hgs == "mamba":
                 self.slow.start_positive(length + lre)
             if lre:
@@ -834,16 +839,26 @@ class FSG(Learned):
         return self.balanced(seen.ghat * gain.abs(), seen)
 
     def slow_gradient(self, seen: Seen) -> Tensor:
-        """SlowNet(LRE, history): [n]."""
+        """SlowNet(LRE, history), with `balance` applied: [n]."""
         slow = self.slow_output(seen) if seen.slow is None else seen.slow
         if self.normalize == "layer-rms":
             slow = slow * seen.history_rms.index_select(0, seen.layer_of)
-        return slow if self.balance == "none" else self.balanced(slow * signs(seen.ghat), seen)
+        if self.balance == "none":
+            return slow
+        slow = self.balanced(slow * signs(seen.ghat), seen)
+        if self.balance == "keep-mean":
+            mean = seen.history.mean(0) / seen.history_rms.index_select(0, seen.layer_of)
+            slow = slow + component(seen.ghat - slow.detach(), mean, seen, self.shard)
+            if slow.requires_grad:  # φ does not change that component
+                shard = self.shard  # a reference to self would keep the generator in memory
+                slow.register_hook(lambda g: g - component(g, mean, seen, shard))
+            slow = self.balanced(slow, seen)
+        return slow
 
     def slow_output(self, seen: Seen, known: Tensor | None = None) -> Tensor:
         """The slow-net's outputs for its normalised inputs: [n]. known: see SlowMamba.last."""
         past, lre = seen.history, None if self.lre is None else self.lre.weight[:, 0]  # [l, n], [layers]
-        if self.balance == "layer-rms":
+        if self.balance != "none":
             past = past * signs(seen.ghat)
         if self.normalize == "layer-rms":
             past = past / seen.history_rms.index_select(0, seen.layer_of)
@@ -968,6 +983,13 @@ class _Balanced(torch.autograd.Function):
         along = ctx.shard.all_reduce_sum(per_layer(grad * y, seen.sizes, seen.lengths)) / energy
         term = (grad - y * along.index_select(0, seen.layer_of)) * scale.index_select(0, seen.layer_of)
         return term, None, None
+
+
+def component(x: Tensor, direction: Tensor, seen: Seen, shard: "Shard") -> Tensor:
+    """The component of x [n] along `direction` [n] in each layer."""
+    sums = torch.stack([per_layer(y, seen.sizes, seen.lengths) for y in (x * direction, direction.square())])
+    dot, square = shard.all_reduce_sum(sums)
+    return direction * (dot / square.clamp_min(SMALLEST)).index_select(0, seen.layer_of)
 
 
 def signs(x: Tensor) -> Tensor:

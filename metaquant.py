@@ -100,15 +100,17 @@ class LSTMFC(Learned):
 
     def lstm(self, pre: Tensor) -> Tensor:
         """FC(LSTM(W̃)) for W̃ [N]: [N]. The new state of every weight becomes `next_state`."""
-        rows = elements_at_once(pre.device) // self.hidden
-        found = in_chunks(self.step, rows, self.parameters(), pre, *self.state)  # [N, 1 + 2·hidden]
+        rows, cell, out = elements_at_once(pre.device) // self.hidden, self.cell, self.out
+
+        # The graph keeps `step`. A reference to self in it would keep the generator in memory.
+        def step(pre: Tensor, h: Tensor, c: Tensor) -> Tensor:
+            """W̃ [M], h and c [M, hidden] -> [M, 1 + 2·hidden]: FC(h), and the new h and c."""
+            h, c = cell(pre.unsqueeze(1), (h, c))
+            return torch.cat([out(h), h.detach(), c.detach()], dim=1)
+
+        found = in_chunks(step, rows, self.parameters(), pre, *self.state)  # [N, 1 + 2·hidden]
         self.next_state = found[:, 1:].detach().unflatten(1, (2, self.hidden)).transpose(0, 1)  # [2, N, hidden]
         return found[:, 0]
-
-    def step(self, pre: Tensor, h: Tensor, c: Tensor) -> Tensor:
-        """W̃ [M], h and c [M, hidden] -> [M, 1 + 2·hidden]: FC(h), and the new h and c."""
-        h, c = self.cell(pre.unsqueeze(1), (h, c))
-        return torch.cat([self.out(h), h.detach(), c.detach()], dim=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -192,7 +192,7 @@ def common_flags(script: str, description: str, **defaults) -> argparse.Argument
     add("--schedule", default="step", choices=["step", "cosine", "none"], help=schedules)
     warmup = "the learning rate rises linearly to its value in this many epochs (default: %(default)s)"
     add("--warmup", type=float, default=0.0, metavar="EPOCHS", help=warmup)
-    milestones = "epochs at which --schedule step divides the learning rate (default: the paper's, else 30 60 90)"
+    milestones = "epochs at which --schedule step divides the learning rate (default: the paper's, or 30 60 90)"
     add("--milestones", type=int, nargs="*", help=milestones)
     smoothing = "fraction of the target that is spread evenly over all classes (default: %(default)s)"
     add("--label-smoothing", type=float, default=0.0, metavar="FRACTION", help=smoothing)

@@ -51,7 +51,7 @@ RECIPES = {
     "imagenet": dict(epochs=100, batch_size=256, weight_decay=1e-4, schedule="step"),
     "other": dict(epochs=400, batch_size=128, weight_decay=1e-4, schedule="cosine"),
 }
-MILESTONES = {"equalbits": (150, 250, 320), "imagenet": (30, 60, 90)}
+MILESTONES = {"equalbits": (150, 250, 320)}  # else 30, 60, 90
 DEFAULT_LR = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.1, "sgdm": 0.1}  # sgdm: the paper's
 
 

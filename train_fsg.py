@@ -104,8 +104,9 @@ def flags():
     add("--history", choices=["per-weight", "flat", "newest"], help=f"{history} (default: per-weight)")
     add("--length", type=int, help="fsg: l, past gradients per weight (default: 5)")
     add("--beta", type=float, help="fsg: β, the weight of the slow gradient, 0 to 1 (default: 0.9)")
-    balance = "fsg: layer-rms scales both terms to the RMS of the gradient in each layer; none: the formula as written"
-    add("--balance", choices=["layer-rms", "none"], help=f"{balance} (default: layer-rms)")
+    balance = "fsg: layer-rms scales both terms to the RMS of the gradient in each layer; keep-mean also keeps the "
+    balance += "gradient's component along the mean of the history; none: the formula as written (default: keep-mean)"
+    add("--balance", choices=["keep-mean", "layer-rms", "none"], help=balance)
     normalize = "fsg: layer-rms divides the history by its RMS in each layer (default: layer-rms)"
     add("--normalize", choices=["layer-rms", "none"], help=normalize)
     add("--no-lre", action="store_true", help="fsg: no layer recognition embedding")
@@ -156,15 +157,15 @@ def complete(args) -> None:
     runs.complete_schedule(args)
     runs.fill(args, weight_decay=5e-4 if released and args.grad != "fsg" and args.opt == "adam" else 0.0)
 
-    runs.fill(args, history="per-weight", length=5, beta=0.9, balance="layer-rms", normalize="layer-rms")
+    runs.fill(args, history="per-weight", length=5, beta=0.9, balance="keep-mean", normalize="layer-rms")
     runs.fill(args, hidden=100, d_state=16, d_conv=8, expand=100, scan="auto")
     runs.fill(args, hyper_sample=1.0 if getattr(args, "history", "flat") == "flat" else 0.125)
     runs.fill(args, memory=0.8, epsilon=0.35)
-    if getattr(args, "balance", "none") == "layer-rms" and args.quantizer == "dorefa" and args.fast_act != "tanh":
+    if getattr(args, "balance", "none") != "none" and args.quantizer == "dorefa" and args.fast_act != "tanh":
         if args.lr_fast is not None:
             raise runs.RunError(
-                "--lr-fast has no effect with --balance layer-rms and a linear or ReLU MLP, since the balance removes "
-                "the MLP's factor: leave it out, or use --fast-act tanh or --balance none"
+                "--lr-fast has no effect with DoReFa weights and a linear or ReLU MLP, since the balance removes the "
+                "MLP's factor: leave it out, or use --fast-act tanh or --balance none"
             )
         del args.lr_fast
     unbounded = args.opt.startswith("sgd") and getattr(args, "balance", "none") == "none" and not released

@@ -4,7 +4,7 @@
 
 The first argument is one or several of these words, joined with +:
 
-    fsg         nothing is changed: FSG with Mamba, balanced
+    fsg         nothing is changed: FSG with Mamba
     leap        D is divided by ε + r, with r = |W| / RMS(W) of the layer and ε = 0.35, as in gate.py
     forget      a flip of a weight clears its history, as in gate.py
     memory      SlowNet is replaced by Σ_k 0.8^k ĝ_{t−k} over the window; nothing is learned
@@ -13,6 +13,9 @@ The first argument is one or several of these words, joined with +:
     smooth      φ is trained on an exponential average of the gradients (0.9) in place of the newest gradient
     aheadK      φ is trained on the mean of the K gradients after G, in place of the first
     frozen      φ is not trained
+
+The variants have been compared with --balance layer-rms. With keep-mean, the default, memory and residual would lose a
+part of their sum.
 
 metrics.csv gets more columns. gradient/signal is ‖Σ g‖² / n for the n gradients g of φ since step 20, each scaled to
 norm 1. It is about 1 if they are independent noise, and n if they are equal. gradient/lag0, lag1, … are coefficients:

@@ -2,10 +2,12 @@
 equations recomputed layer by layer, and finite differences."""
 
 import copy
+import gc
 import math
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -383,6 +385,7 @@ MAKERS = {
     "fsg-mamba": lambda layers: small_fsg(layers),
     "fsg-lstm": lambda layers: small_fsg(layers, hgs="lstm"),
     "fsg-flat": lambda layers: small_fsg(layers, history="flat"),
+    "fsg-layer-rms": lambda layers: small_fsg(layers, balance="layer-rms"),
     "fsg-as-written": lambda layers: small_fsg(layers, balance="none"),
     "fsg-raw-no-lre": lambda layers: small_fsg(
         layers, normalize="none", balance="none", lre=False, fast_act="relu", beta=0.4
@@ -433,7 +436,7 @@ def formula(name, gen, layers, latents, grads, states=None, sampled=None):
             past = [torch.zeros_like(g)] * (gen.length - 1) + past[-1:]
         past = torch.stack([p.flatten() for p in past])  # [l, n]
         rms = past.square().mean().clamp_min(1e-300).sqrt() if gen.normalize == "layer-rms" else torch.ones(())
-        sign = torch.where(g >= 0, 1.0, -1.0).to(g.dtype) if gen.balance == "layer-rms" else torch.ones_like(g)
+        sign = torch.where(g >= 0, 1.0, -1.0).to(g.dtype) if gen.balance != "none" else torch.ones_like(g)
         past = past / rms * sign.flatten()
         token = gen.lre.weight[i].view(1, 1) if gen.lre is not None else None
         if gen.layout != "flat":
@@ -443,10 +446,13 @@ def formula(name, gen, layers, latents, grads, states=None, sampled=None):
             u = past.reshape(-1, 1) if token is None else torch.cat([token, past.reshape(-1, 1)])
             slow = gen.slow(u.unsqueeze(0))[0, -past.shape[1] :, 0]
         slow = (slow * rms).view_as(W) * sign
-        if gen.balance == "layer-rms":
+        if gen.balance != "none":
             at = slice(None) if sampled is None else sampled[i]  # the RMS is that of the sampled weights
             fast = g * gen.fast.mlp(pre.flatten()).abs().view_as(W)
-            fast, slow = (balanced(term.flatten(), g, at).view_as(W) for term in (fast, slow))
+            fast, slow = (balanced(term.flatten(), g, at) for term in (fast, slow))
+            mean = past.mean(0) * sign.flatten() * (gen.balance == "keep-mean")
+            kept = ((g.flatten() - slow) * mean)[at].sum() / mean[at].square().sum().clamp_min(1e-300)
+            fast, slow = fast.view_as(W), balanced(slow + kept * mean, g, at).view_as(W)
         out.append(D * ((1 - gen.beta) * fast + gen.beta * slow))
     return out
 
@@ -506,7 +512,7 @@ def test_later_steps_train_phi_with_the_gradient_of_v_times_the_previous_G(name)
             sample = gen.sample
             states = lstm_states(gen, layers) if name == "lstmfc" else None
         for layer, G in zip(layers, record(net, gen, layers, t, latents, grads), strict=True):
-            layer.weight.data -= 0.05 * G
+            layer.weight.data -= 0.02 * G
     found = {k: p.grad.clone() for k, p in gen.named_parameters() if p.requires_grad}
     after = {k: p.detach().clone() for k, p in gen.named_parameters()}
 
@@ -618,7 +624,8 @@ def test_the_gate_sums_the_gradients_since_the_last_flip(quantizer, memory):
 
 @pytest.mark.parametrize("beta", [0.3, 0.9])
 @pytest.mark.parametrize(
-    "kwargs", [{}, {"hgs": "lstm"}, {"history": "flat"}, {"hyper_sample": 0.3}, {"history": "newest"}]
+    "kwargs",
+    [{}, {"hgs": "lstm"}, {"history": "flat"}, {"hyper_sample": 0.3}, {"history": "newest"}, {"balance": "layer-rms"}],
 )
 def test_balanced_beta_is_the_slow_terms_share(kwargs, beta):
     """In every layer both terms have the RMS of ĝ, whatever the scale of φ; D is 1 under bwn."""
@@ -672,6 +679,27 @@ def test_balanced_training_begins_along_the_gradient(history):
             straight = [layer.weight.grad.clone() for layer in layers]
             gen.generate()
         assert sum((layer.weight.grad * g).sum() for layer, g in zip(layers, straight, strict=True)) > 0
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"hgs": "lstm"}, {"history": "flat"}, {"hyper_sample": 0.3}, {"history": "newest"}, {"length": 1}]
+)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_balanced_a_gradient_that_stays_the_same_is_not_reversed(kwargs, sign):
+    """Whatever the slow-net is: a part of at most the gradient's norm, orthogonal to it, is added."""
+    layers = models.binary_layers(network("bwn"))
+    gen = small_fsg(layers, beta=1.0, **kwargs)
+    nudge(gen)
+    for p in (gen.slow.out if "hgs" in kwargs else gen.slow.out_proj).parameters():
+        p.data *= 10 * sign
+    gradients = [torch.randn_like(layer.weight) for layer in layers]
+    for _ in range(5):
+        for layer, g in zip(layers, gradients, strict=True):
+            layer.weight.grad = g.clone()
+        gen.generate()
+        for layer, g in zip(layers, gradients, strict=True):
+            cosine = (layer.weight.grad * g).sum() / layer.weight.grad.norm() / g.norm()
+            assert cosine > 0.7 - 1e-9
 
 
 def test_a_slow_net_that_starts_at_zero_stays_finite_and_learns():
@@ -972,6 +1000,22 @@ def test_the_generator_follows_its_network_to_another_dtype(name):
         assert a.dtype == torch.float64 and torch.equal(a, b) and (a.grad is None or a.grad.dtype == torch.float64)
 
 
+@pytest.mark.parametrize("name", MAKERS | UNLEARNED | RELEASED)
+def test_a_generator_that_is_no_longer_used_is_freed(name):
+    """The graph of the last step has no reference to the generator, which the garbage collector would not find."""
+    net = network()
+    gen = (UNLEARNED | MAKERS | RELEASED)[name](models.binary_layers(net))
+    for t in range(4):
+        if name in RELEASED:
+            gen.look_ahead(0.01)
+        backward(net, t)
+        gen.generate()
+    parts = [weakref.ref(part) for part in (gen, gen.layers[0])]
+    del gen, net
+    gc.collect()
+    assert [part() for part in parts] == [None, None]
+
+
 def test_zero_gradients_are_harmless():
     net = network()
     layers = models.binary_layers(net)
@@ -995,7 +1039,7 @@ def test_zero_gradients_are_harmless():
         ({"hyper_sample": 0.0}, "above 0 and at most 1"),
         ({"hyper_sample": 0.5, "history": "flat"}, "per-weight"),
         ({"normalize": "batch"}, "layer-rms"),
-        ({"balance": "global"}, "layer-rms or none"),
+        ({"balance": "global"}, "keep-mean, layer-rms or none"),
     ],
 )
 def test_impossible_arguments(kwargs, message):
