@@ -15,7 +15,7 @@ search = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(search)
 
 SMALL = ["--dataset", "digits", "--arch", "resnet8", "--batch-size", "60", "--limit-steps", "24", "--device", "cpu"]
-SMALL += ["--expand", "2", "--d-state", "2"]
+SMALL += ["--expand", "2", "--d-state", "2", "--balance", "layer-rms"]
 
 
 @pytest.fixture
