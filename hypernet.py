@@ -31,7 +31,7 @@ The last l gradients of a weight, ĝ_t included, are the historical gradient sto
 embedding (LRE) is one learned value per layer; it is the first token of every sequence and tells the layers apart.
 
 The balance. With `balance='none'` these are the paper's formulas as written. The objective of φ below is linear in G,
-so a larger term always lowers it: the terms grow, and one soon outgrows the other. Both other balances scale both terms
+so a larger term always lowers it: the terms grow, and one soon outgrows the other. The other balances scale both terms
 to the RMS of ĝ_t in each layer, and β sets the mix of their amplitudes. 'keep-mean', the default, also keeps ĝ_t's
 component along the mean of the history, so that the slow-net cannot reverse what stays the same in a layer's gradient:
 
