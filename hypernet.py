@@ -848,10 +848,11 @@ class FSG(Learned):
         slow = self.balanced(slow * signs(seen.ghat), seen)
         if self.balance == "keep-mean":
             mean = seen.history.mean(0) / seen.history_rms.index_select(0, seen.layer_of)
-            slow = slow + component(seen.ghat - slow.detach(), mean, seen, self.shard)
+            shard = self.shard  # in the hook, a reference to self would keep the generator in memory
+            square = shard.all_reduce_sum(per_layer(mean.square(), seen.sizes, seen.lengths)).clamp_min(SMALLEST)
+            slow = slow + component(seen.ghat - slow.detach(), mean, square, seen, shard)
             if slow.requires_grad:  # φ does not change that component
-                shard = self.shard  # a reference to self would keep the generator in memory
-                slow.register_hook(lambda g: g - component(g, mean, seen, shard))
+                slow.register_hook(lambda g: g - component(g, mean, square, seen, shard))
             slow = self.balanced(slow, seen)
         return slow
 
@@ -980,16 +981,14 @@ class _Balanced(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         (y, scale, energy), seen = ctx.saved_tensors, ctx.seen
-        along = ctx.shard.all_reduce_sum(per_layer(grad * y, seen.sizes, seen.lengths)) / energy
-        term = (grad - y * along.index_select(0, seen.layer_of)) * scale.index_select(0, seen.layer_of)
+        term = (grad - component(grad, y, energy, seen, ctx.shard)) * scale.index_select(0, seen.layer_of)
         return term, None, None
 
 
-def component(x: Tensor, direction: Tensor, seen: Seen, shard: "Shard") -> Tensor:
-    """The component of x [n] along `direction` [n] in each layer."""
-    sums = torch.stack([per_layer(y, seen.sizes, seen.lengths) for y in (x * direction, direction.square())])
-    dot, square = shard.all_reduce_sum(sums)
-    return direction * (dot / square.clamp_min(SMALLEST)).index_select(0, seen.layer_of)
+def component(x: Tensor, direction: Tensor, square: Tensor, seen: Seen, shard: "Shard") -> Tensor:
+    """The component of x [n] along `direction` [n] in each layer. square [layers]: ⟨direction, direction⟩."""
+    dot = shard.all_reduce_sum(per_layer(x * direction, seen.sizes, seen.lengths))
+    return direction * (dot / square).index_select(0, seen.layer_of)
 
 
 def signs(x: Tensor) -> Tensor:

@@ -302,10 +302,13 @@ def complete_betas(args: argparse.Namespace) -> None:
         raise RunError(f"--betas must be at least 0 and below 1; they are {args.betas}")
 
 
-def complete_schedule(args: argparse.Namespace, milestones: tuple[int, ...] = (30, 60, 90)) -> None:
-    """Set the default of --milestones, or remove it if --schedule has none. Raises RunError if it is given then."""
+def complete_schedule(args: argparse.Namespace, milestones: tuple[int, ...] | None = None) -> None:
+    """Set the default of --milestones, or remove it if --schedule has none. Raises RunError if it is given then.
+
+    milestones: those of the trainer's paper, or None.
+    """
     only_for(args, "schedule", {"milestones": ("step",)})
-    fill(args, milestones=list(milestones))
+    fill(args, milestones=list(milestones or (30, 60, 90)))
 
 
 def only_for(args: argparse.Namespace, choice: str, flags: dict[str, tuple[str, ...]]) -> None:

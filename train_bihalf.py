@@ -51,7 +51,7 @@ RECIPES = {
     "imagenet": dict(epochs=100, batch_size=256, weight_decay=1e-4, schedule="step"),
     "other": dict(epochs=400, batch_size=128, weight_decay=1e-4, schedule="cosine"),
 }
-MILESTONES = {"equalbits": (150, 250, 320)}  # else 30, 60, 90
+MILESTONES = {"equalbits": (150, 250, 320)}
 DEFAULT_LR = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.1, "sgdm": 0.1}  # sgdm: the paper's
 
 
@@ -90,7 +90,7 @@ def complete(args) -> None:
         if args.prune and args.ratio != 0.5:
             raise runs.RunError("--prune keeps equal numbers of +1 and −1: leave out --ratio with it")
     runs.fill(args, **RECIPES[recipe(args)], lr=DEFAULT_LR[args.opt])
-    runs.complete_schedule(args, MILESTONES.get(recipe(args), (30, 60, 90)))
+    runs.complete_schedule(args, MILESTONES.get(recipe(args)))
     runs.fill(args, act="sign" if args.arch in models.MULTI_SHORTCUT_NETS else "none")
 
 
