@@ -264,13 +264,22 @@ def make_step(grad: str, arch: str, args, device: torch.device):
 
 
 def elsewhere(grad: str, arch: str, args, device: torch.device):
-    """make_step(), in a process of its own that has PyTorch's default memory settings."""
+    """make_step(), in a process of its own that has PyTorch's default memory settings.
+
+    Raises ImportError as make_step() does, and RuntimeError if the process dies.
+    """
     context = torch.multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    context.Process(target=serve, args=(there, grad, arch, args, device), daemon=True).start()
+    process = context.Process(target=serve, args=(there, grad, arch, args, device), daemon=True)
+    process.start()
+    there.close()  # the process has the only other end: if it dies, recv() does not wait for ever
 
     def answer():
-        found = here.recv()
+        try:
+            found = here.recv()
+        except (EOFError, ConnectionError):
+            process.join()
+            raise RuntimeError(f"the process of {grad} has ended with exit status {process.exitcode}") from None
         if isinstance(found, Exception):
             raise found
         return found

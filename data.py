@@ -98,6 +98,8 @@ def load(
     options = dict(seed=seed, rank=rank, world_size=world_size)
     if is_folder:
         classes, splits = scan_folder(data_dir, log)
+        names = "".join(os.path.relpath(file, data_dir) + "\0" for file in splits["train"][0])
+        options["listing"] = hashlib.sha256(os.fsencode(names)).hexdigest()
         if image_size is None:
             image_size = 224 if name == "imagenet" else choose_size(data_dir, splits["train"][0], log)
         if image_size > RESIDENT_UP_TO:
@@ -280,6 +282,7 @@ class ResidentBatches:
         the images come in order, all of them.
     crop: zero padding of the random crop in pixels; 0 means no crop. flip: whether to mirror half of the images.
     classes: the names of the num_classes classes. Default: '0', '1', ...
+    listing: for a folder, a hash of the names of its training images; `hold_out` depends on their order.
     """
 
     def __init__(
@@ -297,8 +300,9 @@ class ResidentBatches:
         rank: int = 0,
         world_size: int = 1,
         classes: list[str] | None = None,
+        listing: str | None = None,
     ):
-        self.images, self.labels = images, labels
+        self.images, self.labels, self.listing = images, labels, listing
         self.classes = classes or [str(c) for c in range(num_classes)]
         self.scale, self.shift = rearrange(1 / std, "c -> c 1 1"), rearrange(-mean / std, "c -> c 1 1")
         self.num_classes, self.shape, self.size = num_classes, tuple(images.shape[1:]), len(images)
@@ -372,8 +376,9 @@ class StreamedBatches:
         transforms: tuple | None = None,
         rank: int = 0,
         world_size: int = 1,
+        listing: str | None = None,
     ):
-        self.files, self.labels, self.size = Strings(files), torch.tensor(labels), len(files)
+        self.files, self.labels, self.size, self.listing = Strings(files), torch.tensor(labels), len(files), listing
         self.classes, self.num_classes = classes, len(classes)
         self.shape, self.batch_size = (3, image_size, image_size), min(batch_size, len(files))
         self.train, self.device, self.seed, self.workers = train, torch.device(device), seed, workers
@@ -627,9 +632,9 @@ def unreadable(broken: list[tuple[str, Exception]]) -> DataError:
 def choose_size(root: Path, files: list[str], log) -> int:
     """The height and width in pixels to which the images of a folder are resized, if the user does not say.
 
-    If the median width and height are at most RESIDENT_UP_TO and differ by less than a fifth, it is the larger one.
-    Otherwise it is 224, and the images are cropped. The medians are those of all training images, or of 1,000
-    random ones. Only the headers of the files are read.
+    If the median width and height are at most RESIDENT_UP_TO and differ by less than a fifth, it is the larger one, or
+    8 if that is smaller. Otherwise it is 224, and the images are cropped. The medians are those of all training images,
+    or of 1,000 random ones. Only the headers of the files are read.
     """
     from PIL import Image
 
@@ -643,7 +648,7 @@ def choose_size(root: Path, files: list[str], log) -> int:
     if not sizes:
         raise unreadable(broken)
     width, height = (sorted(side)[len(sizes) // 2] for side in zip(*sizes, strict=True))
-    size = max(width, height)
+    size = max(width, height, 8)  # 8 is the smallest --image-size
     if size > RESIDENT_UP_TO or 5 * abs(width - height) >= size:
         size = 224
     if set(sizes) != {(size, size)}:

@@ -273,7 +273,7 @@ def run_one(command: str, out: Path, slots: Slots) -> dict:
     if diverged:
         return {**row, **dict.fromkeys(COLUMNS[2:], "nan")}
     try:
-        with open(out / name / "metrics.csv", newline="") as f:
+        with open(out / name / "metrics.csv", newline="", encoding="utf-8") as f:
             epochs = list(csv.DictReader(f))
         values = {column: float(epochs[-1].get(column) or "nan") for column in COLUMNS[2:-1]}
         seconds = sum(float(epoch["seconds"]) for epoch in epochs)
@@ -399,7 +399,7 @@ def read_results(file: Path) -> dict[str, dict]:
     """The rows of a results file, by command."""
     if not file.exists():
         return {}
-    with open(file, newline="") as f:
+    with open(file, newline="", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
     if any(set(row) != set(COLUMNS) or None in row.values() for row in rows):
         raise RunError(f"{file} is damaged or of another version: move it to another place")

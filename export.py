@@ -712,7 +712,7 @@ def bench(trained: Trained, rounds: int) -> dict:
         folder = Path(folder)
         to_onnx(trained.net, folder / "network.onnx", trained.example())
         ops, normalisation = c_operations(trained.net, trained.example(), trained.normalisation)
-        (folder / "network.c").write_text(export_c.c_source(ops, normalisation, trained.about()))
+        (folder / "network.c").write_text(export_c.c_source(ops, normalisation, trained.about()), "utf-8")
         library, ram = export_c.compile_library(folder / "network.c", folder), export_c.memory(ops, normalisation)[1]
         for threads in sorted({1, os.cpu_count() or 1}):
             session = onnx_session(folder / "network.onnx", threads)

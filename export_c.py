@@ -514,7 +514,7 @@ void {name}_predict_uint8_in(float *ram, const uint8_t *images, int count, float
     defines = f"""#define BNN_KINDS {sum(1 << kind for kind in writer.kinds)}
 #define BNN_ONE_ROUNDING {int(any(op.sums_bits for op in ops))}
 """
-    text = "\n".join([defines, KERNELS.read_text(), *writer.functions(), *writer.definitions, writer.predict()])
+    text = "\n".join([defines, KERNELS.read_text("utf-8"), *writer.functions(), *writer.definitions, writer.predict()])
     return header + text.replace("BNN_", f"{upper}_").replace("bnn_", f"{name}_")
 
 
@@ -1047,7 +1047,7 @@ def kernel() -> ctypes.CDLL:
     """kernels.c, compiled at the first call, with the functions of CALL_KERNELS. Raises RunError if that fails."""
     folder = tempfile.TemporaryDirectory()
     file = Path(folder.name) / "kernels.c"
-    file.write_text(KERNELS.read_text() + CALL_KERNELS)
+    file.write_text(KERNELS.read_text("utf-8") + CALL_KERNELS, "utf-8")
     library = compile_library(file, Path(folder.name))
     library.folder = folder  # the file lives as long as the library
     library.use_unit(len(VECTOR_UNITS))

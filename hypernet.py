@@ -89,8 +89,7 @@ class FastNet(nn.Module):
 
     def __init__(self, hidden: int = 100, act: str = "none", bias: bool = False, depth: int = 3):
         super().__init__()
-        if act not in ("none", "relu", "tanh"):
-            raise ValueError(f"no fast-net non-linearity is called {act!r}: use none, relu or tanh")
+        check_choice("fast-net non-linearity", act, "none", "relu", "tanh")
         self.act = {"none": nn.Identity(), "relu": nn.ReLU(), "tanh": nn.Tanh()}[act]
         self.collapses = act != "tanh" and not bias
         widths = [1] + [hidden] * (depth - 1) + [1]
@@ -123,8 +122,7 @@ class FastNet(nn.Module):
         Raises ValueError if 100 draws do not help.
         """
         last = self.linears[-1]
-        x = last.weight.new_tensor(list(points)).unsqueeze(1)
-        y = last.weight.new_tensor(list(points.values())).unsqueeze(1)
+        x, y = last.weight.new_tensor([list(points), list(points.values())]).unsqueeze(2)  # [M, 1] each
         target = y if last.bias is None else y - last.bias
         for _ in range(100):
             last.weight.copy_((torch.linalg.pinv(self.features(x)) @ target).T)
@@ -142,12 +140,9 @@ def fast_net(kind: str, hidden: int, act: str | None) -> FastNet:
     Under dorefa W̃ lies in [0, 1], and the MLP starts at 1 for W̃ = ½. Under bwn W̃ = W is about 0, where an MLP without
     biases is 0 and has the sign of W. So there it has biases, and starts at 1 for W̃ = −0.1, 0 and 0.1.
     """
-    if kind == "dorefa":
-        net = FastNet(hidden, act or "none")
-        net.start_at({0.5: 1.0})
-    else:
-        net = FastNet(hidden, act or "tanh", bias=True)
-        net.start_at({-0.1: 1.0, 0.0: 1.0, 0.1: 1.0})
+    dorefa = kind == "dorefa"
+    net = FastNet(hidden, act or ("none" if dorefa else "tanh"), bias=not dorefa)
+    net.start_at({0.5: 1.0} if dorefa else {-0.1: 1.0, 0.0: 1.0, 0.1: 1.0})
     return net
 
 
@@ -159,7 +154,8 @@ def fast_net(kind: str, hidden: int, act: str | None) -> FastNet:
 class SlowLSTM(nn.Module):
     """The slow-net as an LSTM: nn.LSTM(1, hidden), then a linear layer hidden → 1.
 
-    The linear layer starts at 0. A random one would add one offset, as large as the gradient, to all weights.
+    The linear layer starts at 0, or as `start_along` chooses it. A random one would add one offset, as large as the
+    gradient, to all weights.
     """
 
     def __init__(self, hidden: int = 100):
@@ -168,6 +164,15 @@ class SlowLSTM(nn.Module):
         self.out = nn.Linear(hidden, 1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
+
+    @torch.no_grad()
+    def start_along(self, length: int) -> None:
+        """Choose the linear layer so that the last output is about the last token of sequences of that length."""
+        u = torch.randn(4096, length, 1, device="cpu", generator=torch.Generator().manual_seed(0)).to(self.out.weight)
+        h = self.lstm(u)[1][0][0]  # [4096, hidden]
+        square = h.T @ h
+        square.diagonal().add_(0.01 * square.trace())  # ridge regression: exact fits have large weights
+        self.out.weight.copy_(torch.linalg.solve(square, h.T @ u[:, -1]).T)
 
     def forward(self, u: Tensor) -> Tensor:
         """u [B, L, 1] -> [B, L, 1], one output per token."""
@@ -217,8 +222,7 @@ class SlowMamba(nn.Module):
 
     def __init__(self, d_state: int = 16, d_conv: int = 8, expand: int = 100, scan: str = "auto"):
         super().__init__()
-        if scan not in ("auto", "fused", "mamba-ssm", "reference"):
-            raise ValueError(f"no scan is called {scan!r}: use auto, fused, mamba-ssm or reference")
+        check_choice("scan", scan, "auto", "fused", "mamba-ssm", "reference")
         self.scan, self.d_state, self.d_conv, self.d_inner = scan, d_state, d_conv, expand
         self.in_proj = nn.Linear(1, 2 * expand, bias=False)
         self.conv1d = nn.Conv1d(expand, expand, d_conv, groups=expand, padding=d_conv - 1)
@@ -229,9 +233,8 @@ class SlowMamba(nn.Module):
         self.out_proj = nn.Linear(expand, 1, bias=False)
         # Mamba's initial step sizes: softplus(dt_proj.bias) is log-uniform in [1e-3, 1e-1].
         nn.init.uniform_(self.dt_proj.weight, -1.0, 1.0)
-        with torch.no_grad():
-            dt = torch.exp(torch.rand(expand) * math.log(0.1 / 1e-3) + math.log(1e-3)).clamp_min(1e-4)
-            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        dt = torch.exp(torch.rand(expand) * math.log(0.1 / 1e-3) + math.log(1e-3)).clamp_min(1e-4)
+        self.dt_proj.bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
     @torch.no_grad()
     def start_positive(self, length: int) -> None:
@@ -300,10 +303,8 @@ class SlowMamba(nn.Module):
             return selective_scan.tails(past, sizes, first, *self.in_kernel_order())
         found = []
         for i, part in enumerate(past.split(sizes, dim=1)):  # [l, n]
-            u = part.reshape(1, -1, 1)
-            if first is not None:
-                u = torch.cat([first[i].view(1, 1, 1), u], dim=1)
-            found.append(self.tail(u, part.shape[1]))
+            token = [] if first is None else [first[i : i + 1]]
+            found.append(self.tail(torch.cat([*token, *part]).view(1, -1, 1), part.shape[1]))
         return torch.cat(found)
 
     # Which scan runs.
@@ -345,9 +346,8 @@ class SlowMamba(nn.Module):
 
     def in_kernel_order(self) -> tuple[Tensor, ...]:
         """The parameters in the order of selective_scan.py."""
-        conv, x_proj, dt_proj = self.conv1d, self.x_proj, self.dt_proj
-        first = (self.in_proj.weight, conv.weight, conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias)
-        return *first, self.A_log, self.D, self.out_proj.weight
+        first = (self.in_proj.weight, self.conv1d.weight, self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight)
+        return *first, self.dt_proj.bias, self.A_log, self.D, self.out_proj.weight
 
     def tail(self, u: Tensor, count: int) -> Tensor:
         """The last `count` outputs of one sequence: u [1, L, 1] -> [count], the value of `forward(u)[0, -count:, 0]`.
@@ -365,10 +365,9 @@ def mamba_ssm_scan():
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
     except Exception as e:  # the package or its compiled extension is missing, or does not fit the installed torch
         reason = " ".join(f"{type(e).__name__}: {e}".split())
-        raise RuntimeError(
-            f"--scan mamba-ssm: importing mamba_ssm failed ({reason}); install it on a CUDA machine with "
-            "`pip install --no-build-isolation -r requirements-cuda.txt`, or use --scan auto"
-        ) from None
+        pip = "pip install --no-build-isolation -r requirements-cuda.txt"
+        what = f"--scan mamba-ssm: importing mamba_ssm failed ({reason}); install it on a CUDA machine with `{pip}`"
+        raise RuntimeError(f"{what}, or use --scan auto") from None
     return selective_scan_fn
 
 
@@ -411,9 +410,8 @@ class Generator(nn.Module):
         self.layers = layers if isinstance(layers, list) else list(layers)  # their parameters are the model's, not ours
         self.shapes = [w.shape for w in self.weights]
         # The order of a weight's elements in a flat tensor: that in memory; the logical one where layers are sequences.
-        dense = lambda w: w.detach().contiguous() if whole_layers else torch.empty_like(w)
-        self.strides = [dense(w).stride() for w in self.weights]
-        like = torch.empty(0, device=self.weights[0].device, dtype=working_type(self.weights[0].dtype))
+        self.strides = [(w.contiguous() if whole_layers else torch.empty_like(w)).stride() for w in self.weights]
+        like = self.weights[0].new_empty(0, dtype=torch.promote_types(self.weights[0].dtype, torch.float32))
         counts = [w.numel() for w in self.weights]
         self.shard = Shard(counts, sharded, whole_layers)
         self.sizes = self.shard.sizes  # this process's weights in each layer
@@ -451,9 +449,7 @@ class Generator(nn.Module):
             raise RuntimeError(f"{what}: call loss.backward() before each generate()")
         self.ghat = self.flatten(self.gradients())
         finite = self.shard.all_reduce_sum(torch.linalg.vector_norm(self.ghat)).isfinite()
-        self.new = finite.expand(len(weights)).clone()  # [layers]
-        for i in [i for i, given in enumerate(self.given) if not given]:
-            self.new[i] = False
+        self.new = torch.stack([finite if given else torch.zeros_like(finite) for given in self.given])  # [layers]
         new = finite if all(self.given) else self.spread(self.new)
         W = self.flatten(weights)
         self.latent = where(new, W, self.latent) if self.keeps_latent else W
@@ -471,7 +467,7 @@ class Generator(nn.Module):
             if place != places[0]:
                 what = f"layer {i}, {self.layers[i]}, has another device or data type than the first layer"
                 raise RuntimeError(f"{what}: move the whole network")
-        device, dtype = places[0][0], working_type(places[0][1])
+        device, dtype = places[0][0], torch.promote_types(places[0][1], torch.float32)
         if (device, dtype) != (self.latent.device, self.latent.dtype):
             self.to(device, dtype)
 
@@ -499,8 +495,7 @@ class Generator(nn.Module):
         top = per_layer(self.latent.abs(), self.sizes, self.lengths, "max")
         top = self.shard.all_reduce_max(top).tanh()  # max|tanh W| = tanh(max|W|)
         t = torch.tanh(self.latent)
-        double = 2 * top.clamp_min(torch.finfo(top.dtype).tiny)
-        pre = (t / self.spread(double)).add_(0.5) if pre else None
+        pre = (t / self.spread(2 * top.clamp_min(torch.finfo(top.dtype).tiny))).add_(0.5) if pre else None
         D = torch.addcmul(t.new_ones(()), t, t, value=-1, out=t)  # 1 − t²
         return D.div_(self.spread(torch.where(top < 1e-3, 1, top))), pre
 
@@ -667,9 +662,8 @@ class Learned(Generator):
             self.train_phi(v, learned.any())  # 1. train φ: G_{t−1} led to where ĝ_t was measured
         self.push(new)  # 2. store ĝ_t in the history
         self.t += 1
-        G = straight
-        if self.t > 1:  # 3. generate G_t, and keep its graph for the next step
-            G = torch.where(self.spread(self.steps > 1), self.make(D, pre), straight)
+        # 3. generate G_t, and keep its graph for the next step
+        G = torch.where(self.spread(self.steps > 1), self.make(D, pre), straight) if self.t > 1 else straight
         self.hand_back(where(new, G, self.ghat))
 
     def learned(self) -> Tensor:
@@ -690,14 +684,15 @@ class Learned(Generator):
         self.optimizer.zero_grad()
         self.last_G.backward(v if self.sample is None else v[self.sample.at] * self.sample.stands_for)
         self.last_G = None
-        self.shard.all_reduce_grads(self.parameters())
+        if self.shard.world_size > 1:
+            grads = [p.grad for p in self.parameters() if p.grad is not None]
+            nn.utils.vector_to_parameters(self.shard.all_reduce_sum(nn.utils.parameters_to_vector(grads)), grads)
         self.optimizer.found_inf = (~wanted).float()  # as torch.amp.GradScaler does to skip a step
         self.optimizer.step()
 
     def push(self, new: Tensor) -> None:
         """Store ĝ_t in the history and drop the oldest gradient, for the weights for which `new` [N] is true."""
-        pushed = torch.cat([self.history[1:], self.ghat.unsqueeze(0)])
-        self.history = where(new, pushed, self.history)
+        self.history = where(new, torch.cat([self.history[1:], self.ghat.unsqueeze(0)]), self.history)
         self.steps = self.steps + self.new
 
     def make(self, D: Tensor, pre: Tensor) -> Tensor:
@@ -781,14 +776,10 @@ class FSG(Learned):
         lr_slow: float = 1e-3,
         hyper_sample: float | None = None,
     ):
-        for name, value, known in (
-            ("slow-net (hgs)", hgs, ("mamba", "lstm")),
-            ("history layout", history, ("per-weight", "flat", "newest")),
-            ("normalisation", normalize, ("layer-rms", "none")),
-            ("balance", balance, ("keep-mean", "layer-rms", "none")),
-        ):
-            if value not in known:
-                raise ValueError(f"no {name} is called {value!r}: use {', '.join(known[:-1])} or {known[-1]}")
+        check_choice("slow-net (hgs)", hgs, "mamba", "lstm")
+        check_choice("history layout", history, "per-weight", "flat", "newest")
+        check_choice("normalisation", normalize, "layer-rms", "none")
+        check_choice("balance", balance, "keep-mean", "layer-rms", "none")
         flat, sequence = history == "flat", "the flat history, where a layer is one sequence: use --history per-weight"
         if hyper_sample is None:
             hyper_sample = 1.0 if flat else 0.125
@@ -813,6 +804,8 @@ class FSG(Learned):
         if balance != "none":  # begin along the gradient
             if hgs == "mamba":
                 self.slow.start_positive(length + lre)
+            elif balance == "keep-mean":  # with an output of 0 the slow term would be the mean of the history
+                self.slow.start_along(length + lre)
             if lre:
                 nn.init.zeros_(self.lre.weight)
             # The balance divides out all that an MLP of one or two factors could learn where W̃ >= 0.
@@ -836,7 +829,7 @@ class FSG(Learned):
         gain = self.fast(seen.pre)
         if self.balance == "none":
             return seen.ghat * gain
-        return self.balanced(seen.ghat * gain.abs(), seen)
+        return _Balanced.apply(seen.ghat * gain.abs(), seen, self.shard)
 
     def slow_gradient(self, seen: Seen) -> Tensor:
         """SlowNet(LRE, history), with `balance` applied: [n]."""
@@ -845,7 +838,7 @@ class FSG(Learned):
             slow = slow * seen.history_rms.index_select(0, seen.layer_of)
         if self.balance == "none":
             return slow
-        slow = self.balanced(slow * signs(seen.ghat), seen)
+        slow = _Balanced.apply(slow * signs(seen.ghat), seen, self.shard)
         if self.balance == "keep-mean":
             mean = seen.history.mean(0) / seen.history_rms.index_select(0, seen.layer_of)
             shard = self.shard  # in the hook, a reference to self would keep the generator in memory
@@ -853,7 +846,7 @@ class FSG(Learned):
             slow = slow + component(seen.ghat - slow.detach(), mean, square, seen, shard)
             if slow.requires_grad:  # φ does not change that component
                 slow.register_hook(lambda g: g - component(g, mean, square, seen, shard))
-            slow = self.balanced(slow, seen)
+            slow = _Balanced.apply(slow, seen, shard)
         return slow
 
     def slow_output(self, seen: Seen, known: Tensor | None = None) -> Tensor:
@@ -871,13 +864,8 @@ class FSG(Learned):
             past = torch.cat([token.unsqueeze(0), past])  # [1 + l, n]
         return self.slow.last(past.T.unsqueeze(-1), known)  # one sequence per weight: [n, 1 + l, 1] -> [n]
 
-    def balanced(self, term: Tensor, seen: Seen) -> Tensor:
-        """`term` [n], scaled to the RMS of ĝ_t in each layer."""
-        return _Balanced.apply(term, seen, self.shard)
-
     def seen(self, D: Tensor, pre: Tensor) -> Seen:
-        rms = {"history_rms": self.rms(self.history), "ghat_rms": self.rms(self.history[-1:])}
-        return super().seen(D, pre)._replace(**rms)
+        return super().seen(D, pre)._replace(history_rms=self.rms(self.history), ghat_rms=self.rms(self.history[-1:]))
 
     def push(self, new: Tensor) -> None:
         super().push(new)
@@ -911,8 +899,7 @@ class FSG(Learned):
         tokens = None if self.layout == "flat" else self.length + (self.lre is not None)
         tensors = self.latent.device, self.latent.dtype, tokens
         backend = self.slow.backend(*tensors)
-        auto = backend != "fused" and self.slow.scan == "auto"
-        return f"{backend} ({self.slow.why_not_fused(*tensors)})" if auto else backend
+        return backend if backend in ("fused", self.slow.scan) else f"{backend} ({self.slow.why_not_fused(*tensors)})"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -930,9 +917,10 @@ def per_layer(x: Tensor, sizes: list[int], lengths: Tensor, reduce: str = "sum")
     return torch.stack([p.sum() if reduce == "sum" or not p.numel() else p.amax() for p in parts])
 
 
-def working_type(dtype: torch.dtype) -> torch.dtype:
-    """The data type in which a generator computes for weights of this type."""
-    return torch.promote_types(dtype, torch.float32)
+def check_choice(name: str, value: str, *known: str) -> None:
+    """Raise ValueError if `value` is not one of the known names of what `name` says."""
+    if value not in known:
+        raise ValueError(f"no {name} is called {value!r}: use {', '.join(known[:-1])} or {known[-1]}")
 
 
 def where(condition: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -1055,10 +1043,8 @@ class Shard:
         if whole_layers:
             cuts = [min(ends, key=lambda end, cut=cut: abs(end - cut)) for cut in cuts]
         if len(set(cuts)) <= self.world_size:
-            raise ValueError(
-                f"{len(counts)} layers of {self.count} weights cannot be divided between {self.world_size} processes: "
-                "use fewer of them" + (", or --history per-weight" if whole_layers else "")
-            )
+            what = f"{len(counts)} layers of {self.count} weights cannot be divided between {self.world_size} processes"
+            raise ValueError(f"{what}: use fewer of them" + ", or --history per-weight" * whole_layers)
         self.rank_counts = [b - a for a, b in itertools.pairwise(cuts)]  # weights of each process
         self.begin, self.end = cuts[rank], cuts[rank + 1]
         self.sizes = [max(0, min(b, self.end) - max(a, self.begin)) for a, b in itertools.pairwise(ends)]
@@ -1085,12 +1071,6 @@ class Shard:
         if self.world_size > 1:
             dist.all_reduce(x, dist.ReduceOp.MAX)
         return x
-
-    def all_reduce_grads(self, parameters) -> None:
-        """Sum the gradients of φ over the processes."""
-        grads = [p.grad for p in parameters if p.grad is not None]
-        if self.world_size > 1:
-            nn.utils.vector_to_parameters(self.all_reduce_sum(nn.utils.parameters_to_vector(grads)), grads)
 
     def broadcast(self, tensors) -> None:
         """Give all processes rank 0's tensors, in place."""

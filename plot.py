@@ -235,7 +235,7 @@ def label_groups(runs: list[list[str]], flags: list[dict]) -> list[str]:
     """The label of each group: its name, and the flags in which it differs from other groups of that name.
 
     runs: the labels of each group's runs. flags: the args.json of a run of each group. Where the flags do not tell
-    groups apart, the label of the first run replaces the name.
+    groups apart, or two labels would be equal, the label of the first run replaces the name.
     """
     names = [label_group(labels) for labels in runs]
 
@@ -245,7 +245,8 @@ def label_groups(runs: list[list[str]], flags: list[dict]) -> list[str]:
         return "".join(f" {k.replace('_', '-')} {as_typed(own[k])}" for k in found)
 
     keys = [(name, differing(name, own)) for name, own in zip(names, flags, strict=True)]
-    return [(k[0] if keys.count(k) == 1 else labels[0]) + k[1] for k, labels in zip(keys, runs, strict=True)]
+    found = [(k[0] if keys.count(k) == 1 else labels[0]) + k[1] for k, labels in zip(keys, runs, strict=True)]
+    return [label if found.count(label) == 1 else labels[0] for label, labels in zip(found, runs, strict=True)]
 
 
 def find_row(name: str, flags: dict[str, dict]) -> str:

@@ -88,7 +88,7 @@ class Terminal(Console):
     def save(self, file: Path) -> None:
         """Append the new lines to the file. A full disk is reported by the next checkpoint."""
         lines, self.unsaved = self.unsaved, []
-        with contextlib.suppress(OSError), open(file, "a", encoding="utf-8") as f:
+        with contextlib.suppress(OSError), open(file, "a", encoding="utf-8", errors="replace") as f:  # of file names
             f.writelines(lines)
 
 
@@ -285,6 +285,10 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
         raise RunError(f"--clip must be a positive number; it is {args.clip}")
     if args.name is not None and (args.name in (".", "..", "") or Path(args.name).name != args.name):
         raise RunError(f"--name is the name of a folder in --out, without / or ..; it is {args.name!r}")
+    for name in () if args.resume else ("name", "out"):
+        value = str(getattr(args, name) or "")
+        if "?" in value.replace("?", "").encode(errors="replace").decode():
+            raise RunError(f"--{name} must be valid UTF-8, since many programs open no other files; it is {value!r}")
     if any(milestone < 1 for milestone in args.milestones or []):
         raise RunError(f"--milestones are epochs and must be at least 1; they are {args.milestones}")
     if args.opt:  # otherwise the trainer chooses the optimizer, and calls complete_betas() then
@@ -749,8 +753,10 @@ def load_weights(net: torch.nn.Module, args, checkpoint: dict | None, may_lack: 
         raise RunError(f"--pretrained {path} is of {arch}, not of {args.arch}: use --arch {arch} or another file")
     weights = tested_weights(checkpoint, path) if "model" in checkpoint else checkpoint  # else a plain state dict
     same = lambda *names: all(theirs.get(name) == getattr(args, name, None) for name in names)
-    folder = lambda flags: Path(flags.get("data_dir") or "").resolve() if args.dataset != "digits" else None
-    if getattr(args, "val", 0) and same("dataset") and folder(theirs) == folder(vars(args)) and not same("val", "seed"):
+    of_folder = args.dataset in ("folder", "imagenet") and theirs.get("dataset") in ("folder", "imagenet")
+    folder = lambda flags: Path(flags.get("data_dir") or "").resolve()
+    same_images = folder(theirs) == folder(vars(args)) if of_folder else same("dataset")
+    if getattr(args, "val", 0) and same_images and not same("val", "seed"):
         console.print(
             f"{path} was trained with another --val or --seed, so it has seen images that are held out here for "
             "validation: the validation accuracy is too high"
@@ -791,7 +797,8 @@ def match_data(args, checkpoint: dict | None, train, val, test) -> None:
     Raises RunError if the data have other classes or another size.
 
     checkpoint: what parse() returned; with --eval-only and --pretrained, that file is used. train, val, test: what
-    data.load() returned. A line is printed if the number of images has changed. A run with --val cannot continue then.
+    data.load() returned. A line is printed if the number of images has changed. A run with --val cannot continue then,
+    nor if the names of its training images have changed.
     """
     source, args.image_size = args.resume or args.pretrained, train.shape[-1]
     if checkpoint is None and args.eval_only:
@@ -814,17 +821,20 @@ def match_data(args, checkpoint: dict | None, train, val, test) -> None:
             f"{source} was trained on other classes than those of {args.data_dir}{difference}; use its data, or start "
             "a new run"
         )
+    changes = []
     for name, batches in (("training", train), ("validation", val), ("test", test)):
         before, now = checkpoint["images"].get(name), batches.size if batches is not None else 0
-        if before in (None, now):
-            continue
-        changed = f"{args.data_dir} has {now:,} {name} images; {source} was trained with {before:,}"
+        if before not in (None, now):
+            changes.append((name, f"{args.data_dir} has {now:,} {name} images; {source} was trained with {before:,}"))
+    if args.val and train.listing != checkpoint.get("listing", train.listing) and "training" not in dict(changes):
+        changes.append(("training", f"the training images of {args.data_dir} have other names than those of {source}"))
+    for name, change in changes:
         if name == "training" and args.val and not args.eval_only:
             raise RunError(
-                f"{changed}, so --val would hold out images that the network has seen: use the images of the run, or "
+                f"{change}, so --val would hold out images that the network has seen: use the images of the run, or "
                 f"start a new run with --pretrained {source}"
             )
-        console.print(changed + (", so other images are held out" if name == "training" and args.val else ""))
+        console.print(change + (", so other images are held out" if name == "training" and args.val else ""))
     scale, shift = (torch.tensor(values)[:, None, None] for values in checkpoint["normalisation"])
     for batches in (train, val, test):
         if batches is not None and batches.scale.shape == scale.shape:
@@ -1188,7 +1198,9 @@ class Run:
                 "another order, so the run does not continue bit for bit (OMP_NUM_THREADS sets the number)"
             )
         if self.step >= total_steps:
-            raise RunError(f"{source} has done its {self.step:,} steps: give more --epochs or --limit-steps to go on")
+            limit = self.args.limit_steps and self.step >= self.args.limit_steps
+            more = "a larger --limit-steps" if limit else "more --epochs"
+            raise RunError(f"{source} has done its {self.step:,} steps: give {more} to go on")
 
     def _open(self, resumed: bool, device: torch.device) -> None:
         """Open the run folder and write the files that describe the run."""
@@ -1372,6 +1384,7 @@ class Run:
             "num_classes": self.train.num_classes,
             "classes": list(self.train.classes),
             "images": self.images,
+            "listing": self.train.listing,
             "shape": tuple(self.train.shape),  # of an image: [C, H, W]
             # An image's pixels (0 to 255) are multiplied by the first list and added to the second, per channel.
             "normalisation": [v.flatten().tolist() for v in (self.train.scale, self.train.shift)],

@@ -33,7 +33,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import runs
 import train_fsg
-from hypernet import FSG, signs
+from hypernet import FSG, SlowLSTM, signs
 
 WORDS = ("fsg", "leap", "forget", "memory", "residual", "distance", "smooth", "frozen")
 
@@ -46,7 +46,8 @@ class Variant(FSG):
         self.ahead = max([int(w.removeprefix("ahead")) for w in words if w.startswith("ahead")], default=1)
         super().__init__(layers, **options)
         if "residual" in words:
-            torch.nn.init.zeros_(self.slow.out_proj.weight)
+            last = self.slow.out if isinstance(self.slow, SlowLSTM) else self.slow.out_proj
+            torch.nn.init.zeros_(last.weight)
         if {"memory", "frozen"} & words:
             self.requires_grad_(False)
         self.register_buffer("average", torch.zeros_like(self.latent))
@@ -141,6 +142,8 @@ def main(argv) -> int:
         raise runs.RunError(f"{', '.join(unknown) or 'no word'}: see the words at the top of results/search.py")
     if any(word.startswith("--resume") for word in argv):
         raise runs.RunError("a run does not store its words, so it cannot be resumed: start it again without --resume")
+    if any(word.startswith(("--grad", "--preset")) for word in argv):
+        raise runs.RunError("the words change FSG: leave out --grad and --preset")
     train_fsg.FSG = lambda layers, **options: Variant(layers, words, **options)
     return train_fsg.main(["--grad", "fsg", *argv[1:]])
 

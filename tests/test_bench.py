@@ -45,7 +45,13 @@ def test_a_variant_without_its_package_is_skipped_with_a_sentence(tmp_path, monk
 def make_step_that_reports(grad, *_):
     if grad == "brevitas":
         raise ImportError("no such package")
-    return lambda images, labels, memory=False: (os.environ.get("THP_MEM_ALLOC_ENABLE"), images.sum().item(), memory)
+
+    def step(images, labels, memory=False):
+        if images is None:
+            os._exit(3)
+        return os.environ.get("THP_MEM_ALLOC_ENABLE"), images.sum().item(), memory
+
+    return step
 
 
 def serve(*arguments):  # in the other process
@@ -60,6 +66,8 @@ def test_other_peoples_code_runs_elsewhere_with_default_settings(monkeypatch):
     step = bench.elsewhere("pytorch", "resnet8", None, CPU)
     assert step(torch.ones(3), None) == (None, 3.0, False)
     assert step(torch.ones(4), None, memory=True) == (None, 4.0, True)
+    with pytest.raises(RuntimeError, match="the process of pytorch has ended with exit status 3"):
+        step(None, None)
     with pytest.raises(ImportError, match="no such package"):
         bench.elsewhere("brevitas", "resnet8", None, CPU)
 

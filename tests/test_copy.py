@@ -142,7 +142,7 @@ COPIES = {
 def test_bench_measures_and_writes_json(tmp_path):
     code = """
         import bench
-        small = "--arch resnet8 --rounds 1 --expand 2 --hidden 4 --batch-size 16 --device cpu".split()
+        small = "--arch resnet8 --rounds 1 --expand 2 --d-state 2 --hidden 4 --batch-size 8 --device cpu".split()
         bench.main(["step", *small])
         bench.main(["scan", "--lstm", *small])
         bench.main(["quantizers", *small])

@@ -456,6 +456,8 @@ def test_runs_that_nothing_but_their_folder_tells_apart(tmp_path, capsys):
     expected = ["ste-seed0 lr 0.1", "ste-seed0-2 lr 0.1", "ste lr 0.3"]
     assert labels(capsys, *folders[:3]) == expected
     assert labels(capsys, folders[0], folders[3]) == ["ste-seed0", "ste-seed0-4"], "no flag that both have"
+    other = make_seeds(tmp_path, "ste-seed0", [[0.5], [0.5]], lr=0.5)[1]
+    assert labels(capsys, *folders[:2], other) == ["ste-seed0", "ste-seed0-2", "ste-seed0-seed1"]
 
 
 def test_the_legend_has_the_labels_of_the_table(tmp_path, monkeypatch):

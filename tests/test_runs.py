@@ -1,5 +1,6 @@
 """runs.py, through the trainers: what is selected, what is tested, what a run keeps, and what its flags do."""
 
+import argparse
 import copy
 import csv
 import functools
@@ -200,15 +201,56 @@ def test_a_run_keeps_the_size_of_its_images(trained, capsys):
     assert train_fsg.main([*arch, *flags, "--eval-only", "--image-size", "8"]) == 0
 
 
-def test_a_run_with_validation_images_does_not_continue_with_more_images(trained):
+@pytest.mark.parametrize("how", ["added", "renamed"])
+def test_a_run_with_validation_images_does_not_continue_with_other_images(trained, how, capsys):
     argv = ["--dataset", "folder", "--data-dir", str(trained / "images"), "--arch", "resnet8", "--grad", "ste"]
     argv += ["--batch-size", "6", "--val", "8", "--out", str(trained), "--name", "val"]
     assert train_fsg.main([*argv, "--epochs", "1"]) == 0
-    source = next((trained / "images" / "train" / "ant").iterdir())
+    (trained / "images").rename(trained / "moved")
+    moved = ["--data-dir", str(trained / "moved"), "--resume", str(trained / "val")]
+    assert train_fsg.main([*moved, "--epochs", "2"]) == 0
+    source = trained / "moved" / "train" / "ant" / "0.png"
     source.with_stem("new").write_bytes(source.read_bytes())
+    if how == "renamed":
+        source.unlink()
     with pytest.raises(runs.RunError, match=r"would hold out images that the network has seen: .*--pretrained"):
-        train_fsg.main(["--resume", str(trained / "val"), "--epochs", "2"])
-    assert train_fsg.main(["--resume", str(trained / "val"), "--eval-only"]) == 0
+        train_fsg.main([*moved, "--epochs", "3"])
+    capsys.readouterr()
+    assert train_fsg.main([*moved, "--eval-only"]) == 0
+    assert capsys.readouterr().out.count("so other images are held out") == 1
+
+
+def test_names_that_are_not_utf8(trained):
+    """Of files: they are ignored, or used as images. Of the run: one sentence."""
+    (trained / "images" / "train" / "ant" / os.fsdecode(b"caf\xe9.txt")).write_text("no image")
+    source = trained / "images" / "train" / "ant" / "0.png"
+    source.rename(source.with_stem(os.fsdecode(b"z\xe9")))
+    argv = ["--dataset", "folder", "--data-dir", str(trained / "images"), "--arch", "resnet8", "--grad", "ste"]
+    argv += ["--batch-size", "6", "--epochs", "1", "--val", "8"]
+    assert train_fsg.main([*argv, "--out", str(trained), "--name", "new"]) == 0
+    assert "caf?.txt" in (trained / "new" / "log.txt").read_text()
+    bad = os.fsdecode(b"caf\xe9")
+    for flags in (["--out", str(trained / bad)], ["--out", str(trained), "--name", bad]):
+        with pytest.raises(runs.RunError, match="must be valid UTF-8"):
+            train_fsg.main([*argv, *flags])
+
+
+def test_tiny_images_become_images_of_8_pixels(trained):
+    for file in (trained / "images").rglob("*.png"):
+        Image.open(file).resize((6, 6)).save(file)
+    argv = ["--dataset", "folder", "--data-dir", str(trained / "images"), "--arch", "resnet8", "--grad", "ste"]
+    assert train_fsg.main([*argv, "--batch-size", "6", "--epochs", "1", "--out", str(trained), "--name", "tiny"]) == 0
+    assert train_fsg.main(["--resume", str(trained / "tiny"), "--epochs", "2"]) == 0
+
+
+def test_a_finished_run_says_which_flag_lets_it_go_on(tmp_path):
+    train(tmp_path, "--epochs", "2", "--limit-steps", "3")
+    resume = ["--resume", str(tmp_path / "run")]
+    with pytest.raises(runs.RunError, match="give a larger --limit-steps"):
+        train_fsg.main([*resume, "--epochs", "5"])
+    assert train_fsg.main([*resume, "--limit-steps", "100"]) == 0
+    with pytest.raises(runs.RunError, match="give more --epochs"):
+        train_fsg.main(resume)
 
 
 def test_another_number_of_threads_is_said(tmp_path, capsys):
@@ -536,6 +578,25 @@ def test_a_folder_is_the_same_however_it_is_written(trained, monkeypatch, capsys
         capsys.readouterr()
         assert train_fsg.main([*argv, "--out", "."]) == 0
         assert "the validation accuracy is too high" in " ".join(capsys.readouterr().out.split()), data_dir
+
+
+@pytest.mark.parametrize(
+    "before, now, is_said",
+    [
+        ({"dataset": "cifar10", "data_dir": "a"}, {"dataset": "cifar10", "data_dir": "b", "val": 9}, True),
+        ({"dataset": "imagenet", "data_dir": "a"}, {"dataset": "folder", "data_dir": "a", "val": 9}, True),
+        ({"dataset": "folder", "data_dir": "a"}, {"dataset": "folder", "data_dir": "b", "val": 9}, False),
+        ({"dataset": "cifar10", "data_dir": "a"}, {"dataset": "cifar100", "data_dir": "a", "val": 9}, False),
+        ({"dataset": "cifar10", "data_dir": "a"}, {"dataset": "cifar10", "data_dir": "a", "val": 0}, False),
+    ],
+)
+def test_which_images_the_pretrained_network_has_seen(tmp_path, before, now, is_said, capsys):
+    net = torch.nn.Linear(1, 1)
+    torch.save({"args": {"val": 0, "seed": 0, **before}, "model": net.state_dict()}, tmp_path / "best.pt")
+    args = argparse.Namespace(pretrained=str(tmp_path / "best.pt"), resume=None, eval_only=False, arch="x", seed=0)
+    vars(args).update(now)
+    runs.load_weights(net, args, None)
+    assert ("the validation accuracy is too high" in " ".join(capsys.readouterr().out.split())) == is_said
 
 
 @pytest.mark.parametrize(

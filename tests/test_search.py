@@ -59,6 +59,12 @@ def test_a_run_without_its_words_is_not_resumed():
         search.main(["memory", "--resume=run"])
 
 
+@pytest.mark.parametrize("flag", ["--grad=ste", "--preset"])
+def test_the_words_are_of_fsg(flag):
+    with pytest.raises(runs.RunError, match="leave out --grad and --preset"):
+        search.main(["memory", flag, "released"])
+
+
 def test_unknown_words():
     with pytest.raises(runs.RunError, match="jump"):
         search.main(["leap+jump"])

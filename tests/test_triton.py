@@ -63,7 +63,7 @@ def test_equals_the_recurrence_for_any_shape(size, length, scale, dt_shift, seed
     check(net, torch.randn(rows, length, 1, device=device) * scale, torch.randn(rows, device=device))
 
 
-@pytest.mark.parametrize("shape, length", [((17, 16, 8), 6), ((5, 33, 3), 16)])
+@pytest.mark.parametrize("shape, length", [((17, 5, 8), 6), ((5, 33, 3), 16)])
 def test_equals_the_recurrence_with_several_blocks_per_program(monkeypatch, shape, length):
     net = on_triton(fused(*shape, 0))
     monkeypatch.setattr(selective_scan_triton, "_programs", lambda device: 2)
@@ -78,15 +78,15 @@ def test_no_nan_if_float64_has_none(scale, dt_shift):
 
 
 def test_two_runs_give_the_same_bits():
-    net = on_triton(fused(20, 16, 8, 0))
-    rows = 70 if device.type == "cpu" else 100_000
+    net = on_triton(fused(20, 16, 8, 0) if device.type == "cuda" else fused(17, 3, 4, 0))
+    rows = 100_000 if device.type == "cuda" else 33
     u, v = torch.randn(rows, 6, 1, device=device).requires_grad_(), torch.randn(rows, device=device)
     first, second = ([y := net.last(u), *torch.autograd.grad(y, [u, *net.parameters()], v)] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_known_outputs_have_the_same_gradients():
-    check_known(on_triton(fused(20, 16, 8, 0)), torch.randn(70, 6, 1, device=device), torch.randn(70, device=device))
+    check_known(on_triton(fused(17, 3, 4, 0)), torch.randn(33, 6, 1, device=device), torch.randn(33, device=device))
 
 
 def test_why_not():
@@ -173,8 +173,8 @@ def test_tails_has_no_nan_if_float64_has_none(scale, dt_shift):
 
 def test_tails_gives_the_same_bits_twice_and_if_it_saves_nothing(monkeypatch):
     net = on_triton(fused(17, 3, 2, 0))
-    layers = [18, 2] if device.type == "cpu" else [50_000, 5]
-    past, first, v = randn(2, sum(layers)), randn(2).requires_grad_(), randn(sum(layers))
+    layers = [18] if device.type == "cpu" else [50_000, 5]
+    past, first, v = randn(1, sum(layers)), randn(len(layers)).requires_grad_(), randn(sum(layers))
     results = []
     for most in (selective_scan_triton.MOST_KEPT, selective_scan_triton.MOST_KEPT, 0):
         monkeypatch.setattr(selective_scan_triton, "MOST_KEPT", most)
