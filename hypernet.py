@@ -1,7 +1,7 @@
 """FSG: Fast and Slow Gradient generation for binary neural networks (AAAI 2025, https://arxiv.org/abs/2412.11777).
 
 Copy this file alone; it needs only torch. With selective_scan.py, selective_scan_cpu.cpp and selective_scan_triton.py
-beside it, Mamba runs many times faster. FSG needs two lines in a training loop:
+beside it, Mamba runs many times faster. FSG needs two lines, one of them in the training loop:
 
     fsg = FSG(layers)                                          # binarize.binary_layers(model)
     for images, labels in batches:

@@ -17,15 +17,16 @@ Paper: Fast and Slow Gradient Approximation for Binary Neural Network Optimizati
 https://arxiv.org/abs/2412.11777
 
 The optimizer updates latent weights W. The network computes with binary weights Ŵ, which are W rounded to −1 or +1. The
-derivative of the rounding is 0 almost everywhere. A straight-through estimator (STE) replaces it by 1. FSG learns its
-replacement. In step t, with ĝ_t = ∂L/∂Ŵ and the hypernetworks' parameters φ:
+derivative of the rounding is 0 almost everywhere. A straight-through estimator (STE) replaces it by 1. FSG generates
+the gradient of W by small networks. In step t, with ĝ_t = ∂L/∂Ŵ and the parameters φ of these networks:
 
-    fast = ĝ_t ⊙ MLP(W̃)                             of the present gradient; W̃ is W before it is rounded
+    fast = ĝ_t ⊙ MLP(W̃)                             of the present gradient; W̃ = A(W) is what Q rounds to Ŵ
     slow = SlowNet(LRE, ĝ_{t−l+1}, …, ĝ_t)          of the last l gradients of each weight; Mamba or an LSTM
     G_t  = D ⊙ ((1 − β)·fast + β·slow)              the optimizer's gradient; D is ∂Ŵ/∂W without the rounding
     φ is trained in step t + 1: how much did G_t reduce the loss?
 
-hypernet.py contains the method. In the training loop it is one line after backward(): generator.generate().
+--balance none is this formula. The default also balances the two terms. hypernet.py contains the method. In the
+training loop it is one line after backward(): generator.generate().
 
     flags → data → network → gradient generator → optimizer → the training loop → evaluation
 
@@ -44,14 +45,14 @@ from gate import GatedHistory
 from hypernet import FSG, STE
 from metaquant import LSTMFC, AuthorsAdam, FCGrad, LookAhead, MultiFC, ReleasedFCGrad, ReleasedLSTMFC, ReleasedMultiFC
 
-# Learning rates for the latent weights, chosen by the measurements in results/README.md.
+# Learning rates for the latent weights (see "Default learning rates" in results/README.md).
 DEFAULT_LR = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.3, "sgdm": 0.1}
 GATE_LR = 6e-3  # with Adam under --grad gate, from random weights
-# Adam's learning rates for φ: LR_FAST for the fast-net, LR_SLOW for the slow-net and the LRE.
+# Adam's learning rates for φ: LR_FAST for the fast-net and for MetaQuant's nets, LR_SLOW for the slow-net and the LRE.
 LR_FAST = {"fsg": 1e-2, "fcgrad": 1e-3, "multifc": 1e-3, "lstmfc": 1e-3}
 LR_SLOW = 1e-3
-# SGD's step is lr·G. With --balance none and with MetaQuant's generators, φ can make G arbitrarily large. So φ must
-# learn slowly there.
+# SGD's step is lr·G. With --balance none and with MetaQuant's generators, φ can make G arbitrarily large. So φ learns
+# slowly there. (The authors' codes do not, so --preset released does not.)
 LR_PHI_UNBOUNDED = 1e-5
 
 # The generators (--grad) that have each flag. The other generators refuse it.
@@ -120,13 +121,13 @@ def flags():
     add("--scan", choices=scans, help="mamba: implementation of the selective scan (default: auto)")
     sample = "fsg: fraction of the weights that φ is trained on in each step (default: 0.125; with --history flat 1)"
     add("--hyper-sample", type=float, help=sample)
-    unbounded = "1e-5 with SGD if no balance limits G"
+    unbounded = "1e-5 with SGD if no balance limits G, except in the released preset"
     lr_fast = f"Adam's learning rate for the MLP or LSTMFC's LSTM (default: fsg 1e-2, MetaQuant's 1e-3, {unbounded})"
     add("--lr-fast", type=float, help=lr_fast)
     lr_slow = f"fsg: Adam's learning rate for the slow-net and the LRE (default: 1e-3, {unbounded})"
     add("--lr-slow", type=float, help=lr_slow)
     add("--memory", type=float, help="gate: λ, the history's decay per step, from 0 to below 1 (default: 0.8)")
-    epsilon = "gate: ε > 0; the smaller it is, the longer are the steps of weights near their threshold (default: 0.35)"
+    epsilon = "gate: ε > 0; the smaller it is, the longer are the steps of weights close to 0 (default: 0.35)"
     add("--epsilon", type=float, help=epsilon)
     return parser
 
@@ -150,7 +151,7 @@ def complete(args) -> None:
         runs.only_for(args, "preset", dict.fromkeys(NOT_RELEASED, ("none",)))
         if "hgs" in args:
             runs.only_for(args, "hgs", {"length": ("mamba",)})  # its LSTM sees no history
-        args.binarize_all = True
+        args.binarize_all = True  # in the authors' codes all layers are binary
         if args.grad != "fsg":  # MetaQuant: its BWN has a scale, its networks no BatchNorm before the classifier
             args.quantizer = {"bwn": "bwn-l"}.get(args.quantizer, args.quantizer)
             args.arch += "-metaquant" * (f"{args.arch}-metaquant" in models.ARCHS)
@@ -325,9 +326,9 @@ def main(argv=None) -> int:
                     with runs.autocast(device, args.amp):
                         logits = model(x)
                     loss = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
-                    scaler.scale(fraction * loss).backward()  # the .grad of every binary layer's weight is ĝ
+                    scaler.scale(fraction * loss).backward()
                     run.count(loss, logits, y)
-                scaler.unscale_(optimizer)
+                scaler.unscale_(optimizer)  # the .grad of every binary layer's weight is ĝ
                 if generator:
                     generator.generate()  # the .grad becomes G; this also trains the hypernetworks
                 if args.clip:
