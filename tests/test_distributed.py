@@ -136,22 +136,21 @@ def assert_close(a, b, where=""):
 
 @pytest.fixture(scope="session")
 def generated(tmp_path_factory):
-    """What one, two and three processes found, by number of processes."""
+    """What one process and three found."""
     folder = tmp_path_factory.mktemp("generated")
-    for processes in (1, 2, 3):
+    for processes in (1, 3):
         files = [str(folder / f"{processes}.pt"), str(folder / "1.pt")]
         codes, outputs = launch(processes, "-c", textwrap.dedent(GENERATOR), *files, *VARIANTS.values())
         assert codes == [0] * processes, outputs
-    return {processes: torch.load(folder / f"{processes}.pt", weights_only=True) for processes in (1, 2, 3)}
+    return [torch.load(folder / f"{processes}.pt", weights_only=True) for processes in (1, 3)]
 
 
 @pytest.mark.xdist_group("generated")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_generators_share_the_weights_and_make_the_same_gradients(generated, name):
-    one, *others = (found[VARIANTS[name]] for found in generated.values())
+    one, three = (found[VARIANTS[name]] for found in generated)
     assert one["G"].abs().max() > 0
-    for other in others:
-        assert_close(one, other)
+    assert_close(one, three)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,8 +193,8 @@ def compare(folder, *names):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A folder with the runs NAME-K of every trainer in K processes, and NAME-parts, begun in two and ended in one. Two
-    processes compute their halves of a batch in three parts each."""
+    """A folder with every trainer's run NAME-1 in one process, NAME-2 in two, which compute their halves of a batch in
+    three parts each, and NAME-parts, begun in three and ended in one."""
     out = tmp_path_factory.mktemp("trained")
 
     def run(processes, *runs):
@@ -210,8 +209,8 @@ def trained(tmp_path_factory):
         return [[*argv, *common, f"{name}-{label}"] for name, argv in TRAINERS.items()]
 
     run(1, *runs(1, "11"))  # the second epoch begins with the eighth step
-    run(2, *runs(2, "11", "--accumulate", "3"), *runs("parts", "9"))
-    run(3, *runs(3, "11"))
+    run(2, *runs(2, "11", "--accumulate", "3"))
+    run(3, *runs("parts", "9"))
     more = ["--limit-steps", "11", "--resume"]
     run(1, *([argv[0], *more, str(out / f"{name}-parts")] for name, argv in TRAINERS.items()))
     return out
@@ -219,10 +218,10 @@ def trained(tmp_path_factory):
 
 @pytest.mark.xdist_group("trained")
 @pytest.mark.parametrize("name", TRAINERS)
-@pytest.mark.parametrize("other", ["2", "3", "parts"])
+@pytest.mark.parametrize("other", ["2", "parts"])
 def test_several_processes_train_what_one_does(trained, name, other):
     compare(trained, f"{name}-1", f"{name}-{other}")
-    assert len(list(trained.iterdir())) == 4 * len(TRAINERS)
+    assert len(list(trained.iterdir())) == 3 * len(TRAINERS)
 
 
 OVERFLOW = """
