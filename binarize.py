@@ -48,7 +48,8 @@ class ModelError(ValueError):
 
 
 class _ForwardPasses(threading.local):
-    depth = 0  # the number of nested calls of modules with binary layers in this thread
+    def __init__(self):  # for each thread; torch.compile needs an attribute that is already in the dictionary
+        self.depth = 0  # the number of nested calls of modules with binary layers in this thread
 
 
 _passes = _ForwardPasses()

@@ -406,7 +406,7 @@ def read_checkpoint(path: Path) -> Trained:
         if not layers:
             raise RunError(f"{path} is a full-precision network, which has no bits: give a run with binary weights")
         runs.load_model(net, runs.tested_weights(checkpoint, path), path)
-        bad = export_bits.bad_tensors(net.state_dict())
+        bad = export_bits.bad_tensors(net, net.state_dict())
         if bad:
             raise ValueError(f"some elements are NaN or infinite in {', '.join(bad)}, or a variance is negative")
     except (AttributeError, LookupError, TypeError, ValueError) as e:

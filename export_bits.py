@@ -101,13 +101,22 @@ def frozen(net: nn.Module) -> nn.Module:
     """
     net = getattr(net, "_orig_mod", net)  # torch.compile's wrapper
     net = net.module if isinstance(net, nn.parallel.DistributedDataParallel) else net
-    net = copy.deepcopy(net).cpu().float().eval()
+    try:
+        net = copy.deepcopy(net).cpu().float().eval()
+    except RuntimeError as e:
+        raise RunError(
+            f"the network cannot be copied ({one_line(e)}): remove weight_norm or spectral_norm, and results of a "
+            "forward pass that modules keep"
+        ) from None
     layers = models.named_binary_layers(net)
     if not layers:
         raise RunError(
             "this is a full-precision network, which has no bits: use one with binary weights (models.binarize_)"
         )
-    bad = bad_tensors(net.state_dict())
+    others = [name for name, value in net.state_dict().items() if not isinstance(value, Tensor)]
+    if others:
+        raise RunError(f"{others[0]} is no tensor, and a file has only tensors: remove its get_extra_state()")
+    bad = bad_tensors(net, net.state_dict())
     if bad:
         raise RunError(f"some elements are NaN, infinite or a negative variance in {', '.join(bad)}: use another state")
     factors = {name: factorize(rows_of(layer, layer.binary_weight())) for name, layer in layers.items()}
@@ -122,12 +131,18 @@ def frozen(net: nn.Module) -> nn.Module:
     return net
 
 
-def bad_tensors(tensors: dict[str, Tensor]) -> list[str]:
-    """The names of tensors with elements that no trained network has."""
+def bad_tensors(net: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
+    """The names of tensors of a network with elements that no trained network has.
+
+    A buffer may have infinite elements, as masks of attention have, but not a BatchNorm's statistics.
+    """
+    masks = {name for name, _ in net.named_buffers() if not name.endswith(("running_mean", "running_var"))}
     return [
         name
         for name, value in tensors.items()
-        if not value.isfinite().all() or (name.endswith("running_var") and (value < 0).any())
+        if value.isnan().any()
+        or (value.isinf().any() and name not in masks)
+        or (name.endswith("running_var") and (value < 0).any())
     ]
 
 
@@ -149,7 +164,8 @@ def describe(net: nn.Module) -> dict[str, dict]:
         for key, v in vars(m).items():
             if key.startswith("_") or key in (NOT_DESCRIBED_IF_BINARY if is_binary else NOT_DESCRIBED):
                 continue
-            if isinstance(v, int | float | tuple) or (isinstance(v, str) and key in DESCRIBED_TEXTS):
+            are_numbers = all(isinstance(x, int | float) for x in (v if isinstance(v, tuple) else (v,)))
+            if are_numbers or (isinstance(v, str) and key in DESCRIBED_TEXTS):
                 fields[key] = v
         if is_binary:
             fields["shape"] = list(m.weight.shape)
@@ -436,7 +452,7 @@ def unpacked(net: nn.Module, tensors: dict[str, Tensor]) -> dict:
     for name, value in tensors.items():
         if value.dtype not in dtypes:  # the operations below are not defined for every dtype
             raise ValueError(f"{name!r:.80} has a dtype that no network has, {value.dtype}")
-    bad = bad_tensors(tensors)
+    bad = bad_tensors(net, tensors)
     if bad:
         raise ValueError(f"some elements are NaN, infinite or a negative variance in {bad[0]!r:.80}")
     for name, layer in models.named_binary_layers(net).items():

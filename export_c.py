@@ -11,8 +11,10 @@ The command line is in export.py, which imports this file. Copy this file with k
 quantizers.py and runs.py.
 """
 
+import contextlib
 import ctypes
 import functools
+import io
 import math
 import operator
 import os
@@ -120,7 +122,8 @@ def operations(net: nn.Module, shape: tuple[int, int, int]) -> list[Op]:
     """
     try:
         traced = fx.GraphModule(net, LeafTracer().trace(net))
-        ShapeProp(traced).propagate(torch.zeros(1, *shape))
+        with contextlib.redirect_stderr(io.StringIO()):  # it prints the traceback of an error
+            ShapeProp(traced).propagate(torch.zeros(1, *shape))
     except Exception as e:  # control flow that depends on values, a call that cannot be traced, …
         reason = (str(e).splitlines() or [type(e).__name__])[0][:100]
         raise not_convolutional(f"it cannot be traced: {reason}") from None
@@ -131,6 +134,8 @@ def operations(net: nn.Module, shape: tuple[int, int, int]) -> list[Op]:
             break
         if "tensor_meta" not in node.meta:
             raise not_convolutional(f"there is no rule for {called(node)}")
+        if any(isinstance(value, fx.Node) for value in node.kwargs.values()):
+            raise not_convolutional(f"there is no rule for {called(node)} with named inputs")
         inputs = [op_of[arg] for arg in node.args if isinstance(arg, fx.Node)]
         result_shape = tuple(node.meta["tensor_meta"].shape[1:])
         result_shape += (1,) * (3 - len(result_shape))
@@ -189,7 +194,8 @@ def writes_in_place(node: fx.Node, traced: fx.GraphModule) -> bool:
 
 def without_rule(layer: nn.Module, x: Tensor) -> str:
     """The properties of a layer with input x for which there is no rule, such as "dilation=2". "" if there are none."""
-    found, usual = {}, {"groups": 1, "padding_mode": "zeros", "return_indices": False, "divisor_override": None}
+    found = own_forward(layer)
+    usual = {"groups": 1, "padding_mode": "zeros", "return_indices": False, "divisor_override": None}
     if isinstance(layer, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
         for name in ("kernel_size", "stride", "padding", "dilation"):
             value = getattr(layer, name, 1)
@@ -209,6 +215,13 @@ def without_rule(layer: nn.Module, x: Tensor) -> str:
         found["inputs of shape"] = list(x.shape)
     found |= {name: getattr(layer, name) for name, value in usual.items() if getattr(layer, name, value) != value}
     return ", ".join(f"{name}={value!r}" for name, value in found.items())
+
+
+def own_forward(layer: nn.Module) -> dict:
+    """What a call of a layer does besides the forward of PyTorch's class, as properties: its own forward, hooks."""
+    plain, hooks = models.plain_class(layer), layer._forward_hooks or layer._forward_pre_hooks
+    derived = plain.__base__ is not nn.Module and not plain.forward.__module__.startswith("torch.nn.modules.")
+    return ({"forward": plain.forward.__qualname__} if derived else {}) | ({"hooks": True} if hooks else {})
 
 
 def square(size: int | tuple[int, int]) -> int:
@@ -285,7 +298,8 @@ def convert_layer(layer: nn.Conv2d | nn.Linear, name: str, x: Op, shape: tuple[i
         if len(theta) > x.shape[0]:  # the layer's input is flattened: θ and Δ belong to elements, not to channels
             theta, delta = theta.view(x.shape), delta.view(x.shape)
         ops.append(Op("step", f"{name}_step", [x], x.shape, [theta, delta]))
-    weight = getattr(layer, "signs", layer.weight)
+    constants = getattr(layer, "leader", None) or layer  # a layer that shares its weight has the leader's signs
+    weight = getattr(constants, "signs", layer.weight)
     conv = Op("conv", f"{name}_conv", [ops[-1] if ops else x], shape)
     if isinstance(layer, nn.Linear):
         c, h, w = x.shape
@@ -295,8 +309,8 @@ def convert_layer(layer: nn.Conv2d | nn.Linear, name: str, x: Op, shape: tuple[i
         padding = {"valid": 0, "same": conv.kernel // 2}
         conv.padding = padding[layer.padding] if layer.padding in padding else square(layer.padding)
     ops.append(conv)
-    if hasattr(layer, "signs") and (layer.filter_scale != 1).any():
-        ops.append(Op("scale", f"{name}_scale", [conv], shape, [layer.filter_scale]))
+    if hasattr(constants, "signs") and (constants.filter_scale != 1).any():
+        ops.append(Op("scale", f"{name}_scale", [conv], shape, [constants.filter_scale]))
     if layer.bias is not None:
         ops.append(Op("bias", f"{name}_bias", [ops[-1]], shape, [layer.bias]))
     return ops
@@ -359,6 +373,14 @@ def fuse(ops: list[Op]) -> list[Group]:
                 inputs[0].ops, inputs[0].leaves_sums = [conv], True
                 host.ops, host.max_sum = [op, *after], inputs[0].max_sum
     return groups
+
+
+def summand(op: Op, first: Op, before: Op) -> Op:
+    """What an addition adds to the value of the operation before it, in the group that begins with `first`.
+
+    `before` may be a scale or bias that `fuse` has moved behind `first`, a max pool. Then the addition names `first`.
+    """
+    return op.inputs[1] if op.inputs[0] in (first, before) else op.inputs[0]
 
 
 def is_one(ops: list[Op], activation: Op, v: Tensor) -> Tensor:
@@ -759,6 +781,8 @@ class CWriter:
         (c, h, w), x = op.inputs[0].shape, self.buffer_of[op.inputs[0]].name
         is_binary = op.weight.dtype == torch.int8
         has_zeros = is_binary and bool((op.weight == 0).any())
+        if has_zeros and op.inputs[0].kind == "step":
+            raise not_convolutional(f"there is no rule for {op.name}: its weights have 0, and its inputs are 0 and 1")
         mode = AND if op.inputs[0].kind == "step" else MASKED if has_zeros else XNOR
         weights = SIGN_OR_0 if has_zeros else SIGN if is_binary else FLOAT
         self.kinds.add(mode if op.sums_bits else weights)
@@ -783,11 +807,11 @@ class CWriter:
 
     def chain(self, ops: list[Op], source: str, to: str, pixels: int, first: Op, y: str = "y") -> str:
         """The call that computes elementwise operations of rows that begin with row y."""
-        c, _, w = ops[0].shape
+        c, _, w = ops[-1].shape  # that of ops[0] may be larger: a scale can follow the max pool that it was before
         before, arguments = (first if ops[0] is not first else first.inputs[0]), []
         for op in ops:
             if op.kind == "add":
-                other = op.inputs[1] if op.inputs[0] is before else op.inputs[0]
+                other = summand(op, first, before)
                 arguments.append(f"{self.buffer_of[other].name} + {y} * {w * c}")
             else:
                 arguments += self.define_constants(op)

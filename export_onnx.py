@@ -255,7 +255,7 @@ class OnnxWriter:
         else:
             x = self.first_operation(first)
         for i in range(done, len(ops)):
-            x = self.elementwise(ops[i], x, ops[i - 1] if i else first.inputs[0])
+            x = self.elementwise(ops[i], x, first, ops[i - 1] if i else first.inputs[0])
         # A convolution brings x into the layout of the values that it is added to.
         return self.per_channel(x, np.ones(ops[-1].shape[0])) if x.startswith("Cast") else x
 
@@ -264,16 +264,16 @@ class OnnxWriter:
         alpha, beta = (constant.detach().double().numpy() for constant in ops[1].constants)
         constants = split(alpha, beta, group.max_sum)
         if constants is None:
-            return self.elementwise(ops[1], self.first_operation(ops[0]), ops[0]), 2
+            return self.elementwise(ops[1], self.first_operation(ops[0]), ops[0], ops[0]), 2
         a, b, m, n = constants
         exact = self.convolution(ops[0], np.sign(a), np.abs(a), b)
         rest = self.per_channel(exact, m, n)
         if len(ops) > 2:
-            return self.node("Sum", exact, rest, self.summand(ops[2], ops[1])), 3
+            return self.node("Sum", exact, rest, self.values[export_c.summand(ops[2], ops[0], ops[1])]), 3
         return self.node("Add", exact, self.guarded(rest)), 2
 
-    def elementwise(self, op: Op, x: str, before: Op) -> str:
-        """The result of an elementwise operation of x, which is the value of the operation before."""
+    def elementwise(self, op: Op, x: str, first: Op, before: Op) -> str:
+        """The result of an elementwise operation of x, which is the value of the operation before in first's group."""
         constants = [constant.detach() for constant in op.constants]
         if op.kind == "scale":
             return self.per_channel(x, constants[0])
@@ -295,11 +295,7 @@ class OnnxWriter:
             return self.clip(x, -1, 1)
         if op.kind == "prelu":
             return self.node("PRelu", x, self.constant(constants[0].view(-1, 1, 1)))
-        return self.node("Add", self.guarded(x), self.guarded(self.summand(op, before)))
-
-    def summand(self, op: Op, before: Op) -> str:
-        """What an addition adds to the value of the operation before."""
-        return self.values[op.inputs[1] if op.inputs[0] is before else op.inputs[0]]
+        return self.node("Add", self.guarded(x), self.guarded(self.values[export_c.summand(op, first, before)]))
 
     def guarded(self, x: str) -> str:
         """The same value, so that a sum with it is added behind its shift.

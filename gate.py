@@ -54,6 +54,7 @@ class GatedHistory(Generator):
 
         If any element of ĝ_t is not finite, h does not change, and ĝ_t stays in `weight.grad`.
         """
+        self.follow()
         positive = self.latent >= 0  # the signs one step ago; sign(0) is +1
         new = self.collect()
         same_sign = (self.latent >= 0) == positive

@@ -49,10 +49,13 @@ def from_pretrained(source: Path | str, net: nn.Module | None = None, *, sha256:
         if re.match("https?://", source):
             path = Path(folder, FILE)
             path.write_bytes(downloaded(source))
-        elif path.is_dir():
-            path = path / FILE
-        elif not path.exists() and not path.parent.is_dir() and (match := HUB_NAME.fullmatch(source)):
-            path = from_hub(*match.groups())
+        else:
+            try:
+                is_folder, is_there = path.is_dir(), path.exists() or path.parent.is_dir()
+            except OSError as e:  # a name that is too long
+                raise RunError(f"{source:.80} cannot be read ({one_line(e):.80}): check the name") from None
+            match = None if is_there else HUB_NAME.fullmatch(source)
+            path = path / FILE if is_folder else from_hub(*match.groups()) if match else path
         try:
             if sha256 is not None and path.is_file():
                 found = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -55,6 +55,7 @@ straight-through gradient. So φ is trained for the first time in step 3.
 MetaQuant's generators are in metaquant.py, the gated history in gate.py, the authors' released step in fsg_released.py.
 """
 
+import functools
 import itertools
 import math
 import warnings
@@ -167,8 +168,12 @@ class SlowLSTM(nn.Module):
 
     @torch.no_grad()
     def start_along(self, length: int) -> None:
-        """Choose the linear layer so that the last output is about the last token of sequences of that length."""
+        """Choose the linear layer so that the last output is about the last token, if this is not negative.
+
+        length: of the sequences, whose tokens are random, of variance 1.
+        """
         u = torch.randn(4096, length, 1, device="cpu", generator=torch.Generator().manual_seed(0)).to(self.out.weight)
+        u *= signs(u[:, -1:])  # as FSG's balance does
         h = self.lstm(u)[1][0][0]  # [4096, hidden]
         square = h.T @ h
         square.diagonal().add_(0.01 * square.trace())  # ridge regression: exact fits have large weights
@@ -323,8 +328,7 @@ class SlowMamba(nn.Module):
                 raise RuntimeError(problem)
         return self.unfused_backend(device)
 
-    @staticmethod
-    def why_not_fused(device: torch.device, dtype: torch.dtype, tokens: int | None) -> str | None:
+    def why_not_fused(self, device: torch.device, dtype: torch.dtype, tokens: int | None) -> str | None:
         """None if the fused scan runs for such tensors, else one sentence that says why it does not."""
         if selective_scan is None:
             return "the fused scan needs selective_scan.py and its kernels beside hypernet.py"
@@ -378,6 +382,17 @@ def mamba_ssm_scan():
 SMALLEST = 1e-18  # A layer's gradient with a smaller RMS counts as 0, because its squares would underflow.
 
 
+def exact(method):
+    """Decorate a method of a generator: no autograd, and within torch.autocast no lower precision."""
+
+    @functools.wraps(method)
+    def decorated(self, *arguments):
+        with torch.no_grad(), torch.autocast(self.weights[0].device.type, enabled=False):
+            return method(self, *arguments)
+
+    return decorated
+
+
 class Generator(nn.Module):
     """The base class of all generators: it reads ĝ and W, computes the calibration, and sets `weight.grad` to G.
 
@@ -400,6 +415,7 @@ class Generator(nn.Module):
 
     def __init__(self, layers: list[nn.Module], sharded: bool = False, whole_layers: bool = False):
         super().__init__()
+        layers = layers if isinstance(layers, list) else list(layers)
         kinds = sorted({layer.quantizer for layer in layers})
         if not layers:
             raise ValueError("there is no binary layer to generate gradients for: binarize_() the model first")
@@ -407,7 +423,7 @@ class Generator(nn.Module):
         if len(kinds) > 1 or kinds[0] not in known:
             raise ValueError(f"all layers must share one quantizer of {', '.join(known)}; they have {', '.join(kinds)}")
         self.kind = kinds[0]
-        self.layers = layers if isinstance(layers, list) else list(layers)  # their parameters are the model's, not ours
+        self.layers = layers  # a list, so that their parameters are the model's, not ours
         self.shapes = [w.shape for w in self.weights]
         # The order of a weight's elements in a flat tensor: that in memory; the logical one where layers are sequences.
         self.strides = [(w.contiguous() if whole_layers else torch.empty_like(w)).stride() for w in self.weights]
@@ -501,8 +517,7 @@ class Generator(nn.Module):
 
     def hand_back(self, G: Tensor) -> None:
         """Set the `weight.grad` of each layer that had one to its part of G [N]. Every process gets all of G."""
-        G = self.shard.all_gather(G)
-        for w, part, given in zip(self.weights, self.layer_views(G), self.given, strict=True):
+        for w, part, given in zip(self.weights, self.layer_views(self.shard.all_gather(G)), self.given, strict=True):
             if given:
                 # PyTorch's fused optimizers compute wrong values on CPUs if the strides differ from the weight's.
                 fits = part.stride() == w.stride() and part.dtype == w.dtype
@@ -527,7 +542,7 @@ class Generator(nn.Module):
         mean = self.shard.all_reduce_sum(squares) / (len(x) * self.layer_size)
         return mean.sqrt().clamp_min(SMALLEST)
 
-    @torch.no_grad()
+    @exact
     def measure(self, lr: float) -> dict[str, float]:
         """What the last step did. Call it after optimizer.step() and before zero_grad(), with the step's learning rate.
 
@@ -589,9 +604,7 @@ class STE(Generator):
     @torch.no_grad()
     def generate(self) -> None:
         """`weight.grad` ← D ⊙ ĝ for every layer with a gradient. If ĝ is not finite, nothing changes."""
-        new = self.collect()
-        D, _ = self.calibrate(pre=False)
-        self.hand_back(where(new, D.mul_(self.ghat), self.ghat))
+        self.hand_back(where(self.collect(), self.calibrate(pre=False)[0].mul_(self.ghat), self.ghat))
 
 
 class Seen(NamedTuple):
@@ -614,15 +627,13 @@ class Learned(Generator):
 
     A subclass has `gradient(seen)` -> G [n] with its graph to φ, and φ's learning rate `lr` (or `parameter_groups()`).
     `gradient` depends on `seen` and on buffers only, so that the last step's graph can be built from a checkpoint.
-    length: l. Raises ValueError if it is below 1.
+    length: l.
     """
 
     keeps_latent = True  # to build the last step's graph again
     ATTRIBUTES = (*Generator.ATTRIBUTES, "t")
 
     def __init__(self, layers: list[nn.Module], length: int = 1, whole_layers: bool = False):
-        if length < 1:
-            raise ValueError(f"length, the number of gradients in the history, must be at least 1; it is {length}")
         super().__init__(layers, sharded=True, whole_layers=whole_layers)
         self.length, self.t = length, 0  # t counts generate() calls
         # The history starts as zeros and is oldest first. steps [layers]: how many gradients each layer has stored.
@@ -640,7 +651,7 @@ class Learned(Generator):
         """φ's parameters and learning rates, for Adam."""
         return [{"params": list(self.parameters()), "lr": self.lr}]
 
-    @torch.no_grad()
+    @exact
     def generate(self) -> None:
         """Set every `weight.grad` from ĝ_t to G_t. The first gradient of a layer becomes D ⊙ ĝ, as under STE.
 
@@ -648,7 +659,7 @@ class Learned(Generator):
         layer has a gradient that is not finite; the history still gets ĝ_t. The state of a layer without a gradient
         does not change. If any element of ĝ_t is not finite, neither the history nor φ changes, and ĝ_t stays in
         `weight.grad`. The host does not wait for the device.
-        Raises RuntimeError if no layer got a gradient since the last call.
+        Raises RuntimeError if no layer got a gradient since the last call, and none has been written to.
         """
         if self.last_G is None:  # the first steps, or after load_state_dict(), copy.deepcopy() or pickle.load()
             self.rebuild()
@@ -682,8 +693,8 @@ class Learned(Generator):
         wanted [] bool: if it is false, φ and the state of Adam do not change.
         """
         self.optimizer.zero_grad()
-        self.last_G.backward(v if self.sample is None else v[self.sample.at] * self.sample.stands_for)
-        self.last_G = None
+        last_G, self.last_G = self.last_G, None  # also after an error in backward()
+        last_G.backward(v if self.sample is None else v[self.sample.at] * self.sample.stands_for)
         if self.shard.world_size > 1:
             grads = [p.grad for p in self.parameters() if p.grad is not None]
             nn.utils.vector_to_parameters(self.shard.all_reduce_sum(nn.utils.parameters_to_vector(grads)), grads)
@@ -788,6 +799,7 @@ class FSG(Learned):
             (not 0 < hyper_sample <= 1, f"hyper_sample must be above 0 and at most 1; it is {hyper_sample}"),
             (flat and hgs == "lstm", f"an LSTM cannot run over {sequence}, or --hgs mamba"),
             (flat and hyper_sample < 1, f"a sample of weights cannot be taken from {sequence}, or --hyper-sample 1"),
+            (length < 1, f"length, the number of gradients in the history, must be at least 1; it is {length}"),
         ):
             if wrong:
                 raise ValueError(what)
@@ -804,8 +816,8 @@ class FSG(Learned):
         if balance != "none":  # begin along the gradient
             if hgs == "mamba":
                 self.slow.start_positive(length + lre)
-            elif balance == "keep-mean":  # with an output of 0 the slow term would be the mean of the history
-                self.slow.start_along(length + lre)
+            elif balance == "keep-mean" and normalize == "layer-rms":
+                self.slow.start_along(length + lre)  # with an output of 0 the slow term would be the history's mean
             if lre:
                 nn.init.zeros_(self.lre.weight)
             # The balance divides out all that an MLP of one or two factors could learn where W̃ >= 0.
@@ -841,12 +853,11 @@ class FSG(Learned):
         slow = _Balanced.apply(slow * signs(seen.ghat), seen, self.shard)
         if self.balance == "keep-mean":
             mean = seen.history.mean(0) / seen.history_rms.index_select(0, seen.layer_of)
-            shard = self.shard  # in the hook, a reference to self would keep the generator in memory
-            square = shard.all_reduce_sum(per_layer(mean.square(), seen.sizes, seen.lengths)).clamp_min(SMALLEST)
-            slow = slow + component(seen.ghat - slow.detach(), mean, square, seen, shard)
-            if slow.requires_grad:  # φ does not change that component
-                slow.register_hook(lambda g: g - component(g, mean, square, seen, shard))
-            slow = _Balanced.apply(slow, seen, shard)
+            square = self.shard.all_reduce_sum(per_layer(mean.square(), seen.sizes, seen.lengths)).clamp_min(SMALLEST)
+            slow = slow + component(seen.ghat - slow.detach(), mean, square, seen, self.shard)
+            if slow.requires_grad:  # φ does not change that component. (A hook with self would keep it in memory.)
+                slow.register_hook(lambda g, shard=self.shard: g - component(g, mean, square, seen, shard))
+            slow = _Balanced.apply(slow, seen, self.shard)
         return slow
 
     def slow_output(self, seen: Seen, known: Tensor | None = None) -> Tensor:
@@ -858,7 +869,8 @@ class FSG(Learned):
             past = past / seen.history_rms.index_select(0, seen.layer_of)
         if self.layout == "flat":
             here = [i for i, size in enumerate(seen.sizes) if size]  # one sequence per layer
-            return self.slow.tails(past, [seen.sizes[i] for i in here], None if lre is None else lre[here])
+            first = None if lre is None else lre[here[0] : here[-1] + 1]
+            return self.slow.tails(past, [seen.sizes[i] for i in here], first)
         if lre is not None:
             token = _Spread.apply(lre, seen.layer_of, seen.sizes, seen.lengths)  # each weight's embedding
             past = torch.cat([token.unsqueeze(0), past])  # [1 + l, n]
@@ -1008,23 +1020,24 @@ class Sampler:
     """
 
     def __init__(self, shard: "Shard", share: float):
-        counts = torch.tensor(shard.counts, dtype=torch.float64)
+        counts = torch.tensor(shard.counts, dtype=torch.float64, device="cpu")
         draws = (share * counts).round().clamp_min(1).minimum(counts).long()
-        ends, of_layer = counts.cumsum(0), torch.arange(len(counts)).repeat_interleave(draws)
-        place = torch.arange(len(of_layer)) - (draws.cumsum(0) - draws)[of_layer]  # 0, 1, … within the layer
+        ends, of_layer = counts.cumsum(0), torch.arange(len(counts), device="cpu").repeat_interleave(draws)
+        place = (of_layer >= 0).cumsum(0) - 1 - (draws.cumsum(0) - draws)[of_layer]  # 0, 1, … within the layer
         self.width = (counts / draws)[of_layer]
         self.begin = (ends - counts)[of_layer] + place * self.width
         self.most, self.of_layer, self.shard = ends[of_layer] - 1, of_layer, shard
 
     def draw(self, seed: int, device: torch.device) -> Sample:
         """The sample of a seed. It is drawn on the CPU: it does not depend on the device, and its sizes are known."""
-        random = torch.rand(len(self.width), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        random = torch.empty_like(self.width).uniform_(generator=torch.Generator().manual_seed(seed))
         at = (self.begin + random * self.width).clamp_max(self.most).long()
-        mine = slice(*torch.searchsorted(at, torch.tensor([self.shard.begin, self.shard.end])).tolist())
+        mine = slice(*torch.searchsorted(at, at.new_tensor([self.shard.begin, self.shard.end])).tolist())
         of_layer = self.of_layer[mine]
         lengths = of_layer.bincount(minlength=len(self.shard.counts))
         tensors = at[mine] - self.shard.begin, self.width[mine].float(), of_layer
-        return Sample(*(x.to(device) for x in tensors), lengths.tolist(), lengths.to(device))
+        there = lambda x: (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+        return Sample(*map(there, tensors), lengths.tolist(), there(lengths))
 
 
 class Shard:

@@ -646,14 +646,24 @@ BNN_FUNCTION BNN_AVX2 void bnn_bits_avx2(const bnn_Bits *r, int block, int block
 BNN_INLINE void bnn_tile_neon(
     const int mode, const int masked, const int P, const bnn_Bits *r, int block, const uint8_t *x0, ptrdiff_t out) {
     uint16x8_t count[2][4], present[4];
+    uint32x4_t total[2][4], total_present[4];
+    int added = 0; /* words since `count` was added to `total` */
     for (int q = 0; q < 4; q++) {
-        present[q] = vdupq_n_u16(0);
-        for (int p = 0; p < P; p++) count[p][q] = vdupq_n_u16(0);
+        present[q] = vdupq_n_u16(0), total_present[q] = vdupq_n_u32(0);
+        for (int p = 0; p < P; p++) count[p][q] = vdupq_n_u16(0), total[p][q] = vdupq_n_u32(0);
     }
     for (int row = 0; row < r->rows; row++) {
         const uint8_t *x = x0 + row * r->x_row;
         const uint32_t *w = r->w + block * r->w_block + row * r->w_row;
         for (int i = 0; i < r->words; i++, x += 4, w += mode == BNN_MASKED ? 32 : 16) {
+            if (++added > 4095) { /* a word adds 16 at most, and 16 bits hold 65535 */
+                for (int q = 0; q < 4; q++) {
+                    total_present[q] = vpadalq_u16(total_present[q], present[q]), present[q] = vdupq_n_u16(0);
+                    for (int p = 0; p < P; p++)
+                        total[p][q] = vpadalq_u16(total[p][q], count[p][q]), count[p][q] = vdupq_n_u16(0);
+                }
+                added = 1;
+            }
             const uint32x4_t edge = vdupq_n_u32(bnn_mask(r, i));
             uint32x4_t a[2];
             for (int p = 0; p < P; p++) a[p] = vdupq_n_u32(bnn_load32(x + p * r->x_pixel));
@@ -676,8 +686,9 @@ BNN_INLINE void bnn_tile_neon(
         int32_t sum[16];
         const int32_t base = mode == BNN_AND ? -bnn_ones(r, x0 + p * r->x_pixel) : r->base;
         for (int q = 0; q < 4; q++) {
-            const int32x4_t n = vreinterpretq_s32_u32(vpaddlq_u16(count[p][q])), start = vdupq_n_s32(base);
-            const int32x4_t m = vreinterpretq_s32_u32(vpaddlq_u16(present[q])), twice = vaddq_s32(n, n);
+            const int32x4_t n = vreinterpretq_s32_u32(vpadalq_u16(total[p][q], count[p][q]));
+            const int32x4_t m = vreinterpretq_s32_u32(vpadalq_u16(total_present[q], present[q]));
+            const int32x4_t start = vdupq_n_s32(base), twice = vaddq_s32(n, n);
             const int32x4_t from = mode == BNN_MASKED ? m : start;
             vst1q_s32(sum + 4 * q, mode == BNN_AND ? vaddq_s32(from, twice) : vsubq_s32(from, twice));
         }

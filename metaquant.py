@@ -28,7 +28,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from hypernet import FastNet, Generator, Learned, Seen, elements_at_once, fast_net, in_chunks, per_layer
+from hypernet import FastNet, Generator, Learned, Seen, elements_at_once, exact, fast_net, in_chunks, per_layer
 
 
 class FCGrad(Learned):
@@ -160,7 +160,7 @@ class LookAhead(Learned):
         """of(bias) of all biases of binary layers, laid end to end."""
         return torch.cat([self.latent.new_empty(0), *(of(b).detach().flatten() for b in self.biases)])
 
-    @torch.no_grad()
+    @exact
     def look_ahead(self, lr: float) -> None:
         """Before the forward pass: make G_t and move the weights to the look-ahead weights.
 
@@ -205,7 +205,7 @@ class LookAhead(Learned):
         """What the optimizer receives: [n]."""
         return self.last_G.detach()
 
-    @torch.no_grad()
+    @exact
     def generate(self) -> None:
         """Train φ through the look-ahead, move the weights back, and set every `weight.grad` to G_t.
 
@@ -314,7 +314,8 @@ class AuthorsAdam(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
@@ -335,3 +336,4 @@ class AuthorsAdam(torch.optim.Optimizer):
             steps = [self.state[p]["step"] for p in params]
             scale = [-group["lr"] * math.sqrt(1 - beta2**t) / (1 - beta1**t) for t in steps]
             torch._foreach_addcdiv_(params, m, divisor, scale)
+        return loss

@@ -753,10 +753,9 @@ def load_weights(net: torch.nn.Module, args, checkpoint: dict | None, may_lack: 
         raise RunError(f"--pretrained {path} is of {arch}, not of {args.arch}: use --arch {arch} or another file")
     weights = tested_weights(checkpoint, path) if "model" in checkpoint else checkpoint  # else a plain state dict
     same = lambda *names: all(theirs.get(name) == getattr(args, name, None) for name in names)
-    of_folder = args.dataset in ("folder", "imagenet") and theirs.get("dataset") in ("folder", "imagenet")
     folder = lambda flags: Path(flags.get("data_dir") or "").resolve()
-    same_images = folder(theirs) == folder(vars(args)) if of_folder else same("dataset")
-    if getattr(args, "val", 0) and same_images and not same("val", "seed"):
+    images = lambda flags: folder(flags) if flags.get("dataset") in ("folder", "imagenet") else flags.get("dataset")
+    if getattr(args, "val", 0) and images(theirs) == images(vars(args)) and not same("val", "seed"):
         console.print(
             f"{path} was trained with another --val or --seed, so it has seen images that are held out here for "
             "validation: the validation accuracy is too high"

@@ -340,9 +340,9 @@ class _Tails(torch.autograd.Function):
     @staticmethod
     def forward(ctx, past: Tensor, sizes: list[int], first: Tensor | None, keep: bool, *parameters: Tensor) -> Tensor:
         past, first = past.contiguous(), None if first is None else first.contiguous()
-        sizes = torch.tensor(sizes)
+        sizes = torch.tensor(sizes, device="cpu")
         inputs, threads = (past, sizes, first, parameters), torch.get_num_threads()
-        plan = torch.empty(_call_tails("mamba_tails_plan_size", *inputs), dtype=torch.int32)
+        plan = torch.empty(_call_tails("mamba_tails_plan_size", *inputs), dtype=torch.int32, device="cpu")
         elements = _call_tails("mamba_tails_plan", *inputs, _pointer(plan), threads)
         states = past.new_empty(elements) if keep and elements <= MOST_KEPT else None
         y = past.new_empty(past.shape[1])

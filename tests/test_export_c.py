@@ -8,6 +8,9 @@ import re
 import shutil
 import struct
 import subprocess
+import tempfile
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -31,6 +34,31 @@ def quick_compilation():
         yield
 
 
+def for_neon(text):
+    """The text of a C file, so that any machine compiles the part for ARM's NEON (with arm_neon.h of this folder)."""
+    ours, theirs = "defined(__GNUC__) && defined(__x86_64__)", "defined(__aarch64__) && defined(__ARM_NEON)"
+    assert ours in text and theirs in text
+    return text.replace(ours, "0").replace(theirs, "1")
+
+
+HEADERS = f"-I{Path(__file__).parent}"
+
+
+@functools.cache
+def neon():
+    """export_c.kernel() with emulated NEON."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "neon.c")
+        file.write_text(for_neon(export_c.KERNELS.read_text("utf-8") + export_c.CALL_KERNELS), "utf-8")
+        return export_c.compile_library(file, Path(folder), HEADERS)
+
+
+def units():
+    """The name, the compiled kernels and the number of every vector unit: those of this machine, and emulated NEON."""
+    found = [(export_c.VECTOR_UNITS[i], export_c.kernel(), i) for i in range(export_c.kernel().best_unit() + 1)]
+    return [*found, ("NEON", neon(), 0)]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The kernels.
 
@@ -49,7 +77,7 @@ def quick_compilation():
 )
 @settings(deadline=None, max_examples=60)
 def test_binary_convolution_is_conv2d(channels, filters, kernel, stride, padding, height, width, mode, seed):
-    """With every vector unit of this machine. Zero padding is neither −1 nor +1."""
+    """With every vector unit. Zero padding is neither −1 nor +1."""
     if min(height, width) + 2 * padding < kernel:
         return
     rng = torch.Generator().manual_seed(seed)
@@ -60,16 +88,32 @@ def test_binary_convolution_is_conv2d(channels, filters, kernel, stride, padding
     signs.view(-1)[0] = 0 if mode == export_c.MASKED else 1
     x = bits.float() if mode == export_c.AND else bits.float() * 2 - 1
     expected = F.conv2d(x[None], signs.float(), None, stride, padding)[0].int()
-    for unit in range(export_c.kernel().best_unit() + 1):
-        found = export_c.binary_conv2d(bits, signs, stride=stride, padding=padding, mode=mode, unit=unit)
-        assert torch.equal(found, expected), export_c.VECTOR_UNITS[unit]
+    for name, lib, unit in units():
+        with mock.patch.object(export_c, "kernel", lambda lib=lib: lib):
+            found = export_c.binary_conv2d(bits, signs, stride=stride, padding=padding, mode=mode, unit=unit)
+        assert torch.equal(found, expected), name
+
+
+@needs_compiler
+@pytest.mark.parametrize("mode", [export_c.XNOR, export_c.AND, export_c.MASKED])
+@pytest.mark.parametrize("channels, size", [(140_000, 1), (130, 40)])
+def test_sums_of_a_large_linear_layer(channels, size, mode):
+    """Whose largest sums need more than 16 bits, also of one row."""
+    signs = torch.full((3, channels, size, size), -1, dtype=torch.int8)
+    signs[0], signs[1, ::2], signs[2, 0, 0, 0] = 1, 1, 0 if mode == export_c.MASKED else 1
+    expected = signs.sum(dim=(1, 2, 3), dtype=torch.int32)  # of inputs that are all 1
+    for name, lib, unit in units():
+        with mock.patch.object(export_c, "kernel", lambda lib=lib: lib):
+            bits = torch.ones(channels, size, size, dtype=torch.bool)
+            found = export_c.binary_conv2d(bits, signs, mode=mode, unit=unit)
+        assert torch.equal(found[:, 0, 0], expected), name
 
 
 @needs_compiler
 @pytest.mark.parametrize("mode", [export_c.XNOR, export_c.AND, export_c.MASKED])
 @pytest.mark.parametrize("channels, filters", [(16, 5), (32, 64), (64, 24), (70, 100)])
 def test_bits_in_bits_out(channels, filters, mode):
-    """A layer with its thresholds, by every vector unit of this machine."""
+    """A layer with its thresholds, by every vector unit."""
     bits = torch.rand(channels, 9, 7) < 0.5
     signs = torch.randint(2, (filters, channels, 3, 3), dtype=torch.int8) * 2 - 1
     if mode == export_c.MASKED:
@@ -83,14 +127,14 @@ def test_bits_in_bits_out(channels, filters, mode):
     sums = F.conv2d(x, signs.float(), padding=1)[0]
     expected = (sums >= low.view(-1, 1, 1)) & (sums <= high.view(-1, 1, 1))
     shape = export_c.ConvShape(9, 7, channels, filters, 3, 1, 1, mode)
-    x, weights, lib = export_c.packed_activations(bits), export_c.binary_weights(signs), export_c.kernel()
+    x, weights = export_c.packed_activations(bits), export_c.binary_weights(signs)
     low, extent = export_c.thresholds(low, high)
-    for unit in range(lib.best_unit() + 1):
+    for name, lib, unit in units():
         out = np.empty((9, 7, math.ceil(filters / 8)), dtype=np.uint8)
         lib.use_unit(unit)
         lib.binary_conv(ctypes.byref(shape), *map(export_c.pointer, (x, weights, None, out, low, extent)))
-        assert np.array_equal(out, export_c.packed_activations(expected)), export_c.VECTOR_UNITS[unit]
-    lib.use_unit(len(export_c.VECTOR_UNITS))
+        lib.use_unit(len(export_c.VECTOR_UNITS))
+        assert np.array_equal(out, export_c.packed_activations(expected)), name
 
 
 @needs_compiler
@@ -118,13 +162,13 @@ def test_convolution_of_floats_is_conv2d(channels, filters, kernel, stride, padd
         arrays = [None, export_c.bits_of_16(w > 0), export_c.bits_of_16(w != 0) if weights == "signs and 0" else None]
     expected = F.conv2d(x[None], w, None, stride, padding)[0]
     shape = export_c.ConvShape(height, width, channels, filters, kernel, stride, padding, 0)
-    lib, pixels = export_c.kernel(), x.permute(1, 2, 0).contiguous()
-    for unit in range(lib.best_unit() + 1):
+    pixels = x.permute(1, 2, 0).contiguous()
+    for name, lib, unit in units():
         out = torch.empty(*shape.output_size(), filters)
         lib.use_unit(unit)
         lib.float_conv(ctypes.byref(shape), *map(export_c.pointer, (pixels, *arrays, out)))
         lib.use_unit(len(export_c.VECTOR_UNITS))
-        assert torch.allclose(out.permute(2, 0, 1), expected, atol=1e-4), export_c.VECTOR_UNITS[unit]
+        assert torch.allclose(out.permute(2, 0, 1), expected, atol=1e-4), name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,6 +218,9 @@ def test_every_vector_unit_predicts_what_pytorch_predicts(network, tmp_path):
         found = export_c.predict(library, images, 10)
         assert torch.equal(found, export_c.predict(library, images.float(), 10)), "bytes and floats"
         assert torch.allclose(found, logits, atol=1e-4), export_c.VECTOR_UNITS[unit]
+    (tmp_path / "neon.c").write_text(for_neon(text))
+    library = export_c.compile_library(tmp_path / "neon.c", tmp_path, HEADERS)
+    assert torch.allclose(export_c.predict(library, images, 10), logits, atol=1e-4), "NEON, emulated"
 
 
 @needs_compiler

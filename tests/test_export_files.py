@@ -304,6 +304,45 @@ def test_what_cannot_be_packed_is_named_layer_by_layer(tmp_path):
     assert not file.exists()
 
 
+class Stateful(nn.Identity):
+    def get_extra_state(self):
+        return {"version": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def kept(net):
+    """A network that has kept a result of its forward pass."""
+    net[1].result = net[0](torch.randn(1, 2, 6, 6))
+    return net
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (kept, "cannot be copied"),
+        (lambda net: net.append(Stateful()), "10._extra_state is no tensor"),
+        (lambda net: (net[0].register_buffer("bound", torch.tensor([torch.nan])), net)[1], "NaN.* in 0.bound"),
+        (lambda net: (net[1].running_mean.fill_(torch.inf), net)[1], "infinite .* in 1.running_mean"),
+    ],
+)
+def test_a_state_that_cannot_be_packed_ends_with_a_sentence(tmp_path, change, said):
+    with pytest.raises(runs.RunError, match=said):
+        export.save_bits(change(own_network()), tmp_path / "net.safetensors")
+
+
+def test_masks_and_tuples_of_functions(tmp_path):
+    """Masks of attention have infinite elements. The address of a function is another one in each process."""
+    nets = [own_network() for _ in range(2)]
+    for net in nets:
+        net[0].register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
+        net[2].functions = (torch.relu, torch.tanh)
+    assert "functions" not in export.export_bits.describe(nets[0])["2"]
+    export.save_bits(nets[0], tmp_path / "net.safetensors")
+    assert torch.equal(export.load_bits(tmp_path / "net.safetensors", nets[1])[0].mask, nets[0][0].mask)
+
+
 class Median(nn.Module):
     def forward(self, x):
         return x.nanmedian(dim=1).values
@@ -410,12 +449,20 @@ class Shortcut(nn.Module):
         self.a, self.b, self.c = (nn.Conv2d(i, 8, 3, padding=1, bias=False) for i in (2, 8, 8))
         self.fc, self.other, self.wide = nn.Linear(8, 3), nn.Linear(8, 3), nn.Linear(8 * 25, 3)
         self.relu, self.norm = nn.ReLU(), nn.BatchNorm1d(8 * 25)
+        self.largest, self.average = nn.MaxPool2d(2), nn.AvgPool2d(2)
+        if kind == "one weight":
+            self.c.weight = self.b.weight
         models.binarize_(self, "bwn", "sign", skip=["a", "fc", "other", "wide"], scale=scale, quiet=True)
 
     def forward(self, x):
         x = self.b(self.a(x))
         if self.kind == "sums":  # of a binary convolution, read by a binary convolution and by an addition
             x = self.c(x) + x
+        elif self.kind == "one weight":
+            x = self.c(x)
+        elif self.kind in ("pool + shortcut", "shortcut + pool"):
+            shortcut, pool = self.average(x), self.largest(self.c(x))
+            x = shortcut + pool if self.kind == "shortcut + pool" else pool + shortcut
         elif self.kind == "broadcast":
             x = x + self.pool(x)
         elif self.kind == "norm of pixels":
@@ -439,7 +486,9 @@ REFUSED = {
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler (cc) here")
-@pytest.mark.parametrize("kind", ["a head that is not returned", "sums", *REFUSED])
+@pytest.mark.parametrize(
+    "kind", ["a head that is not returned", "sums", "one weight", "pool + shortcut", "shortcut + pool", *REFUSED]
+)
 def test_shortcuts_heads_and_shapes(tmp_path, monkeypatch, kind):
     """C and ONNX compute what the network returns, or C refuses it."""
     pytest.importorskip("onnxruntime")
@@ -460,7 +509,17 @@ def test_shortcuts_heads_and_shapes(tmp_path, monkeypatch, kind):
         assert np.abs(logits - expected.detach().numpy()).max() < 1e-5
 
 
+class Doubled(nn.ReLU):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+hooked = nn.ReLU()
+hooked.register_forward_hook(lambda layer, inputs, output: 2 * output)
+
 WITHOUT_RULE = {  # the property that the message names
+    "forward='Doubled.forward'": Doubled(),
+    "hooks=True": hooked,
     "groups=2": nn.Conv2d(4, 4, 3, groups=2),
     "dilation=(2, 2)": nn.Conv2d(4, 4, 3, dilation=2),
     "kernel_size=(3, 1)": nn.Conv2d(4, 4, (3, 1)),
@@ -486,6 +545,33 @@ def test_a_layer_without_a_rule_is_refused_and_its_property_named(tmp_path, said
         export.to_c(net, tmp_path / "net.c", torch.randn(1, 2, 7, 7))
     assert "layer" in str(error.value) or "fc" in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+class NamedInput(nn.Sequential):
+    def forward(self, x):
+        return self[2](input=self[1](self[0](x)))
+
+
+def test_an_input_given_by_name_is_refused(tmp_path):
+    net = models.binarize_(NamedInput(nn.Flatten(), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)), quiet=True)
+    with pytest.raises(runs.RunError, match="no rule for 2 with named inputs"):
+        export.to_c(net, tmp_path / "net.c", torch.randn(1, 2, 2, 2))
+
+
+def test_weights_of_0_with_activations_of_0_and_1_are_refused(tmp_path):
+    with pytest.raises(runs.RunError, match="its weights have 0, and its inputs are 0 and 1"):
+        export.to_c(own_network("si", "bihalf-prune"), tmp_path / "net.c", torch.randn(1, 2, 6, 6))
+
+
+@pytest.mark.parametrize("layer", [Doubled(), hooked])
+def test_onnx_has_what_a_layer_does_besides_its_class(tmp_path, layer, capfd):
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    net, images = models.binarize_(Called(layer, 4 * 49), act="sign", quiet=True).eval(), torch.randn(3, 2, 7, 7)
+    export.to_onnx(net, tmp_path / "net.onnx", images)
+    (logits,) = export.onnx_session(tmp_path / "net.onnx").run(None, {"image": images.numpy()})
+    assert np.abs(logits - net(images).detach().numpy()).max() < 1e-5
+    assert "Traceback" not in "".join(capfd.readouterr())
 
 
 def test_transformers_become_onnx(tmp_path):

@@ -55,6 +55,10 @@ def refused(*arguments, **options) -> str:
     return str(e.value)
 
 
+def test_a_name_that_is_too_long():
+    assert "check the name" in refused("x" * 300)
+
+
 def test_every_source_gives_the_network(folder, address, monkeypatch):
     file, asked = folder / "model.safetensors", []
     fake_hub(monkeypatch, lambda name, file, revision: asked.append((name, file, revision)) or folder / file)

@@ -673,6 +673,7 @@ def test_balanced_flipping_all_gradients_flips_G(kwargs):
         (dict(d_state=4, expand=8, history="flat"), 0),
         (dict(hgs="lstm", hidden=16), 0.85),
         (dict(hgs="lstm", hidden=16, length=9, lre=False), 0.8),
+        (dict(hgs="lstm", hidden=1), 0.3),
     ],
 )
 def test_balanced_training_begins_along_the_gradient(kwargs, least):
@@ -1007,6 +1008,67 @@ def test_the_generator_follows_its_network_to_another_dtype(name):
         step(net, gen, t), step(other, new, t)
     for a, b in zip([*net.parameters(), *gen.parameters()], [*other.parameters(), *new.parameters()], strict=True):
         assert a.dtype == torch.float64 and torch.equal(a, b) and (a.grad is None or a.grad.dtype == torch.float64)
+
+
+@pytest.mark.parametrize("name", UNLEARNED)
+def test_the_generator_follows_its_network_to_another_device(name):
+    """After the first step too. 'meta' stands for a GPU."""
+    for steps in (0, 1):
+        net = network(dtype=torch.float32)
+        gen = UNLEARNED[name](models.binary_layers(net))
+        for t in range(steps):
+            backward(net, t)
+            gen.generate()
+        net.to("meta")
+        for layer in models.binary_layers(net):
+            layer.weight.grad = torch.zeros_like(layer.weight)
+        gen.generate()
+        assert all(layer.weight.grad.is_meta for layer in models.binary_layers(net))
+
+
+def test_samples_do_not_depend_on_the_default_device():
+    shard = hypernet.Shard([5, 70, 1], False, False)
+    expected = hypernet.Sampler(shard, 0.2).draw(3, torch.device("cpu"))
+    with torch.device("meta"):
+        found = hypernet.Sampler(shard, 0.2).draw(3, torch.device("cpu"))
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize("name", ["fsg-lstm", "fsg-mamba", "multifc", "released"])
+def test_autocast_does_not_change_what_is_generated(name):
+    found = []
+    for enabled in (True, False):
+        net = network(dtype=torch.float32)
+        gen = (MAKERS | RELEASED)[name](models.binary_layers(net))
+        for t in range(5):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                if name in RELEASED:
+                    gen.look_ahead(0.01)
+            backward(net, t)
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                gen.generate()
+        found.append([*(layer.weight.grad for layer in models.binary_layers(net)), *gen.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_after_an_error_in_the_backward_pass_of_phi_training_goes_on():
+    net = network()
+    gen = small_fsg(models.binary_layers(net), fast_act="tanh")
+
+    def fail(grad):
+        raise torch.OutOfMemoryError("no memory")
+
+    for t in range(6):
+        backward(net, t)
+        if t == 3:
+            handle = next(gen.fast.parameters()).register_hook(fail)
+            with pytest.raises(torch.OutOfMemoryError):
+                gen.generate()
+            handle.remove()
+        else:
+            gen.generate()
+    assert all(layer.weight.grad.isfinite().all() for layer in gen.layers)
 
 
 @pytest.mark.parametrize("name", MAKERS | UNLEARNED | RELEASED)

@@ -4,12 +4,14 @@ import copy
 import importlib
 import io
 import pickle
+import textwrap
 import types
 import warnings
 
 import pytest
 import torch
 import torch.utils.checkpoint
+from programs import Program
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
@@ -747,6 +749,18 @@ def test_what_would_take_the_weight_away_is_refused():
             warnings.simplefilter("ignore")
             change(net.a)
             net(x)
+
+
+def test_compiled_before_any_other_call():
+    code = """
+        import torch, models
+        net = models.binarize_(torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(4))), quiet=True)
+        compiled = torch.compile(net, backend="eager")
+        for _ in range(3):
+            compiled(torch.ones(2, 4)).sum().backward()
+    """
+    result = Program("-c", textwrap.dedent(code)).end()  # in a process of its own
+    assert result.returncode == 0, result.stderr
 
 
 def test_compiled():
