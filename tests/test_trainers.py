@@ -838,7 +838,7 @@ def test_wrong_checkpoints(tmp_path, trainer):
     torch.save([1, 2], cut)
     assert "not a checkpoint" in ends([*argv, "--pretrained", str(cut)])
     assert "resume last.pt" in ends(["--resume", best])
-    assert "give more --epochs or --limit-steps to go on" in ends(["--resume", str(a_run)])
+    assert "give a larger --limit-steps to go on" in ends(["--resume", str(a_run)])
     assert "already" in ends([*argv, "--out", str(a_run.parent), "--name", a_run.name])
     assert [r["step"] for r in metrics(a_run)] == [22, 24], "and the run is as it was"
 
