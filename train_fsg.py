@@ -328,7 +328,7 @@ def main(argv=None) -> int:
                     loss = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
                     scaler.scale(fraction * loss).backward()
                     run.count(loss, logits, y)
-                scaler.unscale_(optimizer)  # the .grad of every binary layer's weight is ĝ
+                scaler.unscale_(optimizer)  # now the .grad of every binary layer's weight is ĝ
                 if generator:
                     generator.generate()  # the .grad becomes G; this also trains the hypernetworks
                 if args.clip:
