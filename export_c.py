@@ -192,6 +192,11 @@ def writes_in_place(node: fx.Node, traced: fx.GraphModule) -> bool:
     return node.target in (operator.iadd, "add_", torch.relu_, "relu_") or bool(node.kwargs.get("inplace"))
 
 
+# The classes of PyTorch whose layers `convert` has rules for.
+LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+LAYERS += (nn.ReLU, nn.Hardtanh, nn.PReLU, nn.LeakyReLU, nn.Identity, nn.Flatten, nn.modules.dropout._DropoutNd)
+
+
 def without_rule(layer: nn.Module, x: Tensor) -> str:
     """The properties of a layer with input x for which there is no rule, such as "dilation=2". "" if there are none."""
     found = own_forward(layer)
@@ -218,10 +223,10 @@ def without_rule(layer: nn.Module, x: Tensor) -> str:
 
 
 def own_forward(layer: nn.Module) -> dict:
-    """What a call of a layer does besides the forward of PyTorch's class, as properties: its own forward, hooks."""
-    plain, hooks = models.plain_class(layer), layer._forward_hooks or layer._forward_pre_hooks
-    derived = plain.__base__ is not nn.Module and not plain.forward.__module__.startswith("torch.nn.modules.")
-    return ({"forward": plain.forward.__qualname__} if derived else {}) | ({"hooks": True} if hooks else {})
+    """What a call of a layer does besides the forward of a class with a rule, as properties: its own forward, hooks."""
+    forward, hooks = models.plain_class(layer).forward, layer._forward_hooks or layer._forward_pre_hooks
+    derived = isinstance(layer, LAYERS) and not forward.__module__.startswith("torch.nn.modules.")
+    return ({"forward": forward.__qualname__} if derived else {}) | ({"hooks": True} if hooks else {})
 
 
 def square(size: int | tuple[int, int]) -> int:

@@ -46,22 +46,21 @@ def from_pretrained(source: Path | str, net: nn.Module | None = None, *, sha256:
         raise RunError(f"sha256 must be 64 hexadecimal digits; it is {sha256!r}")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(source)
-        if re.match("https?://", source):
-            path = Path(folder, FILE)
-            path.write_bytes(downloaded(source))
-        else:
-            try:
-                is_folder, is_there = path.is_dir(), path.exists() or path.parent.is_dir()
-            except OSError as e:  # a name that is too long
-                raise RunError(f"{source:.80} cannot be read ({one_line(e):.80}): check the name") from None
-            match = None if is_there else HUB_NAME.fullmatch(source)
-            path = path / FILE if is_folder else from_hub(*match.groups()) if match else path
         try:
+            if re.match("https?://", source):
+                path = Path(folder, FILE)
+                path.write_bytes(downloaded(source))
+            elif path.is_dir():
+                path = path / FILE
+            elif not path.exists() and not path.parent.is_dir() and (match := HUB_NAME.fullmatch(source)):
+                path = from_hub(*match.groups())
             if sha256 is not None and path.is_file():
                 found = hashlib.sha256(path.read_bytes()).hexdigest()
                 if found != sha256.lower():
                     raise RunError(f"{path} has the SHA-256 {found}, not {sha256.lower()}: it is another file")
             return load_bits(path, net)
+        except OSError as e:  # a name that is too long
+            raise RunError(f"{source:.80} cannot be read ({one_line(e):.80}): check the name") from None
         except RunError as e:
             raise RunError(str(e).replace(str(Path(folder, FILE)), source)) from None
 

@@ -604,6 +604,7 @@ class STE(Generator):
     @torch.no_grad()
     def generate(self) -> None:
         """`weight.grad` ← D ⊙ ĝ for every layer with a gradient. If ĝ is not finite, nothing changes."""
+        # collect() is called first
         self.hand_back(where(self.collect(), self.calibrate(pre=False)[0].mul_(self.ghat), self.ghat))
 
 

@@ -287,7 +287,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
         raise RunError(f"--name is the name of a folder in --out, without / or ..; it is {args.name!r}")
     for name in () if args.resume else ("name", "out"):
         value = str(getattr(args, name) or "")
-        if "?" in value.replace("?", "").encode(errors="replace").decode():
+        if value.encode(errors="ignore").decode() != value:
             raise RunError(f"--{name} must be valid UTF-8, since many programs open no other files; it is {value!r}")
     if any(milestone < 1 for milestone in args.milestones or []):
         raise RunError(f"--milestones are epochs and must be at least 1; they are {args.milestones}")

@@ -254,7 +254,7 @@ def test_transformers_of_a_run(tmp_path, capsys):
     assert export.main([str(folder), "--to", "onnx"]) == 0
     assert "359 of 359" in capsys.readouterr().out
     said = sentence(folder, "--to", "c")
-    assert "blocks.0.norm1 (LayerNorm" in said and "blocks.1.mlp.act (GELU)" in said
+    assert "blocks.0.norm1 (LayerNorm)" in said and "blocks.1.mlp.act (GELU)" in said
     assert "names no network of models.build" in sentence(folder / "run.safetensors", "--to", "onnx")
 
 

@@ -101,10 +101,10 @@ def test_sums_of_a_large_linear_layer(channels, size, mode):
     """Whose largest sums need more than 16 bits, also of one row."""
     signs = torch.full((3, channels, size, size), -1, dtype=torch.int8)
     signs[0], signs[1, ::2], signs[2, 0, 0, 0] = 1, 1, 0 if mode == export_c.MASKED else 1
-    expected = signs.sum(dim=(1, 2, 3), dtype=torch.int32)  # of inputs that are all 1
+    bits = torch.ones(channels, size, size, dtype=torch.bool)
+    expected = signs.sum(dim=(1, 2, 3), dtype=torch.int32)
     for name, lib, unit in units():
         with mock.patch.object(export_c, "kernel", lambda lib=lib: lib):
-            bits = torch.ones(channels, size, size, dtype=torch.bool)
             found = export_c.binary_conv2d(bits, signs, mode=mode, unit=unit)
         assert torch.equal(found[:, 0, 0], expected), name
 

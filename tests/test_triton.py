@@ -63,7 +63,12 @@ def test_equals_the_recurrence_for_any_shape(size, length, scale, dt_shift, seed
     check(net, torch.randn(rows, length, 1, device=device) * scale, torch.randn(rows, device=device))
 
 
-@pytest.mark.parametrize("shape, length", [((17, 5, 8), 6), ((5, 33, 3), 16)])
+# A block of channels and a channel. The interpreter is slow: it gets fewer states than the paper's 16.
+ON_GPU = device.type == "cuda"
+MODEST = (17, 16, 8) if ON_GPU else (17, 3, 4)
+
+
+@pytest.mark.parametrize("shape, length", [(MODEST, 6), ((5, 33, 3), 16)])
 def test_equals_the_recurrence_with_several_blocks_per_program(monkeypatch, shape, length):
     net = on_triton(fused(*shape, 0))
     monkeypatch.setattr(selective_scan_triton, "_programs", lambda device: 2)
@@ -78,15 +83,15 @@ def test_no_nan_if_float64_has_none(scale, dt_shift):
 
 
 def test_two_runs_give_the_same_bits():
-    net = on_triton(fused(20, 16, 8, 0) if device.type == "cuda" else fused(17, 3, 4, 0))
-    rows = 100_000 if device.type == "cuda" else 33
+    net = on_triton(fused(*MODEST, 0))
+    rows = 100_000 if ON_GPU else 33
     u, v = torch.randn(rows, 6, 1, device=device).requires_grad_(), torch.randn(rows, device=device)
     first, second = ([y := net.last(u), *torch.autograd.grad(y, [u, *net.parameters()], v)] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_known_outputs_have_the_same_gradients():
-    check_known(on_triton(fused(17, 3, 4, 0)), torch.randn(33, 6, 1, device=device), torch.randn(33, device=device))
+    check_known(on_triton(fused(*MODEST, 0)), torch.randn(70, 6, 1, device=device), torch.randn(70, device=device))
 
 
 def test_why_not():
