@@ -340,9 +340,10 @@ def binary_layer_names(model: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def sign_bits(layers: list[nn.Module]) -> Tensor:
-    """The signs of all N binary weights, [N] bool, True for +1, in the order of `layers`. N may be 0."""
-    return torch.cat([(layer.binary_weight() > 0).flatten() for layer in layers]) if layers else torch.empty(0).bool()
+def weight_signs(layers: list[nn.Module]) -> Tensor:
+    """The signs of all N binary weights, [N] int8, in the order of `layers`: −1 or +1, 0 if pruned. N may be 0."""
+    parts = [layer.binary_weight().sign().char().flatten() for layer in layers]
+    return torch.cat(parts) if parts else torch.empty(0).char()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -379,9 +380,10 @@ def binarize_(
         become +1; use Hardtanh, PReLU or nothing. 'si' adds the parameters theta and delta to each layer, so create
         the optimizer afterwards. Inside nn.MultiheadAttention, inputs keep full precision.
     first, last: whether the first and the last layer become binary too. By default they keep full precision, as in
-        most papers. Without `example`, the first layer is the first in the order of `model.modules()`; there is none
-        after an embedding. The last layers are timm's `get_classifier()`, transformers' `get_output_embeddings()`, or
-        the last layer in that order. With `example`, all first and last layers are found in the autograd graph.
+        most papers. Without `example`, the first layer is the first in the order of `model.modules()`; a model that
+        begins with an embedding has none. The last layers are timm's `get_classifier()`, transformers'
+        `get_output_embeddings()`, or the last layer in that order. With `example`, all first and last layers are found
+        in the autograd graph.
     skip: further layers that keep full precision: names of layers or of modules that contain them, or a function of
         the layer's name and its module.
     scale: a constant that multiplies the binary weights. None means the attribute `default_scale` of the model's class,

@@ -81,7 +81,7 @@ def load(
         mirrors half of the images; digits and MNIST are never mirrored. Large images are always cropped, by
         RandomResizedCrop.
     image_size: height and width in pixels, to which images are resized. Default: for 'folder', see `choose_size`; for
-        'imagenet', 224; for the other data sets, the size of their images. These can have at most 96.
+        'imagenet', 224; for the other data sets, the size of their images, which can be resized to at most 96.
     workers: DataLoader workers for large images.
     mean, std: of each channel, for pixels from 0 to 1; the images are normalised with them. Three values for grey
         images stand for their average. Default: those of the training images; for large images, ImageNet's.

@@ -353,12 +353,10 @@ def make_generator(method: str, layers):
 
 
 def train(flags: list[str], folder: Path, name: str) -> list[dict]:
-    """Run train_fsg.py. Returns the rows of metrics.csv. Raises RuntimeError with the last lines of its output."""
-    command = [sys.executable, "train_fsg.py", *map(str, flags), "--out", str(folder), "--name", name]
-    result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    print(result.stdout, flush=True)
-    if result.returncode:
-        raise RuntimeError("\n".join(result.stdout.splitlines()[-8:]))
+    """Run train_fsg.py in this process. Returns the rows of metrics.csv. Raises the trainer's errors."""
+    import train_fsg
+
+    train_fsg.main([*map(str, flags), "--out", str(folder), "--name", name])
     return metrics(folder / name)
 
 
@@ -572,7 +570,7 @@ def toy(dry: bool, epochs: int, hgs: str = "--hgs mamba --d-state 4 --expand 8")
 
 
 def resume(dry: bool, scratch: Path) -> None:
-    """A run of 2 epochs against one of 1 epoch that is resumed: equal weights and metrics, bit for bit."""
+    """A run of 2 epochs against one of 1 epoch, resumed in a new process: equal weights and metrics, bit for bit."""
     import torch
 
     folder, one = scratch / "resume", ["--limit-steps", "1"] if dry else ["--epochs", "1"]

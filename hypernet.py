@@ -1,7 +1,7 @@
 """FSG: Fast and Slow Gradient generation for binary neural networks (AAAI 2025, https://arxiv.org/abs/2412.11777).
 
-Copy this file alone; it needs only torch. With selective_scan.py, selective_scan_cpu.cpp and selective_scan_triton.py
-beside it, Mamba runs many times faster. FSG needs two lines, one of them in the training loop:
+Copy this file alone; it needs only torch (2.11 or newer). With selective_scan.py, selective_scan_cpu.cpp and
+selective_scan_triton.py beside it, Mamba runs many times faster. FSG needs two lines, one of them in the training loop:
 
     fsg = FSG(layers)                                          # binarize.binary_layers(model)
     for images, labels in batches:
@@ -12,7 +12,7 @@ beside it, Mamba runs many times faster. FSG needs two lines, one of them in the
 A layer is a module with a `.weight`, a `.quantizer` ('dorefa', 'bwn', …) and a forward pass that computes with the
 binary weights and passes their gradient to `.weight` unchanged, as models.BinaryConv2d does. `Learned.generate` says
 how it treats micro-batches, frozen layers and gradients that are not finite. With a GradScaler, call
-scaler.unscale_(optimizer) before it. With several processes, all of them call fsg.gather() before fsg.state_dict().
+scaler.unscale_(optimizer) before generate(). With several processes, all call fsg.gather() before fsg.state_dict().
 
 The problem. The optimizer moves latent weights W. The network computes with binary weights Ŵ = Q(W̃), where W̃ = A(W) is
 the pre-quantized weight and Q rounds it to −1 or +1. The derivative of the rounding is 0 almost everywhere. The

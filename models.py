@@ -32,8 +32,8 @@ from binarize import (  # noqa: F401 (some are for users of this file)
     latent_readers,
     named_binary_layers,
     plain_class,
-    sign_bits,
     summary,
+    weight_signs,
 )
 from quantizers import WEIGHT_QUANTIZERS
 
@@ -339,7 +339,8 @@ RESNETS = [*CIFAR_RESNETS, *IMAGENET_RESNETS, *METAQUANT_NETS, *IRNET_NETS, *SIB
 ARCHS = [*RESNETS, *PLAIN_NETS]
 ARCHS_IN_SHORT = (  # for messages
     f"{', '.join([*CIFAR_RESNETS, *IMAGENET_RESNETS, *BIREAL_NETS[::2], *PLAIN_NETS])}; "
-    "resnets also with -metaquant, -irnet, -sibnn or -equalbits, birealnets with -prelu"
+    "resnets also with -metaquant, 8 and 20 with -irnet, 8, 18, 20 and 34 with -sibnn or -equalbits; birealnets with "
+    "-prelu"
 )
 MULTI_SHORTCUT_NETS = [*IRNET_NETS, *SIBNN_NETS, *EQUALBITS_NETS, *BIREAL_NETS]  # a shortcut around each convolution
 
@@ -406,7 +407,9 @@ def build(
             act 'none' (W1A32) one around two. The shortcuts have no parameters.
         resnet8/20-sibnn and resnet18/34-sibnn: Si-BNN's, see SiBNNBlock.
         resnet8/20-equalbits and resnet18/34-equalbits: Equal Bits', see EqualBitsBlock.
-        birealnet8/20 and birealnet18/34: Bi-Real Net's. The suffix -prelu selects PReLU as nonlinearity.
+        birealnet8/20 and birealnet18/34: Bi-Real Net's, with the shortcuts of Si-BNN's and Equal Bits' codes, whose
+            average pool is behind the 1×1 convolution and its BatchNorm. In Bi-Real Net's own code it is before them.
+            The suffix -prelu selects PReLU as nonlinearity.
         lenet, vgg-small, vgg16, alexnet, conv2/4/6/8: networks without shortcuts.
     quantizer, act: see `binarize_`. quantizer 'none' gives a full-precision network with the same names of parameters.
     binarize_all: whether the first convolution and the classifier become binary too, as in MetaQuant and in FSG's
@@ -414,8 +417,9 @@ def build(
     image_size: height and width of the images in pixels. Networks of 18 and 34 layers start with a 3×3 convolution if
         it is at most 96, else with a 7×7 convolution and a max pool (ImageNet's stem). None means ImageNet's stem.
 
-    The weights start as in the authors' codes, see `initialise`. conv2/4/6/8 have no normalisation, so their binary
-    weights are multiplied by `he_scale`, unless the quantizer has a scale (SCALED in binarize.py).
+    The weights start as in the authors' codes (Bi-Real Net's as in FSG's code), see `initialise`. conv2/4/6/8 have no
+    normalisation, so their binary weights are multiplied by `he_scale`, unless the quantizer has a scale (SCALED in
+    binarize.py).
     Raises ModelError for an unknown name, and for AlexNet on images of less than 63 pixels.
     """
     if arch not in ARCHS:

@@ -3,7 +3,7 @@
     python plot.py runs/A runs/B                              # writes runs/curves.png
     python plot.py runs/*/ --out compare.png --title "CIFAR-10, ResNet-20, Adam"
     python plot.py runs/A runs/B --x step                     # by optimizer step instead of by epoch
-    python plot.py --layers runs/A                            # writes runs/layers.png: flips and bits of each layer
+    python plot.py --layers runs/A                            # writes runs/layers.png: flips and +1 of each layer
     python plot.py --table runs/*                             # Markdown: mean ± standard deviation over the seeds
     python plot.py --table runs/* --baseline ste              # also the differences to ste, paired by seed
 
@@ -598,7 +598,7 @@ def flags():
     parser.add_argument("--out", metavar="FILE.png", help=out)
     parser.add_argument("--x", choices=["epoch", "step"], default="epoch", help="x axis of the left column")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--layers", action="store_true", help="draw heat maps of the layers' flips and bits")
+    what.add_argument("--layers", action="store_true", help="draw heat maps of each layer's flips and fraction of +1")
     what.add_argument("--table", action="store_true", help="print a Markdown table and draw nothing")
     baseline = "--table: the row that the others are compared with: its label, a part of it, or one of its run folders"
     parser.add_argument("--baseline", metavar="NAME", help=baseline)

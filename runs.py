@@ -169,7 +169,7 @@ def common_flags(script: str, description: str, **defaults) -> argparse.Argument
     add(
         "--image-size",
         type=int,
-        help="width and height in pixels (default: the images' own if nearly square and at most 96, else 224)",
+        help="width and height in pixels (default: imagenet 224; others their own, or 224 if not square or above 96)",
     )
     held_out = "hold N training images out for validation, which then chooses best.pt (default: %(default)s)"
     add("--val", type=int, default=0, metavar="N", help=held_out)
@@ -178,7 +178,7 @@ def common_flags(script: str, description: str, **defaults) -> argparse.Argument
     add("--workers", type=int, default=8, help="number of processes that decode images of more than 96 pixels")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=100, help="passes over the training images (default: %(default)s)")
-    add("--limit-steps", type=int, help="stop after this many steps (default: no limit)")
+    add("--limit-steps", type=int, help="end after this many steps, cosine schedule included (default: no limit)")
     add("--batch-size", type=int, default=128, help="images per step, over all processes (default: %(default)s)")
     add("--accumulate", type=int, default=1, metavar="N", help="split each batch into N micro-batches to save memory")
     optimizers = ["adam", "adamw", "sgd", "sgdm"]
@@ -1108,7 +1108,7 @@ class FiniteCheck:
 class Run:
     """One training run: how far it is, its metrics and its checkpoints.
 
-        run = runs.Run(args, kind="ste", about="gradients: ste", train=train, test=test, device=device, bits=bits,
+        run = runs.Run(args, kind="ste", about="gradients: ste", train=train, test=test, device=device, signs=signs,
                        checkpoint=checkpoint, state={"model": net, "optimizer": optimizer})
         with run:  # Ctrl-C and SIGTERM take effect after a step
             for epoch in run.epochs():
@@ -1116,19 +1116,19 @@ class Run:
                     ...  # one training step, which calls run.count(loss, logits, labels)
                 if run.leaving:  # stopped within the epoch; everything is saved
                     break
-                run.end_epoch(evaluate_all(…), bits)
+                run.end_epoch(evaluate_all(…), signs)
         return run.finish()
 
     kind: the first part of the name of a run without --name. about: the end of the first line that is printed.
-    train, val, test: batches (data.py); val can be None. layers: the binary layers of the network. bits [N] bool: the
-    signs of their weights, in this order. checkpoint: what parse() returned.
+    train, val, test: batches (data.py); val can be None. layers: the binary layers of the network. signs [N] int8:
+    those of their weights, in this order. checkpoint: what parse() returned.
     state: the objects that a checkpoint contains, with state_dict() and load_state_dict(), or None. "model" is one of
     them; the trainer has loaded it already. "scaler" is a GradScaler; one that is not enabled is left out.
     Raises RunError if the folder cannot be written or contains another run, or if the checkpoint does not fit.
     """
 
     def __init__(
-        self, args, *, kind: str, train, val, test, device, layers, bits, checkpoint, state: dict, about: str = ""
+        self, args, *, kind: str, train, val, test, device, layers, signs, checkpoint, state: dict, about: str = ""
     ):
         self.args, self.train = args, train
         names = {module: name for name, module in state["model"].named_modules()}
@@ -1147,7 +1147,7 @@ class Run:
         self.epoch = self.batch = self.step = 0  # complete epochs; batches of this epoch; steps in total
         self.seconds = 0.0  # training time of this epoch
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # of this epoch: loss, correct, images
-        self.bits = bits  # at the start of this epoch
+        self.signs = signs  # at the start of this epoch
         self.rows: list[dict] = []  # of metrics.csv
         self.leaving = False
         self.finite = FiniteCheck(state["model"], state.get("generator"), device, self.state.get("scaler"))
@@ -1162,7 +1162,7 @@ class Run:
         console.print(
             f"{self.folder}: {args.arch} on {args.dataset} ({' + '.join(f'{n:,}' for n in self.images.values() if n)} "
             f"images), {where}, "
-            f"{parameters:,} parameters, {len(bits):,} of them binary; {args.opt}, learning rate {args.lr:g}"
+            f"{parameters:,} parameters, {len(signs):,} of them binary; {args.opt}, learning rate {args.lr:g}"
             + (f"; {about}" if about else "")
         )
 
@@ -1181,8 +1181,9 @@ class Run:
             self.seconds, self.rows = checkpoint["seconds"], checkpoint["rows"]
             if rank() == 0:  # the checkpoint contains the sums over all processes
                 self.sums.copy_(checkpoint["totals"])
-            self.bits = checkpoint["bits"].to(self.bits.device)
-            threads = checkpoint["threads"]
+            self.signs = checkpoint["signs"].to(self.signs.device)
+            threads, before = checkpoint["threads"], checkpoint["args"]
+            planned = min(before["epochs"] * len(self.train), before["limit_steps"] or math.inf)
             torch.set_rng_state(checkpoint["rng"])
             if "cuda_rng" in checkpoint and self.sums.is_cuda:
                 torch.cuda.set_rng_state(checkpoint["cuda_rng"], self.sums.device)
@@ -1200,6 +1201,9 @@ class Run:
             limit = self.args.limit_steps and self.step >= self.args.limit_steps
             more = "a larger --limit-steps" if limit else "more --epochs"
             raise RunError(f"{source} has done its {self.step:,} steps: give {more} to go on")
+        if self.args.schedule == "cosine" and planned != total_steps:
+            what = f"{source} was a run of {planned:,} steps, now it is one of {total_steps:,}"
+            console.print(f"{what}: its learning rate continues on the cosine schedule of {total_steps:,} steps")
 
     def _open(self, resumed: bool, device: torch.device) -> None:
         """Open the run folder and write the files that describe the run."""
@@ -1302,22 +1306,22 @@ class Run:
         correct = (logits.argmax(1) == labels).sum()
         self.sums += torch.stack([loss * len(labels), correct, torch.full_like(correct, len(labels))])
 
-    def end_epoch(self, tested: dict[str, float], bits: torch.Tensor, **extra: float) -> None:
+    def end_epoch(self, tested: dict[str, float], signs: torch.Tensor, **extra: float) -> None:
         """Add a row to the metrics and write the checkpoints.
 
-        tested: what evaluate_all() returned. bits: the present signs. extra: the columns of the trainer.
+        tested: what evaluate_all() returned. signs: the present ones. extra: the columns of the trainer.
         """
         self.check_finite(tested["test_loss"])
         loss, correct, images = self._sums()
         row = {"epoch": self.epoch + 1, "step": self.step, "train_loss": loss / images, "train_acc": correct / images}
         row |= tested | {"lr": self.lr, "seconds": self.seconds, "images_per_s": images / self.seconds}
-        row |= {"flip_ratio": (bits != self.bits).float().mean().item(), "plus_ratio": bits.float().mean().item()}
-        row |= extra
-        for kind, values in (("flips", bits != self.bits), ("plus", bits)) if self.layers else ():
+        flips, plus = signs != self.signs, signs > 0
+        row |= {"flip_ratio": flips.float().mean().item(), "plus_ratio": plus.float().mean().item(), **extra}
+        for kind, values in (("flips", flips), ("plus", plus)) if self.layers else ():
             shares = [part.double().mean() for part in values.split(list(self.layers.values()))]
             row |= dict(zip((f"{kind}/{name}" for name in self.layers), torch.stack(shares).tolist(), strict=True))
-        # --limit-steps can end the run within an epoch. A run that is resumed from there with a higher limit must equal
-        # one that never stopped, so last.pt then contains neither this row nor the end of the epoch.
+        # --limit-steps can end the run within an epoch. A run that is resumed from there completes the epoch. So its
+        # last.pt contains neither this row nor the end of the epoch.
         whole_epoch = self.batch == len(self.train)
         self.rows.append(row)
         on_rank_0(write_metrics, self.folder, self.rows)
@@ -1327,7 +1331,7 @@ class Run:
             self.trackers.log(row)
         self._save_log()
         if whole_epoch:
-            self.epoch, self.batch, self.seconds, self.bits = self.epoch + 1, 0, 0.0, bits
+            self.epoch, self.batch, self.seconds, self.signs = self.epoch + 1, 0, 0.0, signs
             self.sums.zero_()
             self.save(self.rows)
         if best_row(self.rows) is row:
@@ -1405,7 +1409,7 @@ class Run:
             if hasattr(part, "gather"):  # a generator that several processes share
                 part.gather()
         checkpoint |= {name: part.state_dict() for name, part in self.state.items()}
-        checkpoint |= {k: getattr(self, k) for k in ("epoch", "batch", "seconds", "bits")}
+        checkpoint |= {k: getattr(self, k) for k in ("epoch", "batch", "seconds", "signs")}
         checkpoint |= {"rows": rows, "totals": all_reduce_sum(self.sums.clone()), "rng": torch.get_rng_state()}
         checkpoint["threads"] = torch.get_num_threads()
         if self.sums.is_cuda:

@@ -245,7 +245,7 @@ def main(argv=None) -> int:
         test=test,
         device=device,
         layers=layers,
-        bits=models.sign_bits(layers),
+        signs=models.weight_signs(layers),
         checkpoint=checkpoint,
         state={"model": net, "optimizer": optimizer, "scaler": scaler},
     )
@@ -271,7 +271,7 @@ def main(argv=None) -> int:
             if run.leaving:
                 break
             tested = runs.evaluate_all(run.tested(model), args, device, train=train, val=val, test=test)
-            run.end_epoch(tested, models.sign_bits(layers))
+            run.end_epoch(tested, models.weight_signs(layers))
     return run.finish()
 
 

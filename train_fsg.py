@@ -308,7 +308,7 @@ def main(argv=None) -> int:
         test=test,
         device=device,
         layers=layers,
-        bits=models.sign_bits(layers),
+        signs=models.weight_signs(layers),
         checkpoint=checkpoint,
         state={"model": net, "optimizer": optimizer, "scaler": scaler, "generator": generator},
     )
@@ -340,7 +340,7 @@ def main(argv=None) -> int:
                 break
             tested = runs.evaluate_all(run.tested(model), args, device, train=train, val=val, test=test)
             measured = {f"gradient/{name}": x for name, x in generator.measure(lr).items()} if generator else {}
-            run.end_epoch(tested, models.sign_bits(layers), **measured)
+            run.end_epoch(tested, models.weight_signs(layers), **measured)
     return run.finish()
 
 

@@ -148,6 +148,9 @@ def complete(args) -> None:
         raise runs.RunError("--ema averages weights, but this trainer tests the signs of the last ones: leave it out")
     if args.method == "fp" and (args.act != "none" or args.binarize_all):
         raise runs.RunError("--method fp is full precision: leave out --act and --binarize-all")
+    if args.method in RELAXED and args.bn_batches < 1:
+        what = f"--method {args.method} tests other weights than it trains, with BatchNorm statistics of their own"
+        raise runs.RunError(f"{what}: --bn-batches must be at least 1")
     for name in ("mixup", "cutmix"):
         if not 0 <= getattr(args, name) < 1e6:
             raise runs.RunError(f"--{name} must be at least 0; it is {getattr(args, name)}")
@@ -421,7 +424,7 @@ def main(argv=None) -> int:
         test=test,
         device=device,
         layers=layers,
-        bits=models.sign_bits(layers),
+        signs=models.weight_signs(layers),
         checkpoint=checkpoint,
         state={"model": net, "optimizer": optimizer, "scaler": scaler},
     )
@@ -465,7 +468,7 @@ def main(argv=None) -> int:
                 tested = runs.evaluate_all(model, args, device, val=val, test=test)
                 run.end_epoch(
                     tested,
-                    models.sign_bits(layers),
+                    models.weight_signs(layers),
                     **{f"relaxed_{column}": value for column, value in relaxed.items()},
                 )
     return run.finish()

@@ -25,7 +25,7 @@ quantizers.py). The latent weights are clamped to [−1, 1].
 
 --recipe paper (the default) trains as the paper of 2020 says: Adam at 1e-3, divided by 10 at epochs 40 and 80 of 100,
 weight decay 1e-6. The accuracies of 2020 were obtained with it. --recipe code trains as the authors' code does: cosine
-schedule, weight decay 1e-5. Both use batches of 256 images.
+schedule, weight decay 1e-5. Both use batches of 256 images. (ImageNet's crops are those of data.py.)
 
     flags → data → network → optimizer → the training loop → evaluation
 
@@ -120,6 +120,13 @@ def counting_zeros(net, zeros: dict):
         zeros[f"zeros/{name}"] = (off / elements).item()
 
 
+@torch.no_grad()
+def clamp(layers: list[torch.nn.Module]) -> None:
+    """Clamp the latent weights to [−1, 1]."""
+    for layer in layers:
+        layer.weight.clamp_(-1, 1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Training.
 
@@ -155,6 +162,7 @@ def main(argv=None) -> int:
     runs.load_weights(net, args, checkpoint, may_lack=THRESHOLDS)
     model = runs.parallel(net, args, device)
     layers = models.binary_layers(net)
+    clamp(layers)
     if args.eval_only:
         return runs.report(runs.evaluate_all(model, args, device, train=train, val=val, test=test), test)
 
@@ -176,7 +184,7 @@ def main(argv=None) -> int:
         test=test,
         device=device,
         layers=layers,
-        bits=models.sign_bits(layers),
+        signs=models.weight_signs(layers),
         checkpoint=checkpoint,
         state={"model": net, "optimizer": optimizer, "scaler": scaler},
     )
@@ -199,16 +207,14 @@ def main(argv=None) -> int:
                     torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
                 scaler.step(optimizer)
                 scaler.update()
-                with torch.no_grad():
-                    for layer in layers:
-                        layer.weight.clamp_(-1, 1)
+                clamp(layers)
             if run.leaving:
                 break
             tested_net, zeros = run.tested(net), {}  # not the model: a compiled one does not call the counting hooks
             counting = counting_zeros(tested_net, zeros)
             tested = runs.evaluate_all(tested_net, args, device, train=train, val=val, test=test, during_test=counting)
             mean_zeros = sum(zeros.values()) / len(zeros)
-            run.end_epoch(tested, models.sign_bits(layers), zeros=mean_zeros, **zeros)
+            run.end_epoch(tested, models.weight_signs(layers), zeros=mean_zeros, **zeros)
     return run.finish()
 
 
