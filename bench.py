@@ -587,7 +587,7 @@ def run_process(rank: int, world_size: int, grad: str, args, folder: str) -> Non
 
         return call
 
-    for name in ("all_gather", "all_reduce_sum", "all_reduce_max"):
+    for name in ("all_gather", "all_reduce"):
         setattr(generator.shard, name, timed(getattr(generator.shard, name)))
 
     def step():

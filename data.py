@@ -24,6 +24,7 @@ import os
 import signal
 import threading
 import time
+import uuid
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,9 +39,22 @@ RESIDENT_UP_TO = 96  # height and width in pixels up to which images are kept on
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 
+# PIL warns about images that it can read, such as large ones. Threads decode them, so catch_warnings() is not safe.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 
 class DataError(Exception):
     """The data cannot be used. The message is one sentence that says why and what to do."""
+
+
+def printable(text: str | Path) -> str:
+    """The text with escapes, such as \\x1b, for what could control a terminal, break the line, or is not UTF-8."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error, printable, or else its type."""
+    return printable(" ".join(str(error).split())) or type(error).__name__
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,12 +110,16 @@ def load(
         raise ValueError(f"no data set is called {name!r}: use one of {', '.join(DATASETS)}")
     data_dir, is_folder = Path(data_dir), name in ("imagenet", "folder")
     options = dict(seed=seed, rank=rank, world_size=world_size)
+
+    def say(message: str) -> None:  # messages contain the names of files
+        log(printable(message))
+
     if is_folder:
-        classes, splits = scan_folder(data_dir, log)
+        classes, splits = scan_folder(data_dir, say)
         names = "".join(os.path.relpath(file, data_dir) + "\0" for file in splits["train"][0])
         options["listing"] = hashlib.sha256(os.fsencode(names)).hexdigest()
         if image_size is None:
-            image_size = 224 if name == "imagenet" else choose_size(data_dir, splits["train"][0], log)
+            image_size = 224 if name == "imagenet" else choose_size(data_dir, splits["train"][0], say)
         if image_size > RESIDENT_UP_TO:
             options |= dict(classes=classes, image_size=image_size, batch_size=batch_size, device=device)
             options |= dict(workers=workers, transforms=transforms, flip=flip)
@@ -120,7 +138,7 @@ def load(
         torch.distributed.barrier()  # wait until rank 0 has downloaded and decoded everything
     if is_folder:
         broken = []
-        train, test = (decode_all(data_dir, d, *splits[d], image_size, log, broken) for d in ("train", "test"))
+        train, test = (decode_all(data_dir, d, *splits[d], image_size, say, broken) for d in ("train", "test"))
         if broken:
             raise unreadable(sorted(broken, key=lambda pair: pair[0]))
     else:
@@ -224,30 +242,48 @@ def torchvision_module(name: str):
         return importlib.import_module(f"torchvision.{name}")
     except (ImportError, OSError, RuntimeError) as e:  # RuntimeError: a build for another torch
         raise DataError(
-            f"torchvision is needed here and cannot be imported ({' '.join(str(e).split())}): pip install torchvision, "
-            f"in the build that matches torch {torch.__version__}"
+            f"torchvision is needed here and cannot be imported ({one_line(e)}): pip install torchvision, in the build "
+            f"that matches torch {torch.__version__}"
         ) from None
 
 
 def downloaded(name: str, data_dir: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], list[str]]:
     """CIFAR-10, CIFAR-100 or MNIST from torchvision: (images, labels) for training and for testing, and the classes."""
     dataset = getattr(torchvision_module("datasets"), {"mnist": "MNIST"}.get(name, name.upper()))
+    folder = data_dir / getattr(dataset, "base_folder", "MNIST")
+
+    def damaged(reason: str) -> DataError:
+        return DataError(f"{name} in {data_dir} is damaged ({reason}): delete {folder} and start again")
+
     splits = []
     for train in (True, False):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # NumPy warns about the pickles in CIFAR's archive
                 split = dataset(str(data_dir), train=train, download=True)
-        except (OSError, RuntimeError) as e:  # no network, no space, no permission, or a damaged archive
-            reason = " ".join(str(e).split())
+        except Exception as e:
+            # A download fails with OSError (no network, space or permission) or RuntimeError. Damaged files fail with
+            # errors of many kinds. If the four files of MNIST are there, nothing is downloaded.
+            is_there = isinstance(e, RuntimeError) and len(list(folder.glob("raw/*-ubyte"))) == 4
+            if is_there or not isinstance(e, (OSError, RuntimeError)):
+                raise damaged(one_line(e)) from None
             raise DataError(
-                f"{name} is not in {data_dir} and could not be downloaded there ({reason}): put torchvision's copy "
-                "there, or use --dataset digits, which needs no download, or --dataset folder for your own images"
+                f"{name} is not in {data_dir} and could not be downloaded there ({one_line(e)}): put torchvision's "
+                "copy there, or use --dataset digits, which needs no download, or --dataset folder for your own images"
             ) from None
         images = torch.as_tensor(split.data)
         pattern = "n h w -> n 1 h w" if images.dim() == 3 else "n h w c -> n c h w"
         splits.append((rearrange(images, pattern).contiguous(), torch.as_tensor(split.targets)))
-    return *splits, list("0123456789") if name == "mnist" else list(split.classes)
+    classes = list("0123456789") if name == "mnist" else list(split.classes)
+    size = splits[0][0].shape[-1]
+    for images, labels in splits:
+        if not len(images) == len(labels) > 0:
+            raise damaged(f"it has {len(labels):,} labels for {len(images):,} images")
+        if images.shape[2:] != (size, size):
+            raise damaged("its images are not all square and of one size")
+        if labels.min() < 0 or labels.max() >= len(classes):
+            raise damaged(f"it has labels other than 0 to {len(classes) - 1}")
+    return *splits, classes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -533,7 +569,7 @@ def scan_folder(root: Path, log) -> tuple[list[str], dict[str, tuple[list[str], 
             held_out, other = other, held_out
     except OSError as e:
         raise DataError(
-            f"the folder {e.filename} cannot be read ({e.strerror}): make it readable, or delete it"
+            f"the folder {printable(e.filename)} cannot be read ({e.strerror}): make it readable, or delete it"
         ) from None
     if not images["train"] or not images[held_out]:
         raise DataError(
@@ -556,7 +592,8 @@ def scan_folder(root: Path, log) -> tuple[list[str], dict[str, tuple[list[str], 
         empty = [name for name, files in images[has].items() if not files]
         if empty:
             raise DataError(
-                f"{root / has / empty[0]} contains no images ({', '.join(SUFFIXES)}): add some or delete the class"
+                f"{printable(root / has / empty[0])} contains no images ({', '.join(SUFFIXES)}): "
+                "add some or delete the class"
             )
     if len(classes) == 1:
         raise DataError(f"{root} has only the class {classes[0]!r}: put the images of other classes beside it")
@@ -619,8 +656,7 @@ def decode(file: str):
 
 def unreadable(broken: list[tuple[str, Exception]]) -> DataError:
     """The error that names images that cannot be read, given with the error of each."""
-    names = [file if file.isprintable() else repr(file) for file, _ in broken[:5]]
-    reason = " ".join(str(broken[0][1]).split()) or type(broken[0][1]).__name__
+    names, reason = [printable(file) for file, _ in broken[:5]], one_line(broken[0][1])
     if len(broken) == 1:
         return DataError(f"the image {names[0]} cannot be read ({reason}): replace or delete it")
     names += ["..."] if len(broken) > 5 else []
@@ -702,7 +738,7 @@ def decode_all(
     labels = torch.tensor(labels)
     if broken:
         return images, labels
-    temporary = root / f".{split}-{size}.{os.getpid()}.tmp"
+    temporary = root / f".{split}-{size}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
     for left in root.glob(f".{split}-{size}.*.tmp"):
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > 3600:  # of a process that was killed
@@ -711,7 +747,8 @@ def decode_all(
         torch.save({"fingerprint": fingerprint, "images": images, "labels": labels}, temporary)
         temporary.replace(cache)
     except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError if the disk is full
-        log(f"the decoded images could not be cached in {cache} ({e}): the next run decodes them again")
+        log(f"the decoded images could not be cached in {cache} ({one_line(e)}): the next run decodes them again")
+    finally:
         with contextlib.suppress(OSError):
-            temporary.unlink()
+            temporary.unlink()  # there is none if it has replaced the cache
     return images, labels

@@ -29,6 +29,7 @@ quantizers.py, hypernet.py, metaquant.py, gate.py, fsg_released.py, data.py.
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import csv
 import hashlib
 import math
@@ -47,7 +48,7 @@ from typing import NamedTuple
 import torch
 
 import plot
-from runs import RunError, replacing
+from runs import RunError, console, fcntl, replacing, unlock
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The grids: lists of searches.
@@ -368,24 +369,24 @@ def run_grids(grids: dict[str, list[Search]], command, results: Path, out: Path,
                     try:
                         row = future.result()
                     except RunError as e:
-                        print(f"failed: {e}", flush=True)
+                        console.print(f"failed: {e}")  # if the terminal is closed, the grid goes on
                         failed[line] = str(e)
                         continue
                     own[name][line] = row
-                    write(results / f"{name}.csv", own[name].values())
-                    print(f"{name}, {len(own[name])} done: {line}: {row['test_acc']}", flush=True)
+                    write(results / f"{name}.csv", own[name])
+                    console.print(f"{name}, {len(own[name])} done: {line}: {row['test_acc']}")
                 start(pool)
         except BaseException:
             slots.stop()
             raise
     for name, grid in grids.items():
-        write(results / f"{name}.csv", own[name].values())
+        write(results / f"{name}.csv", own[name])
         for search in grid:
             if not failed and not best_rates(search, rows, command):
                 why = "no run has a validation accuracy, so its other seeds are not run"
                 if search.like:
                     why = f"it is not run before the search for its learning rate is complete, {search.like.command}"
-                print(f"{search.command}: {why}", flush=True)
+                console.print(f"{search.command}: {why}")
     if failed:
         others = f"; {len(failed) - 1} more cannot" if len(failed) > 1 else ""
         raise RunError(next(iter(failed.values())) + others)
@@ -396,30 +397,51 @@ def run_grids(grids: dict[str, list[Search]], command, results: Path, out: Path,
 
 
 def read_results(file: Path) -> dict[str, dict]:
-    """The rows of a results file, by command."""
-    if not file.exists():
+    """The rows of a results file, by command. Raises RunError if it is damaged."""
+    try:
+        with open(file, newline="", encoding="utf-8") as f:
+            rows = list(csv.DictReader(f))
+        for row in rows:
+            if set(row) != set(COLUMNS) or None in row.values():
+                raise ValueError("a row has other columns")
+            int(row["seed"])
+            values = {column: float(row[column]) for column in COLUMNS[2:]}
+            if values["val_acc"] < 0 or values["val_acc"] > 1:  # it may be NaN
+                raise ValueError("an accuracy is not between 0 and 1")
+    except FileNotFoundError:
         return {}
-    with open(file, newline="", encoding="utf-8") as f:
-        rows = list(csv.DictReader(f))
-    if any(set(row) != set(COLUMNS) or None in row.values() for row in rows):
-        raise RunError(f"{file} is damaged or of another version: move it to another place")
+    except (OSError, ValueError, csv.Error) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise RunError(f"{file} is damaged or of another version ({reason}): move it to another place") from None
     return {row["command"]: row for row in rows}
 
 
-def write(file: Path, rows) -> None:
-    """Write the CSV file and the Markdown table beside it. The rows of a command are next to each other."""
-    order = list(dict.fromkeys(without_seed(row) for row in rows))
-    rows = sorted(rows, key=lambda row: (order.index(without_seed(row)), int(row["seed"])))
+def write(file: Path, rows: dict[str, dict]) -> None:
+    """Write the CSV file and the Markdown table beside it. The rows of a command are next to each other.
+
+    rows: by command. Rows that another process has added to the file are kept, and added to `rows`.
+    """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(file.with_name(f".{file.stem}.lock"), os.O_RDWR | os.O_CREAT) if fcntl else None
     except OSError as e:
         raise RunError(f"{file} cannot be written ({e}): choose another --results") from None
-    with replacing(file) as f:
-        writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    with replacing(file.with_suffix(".md")) as f:
-        f.write(table(rows))
+    try:
+        if fcntl:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        merged = read_results(file) | rows
+        rows.update(merged)
+        order = list(dict.fromkeys(map(without_seed, merged.values())))
+        merged = sorted(merged.values(), key=lambda row: (order.index(without_seed(row)), int(row["seed"])))
+        with replacing(file) as f:
+            writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(merged)
+        with replacing(file.with_suffix(".md")) as f:
+            f.write(table(merged))
+    finally:
+        unlock(lock)
 
 
 def without_seed(row: dict) -> str:
@@ -494,4 +516,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    plot.command(main)

@@ -25,6 +25,7 @@ from runs import RunError
 dependencies = ["torch", "numpy", "einops", "rich", "safetensors"]  # torch.hub checks that they are installed
 
 FILE = "model.safetensors"  # in a folder of `export.py --to hub-folder`
+LARGEST = 4 * 10**9  # bytes of a download; an address may send without end
 HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")
 
 
@@ -42,14 +43,14 @@ def from_pretrained(source: Path | str, net: nn.Module | None = None, *, sha256:
     Raises RunError if the file cannot be found, has another SHA-256, is damaged, or does not fit the network.
     """
     source = str(source)
-    if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
+    if sha256 is not None and not (isinstance(sha256, str) and re.fullmatch("[0-9a-fA-F]{64}", sha256)):
         raise RunError(f"sha256 must be 64 hexadecimal digits; it is {sha256!r}")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(source)
         try:
             if re.match("https?://", source):
                 path = Path(folder, FILE)
-                path.write_bytes(downloaded(source))
+                download(source, path)
             elif path.is_dir():
                 path = path / FILE
             elif not path.exists() and not path.parent.is_dir() and (match := HUB_NAME.fullmatch(source)):
@@ -65,12 +66,18 @@ def from_pretrained(source: Path | str, net: nn.Module | None = None, *, sha256:
             raise RunError(str(e).replace(str(Path(folder, FILE)), source)) from None
 
 
-def downloaded(address: str) -> bytes:
-    """The contents of an address. Raises RunError if it cannot be read."""
+def download(address: str, path: Path) -> None:
+    """Write the contents of an address to a file. Raises RunError if it cannot be read, or if it is too large."""
     try:
-        with urllib.request.urlopen(address, timeout=60) as response:
-            return response.read()
-    except (OSError, ValueError, http.client.HTTPException) as e:
+        with urllib.request.urlopen(address, timeout=60) as response, path.open("wb") as f:
+            expected = int(response.headers["Content-Length"] or 0)
+            while max(expected, f.tell()) <= LARGEST and (block := response.read(1 << 20)):
+                f.write(block)
+            if max(expected, f.tell()) > LARGEST:
+                raise RunError(f"{address} sends more than {LARGEST:,} bytes, so it is no network: check the address")
+            if f.tell() < expected:
+                raise ConnectionError(f"it ended after {f.tell():,} of {expected:,} bytes")
+    except (OSError, ValueError, OverflowError, http.client.HTTPException) as e:
         raise RunError(f"{address} cannot be read ({one_line(e)}): check the address and the connection") from None
 
 

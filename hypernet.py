@@ -65,6 +65,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 try:
     import selective_scan  # the fused scan
@@ -464,7 +465,7 @@ class Generator(nn.Module):
             what = f"no binary layer has a gradient{since}, the first of them being layer {i}, {self.layers[i]}"
             raise RuntimeError(f"{what}: call loss.backward() before each generate()")
         self.ghat = self.flatten(self.gradients())
-        finite = self.shard.all_reduce_sum(torch.linalg.vector_norm(self.ghat)).isfinite()
+        finite = self.shard.all_reduce(torch.linalg.vector_norm(self.ghat)).isfinite()
         self.new = torch.stack([finite if given else torch.zeros_like(finite) for given in self.given])  # [layers]
         new = finite if all(self.given) else self.spread(self.new)
         W = self.flatten(weights)
@@ -509,7 +510,7 @@ class Generator(nn.Module):
         if self.kind != "dorefa":
             return torch.ones_like(self.latent), self.latent.clone() if pre else None
         top = per_layer(self.latent.abs(), self.sizes, self.lengths, "max")
-        top = self.shard.all_reduce_max(top).tanh()  # max|tanh W| = tanh(max|W|)
+        top = self.shard.all_reduce(top, "MAX").tanh()  # max|tanh W| = tanh(max|W|)
         t = torch.tanh(self.latent)
         pre = (t / self.spread(2 * top.clamp_min(torch.finfo(top.dtype).tiny))).add_(0.5) if pre else None
         D = torch.addcmul(t.new_ones(()), t, t, value=-1, out=t)  # 1 − t²
@@ -539,7 +540,7 @@ class Generator(nn.Module):
     def rms(self, x: Tensor) -> Tensor:
         """RMS of each layer's part of x [rows, N], over all rows and processes: [layers], at least SMALLEST."""
         squares = per_layer(x.square().sum(0) if len(x) > 1 else x[0].square(), self.sizes, self.lengths)
-        mean = self.shard.all_reduce_sum(squares) / (len(x) * self.layer_size)
+        mean = self.shard.all_reduce(squares) / (len(x) * self.layer_size)
         return mean.sqrt().clamp_min(SMALLEST)
 
     @exact
@@ -553,7 +554,7 @@ class Generator(nn.Module):
         change = (self.flatten(self.weights) - self.latent) * self.spread(self.new)
         sums = [(G * straight).sum(), G.square().sum(), straight.square().sum(), change.abs().sum()]
         sums += [term.square().sum() for term in self.terms()]
-        dot, ours, theirs, moved, *energy = self.shard.all_reduce_sum(torch.stack(sums)).tolist()
+        dot, ours, theirs, moved, *energy = self.shard.all_reduce(torch.stack(sums)).tolist()
         n = self.shard.count
         found = {"cosine": dot / max(math.sqrt(ours * theirs), 1e-300), "step": moved / (n * max(lr, 1e-300))}
         if energy:
@@ -595,6 +596,8 @@ class Generator(nn.Module):
 
     def set_extra_state(self, state: dict) -> None:
         for name in self.ATTRIBUTES:
+            if tree_map(type, state[name]) != tree_map(type, getattr(self, name)):
+                raise TypeError(f"the state of the gradient generator is damaged (its part {name})")
             setattr(self, name, state[name])
 
 
@@ -670,7 +673,7 @@ class Learned(Generator):
         if self.last_G is not None:
             learned = self.learned()
             v = torch.where(self.spread(learned), -straight, 0)
-            v /= self.shard.all_reduce_sum(v.square().sum()).sqrt().clamp_min(SMALLEST)
+            v /= self.shard.all_reduce(v.square().sum()).sqrt().clamp_min(SMALLEST)
             self.train_phi(v, learned.any())  # 1. train φ: G_{t−1} led to where ĝ_t was measured
         self.push(new)  # 2. store ĝ_t in the history
         self.t += 1
@@ -698,7 +701,7 @@ class Learned(Generator):
         last_G.backward(v if self.sample is None else v[self.sample.at] * self.sample.stands_for)
         if self.shard.world_size > 1:
             grads = [p.grad for p in self.parameters() if p.grad is not None]
-            nn.utils.vector_to_parameters(self.shard.all_reduce_sum(nn.utils.parameters_to_vector(grads)), grads)
+            nn.utils.vector_to_parameters(self.shard.all_reduce(nn.utils.parameters_to_vector(grads)), grads)
         self.optimizer.found_inf = (~wanted).float()  # as torch.amp.GradScaler does to skip a step
         self.optimizer.step()
 
@@ -854,7 +857,7 @@ class FSG(Learned):
         slow = _Balanced.apply(slow * signs(seen.ghat), seen, self.shard)
         if self.balance == "keep-mean":
             mean = seen.history.mean(0) / seen.history_rms.index_select(0, seen.layer_of)
-            square = self.shard.all_reduce_sum(per_layer(mean.square(), seen.sizes, seen.lengths)).clamp_min(SMALLEST)
+            square = self.shard.all_reduce(per_layer(mean.square(), seen.sizes, seen.lengths)).clamp_min(SMALLEST)
             slow = slow + component(seen.ghat - slow.detach(), mean, square, seen, self.shard)
             if slow.requires_grad:  # φ does not change that component. (A hook with self would keep it in memory.)
                 slow.register_hook(lambda g, shard=self.shard: g - component(g, mean, square, seen, shard))
@@ -967,7 +970,7 @@ class _Balanced(torch.autograd.Function):
     def forward(ctx, term: Tensor, seen: Seen, shard: "Shard") -> Tensor:
         target = seen.ghat_rms
         sums = torch.stack([per_layer(term.square(), seen.sizes, seen.lengths), seen.lengths.to(term.dtype)])
-        square, count = shard.all_reduce_sum(sums)
+        square, count = shard.all_reduce(sums)
         rms, least = (square / count.clamp_min(1)).sqrt(), 1e-3 * target
         there = target > SMALLEST  # otherwise ĝ counts as 0: the term is 0 and has no gradient
         scale = torch.where(there, target / torch.maximum(rms, least), 0)
@@ -988,7 +991,7 @@ class _Balanced(torch.autograd.Function):
 
 def component(x: Tensor, direction: Tensor, square: Tensor, seen: Seen, shard: "Shard") -> Tensor:
     """The component of x [n] along `direction` [n] in each layer. square [layers]: ⟨direction, direction⟩."""
-    dot = shard.all_reduce_sum(per_layer(x * direction, seen.sizes, seen.lengths))
+    dot = shard.all_reduce(per_layer(x * direction, seen.sizes, seen.lengths))
     return direction * (dot / square).index_select(0, seen.layer_of)
 
 
@@ -1074,16 +1077,10 @@ class Shard:
         dist.all_gather(parts, padded)
         return torch.cat([p[:n] for p, n in zip(parts, self.rank_counts, strict=True)]).movedim(0, axis).contiguous()
 
-    def all_reduce_sum(self, x: Tensor) -> Tensor:
-        """The sum of all processes' tensors, in place."""
+    def all_reduce(self, x: Tensor, how: str = "SUM") -> Tensor:
+        """The sum of all processes' tensors, or with "MAX" their elementwise maximum, in place."""
         if self.world_size > 1:
-            dist.all_reduce(x)
-        return x
-
-    def all_reduce_max(self, x: Tensor) -> Tensor:
-        """The elementwise maximum of all processes' tensors, in place."""
-        if self.world_size > 1:
-            dist.all_reduce(x, dist.ReduceOp.MAX)
+            dist.all_reduce(x, getattr(dist.ReduceOp, how))
         return x
 
     def broadcast(self, tensors) -> None:

@@ -246,7 +246,7 @@ class LookAhead(Learned):
         if self.kind != "bwn-l":
             return self.calibrate()[0]
         size = self.latent.abs()
-        mean = self.shard.all_reduce_sum(per_layer(size, self.sizes, self.lengths)) / self.layer_size
+        mean = self.shard.all_reduce(per_layer(size, self.sizes, self.lengths)) / self.layer_size
         return self.spread(mean) * (size <= 1)
 
     def measure(self, lr: float) -> dict[str, float]:

@@ -75,6 +75,8 @@ THIN = {
     "test_acc_bn": (1, "dashed", "test, BatchNorm re-estimated"),
 }
 
+# What matplotlib writes without other programs.
+FORMATS = (".png", ".pdf", ".svg", ".svgz", ".jpg", ".jpeg", ".eps", ".ps", ".tif", ".tiff", ".webp", ".gif")
 WIDTH, HEIGHT = 11.0, 8.5  # inches, without the legend
 DPI = 150
 
@@ -94,14 +96,14 @@ class Unfinished(PlotError):
 def run_path(name: str) -> Path:
     """The path that stands for a run: its folder, or its CSV file. runs/A/metrics.csv stands for the folder runs/A."""
     path = Path(name)
-    return path.parent if path.name == "metrics.csv" and path.is_file() else path
+    return path.parent if path.name == "metrics.csv" and os.path.isfile(path) else path
 
 
 def read_flags(path: Path) -> dict:
     """The run's args.json; {} if there is none that can be read."""
     try:
         flags = json.loads((path / "args.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return flags if isinstance(flags, dict) else {}
 
@@ -120,10 +122,10 @@ def read_run(path: Path | str) -> dict[str, np.ndarray]:
     run or if the file is damaged.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists(), it takes names that are too long
         raise PlotError(f"there is no run {path}: give the folder of a run, such as runs/NAME, or a CSV file")
-    file = path / "metrics.csv" if path.is_dir() else path
-    if not file.is_file():
+    file = path / "metrics.csv" if os.path.isdir(path) else path
+    if not os.path.isfile(file):
         raise PlotError(f"{path} has no metrics.csv, so it is not a run: give the folder of a run, such as runs/NAME")
     try:
         with open(file, newline="", encoding="utf-8-sig") as f:
@@ -166,9 +168,10 @@ def numbers(row: dict, line: int, optional: list[str]) -> list[float]:
 
 def check_finished(path: Path, run: dict[str, np.ndarray], flags: dict) -> None:
     """Raise Unfinished if the run has fewer epochs than its flags say. A CSV file without flags is finished."""
-    epochs, limit = flags.get("epochs"), flags.get("limit_steps")
+    given = map(flags.get, ("epochs", "limit_steps"))  # of any type, if another program wrote them
+    epochs, limit = (x if type(x) is int and 0 < x < 2**53 else None for x in given)
     done = run["epoch"][-1]
-    if isinstance(epochs, int) and done < epochs and not (limit and run.get("step", [limit])[-1] >= limit):
+    if epochs and done < epochs and not (limit and run.get("step", [limit])[-1] >= limit):
         raise Unfinished(
             f"{path} is not finished ({done:.0f} of {epochs} epochs): resume it, or draw it without --table"
         )
@@ -225,7 +228,7 @@ def label_group(labels: list[str]) -> str:
 def as_typed(value) -> str:
     """The value of a flag: 0.01  →  '1e-2', [0.9, 0.97]  →  '0.9 0.97'."""
     if isinstance(value, list):
-        return " ".join(map(as_typed, value))
+        return " ".join(str(v) if isinstance(v, list) else as_typed(v) for v in value)
     if isinstance(value, float) and 0 < abs(value) < 0.1:
         return np.format_float_scientific(value, trim="-", exp_digits=1)
     return str(value)
@@ -301,6 +304,11 @@ def accuracy(run: dict, epochs: int, validated: bool, column: str = "test_acc") 
     return 100 * run[column][at]
 
 
+def printable(text: str) -> str:
+    """The text with a question mark for each line break and each other character that cannot be shown."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def difference(ours: dict, baseline: dict, validated: bool) -> str:
     """Mean difference of accuracy(), in %, paired by seed: '+1.20 ± 0.35 (3)'. Groups: {seed: run}.
 
@@ -354,7 +362,7 @@ def table(groups: dict[str, list[dict]], flags: dict[str, dict], baseline: str |
         rows.append(row)
     head = [name.replace("|", "\\|") for name in rows[0]]
     lines = [head, ["---"] * len(head), *(row.values() for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(printable(f"| {' | '.join(line)} |") for line in lines)
 
 
 def what_differs(groups: dict[str, list[dict]], flags: dict[str, dict]) -> str:
@@ -372,7 +380,8 @@ def what_differs(groups: dict[str, list[dict]], flags: dict[str, dict]) -> str:
         if len(values) > 1:
             listed = "; ".join(f"{value}: {', '.join(labels)}" for value, labels in values.items())
             differences.append(f"{name} ({listed})")
-    return f"Not a comparison of methods alone: the rows differ in {', '.join(differences)}." if differences else ""
+    found = printable(", ".join(differences))
+    return f"Not a comparison of methods alone: the rows differ in {found}." if found else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -496,8 +505,8 @@ def add_legend(figure, lines: list, labels: list[str], title: str) -> None:
 
     The figure grows by the legend's height.
     """
-    labels = ["\n".join(label[i : i + 70] for i in range(0, len(label), 70)) for label in labels]
-    title = "\n".join(textwrap.wrap(title, 70))
+    labels = ["\n".join(printable(label[i : i + 70]) for i in range(0, len(label), 70)) for label in labels]
+    title = "\n".join(textwrap.wrap(printable(title), 70))
     for columns in range(min(4, len(labels)), 0, -1):
         legend = figure.legend(lines, labels, loc="outside upper center", ncols=columns, frameon=False, title=title)
         for text in (*legend.get_texts(), legend.get_title()):
@@ -537,10 +546,10 @@ def draw_layers(runs: dict[str, dict], title: str = ""):
             image = draw_heat_map(ax, run["epoch"], layers[label], maps[label], options)
         figure.colorbar(image, ax=axes[row], label=("weights flipped (% per epoch)", "weights that are +1 (%)")[row])
     for ax, label in zip(axes[0], runs, strict=True):
-        ax.set_title("\n".join(textwrap.wrap(label, 40)), fontsize="medium", parse_math=False)
+        ax.set_title("\n".join(textwrap.wrap(printable(label), 40)), fontsize="medium", parse_math=False)
     for ax in axes[1]:
         ax.set_xlabel("epoch")
-    figure.suptitle("\n".join(textwrap.wrap(title, 70)), parse_math=False)
+    figure.suptitle("\n".join(textwrap.wrap(printable(title), 70)), parse_math=False)
     return figure
 
 
@@ -568,12 +577,12 @@ def draw_heat_map(ax, epochs: np.ndarray, names: list[str], values: np.ndarray, 
 
 
 def save(figure, path: Path) -> None:
-    """Write the figure in the format given by the path's suffix. Raises PlotError if it cannot be written."""
+    """Write the figure in the format given by the path's suffix.
+
+    Raises PlotError if it cannot be written, and ValueError if matplotlib cannot draw its values.
+    """
     image = io.BytesIO()
-    try:
-        figure.savefig(image, format=path.suffix[1:])
-    except ValueError:
-        raise PlotError(f"--out {path} has an unknown format: use a name that ends in .png, .pdf or .svg") from None
+    figure.savefig(image, format=path.suffix[1:])
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # a failure keeps the old file
     try:
         try:
@@ -624,7 +633,7 @@ def read_groups(paths: list[Path], finished: bool) -> tuple[dict[str, list[dict]
     if not runs:
         raise left_out[0]
     for e in left_out:
-        print(f"note: left out: {e}", file=sys.stderr)
+        print(printable(f"note: left out: {e}"), file=sys.stderr)
     paths = list(runs)
     names, groups = label_runs(paths), group_runs(paths)
     flags = [{paths[i]: read_flags(paths[i]) for i in group} for group in groups]
@@ -633,6 +642,7 @@ def read_groups(paths: list[Path], finished: bool) -> tuple[dict[str, list[dict]
     return {label: [runs[path] for path in flags[label]] for label in labels}, flags
 
 
+@np.errstate(all="ignore")  # a damaged run may have a loss of 1e308
 def main(argv=None) -> int:
     """Returns the exit code: 0, or 1 after one sentence on standard error."""
     args = flags().parse_args(argv)
@@ -642,13 +652,13 @@ def main(argv=None) -> int:
         if args.x != "epoch" and (args.table or args.layers):
             raise PlotError("--x is for the curves: leave it out with --table and --layers")
         # The pattern `runs/*` may also match an earlier figure and bench.py's JSON files. A run counts once.
-        figures = (".png", ".pdf", ".svg", ".json")
+        figures = (*FORMATS, ".json")
         names = [run_path(name) for name in args.runs if not (name.endswith(figures) and os.path.isfile(name))]
         paths = list({os.path.abspath(path): path for path in names}.values())
         if not paths:
             raise PlotError("there is no run to draw: give the folder of a run, such as runs/NAME")
         out = Path(args.out or os.path.normpath(paths[0] / ".."))  # `..` rather than .parent: RUN may be "."
-        if out.is_dir():
+        if os.path.isdir(out):
             out = out / ("layers.png" if args.layers else "curves.png")
         groups, flags_of = read_groups(paths, finished=args.table)
         if args.table:
@@ -657,15 +667,42 @@ def main(argv=None) -> int:
             if differences:
                 print(f"\n{differences}")
             return 0
+        if out.suffix.lower() not in FORMATS:
+            raise PlotError(f"--out {out} has an unknown format: use a name that ends in {', '.join(FORMATS)}")
         counts = {label: f", {len(group)} seeds" if len(group) > 1 else "" for label, group in groups.items()}
         means = {f"{label}{counts[label]}": average(group) for label, group in groups.items()}
-        save(draw_layers(means, args.title) if args.layers else draw(means, args.title, args.x), out)
+        try:
+            save(draw_layers(means, args.title) if args.layers else draw(means, args.title, args.x), out)
+        except ValueError as e:
+            raise PlotError(f"values in the runs cannot be drawn ({e}): leave out the run that has them") from None
     except PlotError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(printable(f"error: {e}"), file=sys.stderr)
         return 1
     print(out)
     return 0
 
 
+def command(main) -> None:
+    """Run main() and exit with its code, or with 1 if its text cannot be printed.
+
+    One sentence on standard error says so, unless no process reads the pipe any more.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # where the encoding lacks ±, print a question mark
+    try:
+        try:
+            code = main()
+        finally:
+            if sys.stdout:  # None if it was closed from the start
+                sys.stdout.flush()
+    except OSError as e:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python prints at its end
+        reason = e.strerror or e
+        code = f"error: standard output cannot be written ({reason}): make room there, or send it to another file"
+        code = 1 if isinstance(e, BrokenPipeError) else code
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command(main)

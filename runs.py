@@ -107,8 +107,8 @@ def command(main, *errors: type[Exception]) -> None:
             stream.reconfigure(errors="replace")  # where the encoding lacks φ, print a question mark
     try:
         code = main()
-    except (RunError, *errors) as e:
-        code = f"error: {e}"
+    except (RunError, *errors) as e:  # it may quote the names and contents of foreign files
+        code = "".join(c if c.isprintable() else "?" for c in f"error: {e}")
     except Exception as e:
         reason = " ".join(str(e).split())[:150]
         if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in reason:
@@ -229,6 +229,19 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def fits(value, action: argparse.Action) -> bool:
+    """Whether a flag can have the value."""
+    if value is None:
+        return True
+    kind = bool if action.nargs == 0 else action.type or str
+    several = action.nargs not in (None, 0, "?")
+    values = value if several and isinstance(value, list | tuple) else [value]
+    if several and (values is not value or action.nargs not in ("*", "+", len(values))):
+        return False
+    right = [type(v) is kind or (kind is float and type(v) is int) for v in values]
+    return all(right) and all(v in action.choices for v in values if action.choices)
+
+
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
     """The flags, and the checkpoint to resume from, or None.
 
@@ -237,6 +250,9 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
     console.unsaved = []
     args = parser.parse_args(argv)
     checkpoint = None
+    for name in ("pretrained", "resume"):
+        if getattr(args, name) == "":
+            raise RunError(f"--{name} is empty: give runs/NAME, or leave it out")
     if args.pretrained and Path(args.pretrained).is_dir():
         args.pretrained = str(Path(args.pretrained, "best.pt"))
     if args.resume:
@@ -246,7 +262,14 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
         checkpoint = load(path)
         if "args" not in checkpoint or ("optimizer" not in checkpoint and not args.eval_only):
             raise RunError(f"{path} is not the checkpoint of a whole run: resume last.pt, or use --pretrained {path}")
+        if path.name != "last.pt" and path.with_name("last.pt").exists() and not args.eval_only:
+            raise RunError(
+                f"{path} is not the last checkpoint of its run, and to resume it would replace the later ones: copy it "
+                "to another folder as last.pt"
+            )
         before = checkpoint["args"]
+        if wrong := [a.dest for a in parser._actions if a.dest in before and not fits(before[a.dest], a)]:
+            raise RunError(f"the checkpoint {path} is damaged (its flag {option(wrong[0])}): give another checkpoint")
         script = before.get("script", args.script)
         if script != args.script:
             raise RunError(f"{path} is a run of {script}: resume or test it with python {script}")
@@ -403,6 +426,12 @@ def start_processes(device: torch.device) -> tuple[int, int]:
             # gloo also on GPU machines, so that small messages between the hosts do not wait for the devices. The other
             # processes wait while rank 0 decodes a data set, which can take hours.
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            which, count = int(os.environ.get("RANK", 0)), int(os.environ["WORLD_SIZE"])
+            if not 0 <= which < count:
+                raise ValueError(f"RANK is {which}, with {count} processes")
+            if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun has not started them, so some may never start
+                where = ":".join(os.environ.get(f"MASTER_{name}", "?") for name in ("ADDR", "PORT"))
+                console.print(f"process {which} waits for {count} processes at {where}")
             dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
     except (ValueError, RuntimeError) as e:  # RANK is missing, no answer from the first process, …
         reason = " ".join(str(e).split())[:150]
@@ -628,6 +657,8 @@ def evaluate_all(
 def report(columns: dict[str, float], test) -> int:
     """Print the result of --eval-only: what evaluate_all() returned. Returns the exit code."""
     loss, accuracy = columns["test_loss"], columns["test_acc"]
+    if not math.isfinite(loss):
+        raise RunError(f"the test loss is {loss}, so the network has weights that are not finite: test another one")
     line = f"test loss {loss:.4f}, test accuracy {100 * accuracy:.2f} % over {test.size:,} images"
     if "test_top5" in columns:
         line += f", top-5 accuracy {100 * columns['test_top5']:.2f} %"
@@ -724,14 +755,38 @@ def load(path: Path | str) -> dict:
         raise RunError(f"the checkpoint {path} is damaged or not a checkpoint ({reason}): use another one") from None
     if not isinstance(checkpoint, dict):
         raise RunError(f"{path} is not a checkpoint but a {type(checkpoint).__name__}: use another file")
-    kinds = {"args": dict, "model": dict, "images": dict, "shape": tuple}
-    kinds |= dict.fromkeys(("classes", "normalisation", "rows"), list)
-    wrong = [name for name, kind in kinds.items() if not isinstance(checkpoint.get(name, kind()), kind)]
-    wrong += ["args"] * (not all(isinstance(name, str) for name in checkpoint.get("args", ())))
-    wrong += ["model"] * ("args" in checkpoint and "model" not in checkpoint)
-    if wrong:
-        raise RunError(f"the checkpoint {path} is damaged (its part {wrong[0]}): give another checkpoint")
+    if "args" in checkpoint:  # otherwise it is a plain state dict
+        for name, right in PARTS.items():
+            if (name in checkpoint or name == "model") and not right(checkpoint.get(name)):
+                raise RunError(f"the checkpoint {path} is damaged (its part {name}): give another checkpoint")
     return checkpoint
+
+
+def _is_count(x) -> bool:
+    return type(x) is int and 0 <= x < 2**63
+
+
+def _are_numbers(values) -> bool:
+    return isinstance(values, list) and all(type(x) in (int, float) for x in values)
+
+
+def _is_row(row) -> bool:
+    return isinstance(row, dict) and row.keys() >= set(METRICS) and _are_numbers([*row.values()])
+
+
+PARTS = {  # of a checkpoint: whether they can be right. Run._restore() checks the state of the optimizer and the like.
+    "args": lambda x: isinstance(x, dict) and all(isinstance(name, str) for name in x),
+    "model": lambda x: isinstance(x, dict),
+    "images": lambda x: isinstance(x, dict) and all(map(_is_count, x.values())),
+    "shape": lambda x: isinstance(x, tuple) and len(x) == 3 and all(_is_count(size) and size for size in x),
+    "classes": lambda x: isinstance(x, list) and all(isinstance(name, str) for name in x),
+    "normalisation": lambda x: (
+        isinstance(x, list) and len(x) == 2 and all(map(_are_numbers, x)) and len(x[0]) == len(x[1])
+    ),
+    "rows": lambda x: isinstance(x, list) and all(map(_is_row, x)),
+    **dict.fromkeys(("epoch", "batch", "step"), _is_count),
+    "seconds": lambda x: _are_numbers([x]) and 0 <= x < math.inf,
+}
 
 
 def load_weights(net: torch.nn.Module, args, checkpoint: dict | None, may_lack: tuple[str, ...] = ()) -> None:
@@ -838,6 +893,25 @@ def match_data(args, checkpoint: dict | None, train, val, test) -> None:
     for batches in (train, val, test):
         if batches is not None and batches.scale.shape == scale.shape:
             batches.scale, batches.shift = scale.to(batches.scale), shift.to(batches.shift)
+
+
+def restore(part, state: dict) -> None:
+    """part.load_state_dict(state), for an optimizer, a GradScaler, a generator of gradients, …
+
+    Raises ValueError if an optimizer's averages do not fit its parameters: PyTorch's fused optimizers do not check it,
+    and write beyond their memory. Raises other errors if `state` is of another kind. The flags choose an optimizer's
+    settings, not `state`.
+    """
+    optimizer = part if isinstance(part, torch.optim.Optimizer) else getattr(part, "optimizer", None)
+    groups = [dict(group) for group in optimizer.param_groups] if optimizer else []
+    part.load_state_dict(state)
+    for group, settings in zip(optimizer.param_groups if optimizer else (), groups, strict=True):
+        group.update({name: value for name, value in settings.items() if name != "params"})
+    names = {"momentum_buffer"} if isinstance(optimizer, torch.optim.SGD) else {"step", "exp_avg", "exp_avg_sq"}
+    for p, averages in optimizer.state.items() if optimizer else ():
+        sizes = {name: torch.as_tensor(x).shape for name, x in averages.items()}
+        if sizes.keys() != names or sizes.pop("step", torch.Size()).numel() != 1 or set(sizes.values()) != {p.shape}:
+            raise ValueError("the state of its optimizer does not fit the weights")
 
 
 def load_model(net: torch.nn.Module, weights: dict, path: Path | str) -> None:
@@ -1172,7 +1246,7 @@ class Run:
         try:
             for name, part in self.state.items():
                 if name != "model":
-                    part.load_state_dict(checkpoint[name])
+                    restore(part, checkpoint[name])
             for p, averages in self.state["optimizer"].state.items():
                 for name, x in averages.items():  # fused optimizers want the weight's memory format
                     if torch.is_tensor(x) and x.shape == p.shape:
@@ -1181,13 +1255,15 @@ class Run:
             self.seconds, self.rows = checkpoint["seconds"], checkpoint["rows"]
             if rank() == 0:  # the checkpoint contains the sums over all processes
                 self.sums.copy_(checkpoint["totals"])
-            self.signs = checkpoint["signs"].to(self.signs.device)
-            threads, before = checkpoint["threads"], checkpoint["args"]
+            if checkpoint["signs"].shape != self.signs.shape:
+                raise ValueError("it has another number of binary weights")
+            self.signs = checkpoint["signs"].to(self.signs)
+            threads, before = int(checkpoint["threads"]), checkpoint["args"]
             planned = min(before["epochs"] * len(self.train), before["limit_steps"] or math.inf)
             torch.set_rng_state(checkpoint["rng"])
             if "cuda_rng" in checkpoint and self.sums.is_cuda:
                 torch.cuda.set_rng_state(checkpoint["cuda_rng"], self.sums.device)
-        except (RuntimeError, ValueError, KeyError, TypeError) as e:
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as e:
             reason = " ".join(str(e).split())[:200]
             raise RunError(f"{source} is not a run of this trainer and these flags ({reason}): use another") from None
         if self.batch >= len(self.train):
@@ -1209,15 +1285,15 @@ class Run:
         """Open the run folder and write the files that describe the run."""
         self.folder, self.lock = open_folder(self.folder, reuse=bool(self.args.name), resumed=resumed)
         self.args.name = self.folder.name
-        with replacing(self.folder / "args.json") as f:
-            f.write(json.dumps({**vars(self.args), "environment": environment(device)}, indent=1) + "\n")
-        write_metrics(self.folder, self.rows)
         # A process that was killed just after it wrote last.pt has not written best.pt.
         best, ended = self.folder / "best.pt", self.rows and self.batch == 0  # at the end of an epoch
         if ended and best_row(self.rows) is self.rows[-1]:
             written = load(best).get("step", self.step) if best.exists() else -1
             if written < self.step:
                 save(best, self._model())
+        with replacing(self.folder / "args.json") as f:
+            f.write(json.dumps({**vars(self.args), "environment": environment(device)}, indent=1) + "\n")
+        write_metrics(self.folder, self.rows)
         self.trackers = Trackers(self.args, self.folder, self.rows[-1]["step"] if self.rows else 0)
 
     # The training loop, in the order in which the trainer calls it.

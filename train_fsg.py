@@ -176,9 +176,11 @@ def complete(args) -> None:
     runs.fill(args, lr_slow=LR_PHI_UNBOUNDED if unbounded else LR_SLOW)
     gate_lr = grad == "gate" and args.opt.startswith("adam") and not args.pretrained
     runs.fill(args, lr=GATE_LR if gate_lr else DEFAULT_LR[args.opt])
-    for name in ("hidden", "d_state", "d_conv", "expand"):
-        if getattr(args, name, 1) < 1:
-            raise runs.RunError(f"{runs.option(name)} must be at least 1; it is {getattr(args, name)}")
+    for name in ("length", "hidden", "d_state", "d_conv", "expand"):
+        if not 1 <= getattr(args, name, 1) <= 100_000:
+            raise runs.RunError(
+                f"{runs.option(name)} must be at least 1 and at most 100,000; it is {getattr(args, name)}"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ import contextlib
 import copy
 import errno
 import gc
+import gzip
+import importlib.util
 import io
 import itertools
 import math
@@ -24,6 +26,7 @@ import time
 import types
 import urllib.error
 import urllib.request
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -638,6 +641,26 @@ def test_a_damaged_exif_block_does_not_matter(tmp_path):
     assert np.array_equal(train.images[0].permute(1, 2, 0).numpy(), noise(16, 16, 3, seed=5))
 
 
+@pytest.mark.parametrize("size", [None, 16, 128])
+def test_pil_does_not_warn_about_images_that_it_can_read(tmp_path, monkeypatch, size):
+    make_folder(tmp_path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16 * 16 - 1)
+    save(tmp_path / "train/ant/0.tif", noise(16, 16, 3))
+    save(tmp_path / "train/ant/0.jpg", noise(16, 16, 3), exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0cut")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data.decode(tmp_path / "train/ant/0.jpg")
+        assert {w.category.__name__ for w in caught} == {"DecompressionBombWarning", "UserWarning"}
+        caught.clear()
+        spec = importlib.util.spec_from_file_location("data_again", data.__file__)
+        again = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(again)  # pytest has dropped the filters of the first import
+        train, _, _ = again.load("folder", tmp_path, image_size=size, batch_size=8, workers=0, log=quiet)
+        list(train.epoch(0))
+        warnings.warn("of others", stacklevel=1)
+    assert [str(w.message) for w in caught] == ["of others"]
+
+
 def test_images_of_other_sizes_are_resized(tmp_path):
     make_folder(tmp_path, train=1)
     colours = {(40, 12): (250, 3, 90), (7, 7): (1, 128, 255), (16, 30): (64, 65, 66)}
@@ -1032,6 +1055,25 @@ def test_a_read_only_file_system_still_loads(tmp_path, monkeypatch):
     train, test, log = load_logged(tmp_path)
     assert (train.size, test.size) == (6, 4)
     assert sum("could not be cached" in m for m in log) == 2
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), RuntimeError("disk full\nframe 1"), None])
+def test_each_writer_of_the_cache_has_its_own_temporary_file(tmp_path, monkeypatch, error):
+    make_folder(tmp_path)
+    written = []
+
+    def save_and_fail(value, file):
+        written.append(file)
+        file.write_bytes(b"half")
+        raise error or KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", save_and_fail)
+    for _ in range(2):  # of one process, as of two containers with equal process ids
+        with contextlib.suppress(KeyboardInterrupt):
+            log = load_logged(tmp_path)[2]
+            assert sum("could not be cached" in m and m.isprintable() for m in log) == 2
+    assert len(set(written)) == len(written) >= 2
+    assert {p.name for p in tmp_path.iterdir()} == {"train", "test"}  # no temporary file is left
 
 
 def of_something_else() -> bytes:
@@ -1442,13 +1484,54 @@ def test_unreadable_image_is_named(tmp_path, image, damage):
     assert train.size + test.size == 9
 
 
-def test_names_that_are_not_utf8(tmp_path):
+CONTROLS = "\x1b]0;PWN\x1b[2J\r\n\x07"
+
+
+def test_names_cannot_control_the_terminal(tmp_path):
+    def is_printed(message: str) -> bool:
+        return message.isprintable() and "\\x1b]0;PWN\\x1b[2J\\r\\n\\x07" in message
+
+    make_folder(tmp_path, classes=("ant", f"bee{CONTROLS}"))
+    (tmp_path / f"train/ant/{CONTROLS}.txt").write_text("")
+    train, _, _ = data.load("folder", tmp_path, log=(log := []).append)
+    assert train.classes == ["ant", f"bee{CONTROLS}"]  # not changed
+    assert is_printed(log[0]) and "such as train/ant" in log[0]
+    for size in (16, 128):  # images in memory and streamed
+        (tmp_path / f"train/bee{CONTROLS}/1.png").write_bytes(b"")
+        with pytest.raises(data.DataError, match="cannot be read") as e:
+            train, _, _ = data.load("folder", tmp_path, image_size=size, batch_size=6, workers=0, log=quiet)
+            list(train.epoch(0))
+        assert is_printed(str(e.value))
+    for file in (tmp_path / f"train/bee{CONTROLS}").iterdir():
+        file.unlink()
+    assert is_printed(error_of(lambda: data.load("folder", tmp_path, log=quiet), "contains no images"))
+    (tmp_path / f"train/bee{CONTROLS}").rmdir()
+    assert is_printed(error_of(lambda: data.load("folder", tmp_path, log=quiet), "has the class"))
+
+
+def test_a_folder_with_control_characters_that_cannot_be_read(tmp_path, monkeypatch):
+    make_folder(tmp_path, classes=("ant", f"bee{CONTROLS}"))
+    scandir = os.scandir
+
+    def refuse(path):
+        return fail(PermissionError(13, "Permission denied", str(path))) if "bee" in str(path) else scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert error_of(lambda: data.load("folder", tmp_path, log=quiet), "make it readable").isprintable()
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_names_that_are_not_utf8(tmp_path, damaged):
     make_folder(tmp_path)
     try:
         save(tmp_path / "train/ant" / os.fsdecode(b"\xe9t\xe9.png"), noise(16, 16, 3))
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
-    assert data.load("folder", tmp_path, log=quiet)[0].size == 7
+    if damaged:
+        (tmp_path / "train/ant" / os.fsdecode(b"\xe9t\xe9.png")).write_bytes(b"")
+        error_of(lambda: data.load("folder", tmp_path, log=quiet), "\\udce9t\\udce9.png").encode()
+    else:
+        assert data.load("folder", tmp_path, log=quiet)[0].size == 7
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1540,15 +1623,26 @@ def test_cifar_is_padded_by_four_pixels_and_mirrored(tmp_path, monkeypatch, no_n
     assert {is_mirrored for *_, is_mirrored in found} == {True, False}
 
 
-def test_mnist_from_local_files(tmp_path, no_network):
-    raw = tmp_path / "MNIST" / "raw"
+def idx(pixels: np.ndarray, kind: int = 8) -> bytes:
+    """In the format of MNIST's files. kind: 8 means uint8."""
+    return struct.pack(f">{1 + pixels.ndim}i", 256 * kind + pixels.ndim, *pixels.shape) + pixels.tobytes()
+
+
+def write_mnist(root: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Write torchvision's unpacked files with a few images. Returns the images and labels of each split."""
+    raw = root / "MNIST" / "raw"
     raw.mkdir(parents=True)
     expected = {}
     for split, prefix, size in (("train", "train", 12), ("test", "t10k", 5)):
         images, labels = noise(size, 28, 28, seed=size), noise(size, seed=size) % 10
-        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, size, 28, 28) + images.tobytes())
-        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, size) + labels.tobytes())
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(idx(images))
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(idx(labels))
         expected[split] = images, labels
+    return expected
+
+
+def test_mnist_from_local_files(tmp_path, no_network):
+    expected = write_mnist(tmp_path)
     batches = dict(zip(SPLITS, data.load("mnist", tmp_path, crop=False, flip=True, log=quiet), strict=True))
     for split, (images, labels) in expected.items():
         got = batches[split]
@@ -1561,6 +1655,62 @@ def test_mnist_from_local_files(tmp_path, no_network):
     [(images, _)] = train.epoch(0)
     found = found_in(windows_of(train.images, 0), pixels_in(train, images))
     assert sorted(found) == [(i, 0, 0, False) for i in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("file", "contents"),
+    [
+        ("train-images-idx3-ubyte", b""),
+        ("train-images-idx3-ubyte", idx(noise(12, 28, 28))[:10]),
+        ("train-images-idx3-ubyte", idx(noise(12, 28, 28))[:-1]),
+        ("t10k-images-idx3-ubyte", b"<html>not found</html>"),
+        ("t10k-images-idx3-ubyte", gzip.compress(idx(noise(5, 28, 28)))),
+        ("train-images-idx3-ubyte", idx(noise(12, 28, 28).astype(">f4"), kind=13)),
+        ("train-images-idx3-ubyte", idx(noise(12, 28, 28), kind=10)),
+        ("train-labels-idx1-ubyte", b""),
+        ("train-labels-idx1-ubyte", idx(noise(12, 28, 28))),
+    ],
+    ids=["empty", "header cut", "image cut", "HTML", "gzip", "floats", "unknown type", "no labels", "images as labels"],
+)
+def test_mnist_files_that_cannot_be_read(tmp_path, no_network, file, contents):
+    write_mnist(tmp_path)
+    (tmp_path / "MNIST/raw" / file).write_bytes(contents)
+    error_of(lambda: data.load("mnist", tmp_path), "damaged", f"delete {tmp_path / 'MNIST'} and start again")
+    assert (tmp_path / "MNIST/raw" / file).read_bytes() == contents
+
+
+@pytest.mark.parametrize(
+    ("file", "pixels", "said"),
+    [
+        ("train-labels-idx1-ubyte", noise(11) % 10, "11 labels for 12 images"),
+        ("t10k-labels-idx1-ubyte", noise(6) % 10, "6 labels for 5 images"),
+        ("train-labels-idx1-ubyte", np.full(12, 200, np.uint8), "labels other than 0 to 9"),
+        ("t10k-labels-idx1-ubyte", np.full(5, 10, np.uint8), "labels other than 0 to 9"),
+        ("t10k-images-idx3-ubyte", noise(5, 14, 14), "not all square and of one size"),
+        ("t10k-images-idx3-ubyte", noise(5, 28, 14), "not all square and of one size"),
+        ("train-images-idx3-ubyte", noise(12, 14, 28), "not all square and of one size"),
+    ],
+)
+def test_mnist_files_that_do_not_fit_together(tmp_path, no_network, file, pixels, said):
+    write_mnist(tmp_path)
+    (tmp_path / "MNIST/raw" / file).write_bytes(idx(pixels))
+    error_of(lambda: data.load("mnist", tmp_path), said, f"delete {tmp_path / 'MNIST'} and start again")
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_with_a_label_that_no_class_has(tmp_path, monkeypatch, no_network, name):
+    write_cifar(tmp_path, name, monkeypatch)
+    [file] = [*tmp_path.glob("*/test"), *tmp_path.glob("*/test_batch")]
+    entry = pickle.loads(file.read_bytes())
+    next(v for k, v in entry.items() if k in ("labels", "fine_labels"))[2] = int(name[5:])
+    file.write_bytes(pickle.dumps(entry))
+    error_of(lambda: data.load(name, tmp_path), f"0 to {int(name[5:]) - 1}", f"delete {file.parent} and start again")
+
+
+def test_mnist_that_is_incomplete_is_not_called_damaged(tmp_path, no_network):
+    write_mnist(tmp_path)
+    (tmp_path / "MNIST/raw/t10k-labels-idx1-ubyte").unlink()
+    error_of(lambda: data.load("mnist", tmp_path), "could not be downloaded", "--dataset digits")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,10 @@
 """experiments.py with small grids: run, interrupted, resumed, failed."""
 
 import csv
+import io
+import multiprocessing
+import runpy
+import sys
 import threading
 import time
 from pathlib import Path
@@ -213,11 +217,119 @@ def test_what_cannot_be_run(tmp_path, monkeypatch, capsys, flags, added, message
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
 
-def test_damaged_results(tmp_path, monkeypatch, capsys):
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "ablations.csv").write_text("command,seed\na,0\n")
-    assert run(monkeypatch, tmp_path, [search()]) == 1
-    assert "damaged or of another version" in capsys.readouterr().err
+def result(command="a --seed 0", **values):
+    return {"command": command, "seed": "0", **dict.fromkeys(experiments.COLUMNS[2:], "0.5"), **values}
+
+
+def results_file(tmp_path, *found):
+    file = tmp_path / "results" / "ablations.csv"
+    file.parent.mkdir(exist_ok=True)
+    lines = [experiments.COLUMNS, *(row.values() for row in found)]
+    file.write_text("".join(",".join(line) + "\n" for line in lines))
+    return file
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.write_text("command,seed\na,0\n"),
+        lambda file: (file.unlink(), file.mkdir()),
+        lambda file: file.write_bytes(file.read_bytes() + b"\xff"),
+        lambda file: file.write_text(file.read_text() + "x" * 200_000),
+        *(
+            lambda file, damaged=damaged: results_file(file.parent.parent, result(), result("b --seed 0", **damaged))
+            for damaged in (
+                {"seed": "x"},
+                {"seed": "0.5"},
+                {"seed": ""},
+                {"val_acc": "abc"},
+                {"val_acc": ""},
+                {"val_acc": "5"},
+                {"val_acc": "-0.1"},
+                {"val_acc": "inf"},
+                {"train_loss": "abc"},
+                {"seconds": ""},
+            )
+        ),
+    ],
+)
+def test_damaged_results(tmp_path, monkeypatch, capsys, damage):
+    monkeypatch.setattr(experiments.Slots, "run", None)  # nothing is trained
+    file = results_file(tmp_path, result())
+    damage(file)
+    before = file.is_file() and file.read_bytes()
+    for flags in ([], ["--list"]):
+        assert run(monkeypatch, tmp_path, [search()], *flags) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {file} is damaged or of another version") and error.count("\n") == 1
+    assert (file.is_file() and file.read_bytes()) == before
+
+
+def test_results_of_runs_that_diverged_are_not_damaged(tmp_path):
+    row = result(**dict.fromkeys(experiments.COLUMNS[2:], "nan"))
+    assert experiments.read_results(results_file(tmp_path, row)) == {row["command"]: row}
+
+
+def test_the_rows_of_another_process_are_kept(tmp_path):
+    file = results_file(tmp_path, result("b --seed 0"), result("c --seed 0"))
+    ours = experiments.read_results(file)
+    results_file(tmp_path, result("b --seed 0"), result("a --seed 0"), result("c --seed 0"))
+    ours["d --seed 0"] = result("d --seed 0")
+    ours["c --seed 0"] = result("c --seed 0", val_acc="0.7")
+    experiments.write(file, ours)
+    found = rows(tmp_path)
+    assert [row["command"][0] for row in found] == ["b", "a", "c", "d"] and found[2]["val_acc"] == "0.7"
+    assert experiments.read_results(file) == ours, "rows of other processes are not run again"
+    assert len(file.with_suffix(".md").read_text().splitlines()) == 6
+
+
+def write_rows(file, name):
+    own = {}
+    for i in range(20):
+        own[f"{name}{i} --seed 0"] = result(f"{name}{i} --seed 0")
+        experiments.write(file, own)
+
+
+def test_processes_that_write_one_file_at_a_time(tmp_path):
+    file = tmp_path / "results" / "ablations.csv"
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=write_rows, args=(file, name)) for name in "abc"]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 3 and len(rows(tmp_path)) == 60
+
+
+def run_as_script(monkeypatch, stdout, *argv):
+    """Run experiments.py in this process. Returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["experiments.py", *argv])
+    monkeypatch.setattr(sys, "stdout", stdout)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(experiments.__file__, run_name="__main__")
+    return ended.value.code
+
+
+def test_a_terminal_without_some_characters_shows_question_marks(monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    assert run_as_script(monkeypatch, stdout, "--help") == 0
+    assert b"mean ? standard deviation" in stdout.buffer.getvalue()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_standard_output_that_cannot_be_written(monkeypatch, tmp_path):
+    with open("/dev/full", "w") as full:
+        code = run_as_script(monkeypatch, full, "digits", "--list", "--results", str(tmp_path))
+    assert code.startswith("error: standard output cannot be written (")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_grid_goes_on_when_its_terminal_is_closed(monkeypatch, tmp_path):
+    monkeypatch.setattr(experiments, "run_one", lambda command, *_: result(command))
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert run(monkeypatch, tmp_path, [search(), search(f"{SMALL} --no-flip")]) == 0
+    assert len(rows(tmp_path)) == 2
 
 
 def test_the_others_run_where_some_fail(tmp_path, monkeypatch, capsys, in_this_process):

@@ -1,5 +1,6 @@
 """hubconf.py: packed bits from a folder, an address and a repository on the Hub, with and without their SHA-256."""
 
+import contextlib
 import functools
 import hashlib
 import http.server
@@ -89,7 +90,44 @@ def test_another_file_is_refused(folder, address, tmp_path):
     assert "it is another file" in refused(other, sha256=digest(folder / "model.safetensors"))
     said = refused(f"{address}/model.safetensors", sha256=digest(other))
     assert f"{address}/model.safetensors has the SHA-256 {digest(folder / 'model.safetensors')}" in said
-    assert "64 hexadecimal digits" in refused(other, sha256="9f86d0")
+    for wrong in ("9f86d0", 5, b"0" * 64):
+        assert f"64 hexadecimal digits; it is {wrong!r}" in refused(other, sha256=wrong)
+
+
+@pytest.mark.parametrize(
+    ("headers", "blocks", "said"),
+    [
+        ({"Content-Length": "9" * 20}, 1, "sends more than"),
+        ({"Content-Length": "5" * 5000}, 1, "cannot be read"),
+        ({}, None, "sends more than"),
+        ({"Content-Length": str(1 << 21)}, 1, "cannot be read (it ended after 1,048,576 of 2,097,152 bytes)"),
+    ],
+)
+def test_a_body_of_another_length(monkeypatch, headers, blocks, said):
+    sent = []
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            for header in headers.items():
+                self.send_header(*header)
+            self.end_headers()
+            with contextlib.suppress(ConnectionError):
+                while len(sent) != (blocks or 100):  # a body without end, if it were read
+                    self.wfile.write(bytes(1 << 20))
+                    sent.append(1)
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setattr(hubconf, "LARGEST", 5 << 20)
+    with http.server.HTTPServer(("127.0.0.1", 0), Server) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        message = refused(f"http://127.0.0.1:{server.server_port}/net")
+        thread.join()
+    assert said in message and "check the address" in message
+    assert len(sent) < 50  # the sockets buffer some
 
 
 class Trap:
@@ -104,7 +142,8 @@ def test_what_is_no_packed_file_is_refused_and_not_executed(folder, address, tmp
         said = refused(f"{address}/{name}")
         assert said.startswith(f"{address}/{name} cannot be loaded"), said
     assert "404" in refused(f"{address}/nowhere")
-    assert "check the address" in refused("http://127.0.0.1:1/x") and "check the address" in refused("http://[")
+    for wrong in ("http://127.0.0.1:1/x", f"http://127.0.0.1:{9**30}/x", "http://["):
+        assert "check the address" in refused(wrong)
     assert f"no file {tmp_path}" in refused(tmp_path), "a folder without packed bits"
     assert "no file" in refused(tmp_path / "nowhere")
 

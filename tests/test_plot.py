@@ -210,6 +210,14 @@ def test_names_that_mean_something_to_matplotlib_are_shown_as_they_are(tmp_path)
     assert legend_texts(figure) == names
 
 
+def test_names_that_no_font_can_show(tmp_path):
+    columns = {"flips/a": [0.1] * 3, "plus/a": [0.5] * 3}
+    run = plot.read_run(add_columns(make_run(tmp_path / "a"), **columns))
+    figure = plot.draw({"caf\udce9": run}, title="\udce9")  # of a folder's name that is not UTF-8
+    assert legend_texts(figure) == ["caf?"]
+    assert plot.draw_layers({"caf\udce9": run}, title="\udce9").axes[0].get_title() == "caf?"
+
+
 def test_a_run_given_twice_is_drawn_once(tmp_path, capsys):
     run = make_run(tmp_path / "a")
     assert plot.main([run, "--out", str(tmp_path / "once.png")]) == 0
@@ -262,6 +270,29 @@ def test_metrics_that_are_no_text(tmp_path, capsys):
     run = make_run(tmp_path / "a")
     (tmp_path / "a" / "metrics.csv").write_bytes(bytes(range(256)) * 20)
     check_error(capsys, [run], "is damaged", "not a text file")
+
+
+@pytest.mark.parametrize("name", ["r" * 300, f"{'r' * 300}/metrics.csv"])
+def test_names_that_are_too_long(tmp_path, capsys, name):
+    check_error(capsys, [tmp_path / name], "there is no run", "runs/NAME")
+    check_error(capsys, [make_run(tmp_path / "a"), "--out", tmp_path / f"{name}.png"], "cannot be written", "--out")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("loss", [1e308, 1.7e308])
+def test_values_that_cannot_be_drawn(tmp_path, capsys, loss):
+    run = make_run(tmp_path / "a", text=HEADER + row(1, loss=loss))
+    check_error(capsys, [run, "--out", tmp_path / "a.pgf"], "unknown format", ".png", ".pdf", ".jpg")
+    check_error(capsys, [run], "values in the runs cannot be drawn", "leave out")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("suffix", [*plot.FORMATS, ".PNG"])
+def test_every_format_is_written_and_is_not_taken_for_a_run(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(plot, "draw", lambda *args: plot.new_figure(1, 1))
+    run, file = make_run(tmp_path / "a"), tmp_path / f"a{suffix}"
+    assert plot.main([run, "--out", str(file)]) == 0 and file.stat().st_size > 100
+    assert suffix == ".PNG" or plot.main([run, str(file)]) == 0
 
 
 def test_output_that_cannot_be_written(tmp_path, capsys):
@@ -319,6 +350,35 @@ def test_as_a_command(tmp_path):
         assert bad.returncode == 1 and bad.stdout == ""
         assert bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1
     assert command(**here).returncode == 2  # no run at all: argparse's usage
+
+
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize("env", [{"PYTHONIOENCODING": "ascii"}, ASCII])
+def test_a_terminal_without_some_characters_shows_question_marks(tmp_path, env):
+    good = command("--table", make_run(tmp_path / "a"), **env)
+    assert (good.returncode, good.stderr) == (0, "") and "| ? |" in good.stdout
+    bad = command("--table", str(tmp_path / "–"), **env)
+    assert bad.returncode == 1 and bad.stderr.startswith("error: there is no run ") and bad.stderr.count("\n") == 1
+    shown = command("--help", **env)
+    assert (shown.returncode, shown.stderr) == (0, "") and "mean ? standard deviation" in shown.stdout
+
+
+def test_standard_output_that_cannot_be_written(tmp_path):
+    script = [sys.executable, str(ROOT / "plot.py"), "--table", make_run(tmp_path / "a")]
+    reader, writer = os.pipe()
+    os.close(reader)
+    closed = subprocess.run(script, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (closed.returncode, closed.stderr) == (1, "")
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "w") as full:
+            bad = subprocess.run(script, stdout=full, stderr=subprocess.PIPE, text=True)
+            other = subprocess.run([*script, "nope"], stdout=full, stderr=subprocess.PIPE, text=True)
+        assert bad.returncode == other.returncode == 1 and bad.stderr.count("\n") == other.stderr.count("\n") == 1
+        assert bad.stderr.startswith("error: standard output cannot be written (")
+        assert other.stderr.startswith("error: there is no run nope")
 
 
 def test_without_matplotlib(tmp_path):
@@ -614,6 +674,36 @@ def test_the_table_leaves_out_unfinished_runs_with_a_note(tmp_path, capsys):
     assert "running-seed0 is not finished (2 of 3 epochs)" in said.err and said.err.count("\n") == 1
     check_error(capsys, ["--table", *running], "2 of 3 epochs", "resume it")
     assert plot.main(running) == 0, "the figure shows a run that still trains"
+
+
+@pytest.mark.parametrize("limit_steps", ["6", {}, [6], True, 10**400, 0, -1, 6.5])
+def test_flags_of_other_types_do_not_finish_a_run(tmp_path, capsys, limit_steps):
+    running = make_seeds(tmp_path, "running", [[0.5, 0.6]], epochs=9, limit_steps=limit_steps)
+    check_error(capsys, ["--table", *running], "2 of 9 epochs")
+
+
+@pytest.mark.parametrize("epochs", ["9", {}, [9], True, 10**400, -1, None])
+def test_epochs_of_other_types_are_not_used(tmp_path, capsys, epochs):
+    assert labels(capsys, *make_seeds(tmp_path, "run", [[0.5, 0.6]], epochs=epochs, limit_steps=6)) == ["run"]
+
+
+@pytest.mark.parametrize("depth", [600, 100_000])
+def test_flags_that_are_nested_deeply(tmp_path, capsys, depth):
+    folders = make_sweep(tmp_path, {"lr": 0.1}, {"lr": 0.3})
+    (Path(folders[1]) / "args.json").write_text(f'{{"seed": 0, "lr": {"[" * depth}{"]" * depth}}}')
+    assert len(labels(capsys, *folders)) == 2
+
+
+def test_what_files_contain_cannot_act_on_the_terminal(tmp_path, capsys):
+    evil = "\x1b[31m\r\n\u202e\x9b"
+    folders = make_sweep(tmp_path, {"lr": "a", "arch": "b"}, {"lr": evil, "arch": evil, evil: evil})
+    folders.append(make_seeds(tmp_path, evil, [[0.5]], epochs=3)[0])
+    for argv, code in ((folders, 0), ([*folders, "--baseline", "c"], 1)):
+        assert plot.main(["--table", *argv]) == code
+        output = capsys.readouterr()
+        lines = (output.out + output.err).split("\n")
+        assert all(line.isprintable() for line in lines) and "?[31m????" in "".join(lines)
+        assert output.err.count("\n") == 1 + code and len(output.out.splitlines()) == (0 if code else 6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

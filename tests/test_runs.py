@@ -228,7 +228,7 @@ def test_names_that_are_not_utf8(trained):
     argv = ["--dataset", "folder", "--data-dir", str(trained / "images"), "--arch", "resnet8", "--grad", "ste"]
     argv += ["--batch-size", "6", "--epochs", "1", "--val", "8"]
     assert train_fsg.main([*argv, "--out", str(trained), "--name", "new"]) == 0
-    assert "caf?.txt" in (trained / "new" / "log.txt").read_text()
+    assert r"caf\udce9.txt" in (trained / "new" / "log.txt").read_text()
     bad = os.fsdecode(b"caf\xe9")
     for flags in (["--out", str(trained / bad)], ["--out", str(trained), "--name", bad]):
         with pytest.raises(runs.RunError, match="must be valid UTF-8"):
@@ -625,7 +625,7 @@ def test_out_of_memory_is_one_sentence(error):
     ],
 )
 def test_a_checkpoint_with_parts_of_another_type_is_damaged(tmp_path, part, value):
-    whole = {"args": {}, "model": {}, "images": {}, "classes": [], "normalisation": [], "rows": []}
+    whole = {"args": {}, "model": {}, "images": {}, "classes": [], "normalisation": [[], []], "rows": []}
     torch.save(whole, tmp_path / "whole.pt")
     torch.save(whole | {part: value}, tmp_path / "damaged.pt")
     assert runs.load(tmp_path / "whole.pt") == whole
@@ -638,12 +638,20 @@ def test_a_warmup_longer_than_the_run_is_refused(tmp_path):
         train(tmp_path, "--epochs", "2", "--warmup", "2")
 
 
-@pytest.mark.parametrize("size", ["x", "2"], ids=["no number", "no rank"])
-def test_processes_that_cannot_start(monkeypatch, size):
+@pytest.mark.parametrize("size, rank", [("x", "0"), ("2", None), ("2", "9"), ("2", "x")])
+def test_processes_that_cannot_start(monkeypatch, size, rank):
     monkeypatch.setenv("WORLD_SIZE", size)
-    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("RANK", rank) if rank else monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(runs.RunError, match="start them with torchrun"):
         runs.start_processes(CPU)
+
+
+def test_a_process_without_torchrun_says_what_it_waits_for(monkeypatch, capsys):
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("MASTER_ADDR", "here"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **options: None)
+    runs.start_processes(CPU)
+    assert capsys.readouterr().out == "process 0 waits for 2 processes at here:1\n"
 
 
 def test_a_command_names_torchrun(monkeypatch):

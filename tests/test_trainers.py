@@ -492,6 +492,9 @@ def test_the_command_line_ends_with_one_sentence(tmp_path):
         (["--hyper-sample", "0.5", "--preset", "released"], "leave it out"),
         (["--length", "0"], "at least 1"),
         (["--expand", "0"], "--expand must be at least 1"),
+        (["--hidden", "99999999999999999999"], "at most 100,000"),
+        (["--pretrained", ""], "--pretrained is empty"),
+        (["--resume", ""], "--resume is empty"),
         (["--arch", "resnet21"], "resnet20"),
         (["--device", "cuda:99"], "--device cpu"),
         (["--device", "abacus"], "--device cpu"),
@@ -849,6 +852,90 @@ def test_wrong_checkpoints(tmp_path, trainer):
     assert "give a larger --limit-steps to go on" in ends(["--resume", str(a_run)])
     assert "already" in ends([*argv, "--out", str(a_run.parent), "--name", a_run.name])
     assert [r["step"] for r in metrics(a_run)] == [22, 24], "and the run is as it was"
+
+
+DAMAGE = [  # (the place in the checkpoint, its wrong values)
+    ("args", [None, 5, {1: 2}]),
+    ("args.lr", [[], "x", True]),
+    ("args.betas", [5, [], [0.9]]),
+    ("args.opt", [[], "lion", 7]),
+    ("args.dataset", ["svhn", 5]),
+    ("args.milestones", [5, ["x"]]),
+    ("shape", [(), (1, 8), (1, 0, 8), "x"]),
+    ("images", [{"training": "x"}, 5]),
+    ("normalisation", [[], [[1.0]], [[1.0], ["x"]], [[1.0], [1.0, 2.0]]]),
+    ("step", [None, -1, 2.5, torch.zeros(2)]),
+    ("batch", [-1, "x"]),
+    ("seconds", ["x", -1.0, math.inf]),
+    ("threads", [torch.zeros(2), None]),
+    ("signs", [None, torch.zeros(5).char()]),
+    ("rows", [[5], [{}], [{"step": 5}]]),
+    ("optimizer", [5, {"state": {}}]),
+    ("optimizer.state.*", [None, {}, {"step": 1}]),
+    ("optimizer.state.*.exp_avg", [torch.zeros(3), 5, None]),
+    ("optimizer.state.*.step", [torch.zeros(0), "x"]),
+    ("generator.latent", [5, torch.zeros(3)]),
+    ("generator._extra_state", [5, {}]),
+    ("generator._extra_state.t", ["x", None]),
+    ("generator._extra_state.strides", [[], [(1,)], 5]),
+    ("generator._extra_state.optimizer.state.*.exp_avg_sq", [torch.zeros(1)]),
+]
+
+
+@pytest.mark.parametrize("place, values", DAMAGE, ids=[place for place, _ in DAMAGE])
+def test_a_damaged_part_of_a_checkpoint(a_run, tmp_path, place, values):
+    """PyTorch's fused optimizers write beyond the memory of averages that are too short."""
+    for value in values:
+        checkpoint = part = torch.load(a_run / "last.pt", weights_only=True)
+        *path, last = place.split(".")  # *: the first
+        for key in path:
+            part = part[next(iter(part)) if key == "*" else key]
+        last = next(iter(part)) if last == "*" else last
+        assert last in part
+        part[last] = value
+        torch.save(checkpoint, tmp_path / "last.pt")
+        text = sentence(["--resume", str(tmp_path), "--limit-steps", "26"])
+        assert re.search(r"is damaged|is not a run of this trainer|is not the checkpoint of a whole run", text), text
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_an_older_checkpoint_does_not_replace_the_later_ones(tmp_path):
+    train(tmp_path, "run", "--grad", "ste", "--limit-steps", "2")
+    (tmp_path / "run" / "copy.pt").write_bytes((tmp_path / "run" / "last.pt").read_bytes())
+    copy = str(tmp_path / "run" / "copy.pt")
+    assert "copy it to another folder as last.pt" in sentence(["--resume", copy, "--limit-steps", "4"])
+    assert train_fsg.main(["--resume", copy, "--eval-only"]) == 0
+    (tmp_path / "other").mkdir()
+    (tmp_path / "run" / "copy.pt").rename(tmp_path / "other" / "last.pt")
+    assert train_fsg.main(["--resume", str(tmp_path / "other"), "--limit-steps", "4"]) == 0
+    assert metrics(tmp_path / "run")[-1]["step"] == 2 and metrics(tmp_path / "other")[-1]["step"] == 4
+
+
+def test_a_folder_with_another_best_does_not_change(tmp_path):
+    train(tmp_path, "run", "--grad", "ste", "--limit-steps", "44", "--epochs", "3")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "run" / "last.pt").rename(tmp_path / "other" / "last.pt")
+    mine = {"best.pt": "mine", "metrics.csv": "mine", "args.json": "mine"}
+    for name, text in mine.items():
+        (tmp_path / "other" / name).write_text(text)
+    assert "damaged or not a checkpoint" in sentence(["--resume", str(tmp_path / "other"), "--limit-steps", "50"])
+    assert {name: (tmp_path / "other" / name).read_text() for name in mine} == mine
+
+
+def test_a_test_of_weights_that_are_not_finite_fails(a_run, tmp_path):
+    checkpoint = torch.load(a_run / "best.pt", weights_only=True)
+    checkpoint["model"]["conv1.weight"].fill_(math.nan)
+    torch.save(checkpoint, tmp_path / "nan.pt")
+    assert "not finite" in sentence(["--eval-only", "--resume", str(tmp_path / "nan.pt")])
+
+
+def test_control_characters_of_a_file_do_not_reach_the_terminal(a_run, tmp_path, capsys):
+    checkpoint = torch.load(a_run / "best.pt", weights_only=True)
+    checkpoint["args"]["arch"] = "a\x1b[2J\nb"
+    torch.save(checkpoint, tmp_path / "best.pt")
+    with pytest.raises(SystemExit) as e:
+        runs.command(lambda: train_fsg.main([*SMALL, "--pretrained", str(tmp_path / "best.pt")]))
+    assert "is of a?[2J?b, not of resnet8" in e.value.code and e.value.code.isprintable()
 
 
 def test_an_unwritable_folder(tmp_path):
