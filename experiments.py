@@ -140,10 +140,10 @@ GRIDS = {
     "w1a1-finals": [ten_epochs(search) for search in W1A1],
     # From random weights, on small images.
     "scratch": [
+        Search(f"train_fsg.py {SCRATCH} --grad ste", (*FROM_SCRATCH, "2.4e-2")),
         *(
             Search(f"train_fsg.py {SCRATCH} {flags}", FROM_SCRATCH)
             for flags in (
-                "--grad ste",
                 f"--grad ste {SHORTER}",
                 MAMBA,
                 MAMBA_RMS,

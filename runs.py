@@ -17,6 +17,7 @@ import contextlib
 import csv
 import ctypes
 import datetime
+import errno
 import itertools
 import json
 import math
@@ -115,6 +116,8 @@ def command(main, *errors: type[Exception]) -> None:
             code = f"error: out of memory ({reason}): use a smaller --batch-size, or add --accumulate 2"
         elif type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
             code = f"error: --compile failed ({reason}): leave it out, or install a C++ compiler (on a GPU: Triton)"
+        elif isinstance(e, OSError) and e.errno == errno.ENAMETOOLONG:
+            code = f"error: a name is too long ({reason}): use a shorter one"
         else:
             raise
     except KeyboardInterrupt:  # before training, or the second Ctrl-C: last.pt stays as it is

@@ -633,6 +633,11 @@ def test_a_checkpoint_with_parts_of_another_type_is_damaged(tmp_path, part, valu
         runs.load(tmp_path / "damaged.pt")
 
 
+def test_a_name_that_is_too_long():
+    with pytest.raises(SystemExit, match=r"^error: a name is too long .*: use a shorter one$"):
+        runs.command(lambda: os.stat("x" * 300))
+
+
 def test_a_warmup_longer_than_the_run_is_refused(tmp_path):
     with pytest.raises(runs.RunError, match="--warmup 2 must be less than --epochs, which is 2"):
         train(tmp_path, "--epochs", "2", "--warmup", "2")
