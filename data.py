@@ -18,12 +18,14 @@ start at any batch.
 import collections
 import contextlib
 import hashlib
+import http.client
 import importlib
 import multiprocessing
 import os
 import signal
 import threading
 import time
+import unicodedata
 import uuid
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -49,7 +51,8 @@ class DataError(Exception):
 
 def printable(text: str | Path) -> str:
     """The text with escapes, such as \\x1b, for what could control a terminal, break the line, or is not UTF-8."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+    shown = lambda c: c.isprintable() or unicodedata.category(c) == "Zs"  # Zs: spaces
+    return "".join(c if shown(c) else ascii(c)[1:-1] for c in str(text))
 
 
 def one_line(error: Exception) -> str:
@@ -261,11 +264,14 @@ def downloaded(name: str, data_dir: Path) -> tuple[tuple[Tensor, Tensor], tuple[
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # NumPy warns about the pickles in CIFAR's archive
                 split = dataset(str(data_dir), train=train, download=True)
+        except (MemoryError, ImportError):
+            raise
         except Exception as e:
-            # A download fails with OSError (no network, space or permission) or RuntimeError. Damaged files fail with
-            # errors of many kinds. If the four files of MNIST are there, nothing is downloaded.
+            # A download fails with OSError (no network, space or permission), HTTPException or RuntimeError. Damaged
+            # files fail with errors of many kinds. If the four files of MNIST are there, nothing is downloaded.
             is_there = isinstance(e, RuntimeError) and len(list(folder.glob("raw/*-ubyte"))) == 4
-            if is_there or not isinstance(e, (OSError, RuntimeError)):
+            failed = isinstance(e, (OSError, RuntimeError, http.client.HTTPException)) or not folder.exists()
+            if is_there or not failed:
                 raise damaged(one_line(e)) from None
             raise DataError(
                 f"{name} is not in {data_dir} and could not be downloaded there ({one_line(e)}): put torchvision's "

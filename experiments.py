@@ -404,6 +404,8 @@ def read_results(file: Path) -> dict[str, dict]:
         for row in rows:
             if set(row) != set(COLUMNS) or None in row.values():
                 raise ValueError("a row has other columns")
+            if not row["command"].isprintable():
+                raise ValueError("a command has control characters")
             int(row["seed"])
             values = {column: float(row[column]) for column in COLUMNS[2:]}
             if values["val_acc"] < 0 or values["val_acc"] > 1:  # it may be NaN
@@ -423,11 +425,13 @@ def write(file: Path, rows: dict[str, dict]) -> None:
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(file.with_name(f".{file.stem}.lock"), os.O_RDWR | os.O_CREAT) if fcntl else None
+        lock = None
+        with contextlib.suppress(PermissionError):  # of another user's lock; replacing() reports a read-only folder
+            lock = os.open(file.with_name(f".{file.stem}.lock"), os.O_RDWR | os.O_CREAT, 0o666) if fcntl else None
     except OSError as e:
         raise RunError(f"{file} cannot be written ({e}): choose another --results") from None
     try:
-        if fcntl:
+        if lock is not None:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
         merged = read_results(file) | rows

@@ -356,7 +356,8 @@ def train(flags: list[str], folder: Path, name: str) -> list[dict]:
     """Run train_fsg.py in this process. Returns the rows of metrics.csv. Raises the trainer's errors."""
     import train_fsg
 
-    train_fsg.main([*map(str, flags), "--out", str(folder), "--name", name])
+    if code := train_fsg.main([*map(str, flags), "--out", str(folder), "--name", name]):
+        raise RuntimeError(f"train_fsg.py ended with {code}")
     return metrics(folder / name)
 
 

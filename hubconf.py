@@ -70,7 +70,7 @@ def download(address: str, path: Path) -> None:
     """Write the contents of an address to a file. Raises RunError if it cannot be read, or if it is too large."""
     try:
         with urllib.request.urlopen(address, timeout=60) as response, path.open("wb") as f:
-            expected = int(response.headers["Content-Length"] or 0)
+            expected = getattr(response, "length", None) or 0  # None if it is not known
             while max(expected, f.tell()) <= LARGEST and (block := response.read(1 << 20)):
                 f.write(block)
             if max(expected, f.tell()) > LARGEST:

@@ -597,7 +597,7 @@ class Generator(nn.Module):
     def set_extra_state(self, state: dict) -> None:
         for name in self.ATTRIBUTES:
             if tree_map(type, state[name]) != tree_map(type, getattr(self, name)):
-                raise TypeError(f"the state of the gradient generator is damaged (its part {name})")
+                raise TypeError(f"the state of the gradient generator is damaged or of other layers (its part {name})")
             setattr(self, name, state[name])
 
 

@@ -185,7 +185,7 @@ class LookAhead(Learned):
         ]
         parts = refined.split([b.numel() for b in self.biases]) if self.biases else []
         directions += [part.view_as(b) for part, b in zip(parts, self.biases, strict=True)]
-        self.before, self.bias_before, self.step_size = self.latent, bias, lr
+        self.before, self.bias_before, self.step_size = self.latent, bias, float(lr)
 
         moved = [p.detach() for p in (*self.weights, *self.biases)]
         self.displaced = [p.clone() for p in moved]

@@ -46,6 +46,7 @@ import os
 import re
 import sys
 import textwrap
+import unicodedata
 import uuid
 from pathlib import Path
 
@@ -306,7 +307,7 @@ def accuracy(run: dict, epochs: int, validated: bool, column: str = "test_acc") 
 
 def printable(text: str) -> str:
     """The text with a question mark for each line break and each other character that cannot be shown."""
-    return "".join(c if c.isprintable() else "?" for c in text)
+    return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else "?" for c in text)  # Zs: spaces
 
 
 def difference(ours: dict, baseline: dict, validated: bool) -> str:
@@ -506,7 +507,7 @@ def add_legend(figure, lines: list, labels: list[str], title: str) -> None:
     The figure grows by the legend's height.
     """
     labels = ["\n".join(printable(label[i : i + 70]) for i in range(0, len(label), 70)) for label in labels]
-    title = "\n".join(textwrap.wrap(printable(title), 70))
+    title = "\n".join(map(printable, textwrap.wrap(title, 70)))
     for columns in range(min(4, len(labels)), 0, -1):
         legend = figure.legend(lines, labels, loc="outside upper center", ncols=columns, frameon=False, title=title)
         for text in (*legend.get_texts(), legend.get_title()):
@@ -546,10 +547,10 @@ def draw_layers(runs: dict[str, dict], title: str = ""):
             image = draw_heat_map(ax, run["epoch"], layers[label], maps[label], options)
         figure.colorbar(image, ax=axes[row], label=("weights flipped (% per epoch)", "weights that are +1 (%)")[row])
     for ax, label in zip(axes[0], runs, strict=True):
-        ax.set_title("\n".join(textwrap.wrap(printable(label), 40)), fontsize="medium", parse_math=False)
+        ax.set_title("\n".join(map(printable, textwrap.wrap(label, 40))), fontsize="medium", parse_math=False)
     for ax in axes[1]:
         ax.set_xlabel("epoch")
-    figure.suptitle("\n".join(textwrap.wrap(printable(title), 70)), parse_math=False)
+    figure.suptitle("\n".join(map(printable, textwrap.wrap(title, 70))), parse_math=False)
     return figure
 
 
@@ -683,9 +684,9 @@ def main(argv=None) -> int:
 
 
 def command(main) -> None:
-    """Run main() and exit with its code, or with 1 if its text cannot be printed.
+    """Run main() and exit with its code. OSError prints one sentence to standard error and exits with 1.
 
-    One sentence on standard error says so, unless no process reads the pipe any more.
+    If no process reads the pipe any more, there is no sentence.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -697,10 +698,13 @@ def command(main) -> None:
             if sys.stdout:  # None if it was closed from the start
                 sys.stdout.flush()
     except OSError as e:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python prints at its end
-        reason = e.strerror or e
+        reason, file = e.strerror or e, e.filename
         code = f"error: standard output cannot be written ({reason}): make room there, or send it to another file"
-        code = 1 if isinstance(e, BrokenPipeError) else code
+        if file is not None:
+            code = printable(f"error: {file} cannot be used ({reason}): give another name, or make it accessible")
+        elif sys.stdout:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python prints at its end
+            code = 1 if isinstance(e, BrokenPipeError) else code
     sys.exit(code)
 
 

@@ -30,6 +30,7 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 import uuid
 import warnings
 from pathlib import Path
@@ -61,14 +62,15 @@ class Output:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> None:
-        self._try(self.stream.write, text)
+        self._try("write", text)
 
     def flush(self) -> None:
-        self._try(self.stream.flush)
+        self._try("flush")
 
-    def _try(self, function, *arguments) -> None:
+    def _try(self, method: str, *arguments) -> None:
         try:
-            function(*arguments)
+            if self.stream is not None:  # it was closed from the start
+                getattr(self.stream, method)(*arguments)
         except OSError:  # the run goes on; log.txt has all lines
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
@@ -109,7 +111,7 @@ def command(main, *errors: type[Exception]) -> None:
     try:
         code = main()
     except (RunError, *errors) as e:  # it may quote the names and contents of foreign files
-        code = "".join(c if c.isprintable() else "?" for c in f"error: {e}")
+        code = "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else "?" for c in f"error: {e}")
     except Exception as e:
         reason = " ".join(str(e).split())[:150]
         if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in reason:
@@ -172,7 +174,7 @@ def common_flags(script: str, description: str, **defaults) -> argparse.Argument
     add(
         "--image-size",
         type=int,
-        help="width and height in pixels (default: imagenet 224; others their own, or 224 if not square or above 96)",
+        help="width and height in pixels (default: imagenet 224; folder: the median if nearly square and at most 96)",
     )
     held_out = "hold N training images out for validation, which then chooses best.pt (default: %(default)s)"
     add("--val", type=int, default=0, metavar="N", help=held_out)
@@ -181,7 +183,7 @@ def common_flags(script: str, description: str, **defaults) -> argparse.Argument
     add("--workers", type=int, default=8, help="number of processes that decode images of more than 96 pixels")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=100, help="passes over the training images (default: %(default)s)")
-    add("--limit-steps", type=int, help="end after this many steps, cosine schedule included (default: no limit)")
+    add("--limit-steps", type=int, help="end after this many steps; a cosine schedule ends too (default: no limit)")
     add("--batch-size", type=int, default=128, help="images per step, over all processes (default: %(default)s)")
     add("--accumulate", type=int, default=1, metavar="N", help="split each batch into N micro-batches to save memory")
     optimizers = ["adam", "adamw", "sgd", "sgdm"]
@@ -661,7 +663,7 @@ def report(columns: dict[str, float], test) -> int:
     """Print the result of --eval-only: what evaluate_all() returned. Returns the exit code."""
     loss, accuracy = columns["test_loss"], columns["test_acc"]
     if not math.isfinite(loss):
-        raise RunError(f"the test loss is {loss}, so the network has weights that are not finite: test another one")
+        raise RunError(f"the test loss is {loss}: the weights or, with --amp, the activations are not finite")
     line = f"test loss {loss:.4f}, test accuracy {100 * accuracy:.2f} % over {test.size:,} images"
     if "test_top5" in columns:
         line += f", top-5 accuracy {100 * columns['test_top5']:.2f} %"
@@ -758,7 +760,7 @@ def load(path: Path | str) -> dict:
         raise RunError(f"the checkpoint {path} is damaged or not a checkpoint ({reason}): use another one") from None
     if not isinstance(checkpoint, dict):
         raise RunError(f"{path} is not a checkpoint but a {type(checkpoint).__name__}: use another file")
-    if "args" in checkpoint:  # otherwise it is a plain state dict
+    if "args" in checkpoint or {"classes", "images", "normalisation"} <= checkpoint.keys():  # no plain state dict
         for name, right in PARTS.items():
             if (name in checkpoint or name == "model") and not right(checkpoint.get(name)):
                 raise RunError(f"the checkpoint {path} is damaged (its part {name}): give another checkpoint")
@@ -1258,9 +1260,10 @@ class Run:
             self.seconds, self.rows = checkpoint["seconds"], checkpoint["rows"]
             if rank() == 0:  # the checkpoint contains the sums over all processes
                 self.sums.copy_(checkpoint["totals"])
-            if checkpoint["signs"].shape != self.signs.shape:
+            signs = checkpoint["signs"] if "signs" in checkpoint else 2 * checkpoint["bits"].char() - 1
+            if signs.shape != self.signs.shape:
                 raise ValueError("it has another number of binary weights")
-            self.signs = checkpoint["signs"].to(self.signs)
+            self.signs = signs.to(self.signs)
             threads, before = int(checkpoint["threads"]), checkpoint["args"]
             planned = min(before["epochs"] * len(self.train), before["limit_steps"] or math.inf)
             torch.set_rng_state(checkpoint["rng"])

@@ -98,7 +98,6 @@ def test_another_file_is_refused(folder, address, tmp_path):
     ("headers", "blocks", "said"),
     [
         ({"Content-Length": "9" * 20}, 1, "sends more than"),
-        ({"Content-Length": "5" * 5000}, 1, "cannot be read"),
         ({}, None, "sends more than"),
         ({"Content-Length": str(1 << 21)}, 1, "cannot be read (it ended after 1,048,576 of 2,097,152 bytes)"),
     ],
