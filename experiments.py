@@ -10,12 +10,12 @@
 
 A grid is a list of searches; add yours to GRIDS. A search trains one method at each of its learning rates with seed 0.
 The learning rates whose validation accuracy at the end of the run is within one standard error of the best are then
-trained with the other seeds. The search finds the rate with the best mean validation accuracy. Nothing is
-chosen on the test images. The grids of ten epochs, finals and w1a1-finals, take their rates from the results of
-protocol and w1a1. A command whose row is in the CSV file is not run again, and an interrupted run resumes where it
-stopped. So repeat the command until the grid is complete. On CPUs two runs at a time share the cores (--jobs); on GPUs
-each GPU has one run. When a run fails, the others continue, the error is reported at the end and the exit code is 1.
-For other images or flags choose another --results folder.
+trained with the other seeds. The search finds the rate with the best mean validation accuracy. Nothing is chosen on the
+test images. The grids of ten epochs, finals and w1a1-finals, take their rates from the results of protocol and w1a1. A
+command whose row is in the CSV file is not run again, and an interrupted run resumes where it stopped. So repeat the
+command until the grid is complete. On CPUs two runs at a time share the cores (--jobs); on GPUs each GPU has one run.
+When a run fails, the others continue, the error is reported at the end and the exit code is 1. For other images or
+flags choose another --results folder.
 
 results/NAME.csv has one row per run: the command, its seed, the seconds of training, and these values of the last
 epoch: training loss, validation and test accuracy, test accuracy with BatchNorm statistics of the last weights, and the

@@ -424,6 +424,9 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
+PATIENCE = 10  # seconds in which the processes usually find each other
+
+
 def start_processes(device: torch.device) -> tuple[int, int]:
     """Join the process group if torchrun started this process: (rank, world_size). Only rank 0 prints and writes."""
     try:
@@ -434,10 +437,15 @@ def start_processes(device: torch.device) -> tuple[int, int]:
             which, count = int(os.environ.get("RANK", 0)), int(os.environ["WORLD_SIZE"])
             if not 0 <= which < count:
                 raise ValueError(f"RANK is {which}, with {count} processes")
-            if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun has not started them, so some may never start
-                where = ":".join(os.environ.get(f"MASTER_{name}", "?") for name in ("ADDR", "PORT"))
-                console.print(f"process {which} waits for {count} processes at {where}")
-            dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+            where = ":".join(os.environ.get(f"MASTER_{name}", "?") for name in ("ADDR", "PORT"))
+            line = f"process {which} waits for {count} processes at {where}"
+            said = threading.Timer(PATIENCE, console.print, [line])
+            said.daemon = True
+            said.start()
+            try:
+                dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+            finally:
+                said.cancel()
     except (ValueError, RuntimeError) as e:  # RANK is missing, no answer from the first process, …
         reason = " ".join(str(e).split())[:150]
         raise RunError(f"the processes cannot find each other ({reason}): start them with torchrun") from None

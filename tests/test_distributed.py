@@ -181,7 +181,7 @@ def compare(folder, *names):
     if "fsg-mamba" in names[0]:  # balanced: see VARIANTS
         for state in states:
             state["generator"] = {k: v for k, v in state["generator"].items() if not k.startswith("fast.")}
-    for key in ("model", "generator", "optimizer", "step", "epoch", "batch", "bits", "totals"):
+    for key in ("model", "generator", "optimizer", "step", "epoch", "batch", "signs", "totals"):
         if key in states[0]:
             assert_close(states[0][key], states[1][key], key)
     rows = [state["rows"] for state in states]

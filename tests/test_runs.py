@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import types
 
 import pytest
@@ -651,12 +652,14 @@ def test_processes_that_cannot_start(monkeypatch, size, rank):
         runs.start_processes(CPU)
 
 
-def test_a_process_without_torchrun_says_what_it_waits_for(monkeypatch, capsys):
+@pytest.mark.parametrize("seconds", [0.01, 10])
+def test_a_process_says_what_it_waits_for(monkeypatch, capsys, seconds):
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("MASTER_ADDR", "here"), ("MASTER_PORT", "1")):
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **options: None)
+    monkeypatch.setattr(runs, "PATIENCE", seconds)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **options: time.sleep(0.5))
     runs.start_processes(CPU)
-    assert capsys.readouterr().out == "process 0 waits for 2 processes at here:1\n"
+    assert capsys.readouterr().out == "process 0 waits for 2 processes at here:1\n" * (seconds < 1)
 
 
 def test_a_command_names_torchrun(monkeypatch):
