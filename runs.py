@@ -273,11 +273,11 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
                 "to another folder as last.pt"
             )
         before = checkpoint["args"]
-        if wrong := [a.dest for a in parser._actions if a.dest in before and not fits(before[a.dest], a)]:
-            raise RunError(f"the checkpoint {path} is damaged (its flag {option(wrong[0])}): give another checkpoint")
         script = before.get("script", args.script)
         if script != args.script:
             raise RunError(f"{path} is a run of {script}: resume or test it with python {script}")
+        if wrong := [a.dest for a in parser._actions if a.dest in before and not fits(before[a.dest], a)]:
+            raise RunError(f"the checkpoint {path} is damaged (its flag {option(wrong[0])}): give another checkpoint")
         other_name = args.name not in (None, path.parent.name)
         other_out = args.out != parser.get_default("out") and Path(args.out).resolve() != path.parent.parent
         if (other_name or other_out) and not args.eval_only:
